@@ -1,0 +1,341 @@
+"""The holographic memory: one linear recurrence in three forms that agree.
+
+Per head, with ⊛ the binding of one algebra (``hamt.vsa``):
+
+    (1) p_t    = p_{t-1} ⊛ ρ_t                          position, a key that travels with the state
+    (2) x_t    = (k_t ⊛ p_t) ⊛ v_t                      bind
+    (3) M_t[s] = α_t[s] · M_{t-1}[s] + w_t[s] · x_t     superpose, for every slot s
+    (4) y_t    = (u_t ⊛ p_t)⁻¹ ⊛ Σ_s r_t[s] · M_t[s]    read, unbind
+
+The ``recurrent`` form is this loop and defines the meaning; the ``chunked`` form computes the same
+with matrix products inside tiles of ``chunk_size`` tokens and a short scan across tiles (the
+secondary chunking of Gated Linear Attention, Yang et al. 2024, arXiv 2312.06635, with slots in the
+place of the key dimension); ``step`` is one turn of the loop, for decoding.
+
+Shape legend: B batch, N tokens, H heads, S slots, F features of an item, K key size;
+T tiles (or groups of tiles), C tokens in a tile.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hamt.positions import accumulate_phase
+from hamt.vsa import get_algebra, wrap_phase
+
+# Tiles per group in the scan across tiles: the scan is quadratic in a group, logarithmic beyond it.
+_GROUP = 16
+# exp(-100) is zero beside any float that matters; a bounded sum keeps float32 differences exact.
+_LOG_ZERO = -100.0
+
+
+class MemoryState(NamedTuple):
+    """All that a memory carries from token to token; its size does not depend on the context.
+
+    ``memory`` (B, H, S, F) lifted superpositions, float32 or float64; ``phase`` (B, H, K) the
+    position key in radians, or None without rotation; ``seq_idx`` (B,) the document the state
+    belongs to, or None if documents were never told apart.
+    """
+
+    memory: Tensor
+    phase: Tensor | None = None
+    seq_idx: Tensor | None = None
+
+
+class HolographicMemory:
+    """A bank of ``num_slots`` superpositions for each of ``num_heads`` heads.
+
+    Args:
+        hcm_dim: memory width over all heads; a head stores items of F = hcm_dim / num_heads features.
+        num_slots: slots S per head.
+        num_heads: heads H.
+        binding_type: ``elementwise``, ``circular_conv`` or ``phasor`` (see ``hamt.vsa``).
+        write_rule: ``gated`` takes α from the caller; ``convex`` sets α = (1-w)(1-λ).
+        decay_rate: λ of the convex rule, the share forgotten at every token.
+        chunk_size: tokens in a tile of the chunked form; never changes a result.
+
+    Raises:
+        ValueError: if the sizes do not fit together or an option has no such value.
+
+    Example:
+        >>> memory = HolographicMemory(hcm_dim=1024, num_slots=1)
+        >>> item, key = torch.randn(1024), memory.algebra.random_keys(512)
+        >>> torch.allclose(memory.unbind(memory.bind(item, key), key), item, atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        hcm_dim: int,
+        num_slots: int = 16,
+        num_heads: int = 1,
+        binding_type: str = "phasor",
+        write_rule: str = "gated",
+        decay_rate: float = 0.001,
+        chunk_size: int = 16,
+    ) -> None:
+        if hcm_dim % (2 * num_heads):
+            raise ValueError(f"hcm_dim must be a multiple of 2 * num_heads = {2 * num_heads}; got {hcm_dim}")
+        if write_rule not in ("gated", "convex"):
+            raise ValueError(f"write_rule must be gated or convex; got {write_rule!r}")
+        if not 0 <= decay_rate < 1:
+            raise ValueError(f"decay_rate must lie in [0, 1); got {decay_rate}")
+        self.algebra = get_algebra(binding_type)
+        self.num_heads, self.num_slots = num_heads, num_slots
+        self.head_dim = hcm_dim // num_heads
+        self.key_size = self.algebra.key_size(self.head_dim)
+        self.write_rule, self.decay_rate, self.chunk_size = write_rule, decay_rate, chunk_size
+
+    def __repr__(self) -> str:
+        return (
+            f"HolographicMemory({self.num_heads} heads × {self.num_slots} slots × {self.head_dim}, "
+            f"{self.algebra.name}, {self.write_rule})"
+        )
+
+    # ---------------------------------------------------------------- by hand
+
+    def bind(self, item: Tensor, key: Tensor) -> Tensor:
+        """Bind items (..., F) to keys (..., K); the result is as long as the item."""
+        return self.algebra.lower(self.algebra.bind(self.algebra.lift(item), key))
+
+    def unbind(self, bound: Tensor, key: Tensor) -> Tensor:
+        """Undo ``bind`` with the same keys: (..., F), (..., K) -> (..., F)."""
+        return self.algebra.lower(self.algebra.unbind(self.algebra.lift(bound), key))
+
+    def initial_state(
+        self,
+        batch_size: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> MemoryState:
+        """An empty memory; ``dtype`` is float32 or float64."""
+        shape = (batch_size, self.num_heads, self.num_slots, self.head_dim)
+        return MemoryState(torch.zeros(shape, dtype=dtype, device=device))
+
+    def write(
+        self, state: MemoryState, item: Tensor, key: Tensor, write: Tensor, log_forget: Tensor | None = None
+    ) -> MemoryState:
+        """Superpose one item a head: equations (2) and (3) without position.
+
+        Shapes: item (B, H, F), key (B, H, K), write and log_forget (B, H, S).
+        """
+        log_forget = self._log_forget(write, log_forget, state.memory.dtype)
+        bound = self.algebra.bind(self.algebra.lift(item), key)
+        return state._replace(memory=_superpose(state.memory, bound, write, log_forget))
+
+    def retrieve(self, state: MemoryState, key: Tensor, read: Tensor) -> Tensor:
+        """Read the slots with weights (B, H, S) and unbind with keys (B, H, K): -> (B, H, F)."""
+        return self.algebra.lower(self.algebra.unbind(_read(state.memory, read), key))
+
+    # ------------------------------------------------------------- sequences
+
+    def __call__(
+        self,
+        items: Tensor,
+        keys: Tensor,
+        unbinding_keys: Tensor,
+        write: Tensor,
+        read: Tensor,
+        log_forget: Tensor | None = None,
+        rotation: Tensor | None = None,
+        initial_state: MemoryState | None = None,
+        seq_idx: Tensor | None = None,
+        form: str = "chunked",
+    ) -> tuple[Tensor, MemoryState]:
+        """Run the memory over a sequence, N ≥ 1.
+
+        Args:
+            items: v, (B, N, H, F).
+            keys: k, (B, N, H, K), members of the algebra (``algebra.key``), as are
+            unbinding_keys: u, (B, N, H, K).
+            write: w, (B, N, H, S).
+            read: r, (B, N, H, S).
+            log_forget: log α ≤ 0, (B, N, H, S), floored at -20 (float64: -40); None if ``convex``.
+            rotation: ρ, phases (1 or B, 1 or N, H, K); a token with ρ = 0 does not advance.
+            initial_state: the state before the first token; None is an empty memory.
+            seq_idx: (B, N) integers that name the document of each token. A document is one
+                contiguous run; tokens see nothing of another. A state goes on if it belongs to
+                the document of the first token.
+            form: ``chunked`` or ``recurrent``.
+
+        Returns:
+            y (B, N, H, F) in the dtype of ``items``, and the state after the last token.
+        """
+        state = initial_state or self.initial_state(len(items), _wide(items), items.device)
+        # State and decay arithmetic stay in float32 under autocast; only tile products are narrow.
+        with torch.autocast(items.device.type, enabled=False):
+            log_forget = self._log_forget(write, log_forget, state.memory.dtype)
+            run = {"chunked": self._chunked, "recurrent": self._recurrent}[form]
+            lifted = self.algebra.lift(items)
+            args = (lifted, keys, unbinding_keys, write, read, log_forget, rotation, state, seq_idx)
+            output, state = run(*args)
+            return self.algebra.lower(output), state
+
+    def _recurrent(self, lifted, keys, unbinding_keys, write, read, log_forget, rotation, state, seq_idx):
+        outputs = []
+        for t in range(lifted.shape[1]):
+            at_t = (a[:, t] for a in (lifted, keys, unbinding_keys, write, read, log_forget))
+            rotation_t = None if rotation is None else rotation[:, min(t, rotation.shape[1] - 1)]
+            seq_idx_t = None if seq_idx is None else seq_idx[:, t]
+            output, state = self._step(*at_t, rotation_t, state, seq_idx_t)
+            outputs.append(output)
+        return torch.stack(outputs, dim=1), state
+
+    def _step(self, lifted, key, unbinding_key, write, read, log_forget, rotation, state, seq_idx):
+        """One turn of the loop: the tensors of ``__call__`` without their token dimension."""
+        memory, phase, document = state
+        if seq_idx is not None:
+            same = torch.ones_like(seq_idx, dtype=torch.bool) if document is None else document == seq_idx
+            memory = memory.where(same[:, None, None, None], 0)
+            phase = None if phase is None else phase.where(same[:, None, None], 0)
+            document = seq_idx
+        if rotation is not None:
+            phase = wrap_phase(rotation if phase is None else phase + rotation)  # (1)
+            phase = phase.expand(len(memory), -1, -1)
+            key = self.algebra.compose(key, phase)
+            unbinding_key = self.algebra.compose(unbinding_key, phase)
+        bound = self.algebra.bind(lifted, key)  # (2)
+        memory = _superpose(memory, bound, write, log_forget)  # (3)
+        output = self.algebra.unbind(_read(memory, read).to(lifted.dtype), unbinding_key)  # (4)
+        return output, MemoryState(memory, phase, document)
+
+    def _chunked(self, lifted, keys, unbinding_keys, write, read, log_forget, rotation, state, seq_idx):
+        memory, phase, document = state
+        batch, length = lifted.shape[:2]
+        if seq_idx is not None:
+            document = seq_idx[:, 0] if document is None else document
+        if rotation is not None:
+            positions, phase = accumulate_phase(rotation, phase, seq_idx, document, batch, length)
+            keys = self.algebra.compose(keys, positions)
+            unbinding_keys = self.algebra.compose(unbinding_keys, positions)
+        bound = self.algebra.bind(lifted, keys)
+
+        size = min(self.chunk_size, length)
+        tiled = [_tile(a, size) for a in (bound, write.to(memory.dtype), read.to(memory.dtype), log_forget)]
+        ends = None
+        if seq_idx is not None:
+            # The padded tail belongs to the last document.
+            seq_idx = _repeat_last(seq_idx, -length % size).view(batch, 1, -1, size)
+            ends = torch.cat((document.view(batch, 1, 1), seq_idx[..., -1]), dim=-1)
+            document = ends[:, 0, -1]
+        output, memory = _tiles(*tiled, memory, seq_idx, ends)
+        output = output.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length]
+        return self.algebra.unbind(output, unbinding_keys), MemoryState(memory, phase, document)
+
+    def step(
+        self,
+        item: Tensor,
+        key: Tensor,
+        unbinding_key: Tensor,
+        write: Tensor,
+        read: Tensor,
+        log_forget: Tensor | None = None,
+        rotation: Tensor | None = None,
+        state: MemoryState | None = None,
+    ) -> tuple[Tensor, MemoryState]:
+        """One token in, one token out: the arguments of ``__call__`` without their N dimension."""
+        state = state or self.initial_state(len(item), _wide(item), item.device)
+        log_forget = self._log_forget(write, log_forget, state.memory.dtype)
+        lifted = self.algebra.lift(item)
+        output, state = self._step(lifted, key, unbinding_key, write, read, log_forget, rotation, state, None)
+        return self.algebra.lower(output), state
+
+    def _log_forget(self, write: Tensor, log_forget: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if self.write_rule == "convex":
+            if log_forget is not None:
+                raise ValueError("the convex write rule derives log_forget from write; leave it out")
+            kept = (1 - write.to(dtype)).clamp(min=torch.finfo(dtype).tiny)
+            log_forget = kept.log() + torch.log1p(torch.tensor(-self.decay_rate, dtype=dtype))
+        elif log_forget is None:
+            raise ValueError("the gated write rule needs log_forget, the log of the forget gates")
+        return log_forget.to(dtype).clamp(min=-40.0 if dtype == torch.float64 else -20.0)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _superpose(memory: Tensor, bound: Tensor, write: Tensor, log_forget: Tensor) -> Tensor:
+    """(3): (B, H, S, F), (B, H, F), (B, H, S), (B, H, S) -> (B, H, S, F)."""
+    return log_forget.exp()[..., None] * memory + write[..., None] * bound[..., None, :]
+
+
+def _read(memory: Tensor, read: Tensor) -> Tensor:
+    """Σ_s r[s] M[s]: (B, H, S, F), (B, H, S) -> (B, H, F)."""
+    return (read.to(memory.dtype)[..., None, :] @ memory).squeeze(-2)
+
+
+def _tile(x: Tensor, size: int) -> Tensor:
+    """Cut (B, N, H, ·) into tiles (B, H, T, size, ·); the tail is padded with zeros, null tokens."""
+    batch, length, heads, width = x.shape
+    x = F.pad(x, (0, 0, 0, 0, 0, -length % size))
+    return x.view(batch, -1, size, heads, width).permute(0, 3, 1, 2, 4).contiguous()
+
+
+def _repeat_last(x: Tensor, count: int) -> Tensor:
+    """Lengthen the last dimension by ``count`` copies of its last entry (``F.pad`` wants floats)."""
+    return torch.cat((x, x[..., -1:].expand(*x.shape[:-1], count)), dim=-1)
+
+
+def _tiles(bound, write, read, log_forget, memory, seq_idx, ends):
+    """(3) and the sum of (4) for all tiles: (B, H, T, C, ·) -> output (B, H, T, C, F), memory.
+
+    ``seq_idx`` (B, 1, T, C) and ``ends`` (B, 1, T + 1), the document of the state that enters the
+    first tile and of each tile's last token, mask by equality; both None without documents.
+    """
+    narrow = bound.dtype
+    total = log_forget.cumsum(dim=-2)  # decay from the start of the tile to each token, inclusive
+    # Inside a tile: every exponent is a difference ≤ 0. Masked before exp: inf · 0 has no gradient.
+    visible = torch.ones(2 * bound.shape[-2:-1], dtype=torch.bool, device=bound.device).tril()
+    if seq_idx is not None:
+        visible = visible & (seq_idx[..., :, None] == seq_idx[..., None, :])
+    decay = (
+        (total[..., :, None, :] - total[..., None, :, :]).masked_fill(~visible[..., None], -torch.inf).exp()
+    )
+    scores = torch.einsum("bhtis,bhtijs,bhtjs->bhtij", read, decay, write)
+    output = scores.to(narrow) @ bound
+    # Into the state at the end of the tile, across tiles, and out of the state that enters a tile.
+    to_end = write * (total[..., -1:, :] - total).exp()
+    from_start = read * total.exp()
+    if seq_idx is not None:
+        to_end = to_end * (seq_idx == ends[..., 1:, None])[..., None]
+        from_start = from_start * (seq_idx == ends[..., :-1, None])[..., None]
+    delta = (to_end.to(narrow).mT @ bound).to(memory.dtype)
+    entering, memory = _scan(total[..., -1, :], delta, memory, ends)
+    return output + from_start.to(narrow) @ entering.to(narrow), memory
+
+
+def _scan(log_decay, delta, memory, ends):
+    """M_t = exp(log_decay_t) M_{t-1} + delta_t over tiles, in groups, recursively.
+
+    (B, H, T, S), (B, H, T, S, F), (B, H, S, F), ends as in ``_tiles`` -> the memory that enters
+    each tile (B, H, T, S, F), and the last one.
+    """
+    batch, heads, tiles, slots, width = delta.shape
+    size = min(_GROUP, tiles)
+    padding = -tiles % size
+    log_decay = F.pad(log_decay.clamp(min=_LOG_ZERO), (0, 0, 0, padding)).view(batch, heads, -1, size, slots)
+    delta = F.pad(delta, (0, 0, 0, 0, 0, padding)).view(batch, heads, -1, size, slots, width)
+    total = log_decay.cumsum(dim=-2)
+    visible = torch.ones(size, size, dtype=torch.bool, device=delta.device).tril()
+    carried = total.exp()
+    if ends is not None:
+        ends = _repeat_last(ends, padding)
+        inner = ends[..., 1:].view(batch, 1, -1, size)
+        ends = torch.cat((ends[..., :1], inner[..., -1]), dim=-1)  # of groups
+        visible = visible & (inner[..., :, None] == inner[..., None, :])
+        carried = carried * (inner == ends[..., :-1, None])[..., None]
+    decay = (
+        (total[..., :, None, :] - total[..., None, :, :]).masked_fill(~visible[..., None], -torch.inf).exp()
+    )
+    after = torch.einsum("bhuijs,bhujsf->bhuisf", decay, delta)  # each group from an empty memory
+    if after.shape[2] == 1:
+        entering, last = memory[:, :, None], None
+    else:
+        entering, last = _scan(total[..., -1, :], after[..., -1, :, :], memory, ends)
+    after = after + carried[..., None] * entering[..., None, :, :]
+    entering = torch.cat((entering[..., None, :, :], after[..., :-1, :, :]), dim=3)
+    last = after[:, :, 0, -1] if last is None else last
+    return entering.flatten(2, 3)[:, :, :tiles], last
