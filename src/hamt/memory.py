@@ -142,6 +142,7 @@ class HolographicMemory:
         rotation: Tensor | None = None,
         initial_state: MemoryState | None = None,
         seq_idx: Tensor | None = None,
+        mask: Tensor | None = None,
         form: str = "chunked",
     ) -> tuple[Tensor, MemoryState]:
         """Run the memory over a sequence, N ≥ 1.
@@ -158,6 +159,7 @@ class HolographicMemory:
             seq_idx: (B, N) integers that name the document of each token. A document is one
                 contiguous run; tokens see nothing of another. A state goes on if it belongs to
                 the document of the first token.
+            mask: (B, N), false for padding: such a token neither writes, decays nor advances.
             form: ``chunked`` or ``recurrent``.
 
         Returns:
@@ -167,6 +169,10 @@ class HolographicMemory:
         # State and decay arithmetic stay in float32 under autocast; only tile products are narrow.
         with torch.autocast(items.device.type, enabled=False):
             log_forget = self._log_forget(write, log_forget, state.memory.dtype)
+            if mask is not None:
+                real = mask.to(log_forget.dtype)[..., None, None]
+                write, log_forget = write * real, log_forget * real
+                rotation = None if rotation is None else rotation * real
             run = {"chunked": self._chunked, "recurrent": self._recurrent}[form]
             lifted = self.algebra.lift(items)
             args = (lifted, keys, unbinding_keys, write, read, log_forget, rotation, state, seq_idx)

@@ -1,0 +1,150 @@
+"""HAMTConfig: every choice of the architecture, checked when it is made, and the named presets."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from hamt.vsa import ALGEBRAS, get_algebra
+
+
+@strict
+class HAMTConfig(PreTrainedConfig):
+    r"""Configuration of a HAMT language model.
+
+    The Transformers names ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads`` and
+    ``intermediate_size`` are accepted for ``hidden_dim``, ``num_layers``, ``num_heads`` and
+    ``intermediate_dim``.
+
+    Args:
+        vocab_size: tokens in the vocabulary.
+        hidden_dim: d, width of the residual stream.
+        hcm_dim: D, memory width over all heads; None is 2 · hidden_dim.
+        num_layers: blocks of memory and MLP.
+        num_slots: S, slots per head.
+        num_heads: H, heads; an item of a head has hcm_dim / num_heads features.
+        binding_type: ``phasor``, ``circular_conv`` or ``elementwise`` (see ``hamt.vsa``).
+        write_rule: ``gated`` (forget and write gates) or ``convex`` (one gate for both).
+        rotation: ``constant`` (position keys at many time scales) or ``none``; None is ``constant``
+            where the binding has phases, else ``none``.
+        rotation_base: the slowest phase turns by 1 / rotation_base radians a token, the fastest by 1.
+        decay_rate: λ of the convex rule, the share forgotten at every token.
+        min_half_life: half-life in tokens of the fastest slot at initialisation.
+        max_half_life: half-life in tokens of the slowest slot at initialisation.
+        chunk_size: tile of the chunked form in tokens; changes speed, never a result.
+        conv_kernel_size: width of the short convolution; 0 leaves it out.
+        use_gating: gates depend on the token; False leaves a learned constant for each slot.
+        use_output_gate: multiply the read-out by SiLU(W_g x).
+        intermediate_dim: width of the SwiGLU MLP; None is 8/3 · hidden_dim, rounded up to 32.
+        max_position_embeddings: advisory, the context trained on; the memory has no length limit.
+        dropout: after the mixer and after the MLP.
+        use_auxiliary_loss: add the reconstruction loss (``hamt.losses``) in training.
+        aux_loss_weight: its weight.
+        rms_norm_eps: ε of every RMSNorm.
+        initializer_range: standard deviation of embeddings.
+
+    Raises:
+        ValueError: if the sizes do not fit together; the message says what would.
+    """
+
+    model_type = "hamt"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "hidden_dim",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "intermediate_size": "intermediate_dim",
+    }
+
+    vocab_size: int = 50257
+    hidden_dim: int = 256
+    hcm_dim: int | None = None
+    num_layers: int = 4
+    num_slots: int = 16
+    num_heads: int = 4
+    binding_type: str = "phasor"
+    write_rule: str = "gated"
+    rotation: str | None = None
+    rotation_base: float | int = 10_000.0
+    decay_rate: float = 0.001
+    min_half_life: float | int = 4.0
+    max_half_life: float | int = 4096.0
+    chunk_size: int = 16
+    conv_kernel_size: int = 4
+    use_gating: bool = True
+    use_output_gate: bool = True
+    intermediate_dim: int | None = None
+    max_position_embeddings: int = 1024
+    dropout: float | int = 0.0
+    use_auxiliary_loss: bool = False
+    aux_loss_weight: float | int = 0.05
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.hcm_dim is None:
+            self.hcm_dim = 2 * self.hidden_dim
+        if self.intermediate_dim is None:
+            self.intermediate_dim = -(-8 * self.hidden_dim // 96) * 32
+        if self.rotation is None:
+            self.rotation = "constant" if get_algebra(self.binding_type).has_phase else "none"
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Refuse what cannot be built; called by ``@strict``.
+
+        Raises:
+            ValueError: with what is wrong and what would be right.
+        """
+        for name in ("vocab_size", "hidden_dim", "num_layers", "num_slots", "num_heads", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        step = 2 * self.num_heads
+        if self.hcm_dim < step or self.hcm_dim % step:
+            lower, upper = self.hcm_dim // step * step, -(-self.hcm_dim // step) * step
+            near = " or ".join(str(size) for size in (lower, upper) if size)
+            raise ValueError(
+                f"hcm_dim must be a multiple of 2 * num_heads = {step}; got {self.hcm_dim}, try {near}"
+            )
+        if self.binding_type not in ALGEBRAS:
+            get_algebra(self.binding_type)
+        if self.write_rule not in ("gated", "convex"):
+            raise ValueError(f"write_rule must be gated or convex; got {self.write_rule!r}")
+        if self.rotation not in ("constant", "none"):
+            raise ValueError(f"rotation must be constant or none; got {self.rotation!r}")
+        if self.rotation == "constant" and not get_algebra(self.binding_type).has_phase:
+            raise ValueError(
+                "rotation='constant' needs a binding with phases: use rotation='none', "
+                "or binding_type phasor or circular_conv"
+            )
+        if not 0 <= self.decay_rate < 1:
+            raise ValueError(f"decay_rate must lie in [0, 1); got {self.decay_rate}")
+        if not 0 < self.min_half_life <= self.max_half_life:
+            raise ValueError(
+                f"half-lives must satisfy 0 < min_half_life <= max_half_life; got "
+                f"{self.min_half_life} and {self.max_half_life}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
+        if self.conv_kernel_size < 0:
+            raise ValueError(f"conv_kernel_size must be 0 (none) or a width; got {self.conv_kernel_size}")
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "HAMTConfig":
+        """The configuration called ``name`` in ``PRESETS``, with fields replaced by ``overrides``.
+
+        Raises:
+            ValueError: if there is no such preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+
+# Named by the parameters they really have (a test counts them), embeddings included and tied.
+PRESETS: dict[str, dict[str, Any]] = {}

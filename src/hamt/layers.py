@@ -1,0 +1,266 @@
+"""The mixer of a HAMT block: short convolution, gates, keys, memory, output gate.
+
+With x_t the normalised input of the layer and c_t the same after the short convolution:
+
+    item      v_t = W_v c_t
+    key       k_t = key(W_k c_t)
+    gates     log α_t, w_t = GatingNetwork(c_t)
+    read      u_t, r_t = RetrievalHead(c_t)
+    memory    y_t = HolographicMemory(v, k, u, w, r, log α)
+    output    o_t = W_o (RMSNorm_head(y_t) ⊙ SiLU(W_g x_t))
+
+Shape legend: B batch, N tokens, d hidden_dim, H heads, S slots, F features of an item, K key size.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hamt.config import HAMTConfig
+from hamt.memory import HolographicMemory, MemoryState
+from hamt.vsa import Algebra
+
+
+class LayerState(NamedTuple):
+    """All that a layer carries from token to token.
+
+    ``memory``; ``conv`` (B, conv_kernel_size - 1, d) the last inputs of the short convolution, or
+    None without one; ``count`` (B,) real tokens since the start of the document.
+    """
+
+    memory: MemoryState
+    conv: Tensor | None
+    count: Tensor
+
+
+class GatingNetwork(nn.Module):
+    """Forget and write gates of every slot from the token alone: c (B, N, d) -> (B, N, H, S) each.
+
+    Gates that read the memory would make it nonlinear and sequential. The biases spread the
+    half-lives of a head's slots from ``min_half_life`` to ``max_half_life`` tokens.
+    """
+
+    def __init__(self, config: HAMTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_gates = 1 if config.write_rule == "convex" else 2
+        size = self.num_gates * config.num_heads * config.num_slots
+        self.weight = nn.Parameter(torch.empty(size, config.hidden_dim)) if config.use_gating else None
+        self.bias = nn.Parameter(torch.empty(size))
+
+    def forward(self, conditioned: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return log α (None under the convex rule, which derives it) and w, in float32 at least."""
+        # A bfloat16 logit cannot tell a half-life of 1,000 tokens from one of 1,060.
+        with torch.autocast(conditioned.device.type, enabled=False):
+            wide = torch.promote_types(conditioned.dtype, torch.float32)
+            bias = self.bias.to(wide)
+            if self.weight is None:
+                logits = bias.expand(*conditioned.shape[:-1], -1)
+            else:
+                logits = F.linear(conditioned.to(wide), self.weight.to(wide), bias)
+        slots = (self.config.num_heads, self.config.num_slots)
+        logits = logits.unflatten(-1, (self.num_gates, *slots))
+        write = logits[..., -1, :, :].sigmoid()
+        return (F.logsigmoid(logits[..., 0, :, :]) if self.num_gates == 2 else None), write
+
+    def initial_bias(self) -> Tensor:
+        """Logits at which the slots have their initial half-lives, and writes start gently."""
+        slots, heads = self.config.num_slots, self.config.num_heads
+        # Slot s of head h: interleaved, so that every head spans the whole range.
+        rank = torch.arange(slots) * heads + torch.arange(heads)[:, None]
+        low, high = math.log(self.config.min_half_life), math.log(self.config.max_half_life)
+        half_life = torch.exp(low + (high - low) * rank / max(slots * heads - 1, 1))
+        forget = torch.log(torch.expm1(math.log(2) / half_life)).flatten()  # logit of 1 - α
+        if self.num_gates == 1:
+            return forget
+        return torch.cat((-forget, torch.full_like(forget, -2.0)))
+
+
+class RetrievalHead(nn.Module):
+    """What to read and how to unbind it: c (B, N, d) -> u (B, N, H, K), r (B, N, H, S)."""
+
+    def __init__(self, config: HAMTConfig, algebra: Algebra, key_size: int) -> None:
+        super().__init__()
+        self.algebra = algebra
+        self.num_heads = config.num_heads
+        self.key_proj = nn.Linear(config.hidden_dim, config.num_heads * key_size, bias=False)
+        self.read_proj = nn.Linear(config.hidden_dim, config.num_heads * config.num_slots)
+
+    def forward(self, conditioned: Tensor) -> tuple[Tensor, Tensor]:
+        """Return unbinding keys and read weights, in float32 at least."""
+        keys = as_keys(self.key_proj(conditioned), self.num_heads, self.algebra)
+        read = self.read_proj(conditioned).unflatten(-1, (self.num_heads, -1))
+        return keys, read.to(keys.dtype)
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over the last ``kernel_size`` real tokens of a document.
+
+    Padding is skipped on the left and on the right of a row; a gap of padding inside it is read as
+    zeros.
+    """
+
+    def __init__(self, hidden_dim: int, kernel_size: int) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.weight = nn.Parameter(torch.empty(kernel_size, hidden_dim))
+
+    def forward(
+        self,
+        inputs: Tensor,
+        tail: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        document: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, N, d) and the tail (B, kernel_size - 1, d) -> outputs and the new tail."""
+        batch, length, width = inputs.shape
+        reach = self.kernel_size - 1
+        if mask is not None:
+            inputs = inputs * mask[..., None].to(inputs.dtype)
+        tail = inputs.new_zeros(batch, reach, width) if tail is None else tail.to(inputs.dtype)
+        window = torch.cat((tail, inputs), dim=1)
+        documents = None
+        if seq_idx is not None:
+            document = seq_idx[:, 0] if document is None else document
+            documents = torch.cat((document[:, None].expand(-1, reach), seq_idx), dim=1)
+        weight = self.weight.to(inputs.dtype)
+        output = weight[reach] * inputs
+        for lag in range(1, self.kernel_size):
+            past = slice(reach - lag, reach - lag + length)
+            term = weight[reach - lag] * window[:, past]
+            if documents is not None:
+                term = term * (documents[:, past] == seq_idx)[..., None]
+            output = output + term
+        return output, self._tail(window, documents, mask, reach)
+
+    @staticmethod
+    def _tail(window: Tensor, documents: Tensor | None, mask: Tensor | None, reach: int) -> Tensor:
+        """The last ``reach`` real tokens of the window; those of an earlier document as zeros."""
+        if mask is None:
+            tail = window[:, window.shape[1] - reach :]
+            documents = None if documents is None else documents[:, -reach - 1 :]
+        else:
+            real = F.pad(mask.bool(), (reach, 0), value=True)
+            index = torch.arange(window.shape[1], device=window.device).where(real, -1)
+            index = index.topk(reach, dim=1).values.flip(1)
+            tail = window.gather(1, index[..., None].expand(-1, -1, window.shape[2]))
+            if documents is not None:
+                documents = torch.cat((documents.gather(1, index), documents[:, -1:]), dim=1)
+        if documents is not None:
+            tail = tail * (documents[:, :-1] == documents[:, -1:])[..., None]
+        return tail
+
+
+class HAMTLayer(nn.Module):
+    """The token mixer: (B, N, d) -> (B, N, d), linear in N, with a state of constant size."""
+
+    def __init__(self, config: HAMTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.memory = HolographicMemory(
+            hcm_dim=config.hcm_dim,
+            num_slots=config.num_slots,
+            num_heads=config.num_heads,
+            binding_type=config.binding_type,
+            write_rule=config.write_rule,
+            decay_rate=config.decay_rate,
+            chunk_size=config.chunk_size,
+        )
+        width, memory = config.hidden_dim, self.memory
+        self.conv = ShortConvolution(width, config.conv_kernel_size) if config.conv_kernel_size > 1 else None
+        self.item_proj = nn.Linear(width, config.hcm_dim, bias=False)
+        self.key_proj = nn.Linear(width, config.num_heads * memory.key_size, bias=False)
+        self.gating = GatingNetwork(config)
+        self.retrieval = RetrievalHead(config, memory.algebra, memory.key_size)
+        self.norm = nn.RMSNorm(memory.head_dim, eps=config.rms_norm_eps)
+        self.gate_proj = nn.Linear(width, config.hcm_dim, bias=False) if config.use_output_gate else None
+        self.output_proj = nn.Linear(config.hcm_dim, width, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        state: LayerState | None = None,
+    ) -> tuple[Tensor, LayerState]:
+        """Mix a sequence, or continue one from ``state``.
+
+        Args:
+            hidden_states: normalised inputs x, (B, N, d).
+            attention_mask: (B, N), zero for padding, which the memory does not see.
+            seq_idx: (B, N) document of each token; documents do not see each other.
+            state: what an earlier call returned; None starts empty.
+
+        Returns:
+            Outputs (B, N, d) and the state after the last token.
+        """
+        heads = self.config.num_heads
+        carried = None if state is None else state.memory
+        document = None if carried is None else carried.seq_idx
+        conditioned, tail = hidden_states, None
+        if self.conv is not None:
+            before = None if state is None else state.conv
+            conditioned, tail = self.conv(hidden_states, before, seq_idx, document, attention_mask)
+        items = self.item_proj(conditioned).unflatten(-1, (heads, -1))
+        keys = as_keys(self.key_proj(conditioned), heads, self.memory.algebra)
+        log_forget, write = self.gating(conditioned)
+        unbinding_keys, read = self.retrieval(conditioned)
+        output, carried = self.memory(
+            items,
+            keys,
+            unbinding_keys,
+            write,
+            read,
+            log_forget=log_forget,
+            rotation=self.rotation(keys) if self.config.rotation == "constant" else None,
+            initial_state=carried,
+            seq_idx=seq_idx,
+            mask=attention_mask,
+            form="recurrent" if hidden_states.shape[1] == 1 else "chunked",
+        )
+        output = self.norm(output).flatten(-2)
+        if self.gate_proj is not None:
+            output = output * F.silu(self.gate_proj(hidden_states))
+        count = _count(hidden_states, attention_mask, seq_idx, document, state)
+        return self.output_proj(output), LayerState(carried, tail, count)
+
+    def rotation(self, keys: Tensor) -> Tensor:
+        """Constant ρ, (1, 1, H, K): one turn takes from 2π to 2π · rotation_base tokens.
+
+        The same frequencies as rotary position embeddings (Su et al. 2021, arXiv 2104.09864).
+        """
+        size = self.memory.key_size
+        # Not a buffer: casting the model to bfloat16 must not cast the frequencies.
+        power = torch.arange(size, device=keys.device, dtype=keys.dtype) / size
+        return self.memory.algebra.key(self.config.rotation_base**-power).expand(1, 1, keys.shape[2], -1)
+
+
+def as_keys(raw: Tensor, num_heads: int, algebra: Algebra) -> Tensor:
+    """Projections (B, N, H · K) -> keys of the algebra (B, N, H, K), in float32 at least."""
+    wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    return algebra.key(wide.unflatten(-1, (num_heads, -1)))
+
+
+def _count(
+    inputs: Tensor,
+    mask: Tensor | None,
+    seq_idx: Tensor | None,
+    document: Tensor | None,
+    state: LayerState | None,
+) -> Tensor:
+    """Real tokens since the start of the last token's document, (B,)."""
+    batch, length = inputs.shape[:2]
+    if mask is None and seq_idx is None:
+        new = torch.full((batch,), length, device=inputs.device)
+        return new if state is None else state.count + new
+    real = inputs.new_ones(batch, length, dtype=torch.bool) if mask is None else mask.bool()
+    carried = torch.zeros(batch, dtype=torch.long, device=inputs.device) if state is None else state.count
+    if seq_idx is not None:
+        last = seq_idx[:, -1]
+        real = real & (seq_idx == last[:, None])
+        carried = carried.where((seq_idx[:, 0] if document is None else document) == last, 0)
+    return carried + real.sum(dim=1)

@@ -1,0 +1,277 @@
+"""HAMT as Transformers classes: a backbone, a causal language model, a classifier.
+
+Shape legend: B batch, N tokens, d hidden_dim, V vocab_size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_recurrent_attention_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from hamt.cache import HAMTCache
+from hamt.config import HAMTConfig
+from hamt.layers import GatingNetwork, HAMTLayer, LayerState, RetrievalHead, ShortConvolution
+
+
+class HAMTMLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): (B, N, d) -> (B, N, d)."""
+
+    def __init__(self, config: HAMTConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_dim, config.intermediate_dim, bias=False)
+        self.up_proj = nn.Linear(config.hidden_dim, config.intermediate_dim, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_dim, config.hidden_dim, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Transform each token by itself."""
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class HAMTBlock(GradientCheckpointingLayer):
+    """Pre-norm residual block: memory, then MLP. The state goes in and out as a value."""
+
+    def __init__(self, config: HAMTConfig) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
+        self.mixer = HAMTLayer(config)
+        self.mlp_norm = nn.RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
+        self.mlp = HAMTMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        state: LayerState | None = None,
+    ) -> tuple[Tensor, LayerState]:
+        """Return hidden states (B, N, d) and the state after the last token."""
+        mixed, state = self.mixer(self.mixer_norm(hidden_states), attention_mask, seq_idx, state)
+        hidden_states = hidden_states + self.dropout(mixed)
+        hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        return hidden_states, state
+
+
+class HAMTPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and saving shared by all HAMT models."""
+
+    config_class = HAMTConfig
+    config: HAMTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _is_stateful = True
+    _no_split_modules = ["HAMTBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": HAMTBlock}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            # Variance-preserving at any width, where the usual 0.02 would make small models deaf.
+            init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, GatingNetwork):
+            init.copy_(module.bias, module.initial_bias())
+            if module.weight is not None:
+                init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+        elif isinstance(module, ShortConvolution):
+            # The token itself, with a little of its past.
+            init.normal_(module.weight, std=0.1)
+            init.ones_(module.weight[-1])
+        elif isinstance(module, RetrievalHead):
+            init.ones_(module.read_proj.bias)
+        elif isinstance(module, HAMTBlock):
+            # A residual stream of constant scale (Radford et al. 2019).
+            for linear in (module.mixer.output_proj, module.mlp.down_proj):
+                init.normal_(linear.weight, std=(2 * self.config.num_layers * linear.in_features) ** -0.5)
+        else:
+            super()._init_weights(module)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
+        # A private hook of generate: HAMT's state is the only cache it has.
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = HAMTCache(self.config.num_layers)
+
+
+class HAMTBackbone(HAMTPreTrainedModel):
+    """Embedding, blocks and final norm, without a head; what ``AutoModel`` gives."""
+
+    def __init__(self, config: HAMTConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_dim, config.pad_token_id)
+        self.layers = nn.ModuleList(HAMTBlock(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HAMTCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Read a batch of sequences, or continue one.
+
+        Args:
+            input_ids: (B, N) tokens; or give
+            inputs_embeds: (B, N, d).
+            attention_mask: (B, N) or (B, seen + N), zero for padding.
+            position_ids: (B, N); only used to see where packed documents start, at position 0.
+            past_key_values: the state to continue from; it is updated.
+            use_cache: return the state even if none was given.
+            seq_idx: (B, N) document of each token; packed documents do not see each other.
+            cu_seq_lens_q: boundaries of the documents packed in the one row, instead of ``seq_idx``.
+
+        Returns:
+            ``last_hidden_state`` (B, N, d), ``past_key_values`` and what else was asked for.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values
+        if cache is not None and not isinstance(cache, HAMTCache):
+            raise ValueError(f"past_key_values must be a HAMTCache; got {type(cache).__name__}")
+        if cache is None and use_cache:
+            cache = HAMTCache(len(self.layers))
+        if cache is not None and len(cache.layers) != len(self.layers):
+            raise ValueError(
+                f"this state has {len(cache.layers)} layers, the model {len(self.layers)}: "
+                "it comes from another model"
+            )
+        states = [None] * len(self.layers) if cache is None else cache.states
+        mask = create_recurrent_attention_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        if seq_idx is None:
+            seq_idx = _documents(position_ids, cu_seq_lens_q, hidden_states, states[0])
+        new_states = []
+        for layer, state in zip(self.layers, states, strict=True):
+            hidden_states, state = layer(hidden_states, attention_mask=mask, seq_idx=seq_idx, state=state)
+            new_states.append(state)
+        if cache is not None:
+            cache.advance(new_states, hidden_states.shape[1])
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=cache)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.embed_tokens = value
+
+
+class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
+    """The language model: backbone and (tied) head.
+
+    Example:
+        >>> config = HAMTConfig(hidden_dim=64, num_layers=2, vocab_size=100)
+        >>> ids = torch.randint(100, (1, 8))
+        >>> HAMTForCausalLM(config)(ids, labels=ids)["logits"].shape
+        torch.Size([1, 8, 100])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: HAMTConfig) -> None:
+        super().__init__(config)
+        self.model = HAMTBackbone(config)
+        self.lm_head = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HAMTCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Predict the next token; the arguments of ``HAMTBackbone.forward`` and
+
+        Args:
+            labels: (B, N) targets, shifted inside, -100 where no loss is wanted.
+            logits_to_keep: how many of the last positions get logits, or which; 0 is all.
+
+        Returns:
+            ``loss`` in nats per token (with labels), ``logits`` (B, N, V), ``past_key_values``.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """Positions live in the state; position_ids would only be searched for packed documents."""
+        return {**super().prepare_inputs_for_generation(*args, **kwargs), "position_ids": None}
+
+
+class HAMTForSequenceClassification(GenericForSequenceClassification, HAMTPreTrainedModel):
+    """A linear classifier on the hidden state of the last token that is not padding."""
+
+
+HAMTModel = HAMTForCausalLM
+
+
+def _documents(
+    position_ids: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    hidden_states: Tensor,
+    state: LayerState | None,
+) -> Tensor | None:
+    """Document of each token (B, N) as the flattening collators tell it, or None for one document."""
+    batch, length = hidden_states.shape[:2]
+    before = None if state is None else state.memory.seq_idx
+    if cu_seq_lens is not None:
+        index = torch.arange(length, device=hidden_states.device)
+        documents = torch.searchsorted(cu_seq_lens.to(index), index, right=True).expand(batch, -1)
+    elif position_ids is not None:
+        documents = (position_ids == 0).cumsum(dim=1).expand(batch, -1)
+    else:
+        return None if before is None else before[:, None].expand(-1, length)
+    return documents if before is None else documents + before[:, None]
+
+
+AutoConfig.register("hamt", HAMTConfig)
+AutoModel.register(HAMTConfig, HAMTBackbone)
+AutoModelForCausalLM.register(HAMTConfig, HAMTForCausalLM)
+AutoModelForSequenceClassification.register(HAMTConfig, HAMTForSequenceClassification)
