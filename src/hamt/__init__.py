@@ -1,3 +1,39 @@
 """HAMT: causal language models whose token mixer is a fixed-size holographic memory."""
 
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
 __version__ = "0.1.0"
+
+_HOME = {
+    "HAMTBackbone": "hamt.model",
+    "HAMTCache": "hamt.cache",
+    "HAMTConfig": "hamt.config",
+    "HAMTForCausalLM": "hamt.model",
+    "HAMTForSequenceClassification": "hamt.model",
+    "HAMTLayer": "hamt.layers",
+    "HAMTModel": "hamt.model",
+    "HolographicMemory": "hamt.memory",
+    "MemoryState": "hamt.memory",
+    "get_algebra": "hamt.vsa",
+    "similarity": "hamt.vsa",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'hamt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+# ``import hamt`` registers the model with the Auto classes. Only the ``hamt`` command waits until a
+# subcommand needs it, so that its help answers without importing torch.
+if Path(sys.argv[0]).name not in ("hamt", "hamt.exe"):
+    importlib.import_module("hamt.model")

@@ -5,7 +5,6 @@ and a roll-back are references, and gradients can flow through a carried state.
 """
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
+from hamt.files import write_file
 from hamt.layers import LayerState
 from hamt.memory import MemoryState
 
@@ -148,11 +148,7 @@ class HAMTCache(Cache):
             for name, tensor in _flatten(layer.state).items()
         }
         metadata = {"format": _FORMAT, "layers": str(len(self.layers)), "seen_tokens": str(self.seen_tokens)}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".state-") as folder:
-            save_file(tensors, Path(folder) / path.name, metadata)
-            os.replace(Path(folder) / path.name, path)
+        write_file(path, lambda file: save_file(tensors, file, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> "HAMTCache":

@@ -94,9 +94,11 @@ class HAMTConfig(PreTrainedConfig):
         if self.rotation is None:
             self.rotation = "constant" if get_algebra(self.binding_type).has_phase else "none"
         super().__post_init__(**kwargs)
+        # ``@strict`` calls it too, on every later save, but wraps the error in a type of its own.
+        self.validate_architecture()
 
     def validate_architecture(self) -> None:
-        """Refuse what cannot be built; called by ``@strict``.
+        """Refuse what cannot be built.
 
         Raises:
             ValueError: with what is wrong and what would be right.

@@ -210,8 +210,12 @@ class HolographicMemory:
     def _chunked(self, lifted, keys, unbinding_keys, write, read, log_forget, rotation, state, seq_idx):
         memory, phase, document = state
         batch, length = lifted.shape[:2]
+        last = document
         if seq_idx is not None:
-            document = seq_idx[:, 0] if document is None else document
+            # Number the runs: a later document may bear the name of the state's, or of an earlier one.
+            last, first = seq_idx[:, -1], seq_idx[:, :1]
+            seq_idx = seq_idx.diff(dim=1, prepend=first).ne(0).cumsum(dim=1)
+            document = torch.zeros_like(last) if document is None else document.eq(first[:, 0]).long() - 1
         if rotation is not None:
             positions, phase = accumulate_phase(rotation, phase, seq_idx, document, batch, length)
             keys = self.algebra.compose(keys, positions)
@@ -225,10 +229,9 @@ class HolographicMemory:
             # The padded tail belongs to the last document.
             seq_idx = _repeat_last(seq_idx, -length % size).view(batch, 1, -1, size)
             ends = torch.cat((document.view(batch, 1, 1), seq_idx[..., -1]), dim=-1)
-            document = ends[:, 0, -1]
         output, memory = _tiles(*tiled, memory, seq_idx, ends)
         output = output.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length]
-        return self.algebra.unbind(output, unbinding_keys), MemoryState(memory, phase, document)
+        return self.algebra.unbind(output, unbinding_keys), MemoryState(memory, phase, last)
 
     def step(
         self,
@@ -270,7 +273,8 @@ def _superpose(memory: Tensor, bound: Tensor, write: Tensor, log_forget: Tensor)
 
 def _read(memory: Tensor, read: Tensor) -> Tensor:
     """Σ_s r[s] M[s]: (B, H, S, F), (B, H, S) -> (B, H, F)."""
-    return (read.to(memory.dtype)[..., None, :] @ memory).squeeze(-2)
+    with torch.autocast(memory.device.type, enabled=False):
+        return (read.to(memory.dtype)[..., None, :] @ memory).squeeze(-2)
 
 
 def _tile(x: Tensor, size: int) -> Tensor:

@@ -33,7 +33,9 @@ def similarity(x: Tensor, y: Tensor) -> Tensor:
 
 def wrap_phase(phase: Tensor) -> Tensor:
     """Wrap angles in radians to [-π, π]; the gradient is the identity."""
-    return phase - (2 * math.pi) * torch.round(phase / (2 * math.pi))
+    turns = torch.round(phase / (2 * math.pi))
+    # 2π in two parts, the first exact in 8 bits: 2π rounded to float32 drifts by 1.7e-7 at every turn.
+    return phase - turns * 6.28125 - turns * (2 * math.pi - 6.28125)
 
 
 class _StraightThroughSign(torch.autograd.Function):
@@ -81,11 +83,11 @@ class Elementwise:
 
     def bind(self, lifted: Tensor, key: Tensor) -> Tensor:
         """Bind lifted items (..., F) to keys (..., K): norm-preserving, linear in the item."""
-        return lifted * key
+        return lifted * key.to(lifted.dtype)
 
     def unbind(self, lifted: Tensor, key: Tensor) -> Tensor:
         """Undo ``bind`` with the same key, exactly."""
-        return lifted * key
+        return self.bind(lifted, key)
 
     def random_keys(self, *shape: int, generator: torch.Generator | None = None) -> Tensor:
         """Independent uniform keys of ``shape`` (the last entry is K)."""

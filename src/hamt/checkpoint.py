@@ -1,0 +1,86 @@
+"""Checkpoints that hold all that is needed to use them: weights, configuration, tokenizer.
+
+The format of record is a Transformers folder (safetensors). A lone ``.pt`` file holds the same as
+plain data, readable with ``torch.load(weights_only=True)``.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hamt.config import HAMTConfig
+from hamt.errors import UserError
+from hamt.files import write_file, write_folder
+from hamt.model import HAMTForCausalLM
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str], model: HAMTForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
+
+    def write(target: Path) -> None:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+    write_folder(folder, write)
+
+
+def save_pt(path: str | os.PathLike[str], model: HAMTForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write weights, configuration and tokenizer to one ``.pt`` file of plain data."""
+    content = {
+        "state_dict": model.state_dict(),
+        "config": json.loads(model.config.to_json_string(use_diff=False)),
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "special_tokens": {name: getattr(tokenizer, name) for name in _SPECIAL_TOKENS},
+    }
+    write_file(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[HAMTForCausalLM, PreTrainedTokenizerBase]:
+    """Load a folder or a ``.pt`` file; the model is in evaluation mode.
+
+    Raises:
+        UserError: if there is no HAMT checkpoint at ``path``.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _load_pt(path)
+    config = path / "config.json"
+    if not config.is_file():
+        raise UserError(f"no checkpoint at {path}: give a folder with a config.json, or a .pt file")
+    try:
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise UserError(
+            f"{config} is not a model configuration ({error}); give another checkpoint"
+        ) from error
+    if model_type != HAMTConfig.model_type:
+        raise UserError(f"{path} holds a {model_type!r} model, not a HAMT model; give a HAMT checkpoint")
+    try:
+        model = HAMTForCausalLM.from_pretrained(path, local_files_only=True)
+        return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a whole checkpoint ({reason}); train it again") from error
+
+
+def _load_pt(path: Path) -> tuple[HAMTForCausalLM, PreTrainedTokenizerFast]:
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        model = HAMTForCausalLM(HAMTConfig(**content["config"]))
+        model.load_state_dict(content["state_dict"])
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(content["tokenizer"]), **content["special_tokens"]
+        )
+    # Whatever torch.load trips over, the file is not one of ours.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a HAMT checkpoint ({reason}); give a file that hamt wrote") from error
+    return model.eval(), tokenizer

@@ -1,0 +1,49 @@
+"""The ``hamt`` command: a name, a function, nothing more."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from hamt.errors import UserError
+
+# Modules are named, not imported: help must not wait for torch.
+COMMANDS = {
+    "demo": ("hamt.commands.demo", "train a small model on the State of the Union and let it write"),
+    "quick-train": ("hamt.commands.quick_train", "train a small model in minutes, with options"),
+    "generate": ("hamt.commands.generate", "continue a prompt, token by token"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``hamt COMMAND OPTIONS``; returns the exit code: 0, or 2 for a mistake of the user."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(_usage())
+            return 0
+        if arguments[0] == "--version":
+            from hamt import __version__
+
+            print(f"hamt {__version__}")
+            return 0
+        if arguments[0] not in COMMANDS:
+            raise UserError(f"no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
+        return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:]) or 0
+    except UserError as error:
+        print(f"hamt: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of a pipe has gone, which is its right
+        return 0
+
+
+def _usage() -> str:
+    commands = "\n".join(f"  {name:<14}{help}" for name, (_, help) in COMMANDS.items())
+    return (
+        "hamt: language models whose token mixer is a fixed-size holographic memory\n\n"
+        f"usage: hamt COMMAND [--options]\n\n{commands}\n\n"
+        "hamt COMMAND --help lists the options of a command."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

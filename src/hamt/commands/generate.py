@@ -1,0 +1,67 @@
+"""``hamt generate``: continue a prompt, token by token."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import TextStreamer, set_seed
+
+from hamt.checkpoint import load_checkpoint
+from hamt.commands.options import option, parse
+from hamt.errors import UserError
+
+
+@dataclass
+class GenerateOptions:
+    """Continue a prompt with a trained model, printing each word as it comes."""
+
+    prompt: str | None = option(None, "the text to continue; none starts a new document")
+    checkpoint: str = option("checkpoints/demo", "a checkpoint folder, or a .pt file")
+    max_new_tokens: int = option(200, "tokens to write at most")
+    temperature: float = option(0.8, "0 is greedy; higher is more varied")
+    top_p: float = option(0.95, "sample from the likeliest tokens that hold this much probability")
+    top_k: int = option(0, "sample from this many tokens; 0 is all")
+    repetition_penalty: float = option(1.0, "above 1 discourages words already written")
+    seed: int | None = option(None, "the same seed writes the same text")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Load the checkpoint and stream the continuation to standard output."""
+    options = parse(GenerateOptions, arguments, "generate", positional="prompt")
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens must be at least 1; got {options.max_new_tokens}")
+    if options.temperature < 0:
+        raise UserError(f"--temperature must be 0 or more; got {options.temperature}")
+    if not 0 < options.top_p <= 1:
+        raise UserError(f"--top_p must lie in (0, 1]; got {options.top_p}")
+    model, tokenizer = load_checkpoint(options.checkpoint)
+    if options.seed is not None:
+        set_seed(options.seed)
+    stream_text(model, tokenizer, options.prompt or "", options)
+    return 0
+
+
+def stream_text(model, tokenizer, prompt: str, options: GenerateOptions) -> None:
+    """Print ``prompt`` and its continuation as it is written."""
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    # A model trained on whole documents knows how one starts: after the end of another.
+    ids = ids or [tokenizer.eos_token_id]
+    sampling = (
+        {
+            "do_sample": True,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "top_k": options.top_k,
+        }
+        if options.temperature > 0
+        else {"do_sample": False}
+    )
+    model.generate(
+        torch.tensor([ids]),
+        max_new_tokens=options.max_new_tokens,
+        repetition_penalty=options.repetition_penalty,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling,
+    )
+    sys.stdout.flush()

@@ -1,0 +1,82 @@
+"""``hamt quick-train``: train a small model in minutes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from hamt.checkpoint import save_pt
+from hamt.commands.options import option, parse
+from hamt.training.run import train_on_corpus
+
+
+@dataclass
+class QuickTrainOptions:
+    """Train a small HAMT model on one core in minutes."""
+
+    num_steps: int = option(500, "optimiser steps")
+    batch_size: int = option(8, "blocks in a step")
+    log_interval: int = option(50, "steps between logged losses")
+    output_dir: str = option("checkpoints/quick_train", "where the checkpoint goes")
+    data: str = option("sotu", "sotu (embedded), or the path of a UTF-8 text file")
+    tokenizer: str | None = option(None, "a tokenizer by name or folder (gpt2); none trains one on the text")
+    vocab_size: int = option(4096, "size of the tokenizer that is trained")
+    max_length: int = option(256, "tokens in a block")
+    hidden_dim: int = option(256, "width of the model")
+    hcm_dim: int | None = option(None, "width of the holographic memory (2 * hidden_dim)")
+    num_layers: int = option(4, "blocks")
+    num_slots: int = option(16, "memory slots per head")
+    num_heads: int = option(4, "heads")
+    binding_type: str = option("phasor", "phasor, circular_conv or elementwise")
+    write_rule: str = option("gated", "gated or convex")
+    dropout: float = option(0.0, "dropout")
+    learning_rate: float = option(5e-3, "peak learning rate")
+    eval_interval: int = option(100, "steps between held-out losses")
+    seed: int = option(0, "seed of weights and data order")
+
+
+ARCHITECTURE = (
+    "hidden_dim",
+    "hcm_dim",
+    "num_layers",
+    "num_slots",
+    "num_heads",
+    "binding_type",
+    "write_rule",
+    "dropout",
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train, and write the checkpoint folder, ``hamt_quick_<n>steps.pt`` and ``training_info.json``."""
+    options = parse(QuickTrainOptions, arguments, "quick-train")
+    console = Console()
+    run = train_on_corpus(
+        console,
+        data=options.data,
+        tokenizer_name=options.tokenizer,
+        vocab_size=options.vocab_size,
+        architecture={name: getattr(options, name) for name in ARCHITECTURE},
+        output_dir=options.output_dir,
+        max_length=options.max_length,
+        batch_size=options.batch_size,
+        num_steps=options.num_steps,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        log_interval=options.log_interval,
+        eval_interval=options.eval_interval,
+    )
+    path = Path(options.output_dir) / f"hamt_quick_{run.result.steps}steps.pt"
+    save_pt(path, run.model, run.tokenizer)
+    if run.final is None:
+        console.print(f"stopped after {run.result.steps} steps; the checkpoint is in {options.output_dir}")
+        return 0
+    console.print(
+        f"final loss {run.result.final_loss:.3f} (training), {run.final.nats_per_token:.3f} nats/token, "
+        f"{run.final.bits_per_byte:.3f} bits/byte (held out); "
+        f"unigram {run.unigram:.3f}, bigram {run.bigram:.3f}"
+    )
+    console.print(f"{run.result.tokens_per_second:,.0f} tokens/s; wrote {path}")
+    console.print(f'try: hamt generate "Fellow citizens" --checkpoint {options.output_dir}')
+    return 0
