@@ -5,7 +5,7 @@ and a roll-back are references, and gradients can flow through a carried state.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -52,7 +52,7 @@ class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Rows of the state, -1 before the first token."""
-        return -1 if self.state is None else len(self.state.count)
+        return -1 if self.state is None else len(self.state.position)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply ``function`` to every tensor of the state."""
@@ -85,6 +85,8 @@ class HAMTCache(Cache):
     Pass it as ``past_key_values``. Its size does not depend on the number of tokens.
     """
 
+    layers: list[HAMTCacheLayer]  # type: ignore[assignment]
+
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[HAMTCacheLayer() for _ in range(num_layers)])
         self.seen_tokens = 0
@@ -94,7 +96,7 @@ class HAMTCache(Cache):
         """The state of each block, None before the first token."""
         return [layer.state for layer in self.layers]
 
-    def advance(self, states: list[LayerState], length: int) -> None:
+    def advance(self, states: Sequence[LayerState | None], length: int) -> None:
         """Take over the states after ``length`` more tokens."""
         for layer, state in zip(self.layers, states, strict=True):
             layer.state = state
@@ -116,10 +118,7 @@ class HAMTCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the state."""
-        sizes: list[int] = []
-        for layer in self.layers:
-            layer.map(lambda x: sizes.append(x.nbytes) or x)
-        return sum(sizes)
+        return sum(x.nbytes for state in self.states if state for x in _flatten(state).values())
 
     def fork(self) -> "HAMTCache":
         """An independent continuation of the same past; costs no copy."""
@@ -145,7 +144,7 @@ class HAMTCache(Cache):
         tensors = {
             f"layers.{index}.{name}": tensor.detach().contiguous().clone()
             for index, layer in enumerate(self.layers)
-            for name, tensor in _flatten(layer.state).items()
+            for name, tensor in _flatten(layer.state).items()  # type: ignore[arg-type]
         }
         metadata = {"format": _FORMAT, "layers": str(len(self.layers)), "seen_tokens": str(self.seen_tokens)}
         write_file(path, lambda file: save_file(tensors, file, metadata))
@@ -171,25 +170,22 @@ class HAMTCache(Cache):
         cache = cls(int(metadata["layers"]))
         states = []
         for index in range(len(cache.layers)):
-            part = {name: tensors.get(f"layers.{index}.{name}") for name in _NAMES}
-            states.append(
-                LayerState(
-                    MemoryState(part["memory"], part["phase"], part["seq_idx"]), part["conv"], part["count"]
-                )
-            )
+            *memory, conv, position = (tensors.get(f"layers.{index}.{name}") for name in _NAMES)
+            states.append(LayerState(MemoryState(*memory), conv, position))  # type: ignore[arg-type]
         cache.advance(states, int(metadata["seen_tokens"]))
         return cache
 
 
-_NAMES = (*MemoryState._fields, "conv", "count")
+_NAMES = (*MemoryState._fields, "conv", "position")
 
 
 def _flatten(state: LayerState) -> dict[str, Tensor]:
-    values = (*state.memory, state.conv, state.count)
+    values = (*state.memory, state.conv, state.position)
     return {name: value for name, value in zip(_NAMES, values, strict=True) if value is not None}
 
 
 def _map(function: Callable[[Tensor], Tensor], state: LayerState) -> LayerState:
-    memory = MemoryState(*(None if x is None else function(x) for x in state.memory))
-    conv = None if state.conv is None else function(state.conv)
-    return LayerState(memory, conv, function(state.count))
+    *memory, conv, position = (
+        None if x is None else function(x) for x in (*state.memory, state.conv, state.position)
+    )
+    return LayerState(MemoryState(*memory), conv, position)  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ def save_checkpoint(
     write_folder(folder, write)
 
 
-def save_pt(path: str | os.PathLike[str], model: HAMTForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def save_pt(path: str | os.PathLike[str], model: HAMTForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write weights, configuration and tokenizer to one ``.pt`` file of plain data."""
     content = {
         "state_dict": model.state_dict(),

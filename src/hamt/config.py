@@ -106,6 +106,7 @@ class HAMTConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_dim", "num_layers", "num_slots", "num_heads", "chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        assert self.hcm_dim is not None  # filled in above
         step = 2 * self.num_heads
         if self.hcm_dim < step or self.hcm_dim % step:
             lower, upper = self.hcm_dim // step * step, -(-self.hcm_dim // step) * step

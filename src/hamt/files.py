@@ -29,4 +29,9 @@ def write_file(path: str | os.PathLike[str], write: Callable[[Path], None]) -> N
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write ``content`` as indented JSON."""
-    write_file(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    text = json.dumps(content, indent=2) + "\n"
+
+    def write(file: Path) -> None:
+        file.write_text(text, encoding="utf-8")
+
+    write_file(path, write)

@@ -28,12 +28,12 @@ class LayerState(NamedTuple):
     """All that a layer carries from token to token.
 
     ``memory``; ``conv`` (B, conv_kernel_size - 1, d) the last inputs of the short convolution, or
-    None without one; ``count`` (B,) real tokens since the start of the document.
+    None without one; ``position`` (B,) real tokens since the start of the document.
     """
 
     memory: MemoryState
     conv: Tensor | None
-    count: Tensor
+    position: Tensor
 
 
 class GatingNetwork(nn.Module):
@@ -132,8 +132,8 @@ class ShortConvolution(nn.Module):
         for lag in range(1, self.kernel_size):
             past = slice(reach - lag, reach - lag + length)
             term = weight[reach - lag] * window[:, past]
-            if documents is not None:
-                term = term * (documents[:, past] == seq_idx)[..., None]
+            if documents is not None and seq_idx is not None:
+                term = term * documents[:, past].eq(seq_idx)[..., None]
             output = output + term
         return output, self._tail(window, documents, mask, reach)
 
@@ -151,7 +151,7 @@ class ShortConvolution(nn.Module):
             if documents is not None:
                 documents = torch.cat((documents.gather(1, index), documents[:, -1:]), dim=1)
         if documents is not None:
-            tail = tail * (documents[:, :-1] == documents[:, -1:])[..., None]
+            tail = tail * documents[:, :-1].eq(documents[:, -1:])[..., None]
         return tail
 
 
@@ -160,6 +160,7 @@ class HAMTLayer(nn.Module):
 
     def __init__(self, config: HAMTConfig) -> None:
         super().__init__()
+        assert config.hcm_dim is not None  # HAMTConfig fills it in
         self.config = config
         self.memory = HolographicMemory(
             hcm_dim=config.hcm_dim,
@@ -225,8 +226,8 @@ class HAMTLayer(nn.Module):
         output = self.norm(output).flatten(-2)
         if self.gate_proj is not None:
             output = output * F.silu(self.gate_proj(hidden_states))
-        count = _count(hidden_states, attention_mask, seq_idx, document, state)
-        return self.output_proj(output), LayerState(carried, tail, count)
+        position = _position(hidden_states, attention_mask, seq_idx, document, state)
+        return self.output_proj(output), LayerState(carried, tail, position)
 
     def rotation(self, keys: Tensor) -> Tensor:
         """Constant ρ, (1, 1, H, K): one turn takes from 2π to 2π · rotation_base tokens.
@@ -245,7 +246,7 @@ def as_keys(raw: Tensor, num_heads: int, algebra: Algebra) -> Tensor:
     return algebra.key(wide.unflatten(-1, (num_heads, -1)))
 
 
-def _count(
+def _position(
     inputs: Tensor,
     mask: Tensor | None,
     seq_idx: Tensor | None,
@@ -256,9 +257,9 @@ def _count(
     batch, length = inputs.shape[:2]
     if mask is None and seq_idx is None:
         new = torch.full((batch,), length, device=inputs.device)
-        return new if state is None else state.count + new
+        return new if state is None else state.position + new
     real = inputs.new_ones(batch, length, dtype=torch.bool) if mask is None else mask.bool()
-    carried = torch.zeros(batch, dtype=torch.long, device=inputs.device) if state is None else state.count
+    carried = torch.zeros(batch, dtype=torch.long, device=inputs.device) if state is None else state.position
     if seq_idx is not None:
         last = seq_idx[:, -1]
         real = real & (seq_idx == last[:, None])

@@ -181,11 +181,13 @@ class HolographicMemory:
 
     def _recurrent(self, lifted, keys, unbinding_keys, write, read, log_forget, rotation, state, seq_idx):
         outputs = []
-        for t in range(lifted.shape[1]):
-            at_t = (a[:, t] for a in (lifted, keys, unbinding_keys, write, read, log_forget))
-            rotation_t = None if rotation is None else rotation[:, min(t, rotation.shape[1] - 1)]
-            seq_idx_t = None if seq_idx is None else seq_idx[:, t]
-            output, state = self._step(*at_t, rotation_t, state, seq_idx_t)
+        tokens = zip(
+            *(a.unbind(1) for a in (lifted, keys, unbinding_keys, write, read, log_forget)), strict=True
+        )
+        for t, (x, k, u, w, r, f) in enumerate(tokens):
+            rho = None if rotation is None else rotation[:, min(t, rotation.shape[1] - 1)]
+            document = None if seq_idx is None else seq_idx[:, t]
+            output, state = self._step(x, k, u, w, r, f, rho, state, document)
             outputs.append(output)
         return torch.stack(outputs, dim=1), state
 
@@ -223,13 +225,15 @@ class HolographicMemory:
         bound = self.algebra.bind(lifted, keys)
 
         size = min(self.chunk_size, length)
-        tiled = [_tile(a, size) for a in (bound, write.to(memory.dtype), read.to(memory.dtype), log_forget)]
+        wide = memory.dtype
+        bound, log_forget = _tile(bound, size), _tile(log_forget, size)
+        write, read = _tile(write.to(wide), size), _tile(read.to(wide), size)
         ends = None
         if seq_idx is not None:
             # The padded tail belongs to the last document.
             seq_idx = _repeat_last(seq_idx, -length % size).view(batch, 1, -1, size)
             ends = torch.cat((document.view(batch, 1, 1), seq_idx[..., -1]), dim=-1)
-        output, memory = _tiles(*tiled, memory, seq_idx, ends)
+        output, memory = _tiles(bound, write, read, log_forget, memory, seq_idx, ends)
         output = output.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length]
         return self.algebra.unbind(output, unbinding_keys), MemoryState(memory, phase, last)
 

@@ -26,6 +26,7 @@ class HAMTMLP(nn.Module):
 
     def __init__(self, config: HAMTConfig) -> None:
         super().__init__()
+        assert config.intermediate_dim is not None  # HAMTConfig fills it in
         self.gate_proj = nn.Linear(config.hidden_dim, config.intermediate_dim, bias=False)
         self.up_proj = nn.Linear(config.hidden_dim, config.intermediate_dim, bias=False)
         self.down_proj = nn.Linear(config.intermediate_dim, config.hidden_dim, bias=False)
@@ -96,11 +97,6 @@ class HAMTPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
-        # A private hook of generate: HAMT's state is the only cache it has.
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = HAMTCache(self.config.num_layers)
-
 
 class HAMTBackbone(HAMTPreTrainedModel):
     """Embedding, blocks and final norm, without a head; what ``AutoModel`` gives."""
@@ -168,14 +164,6 @@ class HAMTBackbone(HAMTPreTrainedModel):
             cache.advance(new_states, hidden_states.shape[1])
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=cache)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding."""
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding."""
-        self.embed_tokens = value
-
 
 class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
     """The language model: backbone and (tied) head.
@@ -240,9 +228,15 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        # A private hook of generate: HAMT's state is the only cache it has.
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = HAMTCache(self.config.num_layers)
+
     def prepare_inputs_for_generation(self, *args, **kwargs):
         """Positions live in the state; position_ids would only be searched for packed documents."""
-        return {**super().prepare_inputs_for_generation(*args, **kwargs), "position_ids": None}
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        return {**inputs, "position_ids": None}
 
 
 class HAMTForSequenceClassification(GenericForSequenceClassification, HAMTPreTrainedModel):

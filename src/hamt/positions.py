@@ -36,6 +36,7 @@ def accumulate_phase(
     positions = _wrapped_cumsum(rotation.expand(-1, length, -1, -1))
     carried = None if phase is None else phase[:, None]
     if seq_idx is not None:
+        assert document is not None
         # Take away what had gone round before the first token of the document.
         start = _starts(seq_idx)[..., None, None].expand(-1, -1, *positions.shape[2:])
         positions = positions.expand(batch, -1, -1, -1)

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import MISSING, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from transformers import HfArgumentParser
 
@@ -30,7 +30,9 @@ def parse(options: type[T], arguments: Sequence[str], command: str, positional: 
     Raises:
         UserError: for unknown options, with the nearest known one, and for values of a wrong type.
     """
-    parser = _Parser(options, prog=f"hamt {command}", description=(options.__doc__ or "").splitlines()[0])
+    parser = _Parser(
+        cast(Any, options), prog=f"hamt {command}", description=(options.__doc__ or "").splitlines()[0]
+    )
     if positional:
         info = options.__dataclass_fields__[positional]  # type: ignore[attr-defined]
         default = None if info.default is MISSING else info.default

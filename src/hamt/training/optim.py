@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+from transformers import PreTrainedModel
 
 
 class Optimizers:
@@ -15,7 +16,7 @@ class Optimizers:
     weight decay serve both.
     """
 
-    def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float = 0.1) -> None:
+    def __init__(self, model: PreTrainedModel, learning_rate: float, weight_decay: float = 0.1) -> None:
         blocks = model.get_decoder().layers
         matrices = [m.weight for m in blocks.modules() if isinstance(m, nn.Linear)]
         known = {id(p) for p in matrices}

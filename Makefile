@@ -1,0 +1,44 @@
+# Everything from a bare checkout: `make demo` and `make test`. Each makes venv/ if it is missing.
+PYTHON ?= python3
+BIN := venv/bin
+
+.PHONY: help setup setup-dev demo test check format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: venv/.runtime  ## make venv/ and install HAMT into it
+
+setup-dev: venv/.dev  ## the same with the tools of tests and checks
+
+demo: setup  ## train a small model on real text and let it write (about 5 minutes)
+	$(BIN)/hamt demo
+
+test: setup-dev  ## run the tests on all cores (under 10 minutes on 2)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto
+
+check: setup-dev  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup-dev  ## rewrite the code as `make check` wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what tests and tools leave behind (venv/ and checkpoints/ stay)
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './venv/*' -prune -exec rm -rf {} +
+
+venv/bin/python:
+	$(PYTHON) -m venv venv
+
+# A stamp is only touched when everything before it went well, so a broken install is taken up again.
+venv/.runtime: requirements.txt pyproject.toml | venv/bin/python
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+venv/.dev: requirements-dev.txt venv/.runtime
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
