@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hamt.config import HAMTConfig
+from hamt.losses import reconstruction_loss
 from hamt.memory import HolographicMemory, MemoryState
 from hamt.vsa import Algebra
 
@@ -34,6 +35,14 @@ class LayerState(NamedTuple):
     memory: MemoryState
     conv: Tensor | None
     position: Tensor
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm (Zhang and Sennrich 2019) that stays in the dtype of its input, as under autocast."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalise the last dimension; the mean square is taken in float32 at least."""
+        return F.rms_norm(inputs, self.normalized_shape, self.weight.to(inputs.dtype), self.eps)
 
 
 class GatingNetwork(nn.Module):
@@ -99,8 +108,7 @@ class RetrievalHead(nn.Module):
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution over the last ``kernel_size`` real tokens of a document.
 
-    Padding is skipped on the left and on the right of a row; a gap of padding inside it is read as
-    zeros.
+    Padding is skipped wherever it stands, in the middle of a row too.
     """
 
     def __init__(self, hidden_dim: int, kernel_size: int) -> None:
@@ -112,47 +120,39 @@ class ShortConvolution(nn.Module):
         self,
         inputs: Tensor,
         tail: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        document: Tensor | None = None,
+        documents: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(B, N, d) and the tail (B, kernel_size - 1, d) -> outputs and the new tail."""
+        """(B, N, d) and the tail (B, kernel_size - 1, d) -> outputs and the new tail.
+
+        ``documents`` (B, N) numbers the documents of each row, 0 for the one the tail belongs to.
+        """
         batch, length, width = inputs.shape
         reach = self.kernel_size - 1
+        order, end = None, torch.full((batch, 1), length, device=inputs.device)
         if mask is not None:
-            inputs = inputs * mask[..., None].to(inputs.dtype)
+            # Real tokens move together, padding behind them.
+            padding = mask.eq(0)
+            order, end = padding.byte().argsort(dim=1, stable=True), length - padding.sum(dim=1, keepdim=True)
+            inputs = _take(inputs, order)
+            documents = None if documents is None else documents.gather(1, order)
         tail = inputs.new_zeros(batch, reach, width) if tail is None else tail.to(inputs.dtype)
         window = torch.cat((tail, inputs), dim=1)
-        documents = None
-        if seq_idx is not None:
-            document = seq_idx[:, 0] if document is None else document
-            documents = torch.cat((document[:, None].expand(-1, reach), seq_idx), dim=1)
+        documents = None if documents is None else F.pad(documents, (reach, 0))
         weight = self.weight.to(inputs.dtype)
         output = weight[reach] * inputs
         for lag in range(1, self.kernel_size):
             past = slice(reach - lag, reach - lag + length)
             term = weight[reach - lag] * window[:, past]
-            if documents is not None and seq_idx is not None:
-                term = term * documents[:, past].eq(seq_idx)[..., None]
-            output = output + term
-        return output, self._tail(window, documents, mask, reach)
-
-    @staticmethod
-    def _tail(window: Tensor, documents: Tensor | None, mask: Tensor | None, reach: int) -> Tensor:
-        """The last ``reach`` real tokens of the window; those of an earlier document as zeros."""
-        if mask is None:
-            tail = window[:, window.shape[1] - reach :]
-            documents = None if documents is None else documents[:, -reach - 1 :]
-        else:
-            real = F.pad(mask.bool(), (reach, 0), value=True)
-            index = torch.arange(window.shape[1], device=window.device).where(real, -1)
-            index = index.topk(reach, dim=1).values.flip(1)
-            tail = window.gather(1, index[..., None].expand(-1, -1, window.shape[2]))
             if documents is not None:
-                documents = torch.cat((documents.gather(1, index), documents[:, -1:]), dim=1)
+                term = term * documents[:, past].eq(documents[:, reach:])[..., None]
+            output = output + term
+        # The new tail: the last real tokens, those of an earlier document as zeros.
+        index = end + torch.arange(reach, device=inputs.device)
+        tail = _take(window, index)
         if documents is not None:
-            tail = tail * documents[:, :-1].eq(documents[:, -1:])[..., None]
-        return tail
+            tail = tail * documents.gather(1, index).eq(documents.gather(1, index[:, -1:]))[..., None]
+        return output if order is None else _take(output, order.argsort(dim=1)), tail
 
 
 class HAMTLayer(nn.Module):
@@ -177,7 +177,7 @@ class HAMTLayer(nn.Module):
         self.key_proj = nn.Linear(width, config.num_heads * memory.key_size, bias=False)
         self.gating = GatingNetwork(config)
         self.retrieval = RetrievalHead(config, memory.algebra, memory.key_size)
-        self.norm = nn.RMSNorm(memory.head_dim, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(memory.head_dim, eps=config.rms_norm_eps)
         self.gate_proj = nn.Linear(width, config.hcm_dim, bias=False) if config.use_output_gate else None
         self.output_proj = nn.Linear(config.hcm_dim, width, bias=False)
 
@@ -187,7 +187,7 @@ class HAMTLayer(nn.Module):
         attention_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
         state: LayerState | None = None,
-    ) -> tuple[Tensor, LayerState]:
+    ) -> tuple[Tensor, LayerState, Tensor | None]:
         """Mix a sequence, or continue one from ``state``.
 
         Args:
@@ -197,19 +197,34 @@ class HAMTLayer(nn.Module):
             state: what an earlier call returned; None starts empty.
 
         Returns:
-            Outputs (B, N, d) and the state after the last token.
+            Outputs (B, N, d), the state after the last token, and, in training with
+            ``use_auxiliary_loss``, the reconstruction loss (else None).
+
+        Raises:
+            ValueError: if ``state`` is another model's or has another number of rows.
         """
         heads = self.config.num_heads
+        if state is not None:
+            self._check_state(state, len(hidden_states))
         carried = None if state is None else state.memory
-        document = None if carried is None else carried.seq_idx
+        documents = None
+        if seq_idx is not None:
+            if attention_mask is not None:
+                seq_idx = _fill_padding(seq_idx, attention_mask.ne(0))
+            documents = _number_documents(seq_idx, None if carried is None else carried.seq_idx)
         conditioned, tail = hidden_states, None
         if self.conv is not None:
             before = None if state is None else state.conv
-            conditioned, tail = self.conv(hidden_states, before, seq_idx, document, attention_mask)
+            conditioned, tail = self.conv(hidden_states, before, documents, attention_mask)
         items = self.item_proj(conditioned).unflatten(-1, (heads, -1))
         keys = as_keys(self.key_proj(conditioned), heads, self.memory.algebra)
         log_forget, write = self.gating(conditioned)
         unbinding_keys, read = self.retrieval(conditioned)
+        rotation = self.rotation(keys) if self.config.rotation == "constant" else None
+        aux_loss = None
+        if self.training and self.config.use_auxiliary_loss:
+            stored = (items, keys, write, log_forget, rotation, seq_idx, attention_mask)
+            aux_loss = reconstruction_loss(self.memory, *stored).loss
         output, carried = self.memory(
             items,
             keys,
@@ -217,7 +232,7 @@ class HAMTLayer(nn.Module):
             write,
             read,
             log_forget=log_forget,
-            rotation=self.rotation(keys) if self.config.rotation == "constant" else None,
+            rotation=rotation,
             initial_state=carried,
             seq_idx=seq_idx,
             mask=attention_mask,
@@ -226,8 +241,8 @@ class HAMTLayer(nn.Module):
         output = self.norm(output).flatten(-2)
         if self.gate_proj is not None:
             output = output * F.silu(self.gate_proj(hidden_states))
-        position = _position(hidden_states, attention_mask, seq_idx, document, state)
-        return self.output_proj(output), LayerState(carried, tail, position)
+        position = _position(hidden_states, attention_mask, documents, state)
+        return self.output_proj(output), LayerState(carried, tail, position), aux_loss
 
     def rotation(self, keys: Tensor) -> Tensor:
         """Constant ρ, (1, 1, H, K): one turn takes from 2π to 2π · rotation_base tokens.
@@ -239,6 +254,27 @@ class HAMTLayer(nn.Module):
         power = torch.arange(size, device=keys.device, dtype=keys.dtype) / size
         return self.memory.algebra.key(self.config.rotation_base**-power).expand(1, 1, keys.shape[2], -1)
 
+    def _check_state(self, state: LayerState, batch_size: int) -> None:
+        memory, heads, config = self.memory, self.config.num_heads, self.config
+        fitting = {
+            "memory": (heads, memory.num_slots, memory.head_dim),
+            "phase": (heads, memory.key_size) if config.rotation == "constant" else None,
+            "conv": None if self.conv is None else (config.conv_kernel_size - 1, config.hidden_dim),
+        }
+        found = {"memory": state.memory.memory, "phase": state.memory.phase, "conv": state.conv}
+        for name, tensor in found.items():
+            shape = None if tensor is None else tuple(tensor.shape[1:])
+            if shape != fitting[name]:
+                raise ValueError(
+                    f"this state comes from another model: its {name} has shape {shape} a row, "
+                    f"the model's {fitting[name]}"
+                )
+        if len(state.position) != batch_size:
+            raise ValueError(
+                f"this state has {len(state.position)} rows, the input {batch_size}: "
+                "change its rows with HAMTCache.batch_repeat_interleave or batch_select_indices"
+            )
+
 
 def as_keys(raw: Tensor, num_heads: int, algebra: Algebra) -> Tensor:
     """Projections (B, N, H · K) -> keys of the algebra (B, N, H, K), in float32 at least."""
@@ -246,22 +282,40 @@ def as_keys(raw: Tensor, num_heads: int, algebra: Algebra) -> Tensor:
     return algebra.key(wide.unflatten(-1, (num_heads, -1)))
 
 
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens ``index`` (B, n) of x (B, N, d): -> (B, n, d)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _fill_padding(seq_idx: Tensor, real: Tensor) -> Tensor:
+    """Let padding join the document of the last real token before it, or of the first one."""
+    index = torch.arange(real.shape[1], device=real.device)
+    before = index.where(real, -1).cummax(dim=1).values
+    first = real.byte().argmax(dim=1, keepdim=True)
+    return seq_idx.gather(1, before.where(before >= 0, first))
+
+
+def _number_documents(seq_idx: Tensor, document: Tensor | None) -> Tensor:
+    """Number the documents of each row, 0 for the one the state belongs to: (B, N), (B,) -> (B, N).
+
+    Names may come again: a document is one run of equal names.
+    """
+    first = seq_idx[:, :1]
+    runs = seq_idx.diff(dim=1, prepend=first).ne(0).cumsum(dim=1)
+    return runs if document is None else runs + document[:, None].ne(first)
+
+
 def _position(
-    inputs: Tensor,
-    mask: Tensor | None,
-    seq_idx: Tensor | None,
-    document: Tensor | None,
-    state: LayerState | None,
+    inputs: Tensor, mask: Tensor | None, documents: Tensor | None, state: LayerState | None
 ) -> Tensor:
     """Real tokens since the start of the last token's document, (B,)."""
     batch, length = inputs.shape[:2]
-    if mask is None and seq_idx is None:
-        new = torch.full((batch,), length, device=inputs.device)
-        return new if state is None else state.position + new
-    real = inputs.new_ones(batch, length, dtype=torch.bool) if mask is None else mask.bool()
     carried = torch.zeros(batch, dtype=torch.long, device=inputs.device) if state is None else state.position
-    if seq_idx is not None:
-        last = seq_idx[:, -1]
-        real = real & (seq_idx == last[:, None])
-        carried = carried.where((seq_idx[:, 0] if document is None else document) == last, 0)
+    if mask is None and documents is None:
+        return carried + length
+    real = inputs.new_ones(batch, length, dtype=torch.bool) if mask is None else mask.ne(0)
+    if documents is not None:
+        last = documents[:, -1:]
+        real = real & documents.eq(last)
+        carried = carried.where(last[:, 0] == 0, 0)
     return carried + real.sum(dim=1)

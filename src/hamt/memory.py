@@ -121,7 +121,7 @@ class HolographicMemory:
 
         Shapes: item (B, H, F), key (B, H, K), write and log_forget (B, H, S).
         """
-        log_forget = self._log_forget(write, log_forget, state.memory.dtype)
+        log_forget = self.resolve_log_forget(write, log_forget, state.memory.dtype)
         bound = self.algebra.bind(self.algebra.lift(item), key)
         return state._replace(memory=_superpose(state.memory, bound, write, log_forget))
 
@@ -168,7 +168,7 @@ class HolographicMemory:
         state = initial_state or self.initial_state(len(items), _wide(items), items.device)
         # State and decay arithmetic stay in float32 under autocast; only tile products are narrow.
         with torch.autocast(items.device.type, enabled=False):
-            log_forget = self._log_forget(write, log_forget, state.memory.dtype)
+            log_forget = self.resolve_log_forget(write, log_forget, state.memory.dtype)
             if mask is not None:
                 real = mask.to(log_forget.dtype)[..., None, None]
                 write, log_forget = write * real, log_forget * real
@@ -250,12 +250,17 @@ class HolographicMemory:
     ) -> tuple[Tensor, MemoryState]:
         """One token in, one token out: the arguments of ``__call__`` without their N dimension."""
         state = state or self.initial_state(len(item), _wide(item), item.device)
-        log_forget = self._log_forget(write, log_forget, state.memory.dtype)
+        log_forget = self.resolve_log_forget(write, log_forget, state.memory.dtype)
         lifted = self.algebra.lift(item)
         output, state = self._step(lifted, key, unbinding_key, write, read, log_forget, rotation, state, None)
         return self.algebra.lower(output), state
 
-    def _log_forget(self, write: Tensor, log_forget: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def resolve_log_forget(self, write: Tensor, log_forget: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """log α as the recurrence uses it: derived if ``convex``, floored, in ``dtype``.
+
+        Raises:
+            ValueError: if it is given although derived, or missing.
+        """
         if self.write_rule == "convex":
             if log_forget is not None:
                 raise ValueError("the convex write rule derives log_forget from write; leave it out")

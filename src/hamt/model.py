@@ -3,13 +3,14 @@
 Shape legend: B batch, N tokens, d hidden_dim, V vocab_size.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_recurrent_attention_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -18,7 +19,21 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hamt.cache import HAMTCache
 from hamt.config import HAMTConfig
-from hamt.layers import GatingNetwork, HAMTLayer, LayerState, RetrievalHead, ShortConvolution
+from hamt.layers import GatingNetwork, HAMTLayer, LayerState, RetrievalHead, RMSNorm, ShortConvolution
+
+
+@dataclass
+class HAMTBackboneOutput(BaseModelOutputWithPast):
+    """``aux_loss`` is the mean auxiliary loss of the layers, in training with ``use_auxiliary_loss``."""
+
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class HAMTCausalLMOutput(CausalLMOutputWithPast):
+    """``aux_loss`` as in ``HAMTBackboneOutput``, unweighted."""
+
+    aux_loss: Tensor | None = None
 
 
 class HAMTMLP(nn.Module):
@@ -41,9 +56,9 @@ class HAMTBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: HAMTConfig) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
+        self.mixer_norm = RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
         self.mixer = HAMTLayer(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
         self.mlp = HAMTMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -53,12 +68,12 @@ class HAMTBlock(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
         state: LayerState | None = None,
-    ) -> tuple[Tensor, LayerState]:
-        """Return hidden states (B, N, d) and the state after the last token."""
-        mixed, state = self.mixer(self.mixer_norm(hidden_states), attention_mask, seq_idx, state)
+    ) -> tuple[Tensor, LayerState, Tensor | None]:
+        """Return hidden states (B, N, d), the state after the last token, and the auxiliary loss."""
+        mixed, state, aux_loss = self.mixer(self.mixer_norm(hidden_states), attention_mask, seq_idx, state)
         hidden_states = hidden_states + self.dropout(mixed)
         hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
-        return hidden_states, state
+        return hidden_states, state, aux_loss
 
 
 class HAMTPreTrainedModel(PreTrainedModel):
@@ -105,7 +120,7 @@ class HAMTBackbone(HAMTPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_dim, config.pad_token_id)
         self.layers = nn.ModuleList(HAMTBlock(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
         self.post_init()
 
     @merge_with_config_defaults
@@ -121,7 +136,7 @@ class HAMTBackbone(HAMTPreTrainedModel):
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> HAMTBackboneOutput:
         """Read a batch of sequences, or continue one.
 
         Args:
@@ -151,18 +166,25 @@ class HAMTBackbone(HAMTPreTrainedModel):
                 "it comes from another model"
             )
         states = [None] * len(self.layers) if cache is None else cache.states
-        mask = create_recurrent_attention_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
+        mask = _padding(attention_mask, hidden_states.shape[1])
         if seq_idx is None:
-            seq_idx = _documents(position_ids, cu_seq_lens_q, hidden_states, states[0])
-        new_states = []
+            if position_ids is not None or cu_seq_lens_q is not None:
+                states = [_in_a_document(state) for state in states]
+            seq_idx = _documents(position_ids, cu_seq_lens_q, mask, hidden_states, states[0])
+        new_states, aux_losses = [], []
         for layer, state in zip(self.layers, states, strict=True):
-            hidden_states, state = layer(hidden_states, attention_mask=mask, seq_idx=seq_idx, state=state)
+            hidden_states, state, aux_loss = layer(
+                hidden_states, attention_mask=mask, seq_idx=seq_idx, state=state
+            )
             new_states.append(state)
+            aux_losses.append(aux_loss)
         if cache is not None:
             cache.advance(new_states, hidden_states.shape[1])
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=cache)
+        return HAMTBackboneOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=cache,
+            aux_loss=None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
+        )
 
 
 class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
@@ -195,7 +217,7 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> HAMTCausalLMOutput:
         """Predict the next token; the arguments of ``HAMTBackbone.forward`` and
 
         Args:
@@ -203,7 +225,8 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
             logits_to_keep: how many of the last positions get logits, or which; 0 is all.
 
         Returns:
-            ``loss`` in nats per token (with labels), ``logits`` (B, N, V), ``past_key_values``.
+            ``loss`` in nats per token (with labels; the weighted ``aux_loss`` is part of it),
+            ``logits`` (B, N, V), ``past_key_values``.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -221,11 +244,14 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(
+            if outputs.aux_loss is not None:
+                loss = loss + self.config.aux_loss_weight * outputs.aux_loss
+        return HAMTCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            aux_loss=outputs.aux_loss,
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
@@ -246,9 +272,31 @@ class HAMTForSequenceClassification(GenericForSequenceClassification, HAMTPreTra
 HAMTModel = HAMTForCausalLM
 
 
+def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """The mask of these ``length`` tokens, (B, N), or None where nothing is padding."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask must be (batch, tokens) and cover the {length} tokens of the input; "
+            f"got {tuple(attention_mask.shape)}. Packed documents are told apart by seq_idx"
+        )
+    mask = attention_mask[:, -length:]
+    # Reading values would break a graph.
+    return None if not torch.compiler.is_compiling() and mask.ne(0).all() else mask
+
+
+def _in_a_document(state: LayerState | None) -> LayerState | None:
+    """The same state, named as document 0 if it has no name, so that another document can begin."""
+    if state is None or state.memory.seq_idx is not None:
+        return state
+    return state._replace(memory=state.memory._replace(seq_idx=torch.zeros_like(state.position)))
+
+
 def _documents(
     position_ids: Tensor | None,
     cu_seq_lens: Tensor | None,
+    mask: Tensor | None,
     hidden_states: Tensor,
     state: LayerState | None,
 ) -> Tensor | None:
@@ -259,7 +307,8 @@ def _documents(
         index = torch.arange(length, device=hidden_states.device)
         documents = torch.searchsorted(cu_seq_lens.to(index), index, right=True).expand(batch, -1)
     elif position_ids is not None:
-        documents = (position_ids == 0).cumsum(dim=1).expand(batch, -1)
+        starts = position_ids.eq(0) if mask is None else position_ids.eq(0) & mask.ne(0)
+        documents = starts.cumsum(dim=1).expand(batch, -1)
     else:
         return None if before is None else before[:, None].expand(-1, length)
     return documents if before is None else documents + before[:, None]
