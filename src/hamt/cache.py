@@ -171,6 +171,8 @@ class HAMTCache(Cache):
         states = []
         for index in range(len(cache.layers)):
             *memory, conv, position = (tensors.get(f"layers.{index}.{name}") for name in _NAMES)
+            if memory[0] is None or position is None:
+                raise ValueError(f"{path} is not a whole HAMT state: save it again")
             states.append(LayerState(MemoryState(*memory), conv, position))  # type: ignore[arg-type]
         cache.advance(states, int(metadata["seen_tokens"]))
         return cache

@@ -1,5 +1,6 @@
 """HAMTConfig: every choice of the architecture, checked when it is made, and the named presets."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -66,7 +67,7 @@ class HAMTConfig(PreTrainedConfig):
     write_rule: str = "gated"
     rotation: str | None = None
     rotation_base: float | int = 10_000.0
-    decay_rate: float = 0.001
+    decay_rate: float | int = 0.001
     min_half_life: float | int = 4.0
     max_half_life: float | int = 4096.0
     chunk_size: int = 16
@@ -78,8 +79,8 @@ class HAMTConfig(PreTrainedConfig):
     dropout: float | int = 0.0
     use_auxiliary_loss: bool = False
     aux_loss_weight: float | int = 0.05
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    rms_norm_eps: float | int = 1e-6
+    initializer_range: float | int = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
@@ -87,6 +88,9 @@ class HAMTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # Sizes under their Transformers names count before other sizes are derived from them.
+        for alias in self.attribute_map.keys() & kwargs.keys():
+            setattr(self, alias, kwargs.pop(alias))
         if self.hcm_dim is None:
             self.hcm_dim = 2 * self.hidden_dim
         if self.intermediate_dim is None:
@@ -103,9 +107,15 @@ class HAMTConfig(PreTrainedConfig):
         Raises:
             ValueError: with what is wrong and what would be right.
         """
-        for name in ("vocab_size", "hidden_dim", "num_layers", "num_slots", "num_heads", "chunk_size"):
+        sizes = ("vocab_size", "hidden_dim", "num_layers", "num_slots", "num_heads", "chunk_size")
+        for name in (*sizes, "intermediate_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("aux_loss_weight", "rms_norm_eps", "initializer_range"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
+        if not 0 < self.rotation_base < math.inf:
+            raise ValueError(f"rotation_base must be positive, 10000 is usual; got {self.rotation_base}")
         assert self.hcm_dim is not None  # filled in above
         step = 2 * self.num_heads
         if self.hcm_dim < step or self.hcm_dim % step:
@@ -127,9 +137,9 @@ class HAMTConfig(PreTrainedConfig):
             )
         if not 0 <= self.decay_rate < 1:
             raise ValueError(f"decay_rate must lie in [0, 1); got {self.decay_rate}")
-        if not 0 < self.min_half_life <= self.max_half_life:
+        if not 0 < self.min_half_life <= self.max_half_life < math.inf:
             raise ValueError(
-                f"half-lives must satisfy 0 < min_half_life <= max_half_life; got "
+                f"half-lives must satisfy 0 < min_half_life <= max_half_life < inf; got "
                 f"{self.min_half_life} and {self.max_half_life}"
             )
         if not 0 <= self.dropout < 1:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,18 @@ from typing import Any
 def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary folder, then move each of its files into ``folder``.
 
-    A crash while ``write`` runs leaves ``folder`` as it was.
+    A crash while ``write`` runs leaves ``folder`` as it was. Files get the mode of any new file here;
+    safetensors makes its own readable by their owner alone.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
         write(Path(temporary))
-        for file in sorted(Path(temporary).iterdir()):
+        files = sorted(Path(temporary).iterdir())
+        probe = Path(temporary) / "mode-probe"
+        probe.touch()
+        for file in files:
+            shutil.copymode(probe, file)
             os.replace(file, folder / file.name)
 
 

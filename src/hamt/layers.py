@@ -82,7 +82,8 @@ class GatingNetwork(nn.Module):
         rank = torch.arange(slots) * heads + torch.arange(heads)[:, None]
         low, high = math.log(self.config.min_half_life), math.log(self.config.max_half_life)
         half_life = torch.exp(low + (high - low) * rank / max(slots * heads - 1, 1))
-        forget = torch.log(torch.expm1(math.log(2) / half_life)).flatten()  # logit of 1 - α
+        pace = math.log(2) / half_life
+        forget = (pace + torch.log(-torch.expm1(-pace))).flatten()  # logit of 1 - α
         if self.num_gates == 1:
             return forget
         return torch.cat((-forget, torch.full_like(forget, -2.0)))
@@ -238,6 +239,9 @@ class HAMTLayer(nn.Module):
             mask=attention_mask,
             form="recurrent" if hidden_states.shape[1] == 1 else "chunked",
         )
+        if hidden_states.shape[1] > 1:
+            # A view would keep the states at all tiles alive, and the state would grow with the context.
+            carried = MemoryState(*(None if x is None else x.clone() for x in carried))  # type: ignore[arg-type]
         output = self.norm(output).flatten(-2)
         if self.gate_proj is not None:
             output = output * F.silu(self.gate_proj(hidden_states))

@@ -105,28 +105,36 @@ class HolographicMemory:
         return self.algebra.lower(self.algebra.unbind(self.algebra.lift(bound), key))
 
     def initial_state(
-        self,
-        batch_size: int = 1,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
+        self, batch_size: int = 1, dtype: torch.dtype = torch.float32, device: torch.device | None = None
     ) -> MemoryState:
         """An empty memory; ``dtype`` is float32 or float64."""
         shape = (batch_size, self.num_heads, self.num_slots, self.head_dim)
         return MemoryState(torch.zeros(shape, dtype=dtype, device=device))
 
     def write(
-        self, state: MemoryState, item: Tensor, key: Tensor, write: Tensor, log_forget: Tensor | None = None
+        self,
+        state: MemoryState,
+        item: Tensor,
+        key: Tensor,
+        write: Tensor | None = None,
+        log_forget: Tensor | None = None,
     ) -> MemoryState:
-        """Superpose one item a head: equations (2) and (3) without position.
+        """Superpose an item for each head: equations (2) and (3) without position.
 
-        Shapes: item (B, H, F), key (B, H, K), write and log_forget (B, H, S).
+        Shapes: item (B, H, F), key (B, H, K), write and log_forget (B, H, S), or what broadcasts to
+        them. Left out, the item is written whole to every slot, and nothing is forgotten.
         """
-        log_forget = self.resolve_log_forget(write, log_forget, state.memory.dtype)
+        slots = state.memory[..., 0]
+        write = torch.ones_like(slots) if write is None else write
+        if log_forget is None and self.write_rule == "gated":
+            log_forget = torch.zeros_like(slots)
+        log_forget = self.resolve_log_forget(write, log_forget, slots.dtype)
         bound = self.algebra.bind(self.algebra.lift(item), key)
         return state._replace(memory=_superpose(state.memory, bound, write, log_forget))
 
-    def retrieve(self, state: MemoryState, key: Tensor, read: Tensor) -> Tensor:
-        """Read the slots with weights (B, H, S) and unbind with keys (B, H, K): -> (B, H, F)."""
+    def retrieve(self, state: MemoryState, key: Tensor, read: Tensor | None = None) -> Tensor:
+        """Sum the slots with weights read (B, H, S), all one if left out, and unbind: -> (B, H, F)."""
+        read = torch.ones_like(state.memory[..., 0]) if read is None else read
         return self.algebra.lower(self.algebra.unbind(_read(state.memory, read), key))
 
     # ------------------------------------------------------------- sequences
@@ -174,17 +182,14 @@ class HolographicMemory:
                 write, log_forget = write * real, log_forget * real
                 rotation = None if rotation is None else rotation * real
             run = {"chunked": self._chunked, "recurrent": self._recurrent}[form]
-            lifted = self.algebra.lift(items)
-            args = (lifted, keys, unbinding_keys, write, read, log_forget, rotation, state, seq_idx)
-            output, state = run(*args)
+            tensors = (self.algebra.lift(items), keys, unbinding_keys, write, read, log_forget)
+            output, state = run(*tensors, rotation, state, seq_idx)
             return self.algebra.lower(output), state
 
     def _recurrent(self, lifted, keys, unbinding_keys, write, read, log_forget, rotation, state, seq_idx):
         outputs = []
-        tokens = zip(
-            *(a.unbind(1) for a in (lifted, keys, unbinding_keys, write, read, log_forget)), strict=True
-        )
-        for t, (x, k, u, w, r, f) in enumerate(tokens):
+        tokens = (a.unbind(1) for a in (lifted, keys, unbinding_keys, write, read, log_forget))
+        for t, (x, k, u, w, r, f) in enumerate(zip(*tokens, strict=True)):
             rho = None if rotation is None else rotation[:, min(t, rotation.shape[1] - 1)]
             document = None if seq_idx is None else seq_idx[:, t]
             output, state = self._step(x, k, u, w, r, f, rho, state, document)
@@ -249,11 +254,11 @@ class HolographicMemory:
         state: MemoryState | None = None,
     ) -> tuple[Tensor, MemoryState]:
         """One token in, one token out: the arguments of ``__call__`` without their N dimension."""
-        state = state or self.initial_state(len(item), _wide(item), item.device)
-        log_forget = self.resolve_log_forget(write, log_forget, state.memory.dtype)
-        lifted = self.algebra.lift(item)
-        output, state = self._step(lifted, key, unbinding_key, write, read, log_forget, rotation, state, None)
-        return self.algebra.lower(output), state
+        forget = None if log_forget is None else log_forget[:, None]
+        rho = None if rotation is None else rotation[:, None]
+        tokens = (item[:, None], key[:, None], unbinding_key[:, None], write[:, None], read[:, None])
+        output, state = self(*tokens, forget, rho, state, form="recurrent")
+        return output.squeeze(1), state
 
     def resolve_log_forget(self, write: Tensor, log_forget: Tensor | None, dtype: torch.dtype) -> Tensor:
         """log α as the recurrence uses it: derived if ``convex``, floored, in ``dtype``.
@@ -298,6 +303,20 @@ def _repeat_last(x: Tensor, count: int) -> Tensor:
     return torch.cat((x, x[..., -1:].expand(*x.shape[:-1], count)), dim=-1)
 
 
+def _decays(total: Tensor, documents: Tensor | None) -> Tensor:
+    """Decay from j to i: cumulated log α (..., C, S), documents (..., C) -> (..., C, C, S).
+
+    exp(total_i - total_j) where j ≤ i in the same document, else 0. Every exponent is a difference
+    ≤ 0, masked before exp: inf · 0 would have no gradient.
+    """
+    size = total.shape[-2]
+    visible = torch.ones(size, size, dtype=torch.bool, device=total.device).tril()
+    if documents is not None:
+        visible = visible & documents[..., :, None].eq(documents[..., None, :])
+    difference = total[..., :, None, :] - total[..., None, :, :]
+    return difference.masked_fill(~visible[..., None], -torch.inf).exp()
+
+
 def _tiles(bound, write, read, log_forget, memory, seq_idx, ends):
     """(3) and the sum of (4) for all tiles: (B, H, T, C, ·) -> output (B, H, T, C, F), memory.
 
@@ -306,14 +325,7 @@ def _tiles(bound, write, read, log_forget, memory, seq_idx, ends):
     """
     narrow = bound.dtype
     total = log_forget.cumsum(dim=-2)  # decay from the start of the tile to each token, inclusive
-    # Inside a tile: every exponent is a difference ≤ 0. Masked before exp: inf · 0 has no gradient.
-    visible = torch.ones(2 * bound.shape[-2:-1], dtype=torch.bool, device=bound.device).tril()
-    if seq_idx is not None:
-        visible = visible & (seq_idx[..., :, None] == seq_idx[..., None, :])
-    decay = (
-        (total[..., :, None, :] - total[..., None, :, :]).masked_fill(~visible[..., None], -torch.inf).exp()
-    )
-    scores = torch.einsum("bhtis,bhtijs,bhtjs->bhtij", read, decay, write)
+    scores = torch.einsum("bhtis,bhtijs,bhtjs->bhtij", read, _decays(total, seq_idx), write)
     output = scores.to(narrow) @ bound
     # Into the state at the end of the tile, across tiles, and out of the state that enters a tile.
     to_end = write * (total[..., -1:, :] - total).exp()
@@ -338,23 +350,17 @@ def _scan(log_decay, delta, memory, ends):
     log_decay = F.pad(log_decay.clamp(min=_LOG_ZERO), (0, 0, 0, padding)).view(batch, heads, -1, size, slots)
     delta = F.pad(delta, (0, 0, 0, 0, 0, padding)).view(batch, heads, -1, size, slots, width)
     total = log_decay.cumsum(dim=-2)
-    visible = torch.ones(size, size, dtype=torch.bool, device=delta.device).tril()
-    carried = total.exp()
+    carried, inner = total.exp(), None
     if ends is not None:
         ends = _repeat_last(ends, padding)
         inner = ends[..., 1:].view(batch, 1, -1, size)
         ends = torch.cat((ends[..., :1], inner[..., -1]), dim=-1)  # of groups
-        visible = visible & (inner[..., :, None] == inner[..., None, :])
         carried = carried * (inner == ends[..., :-1, None])[..., None]
-    decay = (
-        (total[..., :, None, :] - total[..., None, :, :]).masked_fill(~visible[..., None], -torch.inf).exp()
-    )
-    after = torch.einsum("bhuijs,bhujsf->bhuisf", decay, delta)  # each group from an empty memory
+    after = torch.einsum("bhuijs,bhujsf->bhuisf", _decays(total, inner), delta)  # from an empty memory
     if after.shape[2] == 1:
-        entering, last = memory[:, :, None], None
+        entering = memory[:, :, None]
     else:
-        entering, last = _scan(total[..., -1, :], after[..., -1, :, :], memory, ends)
+        entering, _ = _scan(total[..., -1, :], after[..., -1, :, :], memory, ends)
     after = after + carried[..., None] * entering[..., None, :, :]
     entering = torch.cat((entering[..., None, :, :], after[..., :-1, :, :]), dim=3)
-    last = after[:, :, 0, -1] if last is None else last
-    return entering.flatten(2, 3)[:, :, :tiles], last
+    return entering.flatten(2, 3)[:, :, :tiles], after[:, :, -1, -1]

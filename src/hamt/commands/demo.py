@@ -31,7 +31,7 @@ ARCHITECTURE = {"hidden_dim": 192, "num_layers": 4, "num_slots": 16, "num_heads"
 def main(arguments: Sequence[str]) -> int:
     """Train, compare with unigram and bigram models, generate, and say what to try next."""
     options = parse(DemoOptions, arguments, "demo")
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
     run = train_on_corpus(
         console,
         data=options.data,
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         max_length=256,
         batch_size=8,
         num_steps=options.num_steps,
-        learning_rate=5e-3,
+        learning_rate=1e-2,
         seed=options.seed,
         max_seconds=60 * options.max_minutes,
         eval_interval=max(options.num_steps // 6, 1),

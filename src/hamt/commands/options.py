@@ -6,6 +6,7 @@ from dataclasses import MISSING, field
 from typing import Any, NoReturn, TypeVar, cast
 
 from transformers import HfArgumentParser
+from transformers.utils import logging
 
 from hamt.errors import UserError
 
@@ -30,6 +31,8 @@ def parse(options: type[T], arguments: Sequence[str], command: str, positional: 
     Raises:
         UserError: for unknown options, with the nearest known one, and for values of a wrong type.
     """
+    # Bars of libraries for files of a few MB would drown what the command has to say.
+    logging.disable_progress_bar()
     parser = _Parser(
         cast(Any, options), prog=f"hamt {command}", description=(options.__doc__ or "").splitlines()[0]
     )

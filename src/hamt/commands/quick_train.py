@@ -31,7 +31,9 @@ class QuickTrainOptions:
     binding_type: str = option("phasor", "phasor, circular_conv or elementwise")
     write_rule: str = option("gated", "gated or convex")
     dropout: float = option(0.0, "dropout")
-    learning_rate: float = option(5e-3, "peak learning rate")
+    use_aux_loss: bool = option(False, "train keys and gates to reconstruct stored items too")
+    aux_loss_weight: float = option(0.05, "weight of that loss")
+    learning_rate: float = option(1e-2, "peak learning rate")
     eval_interval: int = option(100, "steps between held-out losses")
     seed: int = option(0, "seed of weights and data order")
 
@@ -45,19 +47,23 @@ ARCHITECTURE = (
     "binding_type",
     "write_rule",
     "dropout",
+    "aux_loss_weight",
 )
 
 
 def main(arguments: Sequence[str]) -> int:
     """Train, and write the checkpoint folder, ``hamt_quick_<n>steps.pt`` and ``training_info.json``."""
     options = parse(QuickTrainOptions, arguments, "quick-train")
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
     run = train_on_corpus(
         console,
         data=options.data,
         tokenizer_name=options.tokenizer,
         vocab_size=options.vocab_size,
-        architecture={name: getattr(options, name) for name in ARCHITECTURE},
+        architecture={
+            **{name: getattr(options, name) for name in ARCHITECTURE},
+            "use_auxiliary_loss": options.use_aux_loss,
+        },
         output_dir=options.output_dir,
         max_length=options.max_length,
         batch_size=options.batch_size,
@@ -77,6 +83,10 @@ def main(arguments: Sequence[str]) -> int:
         f"{run.final.bits_per_byte:.3f} bits/byte (held out); "
         f"unigram {run.unigram:.3f}, bigram {run.bigram:.3f}"
     )
+    if options.use_aux_loss:
+        console.print(
+            f"reconstruction loss {run.result.final_aux_loss:.3f} (1 - cosine of stored and retrieved)"
+        )
     console.print(f"{run.result.tokens_per_second:,.0f} tokens/s; wrote {path}")
     console.print(f'try: hamt generate "Fellow citizens" --checkpoint {options.output_dir}')
     return 0

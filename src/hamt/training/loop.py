@@ -26,7 +26,8 @@ class TrainingResult:
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    final_loss: float = float("nan")
+    final_loss: float | None = None
+    final_aux_loss: float | None = None
     interrupted: bool = False
     out_of_time: bool = False
     train_losses: list[tuple[int, float]] = field(default_factory=list)
@@ -90,15 +91,16 @@ def train(
                 result.out_of_time = True
                 break
             block = next(batches)
-            loss = model(block, labels=block).loss
-            loss.backward()
+            outputs = model(block, labels=block)
+            outputs.loss.backward()
             clip_gradients(model)
             progress = max((result.steps + 1) / num_steps, elapsed / max_seconds)
             optimizers.step(cosine_schedule(progress, warmup))
             result.steps += 1
             result.tokens += block[:, 1:].numel()
             result.seconds += time.monotonic() - step_start
-            recent.append(loss.item())
+            recent.append(outputs.loss.item())
+            result.final_aux_loss = None if outputs.aux_loss is None else outputs.aux_loss.item()
             bar.update()
             if result.steps % log_interval == 0 or result.steps == num_steps:
                 result.final_loss = sum(recent) / len(recent)
