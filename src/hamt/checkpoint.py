@@ -17,7 +17,15 @@ from hamt.errors import UserError
 from hamt.files import write_file, write_folder
 from hamt.model import HAMTForCausalLM
 
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+# What a fast tokenizer needs beside its backend.
+_TOKENIZER_SETTINGS = (
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "unk_token",
+    "padding_side",
+    "clean_up_tokenization_spaces",
+)
 
 
 def save_checkpoint(
@@ -38,7 +46,7 @@ def save_pt(path: str | os.PathLike[str], model: HAMTForCausalLM, tokenizer: Pre
         "state_dict": model.state_dict(),
         "config": json.loads(model.config.to_json_string(use_diff=False)),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
-        "special_tokens": {name: getattr(tokenizer, name) for name in _SPECIAL_TOKENS},
+        "tokenizer_settings": {name: getattr(tokenizer, name) for name in _TOKENIZER_SETTINGS},
     }
     write_file(path, lambda file: torch.save(content, file))
 
@@ -77,7 +85,7 @@ def _load_pt(path: Path) -> tuple[HAMTForCausalLM, PreTrainedTokenizerFast]:
         model = HAMTForCausalLM(HAMTConfig(**content["config"]))
         model.load_state_dict(content["state_dict"])
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(content["tokenizer"]), **content["special_tokens"]
+            tokenizer_object=Tokenizer.from_str(content["tokenizer"]), **content["tokenizer_settings"]
         )
     # Whatever torch.load trips over, the file is not one of ours.
     except Exception as error:

@@ -159,5 +159,10 @@ class HAMTConfig(PreTrainedConfig):
         return cls(**{**PRESETS[name], **overrides})
 
 
-# Named by the parameters they really have (a test counts them), embeddings included and tied.
-PRESETS: dict[str, dict[str, Any]] = {}
+# Named by the parameters they really have with GPT-2's vocabulary, tied embeddings included.
+PRESETS: dict[str, dict[str, Any]] = {
+    "17M": {"hidden_dim": 256, "num_layers": 4},
+    "50M": {"hidden_dim": 448, "num_layers": 8},
+    "100M": {"hidden_dim": 640, "num_layers": 10},
+    "200M": {"hidden_dim": 896, "num_layers": 12},
+}

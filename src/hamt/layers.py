@@ -45,6 +45,10 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(inputs, self.normalized_shape, self.weight.to(inputs.dtype), self.eps)
 
 
+class ResidualLinear(nn.Linear):
+    """A linear map into the residual stream, initialised the smaller the deeper the model."""
+
+
 class GatingNetwork(nn.Module):
     """Forget and write gates of every slot from the token alone: c (B, N, d) -> (B, N, H, S) each.
 
@@ -97,13 +101,14 @@ class RetrievalHead(nn.Module):
         self.algebra = algebra
         self.num_heads = config.num_heads
         self.key_proj = nn.Linear(config.hidden_dim, config.num_heads * key_size, bias=False)
-        self.read_proj = nn.Linear(config.hidden_dim, config.num_heads * config.num_slots)
+        self.read_proj = nn.Linear(config.hidden_dim, config.num_heads * config.num_slots, bias=False)
+        self.read_bias = nn.Parameter(torch.empty(config.num_heads * config.num_slots))
 
     def forward(self, conditioned: Tensor) -> tuple[Tensor, Tensor]:
         """Return unbinding keys and read weights, in float32 at least."""
         keys = as_keys(self.key_proj(conditioned), self.num_heads, self.algebra)
-        read = self.read_proj(conditioned).unflatten(-1, (self.num_heads, -1))
-        return keys, read.to(keys.dtype)
+        read = self.read_proj(conditioned).to(keys.dtype) + self.read_bias
+        return keys, read.unflatten(-1, (self.num_heads, -1))
 
 
 class ShortConvolution(nn.Module):
@@ -180,7 +185,7 @@ class HAMTLayer(nn.Module):
         self.retrieval = RetrievalHead(config, memory.algebra, memory.key_size)
         self.norm = RMSNorm(memory.head_dim, eps=config.rms_norm_eps)
         self.gate_proj = nn.Linear(width, config.hcm_dim, bias=False) if config.use_output_gate else None
-        self.output_proj = nn.Linear(config.hcm_dim, width, bias=False)
+        self.output_proj = ResidualLinear(config.hcm_dim, width, bias=False)
 
     def forward(
         self,

@@ -19,7 +19,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hamt.cache import HAMTCache
 from hamt.config import HAMTConfig
-from hamt.layers import GatingNetwork, HAMTLayer, LayerState, RetrievalHead, RMSNorm, ShortConvolution
+from hamt.layers import (
+    GatingNetwork,
+    HAMTLayer,
+    LayerState,
+    ResidualLinear,
+    RetrievalHead,
+    RMSNorm,
+    ShortConvolution,
+)
 
 
 @dataclass
@@ -44,7 +52,7 @@ class HAMTMLP(nn.Module):
         assert config.intermediate_dim is not None  # HAMTConfig fills it in
         self.gate_proj = nn.Linear(config.hidden_dim, config.intermediate_dim, bias=False)
         self.up_proj = nn.Linear(config.hidden_dim, config.intermediate_dim, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_dim, config.hidden_dim, bias=False)
+        self.down_proj = ResidualLinear(config.intermediate_dim, config.hidden_dim, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Transform each token by itself."""
@@ -90,11 +98,17 @@ class HAMTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        # Only modules with parameters of their own come here: Transformers skips others in code not its own.
         if isinstance(module, nn.Linear):
-            # Variance-preserving at any width, where the usual 0.02 would make small models deaf.
-            init.normal_(module.weight, std=module.in_features**-0.5)
+            # Variance-preserving at any width, where the usual 0.02 would make small models deaf;
+            # into the residual stream so that its scale stays constant (Radford et al. 2019).
+            depth = 2 * self.config.num_layers if isinstance(module, ResidualLinear) else 1
+            init.normal_(module.weight, std=(depth * module.in_features) ** -0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, RetrievalHead):
+            # Reading all slots from the start; without it training starts far more slowly.
+            init.ones_(module.read_bias)
         elif isinstance(module, GatingNetwork):
             init.copy_(module.bias, module.initial_bias())
             if module.weight is not None:
@@ -103,12 +117,6 @@ class HAMTPreTrainedModel(PreTrainedModel):
             # The token itself, with a little of its past.
             init.normal_(module.weight, std=0.1)
             init.ones_(module.weight[-1])
-        elif isinstance(module, RetrievalHead):
-            init.ones_(module.read_proj.bias)
-        elif isinstance(module, HAMTBlock):
-            # A residual stream of constant scale (Radford et al. 2019).
-            for linear in (module.mixer.output_proj, module.mlp.down_proj):
-                init.normal_(linear.weight, std=(2 * self.config.num_layers * linear.in_features) ** -0.5)
         else:
             super()._init_weights(module)
 
@@ -259,9 +267,12 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HAMTCache(self.config.num_layers)
 
-    def prepare_inputs_for_generation(self, *args, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):  # type: ignore[override]
         """Positions live in the state; position_ids would only be searched for packed documents."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        # ``generate`` looks for ``inputs_embeds`` in this signature.
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
         return {**inputs, "position_ids": None}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 from rich.console import Console
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import hamt
@@ -123,6 +124,13 @@ def train_on_corpus(
     def evaluate(stream: torch.Tensor = sample) -> Loss:
         return held_out_loss(model, stream, round(scale * len(stream)), max_length)
 
+    def report(step: int, loss: Loss) -> None:
+        with tqdm.external_write_mode():  # a line of its own above the progress bar
+            console.print(
+                f"step {step:5d}   held-out loss {loss.nats_per_token:.3f} nats/token, "
+                f"{loss.bits_per_byte:.3f} bits/byte"
+            )
+
     result = train(
         model,
         batches,
@@ -132,10 +140,7 @@ def train_on_corpus(
         max_seconds=max_seconds,
         log_interval=log_interval,
         eval_interval=eval_interval,
-        on_evaluation=lambda step, loss: console.print(
-            f"step {step:5d}   held-out loss {loss.nats_per_token:.3f} nats/token, "
-            f"{loss.bits_per_byte:.3f} bits/byte"
-        ),
+        on_evaluation=report,
     )
     save_checkpoint(output_dir, model, tokenizer)
     final = None if result.interrupted else evaluate(held_out_stream)

@@ -1,0 +1,93 @@
+"""Tiny models with loud random weights, token rows and comparisons, shared by the tests of the model."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from hamt import HAMTConfig, HAMTModel
+
+VOCAB = 97
+BINDINGS = ("elementwise", "circular_conv", "phasor")
+VARIANTS = [
+    {"binding_type": binding_type, "write_rule": write_rule}
+    for binding_type in BINDINGS
+    for write_rule in ("gated", "convex")
+]
+variants = pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(options.values()))
+
+
+def tiny_config(**options) -> HAMTConfig:
+    """Several tiles and several half-lives within 20 tokens."""
+    sizes = {"vocab_size": VOCAB, "hidden_dim": 32, "num_layers": 2, "num_slots": 3, "num_heads": 2}
+    return HAMTConfig(**{**sizes, "chunk_size": 4, "max_half_life": 64, **options})
+
+
+def tiny_model(seed: int = 0, **options) -> HAMTModel:
+    """In evaluation mode, with logits of size 1 that depend on all that came before.
+
+    At its own initialisation a model mostly repeats its input, and a test of its past sees little.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = HAMTModel(tiny_config(**{"initializer_range": 0.2, **options}))
+        with torch.no_grad():
+            for block in model.model.layers:
+                block.mixer.output_proj.weight.normal_(std=0.25)
+                block.mlp.down_proj.weight.normal_(std=0.25)
+                block.mixer.retrieval.read_bias.normal_()
+                if block.mixer.conv is not None:
+                    block.mixer.conv.weight.normal_(std=0.5)
+    return model.eval()
+
+
+def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Tokens 1 to V - 1: 0 is left for padding."""
+    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(rows: Sequence[Tensor], side: str, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Rows of several lengths as one batch: ids and mask, both (B, N)."""
+    length = length or max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long)
+    for b, row in enumerate(rows):
+        place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        ids[b, place], mask[b, place] = row, 1
+    return ids, mask
+
+
+def ragged_rows(*lengths: int, seed: int = 0) -> list[Tensor]:
+    return [random_ids(1, length, seed + i)[0] for i, length in enumerate(lengths)]
+
+
+def logits_of(model: HAMTModel, row: Tensor, **arguments) -> Tensor:
+    """Logits of one row alone, (N, V)."""
+    return model(row[None], **arguments).logits[0]
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The gradient of every parameter, taken off the model."""
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    missing = [name for name, gradient in found.items() if gradient is None]
+    assert not missing, f"no gradient reached {missing}"
+    return found
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal within ``tolerance`` times the largest entry, or times 1 if that is larger."""
+    assert actual.shape == expected.shape
+    worst = (actual - expected).abs().max()
+    scale = expected.abs().max().clamp(min=1)
+    assert worst <= tolerance * scale, f"off by {worst:.1e}, largest entry {scale:.1e}"
+
+
+def assert_same_gradients(
+    model: torch.nn.Module, expected: dict[str, Tensor], tolerance: float = 1e-5
+) -> None:
+    """Each gradient equal within ``tolerance`` of its own largest entry."""
+    for name, gradient in gradients(model).items():
+        worst, scale = (gradient - expected[name]).abs().max(), expected[name].abs().max()
+        assert scale > 0, f"the gradient of {name} is zero"
+        assert worst <= tolerance * scale, f"{name}: off by {worst:.1e}, largest entry {scale:.1e}"

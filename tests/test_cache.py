@@ -1,0 +1,245 @@
+"""The state: constant in size, forked without a copy, kept in a file, its rows rearranged."""
+
+import copy
+import os
+
+import pytest
+import torch
+from model_inputs import assert_close, random_ids, tiny_model, variants
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hamt import HAMTCache, HAMTModel
+from hamt.layers import LayerState
+
+IDS = random_ids(2, 12)
+MORE = random_ids(2, 5, seed=3)
+
+
+def tensors(cache: HAMTCache) -> list[Tensor]:
+    found = []
+    for state in cache.states:
+        found += [x for x in (*state.memory, state.conv, state.position) if x is not None]
+    return found
+
+
+def assert_equal(actual: HAMTCache, expected: HAMTCache) -> None:
+    assert actual.get_seq_length() == expected.get_seq_length()
+    pairs = list(zip(tensors(actual), tensors(expected), strict=True))
+    assert pairs
+    for ours, theirs in pairs:
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+def read(model: HAMTModel, ids: Tensor = IDS, **arguments) -> HAMTCache:
+    with torch.no_grad():
+        return model(ids, **arguments).past_key_values
+
+
+# ---------------------------------------------------------------- what a state is
+
+
+def test_a_state_knows_what_it_has_seen():
+    model = tiny_model()
+    cache = HAMTCache(2)
+    assert len(cache) == 2
+    assert not cache.has_previous_state()
+    assert cache.get_seq_length() == 0
+    assert cache.nbytes == 0
+    assert cache.states == [None, None]
+    outputs = model(IDS, past_key_values=cache)
+    assert outputs.past_key_values is cache
+    assert cache.has_previous_state()
+    assert cache.get_seq_length() == cache.get_seq_length(1) == 12
+    assert all(isinstance(state, LayerState) for state in cache.states)
+    model(MORE, past_key_values=cache)
+    assert cache.get_seq_length() == 17
+    assert [state.position.tolist() for state in cache.states] == [[17, 17]] * 2
+
+
+@variants
+def test_a_state_is_as_large_after_4096_tokens_as_after_16(options):
+    model = tiny_model(**options)
+    small, large = read(model, random_ids(1, 16)), read(model, random_ids(1, 4096))
+    assert small.nbytes == large.nbytes
+    assert large.nbytes == sum(x.untyped_storage().nbytes() for x in tensors(large)), (
+        "a state keeps hidden bytes"
+    )
+    heads, slots, head_dim, reach = 2, 3, 32, 3
+    phase = 0 if options["binding_type"] == "elementwise" else heads * head_dim // 2
+    assert small.nbytes == 2 * (4 * (heads * slots * head_dim + phase + reach * 32) + 8)
+
+
+def test_a_forward_pass_does_not_write_into_a_state():
+    model = tiny_model()
+    cache = read(model)
+    before = [(x, x.clone()) for x in tensors(cache)]
+    for ids in (MORE, MORE[:, :1]):
+        read(model, ids, past_key_values=cache)
+    assert all(torch.equal(x, copied) for x, copied in before)
+
+
+def test_reset_forgets_everything():
+    model = tiny_model()
+    cache = read(model)
+    cache.reset()
+    assert not cache.has_previous_state()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(model(MORE, past_key_values=cache).logits, model(MORE).logits)
+
+
+# ---------------------------------------------------------------- forks
+
+
+@pytest.mark.parametrize("copied", [HAMTCache.fork, copy.deepcopy], ids=["fork", "deepcopy"])
+def test_two_continuations_do_not_disturb_each_other(copied):
+    model, cache = tiny_model(), read(tiny_model())
+    fork = copied(cache)
+    other = random_ids(2, 7, seed=4)
+    ours, theirs = model(MORE, past_key_values=cache).logits, model(other, past_key_values=fork).logits
+    assert (cache.get_seq_length(), fork.get_seq_length()) == (17, 19)
+    assert_close(ours, model(torch.cat((IDS, MORE), dim=1)).logits[:, 12:])
+    assert_close(theirs, model(torch.cat((IDS, other), dim=1)).logits[:, 12:])
+    # Rearranged or forgotten rows of one are not those of the other.
+    snapshot = fork.fork()
+    fork.reorder_cache(torch.tensor([1, 0]))
+    fork.reset()
+    assert_equal(snapshot, read(model, other, past_key_values=read(model)))
+
+
+def test_a_fork_costs_no_copy():
+    cache = read(tiny_model())
+    pairs = zip(tensors(cache), tensors(cache.fork()), strict=True)
+    assert all(x.data_ptr() == y.data_ptr() for x, y in pairs)
+
+
+def test_a_fork_is_a_snapshot_to_roll_back_to():
+    model = tiny_model()
+    cache = read(model)
+    snapshot = cache.fork()
+    first = model(MORE, past_key_values=cache).logits
+    assert torch.equal(model(MORE, past_key_values=snapshot).logits, first)
+
+
+def test_detach_stops_gradients_and_leaves_the_original_alone():
+    model = tiny_model()
+    embeddings = model.model.embed_tokens(IDS).detach().requires_grad_()
+    cache = model(inputs_embeds=embeddings).past_key_values
+    detached = cache.detach()
+    assert not any(x.requires_grad for x in tensors(detached))
+    assert any(x.requires_grad for x in tensors(cache))
+    assert_equal(detached, cache)
+    for past, flows in ((detached, False), (cache, True)):
+        loss = model(MORE, past_key_values=past).logits.square().sum()
+        (gradient,) = torch.autograd.grad(loss, [embeddings], materialize_grads=True)
+        assert bool(gradient.any()) == flows
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_rows_are_reordered_repeated_and_selected():
+    model, ids = tiny_model(), random_ids(3, 12)
+    order = torch.tensor([2, 0, 0])
+    for method, argument, rows in (
+        ("reorder_cache", order, [2, 0, 0]),
+        ("batch_select_indices", torch.tensor([1]), [1]),
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
+    ):
+        cache = read(model, ids)
+        getattr(cache, method)(argument)
+        more = random_ids(len(rows), 4, seed=6)
+        expected = model(torch.cat((ids[rows], more), dim=1)).logits[:, 12:]
+        assert_close(model(more, past_key_values=cache).logits, expected)
+        assert cache.layers[0].batch_size == len(rows)
+
+
+def test_tokens_cannot_be_taken_out_again():
+    cache = read(tiny_model())
+    assert not cache.is_croppable
+    assert not cache.is_compileable
+    with pytest.raises(NotImplementedError, match=r"assign HAMTCacheLayer\.state"):
+        cache.update_recurrent_state(torch.zeros(1), 0)
+
+
+# ---------------------------------------------------------------- files
+
+
+@variants
+def test_a_state_from_a_file_continues_as_the_original(tmp_path, options):
+    model = tiny_model(**options)
+    for name, told in (("plain", {}), ("packed", {"position_ids": torch.arange(12)[None] % 7})):
+        cache = read(model, **told)
+        cache.save(tmp_path / name)
+        loaded = HAMTCache.load(tmp_path / name)
+        assert_equal(loaded, cache)
+        continued = model(MORE, past_key_values=loaded).logits
+        assert torch.equal(continued, model(MORE, past_key_values=cache).logits)
+
+
+def test_a_state_in_bfloat16_and_one_with_gradients_are_kept_in_a_file(tmp_path):
+    for model in (tiny_model().to(torch.bfloat16), tiny_model()):
+        cache = model(IDS).past_key_values
+        cache.save(tmp_path / "state")
+        assert_equal(HAMTCache.load(tmp_path / "state"), cache.detach())
+
+
+def test_a_state_is_saved_under_new_folders_and_as_large_as_it_is(tmp_path):
+    cache = read(tiny_model())
+    path = tmp_path / "new" / "folder" / "state.safetensors"
+    cache.save(path)
+    assert cache.nbytes <= path.stat().st_size < cache.nbytes + 4096
+    assert os.listdir(path.parent) == ["state.safetensors"]
+
+
+def test_an_interrupted_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    model = tiny_model()
+    cache, path = read(model), tmp_path / "state"
+    cache.save(path)
+    read(model, MORE, past_key_values=cache)
+
+    def fail_half_way(tensors, file, metadata):
+        save_file(tensors, file, metadata)
+        os.truncate(file, 100)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hamt.cache.save_file", fail_half_way)
+    with pytest.raises(KeyboardInterrupt):
+        cache.save(path)
+    assert_equal(HAMTCache.load(path), read(model))
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def test_an_empty_state_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="read a prompt before saving it"):
+        HAMTCache(2).save(tmp_path / "state")
+    assert not os.listdir(tmp_path)
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no state file .*nowhere"):
+        HAMTCache.load(tmp_path / "nowhere")
+    (tmp_path / "text").write_text("not a state, but long enough to have a header of eight bytes")
+    with pytest.raises(ValueError, match="text is not a safetensors file"):
+        HAMTCache.load(tmp_path / "text")
+    (tmp_path / "nothing").touch()
+    with pytest.raises(ValueError, match="nothing is not a safetensors file"):
+        HAMTCache.load(tmp_path / "nothing")
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is not a HAMT state; HAMTCache\.save writes one"):
+        HAMTCache.load(tmp_path / "model.safetensors")
+    cache = read(tiny_model())
+    cache.save(tmp_path / "cut")
+    os.truncate(tmp_path / "cut", os.path.getsize(tmp_path / "cut") // 2)
+    with pytest.raises(ValueError, match="cut is not a safetensors file"):
+        HAMTCache.load(tmp_path / "cut")
+
+
+def test_a_file_with_missing_parts_is_refused(tmp_path):
+    cache = read(tiny_model())
+    cache.save(tmp_path / "state")
+    metadata = {"format": "hamt-state-1", "layers": "2", "seen_tokens": "12"}
+    save_file({"layers.0.memory": cache.states[0].memory.memory.contiguous()}, tmp_path / "part", metadata)
+    with pytest.raises(ValueError, match="part is not a whole HAMT state"):
+        HAMTCache.load(tmp_path / "part")

@@ -1,0 +1,235 @@
+"""Every configuration that is accepted builds and trains; every other is refused with advice."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from model_inputs import random_ids, tiny_config
+from transformers import AutoConfig
+
+from hamt import HAMTConfig, HAMTModel
+
+ALIASES = {
+    "hidden_size": "hidden_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "intermediate_dim",
+}
+
+
+def documented_config() -> HAMTConfig:
+    """The call as the user's documents print it."""
+    return HAMTConfig(
+        hidden_dim=512,
+        hcm_dim=2048,
+        num_layers=8,
+        num_slots=16,
+        num_attention_heads=16,
+        vocab_size=50257,
+        max_position_embeddings=1024,
+        dropout=0.1,
+        use_gating=True,
+        use_auxiliary_loss=True,
+        aux_loss_weight=0.1,
+    )
+
+
+def test_the_documented_configuration_builds_a_model():
+    config = documented_config()
+    assert (config.num_heads, config.hcm_dim, config.num_slots) == (16, 2048, 16)
+    assert (config.dropout, config.aux_loss_weight) == (0.1, 0.1)
+    assert config.use_gating
+    assert config.use_auxiliary_loss
+    with torch.device("meta"):
+        model = HAMTModel(config)
+    assert len(model.model.layers) == 8
+    assert model.lm_head.weight.shape == (50257, 512)
+    assert model.model.layers[0].mixer.memory.head_dim == 128
+
+
+@pytest.mark.parametrize(("hidden_dim", "hcm_dim"), [(256, 1024), (384, 1536), (512, 2048), (512, None)])
+@pytest.mark.parametrize("hcm", [None, 512, 2048, 4096])
+@pytest.mark.parametrize("binding_type", ["elementwise", "circular_conv", "phasor"])
+def test_defaults_divide_every_documented_size(hidden_dim, hcm_dim, hcm, binding_type):
+    """The documents give no number of heads on a command line; sweeps replace hcm_dim alone."""
+    config = HAMTConfig(hidden_dim=hidden_dim, hcm_dim=hcm or hcm_dim, binding_type=binding_type)
+    assert config.hcm_dim % (2 * config.num_heads) == 0
+    assert config.intermediate_dim % 32 == 0
+    assert config.intermediate_dim >= 8 * hidden_dim / 3
+    assert config.rotation == ("none" if binding_type == "elementwise" else "constant")
+
+
+def test_transformers_names_are_the_same_fields_in_both_directions():
+    values = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96}
+    config = HAMTConfig(**values)
+    ours = HAMTConfig(**{ALIASES[name]: value for name, value in values.items()})
+    assert config.to_dict() == ours.to_dict()  # derived sizes too
+    assert config.hcm_dim == 128
+    for alias, name in ALIASES.items():
+        assert getattr(config, alias) == getattr(config, name) == values[alias]
+        setattr(config, alias, 8)
+        assert getattr(config, name) == 8
+        setattr(config, name, 4)
+        assert getattr(config, alias) == 4
+        assert alias not in config.to_dict()
+
+
+REFUSED = [
+    ({"hcm_dim": 100, "num_heads": 16}, r"multiple of 2 \* num_heads = 32; got 100, try 96 or 128"),
+    ({"hcm_dim": 5, "num_heads": 4}, "multiple of .* = 8; got 5, try 8$"),
+    ({"hidden_dim": 33}, "got 66, try 64 or 72"),
+    ({"num_attention_heads": 3}, "got 512, try 510 or 516"),
+    ({"binding_type": "hrr"}, "one of elementwise, circular_conv, phasor; got 'hrr'"),
+    ({"write_rule": "add"}, "write_rule must be gated or convex; got 'add'"),
+    ({"rotation": "learned"}, "rotation must be constant or none; got 'learned'"),
+    (
+        {"binding_type": "elementwise", "rotation": "constant"},
+        "use rotation='none', or binding_type phasor or circular_conv",
+    ),
+    ({"rotation_base": 0}, "rotation_base must be positive"),
+    ({"rotation_base": -10.0}, "rotation_base must be positive"),
+    ({"decay_rate": 1.0}, r"decay_rate must lie in \[0, 1\); got 1.0"),
+    ({"decay_rate": -0.1}, r"decay_rate must lie in \[0, 1\)"),
+    ({"decay_rate": float("nan")}, r"decay_rate must lie in \[0, 1\)"),
+    ({"min_half_life": 0}, "0 < min_half_life <= max_half_life < inf; got 0"),
+    ({"min_half_life": 10, "max_half_life": 5}, "got 10 and 5"),
+    ({"max_half_life": float("inf")}, "< inf"),
+    ({"dropout": 1.0}, r"dropout must lie in \[0, 1\); got 1.0"),
+    ({"conv_kernel_size": -1}, r"conv_kernel_size must be 0 \(none\) or a width; got -1"),
+    ({"aux_loss_weight": -0.1}, "aux_loss_weight must not be negative"),
+    ({"initializer_range": -1.0}, "initializer_range must not be negative"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps must not be negative"),
+    *(
+        ({name: 0}, f"{name} must be at least 1; got 0")
+        for name in (
+            "vocab_size",
+            "hidden_dim",
+            "num_layers",
+            "num_slots",
+            "num_heads",
+            "chunk_size",
+            "intermediate_dim",
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "advice"), REFUSED, ids=lambda x: str(x) if isinstance(x, dict) else "")
+def test_the_impossible_is_refused_with_advice(options, advice):
+    with pytest.raises(ValueError, match=advice):
+        HAMTConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["hidden_dim", "use_gating", "decay_rate", "binding_type"])
+def test_a_value_of_the_wrong_type_is_refused_by_name(name):
+    with pytest.raises(StrictDataclassError, match=f"'{name}' expected"):
+        HAMTConfig(**{name: [1]})
+
+
+def test_a_configuration_spoilt_later_is_not_saved(tmp_path):
+    config = tiny_config()
+    config.hcm_dim = 100_001
+    with pytest.raises(StrictDataclassError, match="hcm_dim must be a multiple"):
+        config.save_pretrained(tmp_path)
+
+
+def test_whole_numbers_pass_for_real_ones():
+    config = HAMTConfig(decay_rate=0, dropout=0, rotation_base=100, max_half_life=64, aux_loss_weight=1)
+    assert config.decay_rate == 0
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="no preset 'huge'; there are 17M, 50M"):
+        HAMTConfig.from_preset("huge")
+
+
+def test_json_keeps_every_field(tmp_path):
+    """Each field away from its default, so that a lost one shows."""
+    options = {
+        "vocab_size": 300,
+        "hidden_dim": 48,
+        "hcm_dim": 120,
+        "num_layers": 3,
+        "num_slots": 5,
+        "num_heads": 6,
+        "binding_type": "circular_conv",
+        "write_rule": "convex",
+        "rotation": "none",
+        "rotation_base": 500.0,
+        "decay_rate": 0.01,
+        "min_half_life": 2.0,
+        "max_half_life": 99.0,
+        "chunk_size": 8,
+        "conv_kernel_size": 3,
+        "use_gating": False,
+        "use_output_gate": False,
+        "intermediate_dim": 40,
+        "max_position_embeddings": 77,
+        "dropout": 0.2,
+        "use_auxiliary_loss": True,
+        "aux_loss_weight": 0.3,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.1,
+        "use_cache": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+    }
+    own_fields = set(HAMTConfig.__annotations__) - {"model_type", "attribute_map"}
+    assert own_fields == set(options), "a field is missing from this test"
+    config = HAMTConfig(**options)
+    config.save_pretrained(tmp_path)
+    for loaded in (HAMTConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is HAMTConfig
+        assert {name: getattr(loaded, name) for name in options} == options
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["model_type"] == "hamt"
+
+
+KINDS = [
+    (binding_type, write_rule, rotation)
+    for binding_type in ("elementwise", "circular_conv", "phasor")
+    for write_rule in ("gated", "convex")
+    for rotation in ("constant", "none")
+    if (binding_type, rotation) != ("elementwise", "constant")
+]
+
+
+@pytest.mark.parametrize(("binding_type", "write_rule", "rotation"), KINDS)
+def test_every_accepted_option_builds_and_takes_a_training_step(binding_type, write_rule, rotation):
+    ids = random_ids(4, 17)
+    switches = ("use_gating", "use_output_gate", "tie_word_embeddings", "use_auxiliary_loss")
+    for kernel, *values in itertools.product((0, 4), *[(False, True)] * 4):
+        options = dict(zip(switches, values, strict=True))
+        torch.manual_seed(0)
+        model = HAMTModel(
+            tiny_config(
+                binding_type=binding_type,
+                write_rule=write_rule,
+                rotation=rotation,
+                conv_kernel_size=kernel,
+                num_layers=1,
+                **options,
+            )
+        ).double()
+        tied = model.lm_head.weight is model.model.embed_tokens.weight
+        assert tied == options["tie_word_embeddings"]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+        losses = []
+        for _ in range(2):
+            optimizer.zero_grad()
+            torch.manual_seed(1)  # the auxiliary loss samples
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None, (options, name)
+                assert parameter.grad.isfinite().all(), (options, name)
+                assert parameter.grad.any(), (options, name)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+        # A true gradient lowers the loss by a step this small; a straight-through one need not.
+        assert losses[1] != losses[0] if binding_type == "elementwise" else losses[1] < losses[0], options

@@ -1,0 +1,106 @@
+"""The reconstruction loss asks what it says it asks, and teaches only keys and gates."""
+
+import math
+
+import pytest
+import torch
+
+from hamt import HAMTConfig, HAMTModel
+from hamt.losses import reconstruction_loss
+from hamt.memory import HolographicMemory
+from hamt.vsa import ALGEBRAS, similarity
+
+
+def stored(memory, batch, length, seed=0):
+    """Random items and keys, and gates that are not all alike."""
+    torch.manual_seed(seed)
+    heads, slots = memory.num_heads, memory.num_slots
+    items = torch.randn(batch, length, heads, memory.head_dim)
+    keys = memory.algebra.random_keys(batch, length, heads, memory.key_size)
+    return items, keys, torch.rand(batch, length, heads, slots), -torch.rand(batch, length, heads, slots)
+
+
+@pytest.mark.parametrize("binding", ALGEBRAS)
+def test_lossless_superposition_follows_theory(binding):
+    count = 16
+    memory = HolographicMemory(1024, num_slots=1, binding_type=binding)
+    items, keys, write, forget = stored(memory, 8, count)
+    loss = reconstruction_loss(
+        memory, items, keys, torch.ones_like(write), torch.zeros_like(forget), end=count
+    )
+    assert 1 - loss.loss.item() == pytest.approx(1 / math.sqrt(count), abs=0.02)
+
+
+@pytest.mark.parametrize("binding", ["phasor", "circular_conv"])
+def test_it_reads_the_state_that_the_memory_has(binding):
+    memory = HolographicMemory(64, num_slots=3, num_heads=2, binding_type=binding, chunk_size=4)
+    items, keys, write, forget = stored(memory, 2, 11)
+    rotation = torch.randn(1, 1, 2, memory.key_size)
+    rotation = memory.algebra.key(rotation)
+    read = torch.zeros_like(write)
+    _, state = memory(items, keys, keys, write, read, forget, rotation=rotation, form="recurrent")
+    cosines = []
+    for j in range(7, 11):
+        weight = write[:, j] / write[:, j].norm(dim=-1, keepdim=True)
+        key = memory.algebra.compose(keys[:, j], rotation[:, 0] * (j + 1))
+        cosines.append(similarity(memory.retrieve(state, key, weight), items[:, j]))
+    loss = reconstruction_loss(memory, items, keys, write, forget, rotation=rotation, end=11).loss
+    assert loss.item() == pytest.approx(1 - torch.stack(cosines).mean().item(), abs=1e-5)
+
+
+def test_padding_and_other_documents_do_not_count():
+    memory = HolographicMemory(64, num_slots=3, chunk_size=4)
+    items, keys, write, forget = stored(memory, 1, 12)
+    seq_idx = torch.tensor([[0] * 9 + [1] * 3])
+    packed = reconstruction_loss(memory, items, keys, write, forget, seq_idx=seq_idx, end=12)
+    alone = reconstruction_loss(*(memory, *(x[:, 9:] for x in (items, keys, write, forget))), end=3)
+    mask = torch.arange(12)[None] >= 9
+    padded = reconstruction_loss(memory, items, keys, write, forget, mask=mask, end=12)
+    assert packed.loss.item() == pytest.approx(alone.loss.item(), abs=1e-6)
+    assert padded.loss.item() == pytest.approx(alone.loss.item(), abs=1e-6)
+    assert padded.mse.item() == pytest.approx(alone.mse.item(), abs=1e-6)
+
+
+def test_only_keys_and_gates_learn():
+    memory = HolographicMemory(64, num_slots=3)
+    inputs = [x.requires_grad_() for x in stored(memory, 2, 20)]
+    reconstruction_loss(memory, *inputs).loss.backward()
+    items, *others = inputs
+    assert items.grad is None
+    assert all(x.grad.abs().sum() > 0 for x in others)
+
+
+@pytest.mark.parametrize("write_rule", ["gated", "convex"])
+def test_the_model_adds_it_in_training_only(write_rule):
+    torch.manual_seed(0)
+    config = HAMTConfig(
+        hidden_dim=32,
+        num_layers=2,
+        vocab_size=50,
+        write_rule=write_rule,
+        use_auxiliary_loss=True,
+        aux_loss_weight=0.5,
+    )
+    model, ids = HAMTModel(config), torch.randint(50, (2, 24))
+    training = model(ids, labels=ids)
+    model.eval()
+    evaluation = model(ids, labels=ids)
+    assert evaluation.aux_loss is None
+    assert training.loss.item() == pytest.approx(
+        evaluation.loss.item() + 0.5 * training.aux_loss.item(), abs=1e-5
+    )
+
+
+def test_training_on_it_makes_items_retrievable():
+    torch.manual_seed(0)
+    config = HAMTConfig(hidden_dim=32, num_layers=1, vocab_size=50, use_auxiliary_loss=True)
+    model, ids = HAMTModel(config), torch.randint(50, (8, 32))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(30):
+        loss = model(ids).aux_loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) / 5 < 0.8 * losses[0]

@@ -1,0 +1,285 @@
+"""The model as Transformers sees it: files, Auto classes, arguments, dtypes, causality, padding."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_inputs import (
+    VOCAB,
+    assert_close,
+    assert_same_gradients,
+    gradients,
+    logits_of,
+    padded,
+    ragged_rows,
+    random_ids,
+    tiny_config,
+    tiny_model,
+    variants,
+)
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
+
+from hamt import (
+    HAMTBackbone,
+    HAMTConfig,
+    HAMTForCausalLM,
+    HAMTForSequenceClassification,
+    HAMTModel,
+)
+
+IDS = random_ids(2, 21)
+
+# ---------------------------------------------------------------- files and Auto classes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved model (seed 0, all defaults of ``tiny_model``)."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    return folder
+
+
+def test_a_loaded_model_gives_the_same_logits_bit_by_bit(folder):
+    loaded = HAMTModel.from_pretrained(folder)
+    assert not loaded.training
+    assert torch.equal(loaded(IDS).logits, tiny_model()(IDS).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_weights_stay_tied_and_are_written_once(tmp_path, tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert "model.embed_tokens.weight" in names
+    assert ("lm_head.weight" in names) != tied
+    loaded = HAMTModel.from_pretrained(tmp_path)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    with torch.no_grad():
+        loaded.model.embed_tokens.weight.zero_()
+    assert bool(loaded.lm_head.weight.any()) != tied
+
+
+def test_every_auto_class_finds_its_own(folder):
+    assert type(AutoConfig.from_pretrained(folder)) is HAMTConfig
+    causal = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(causal) is HAMTForCausalLM is HAMTModel
+    expected = tiny_model()
+    assert torch.equal(causal(IDS).logits, expected(IDS).logits)
+    backbone = AutoModel.from_pretrained(folder)
+    assert type(backbone) is HAMTBackbone
+    assert torch.equal(backbone(IDS).last_hidden_state, expected.model(IDS).last_hidden_state)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, pad_token_id=0)
+    assert type(classifier) is HAMTForSequenceClassification
+    for name, weight in expected.model.state_dict().items():
+        assert torch.equal(classifier.model.state_dict()[name], weight), name
+
+
+def test_importing_hamt_is_enough_in_a_fresh_process(folder):
+    program = (
+        "import sys, torch, hamt\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "print(type(model).__name__, model(torch.arange(1, 9)[None]).logits.double().sum().item())\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, folder], capture_output=True, text=True, timeout=120, check=True
+    )
+    name, total = run.stdout.split()
+    assert name == "HAMTForCausalLM"
+    expected = tiny_model()(torch.arange(1, 9)[None]).logits.double().sum().item()
+    assert float(total) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_classifier_reads_the_last_real_token():
+    torch.manual_seed(0)
+    model = HAMTForSequenceClassification(tiny_config(num_labels=3, pad_token_id=0)).eval()
+    rows = ragged_rows(9, 4, 6)
+    for side in ("left", "right"):
+        ids, mask = padded(rows, side)
+        outputs = model(ids, attention_mask=mask, labels=torch.tensor([0, 1, 2]))
+        assert outputs.logits.shape == (3, 3)
+        for row, logits in zip(rows, outputs.logits, strict=True):
+            expected = model.score(model.model(row[None]).last_hidden_state[0, -1])
+            assert_close(logits, expected)
+        assert outputs.loss.item() == pytest.approx(
+            F.cross_entropy(outputs.logits, torch.tensor([0, 1, 2])).item(), rel=1e-5
+        )
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def test_the_loss_is_the_mean_over_the_tokens_that_have_a_label():
+    model, labels = tiny_model(), IDS.clone()
+    labels[0, :7] = -100
+    labels[1, 15:] = -100
+    outputs = model(IDS, labels=labels)
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    wanted = targets != -100
+    expected = -logits.log_softmax(dim=-1)[wanted, targets[wanted]].mean()
+    assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert outputs.loss.item() != pytest.approx(model(IDS, labels=IDS).loss.item(), rel=1e-4)
+
+
+def test_embeddings_may_be_given_in_the_place_of_ids():
+    model = tiny_model()
+    embeddings = model.get_input_embeddings()(IDS)
+    assert torch.equal(model(inputs_embeds=embeddings).logits, model(IDS).logits)
+    for wrong in ({}, {"input_ids": IDS, "inputs_embeds": embeddings}):
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+            model(**wrong)
+
+
+def test_logits_are_kept_only_where_wanted():
+    model = tiny_model()
+    whole = model(IDS).logits
+    assert_close(model(IDS, logits_to_keep=1).logits, whole[:, -1:], 1e-6)
+    assert_close(model(IDS, logits_to_keep=5).logits, whole[:, -5:], 1e-6)
+    chosen = torch.tensor([0, 3, 20])
+    assert_close(model(IDS, logits_to_keep=chosen).logits, whole[:, chosen], 1e-6)
+
+
+def test_hidden_states_are_the_inputs_of_the_blocks_and_the_final_norm():
+    model = tiny_model()
+    outputs = model(IDS, output_hidden_states=True)
+    first, second, last = outputs.hidden_states
+    assert torch.equal(first, model.model.embed_tokens(IDS))
+    assert torch.equal(second, model.model.layers[0](first)[0])
+    assert torch.equal(last, model.model.norm(model.model.layers[1](second)[0]))
+    assert torch.equal(model.lm_head(last), outputs.logits)
+    assert model(IDS).hidden_states is None
+
+
+def test_the_state_is_returned_unless_it_is_not_wanted():
+    assert tiny_model()(IDS).past_key_values.get_seq_length() == 21
+    assert tiny_model()(IDS, use_cache=False).past_key_values is None
+    assert tiny_model(use_cache=False)(IDS).past_key_values is None
+    assert tiny_model(use_cache=False)(IDS, use_cache=True).past_key_values.get_seq_length() == 21
+
+
+def test_a_tuple_is_returned_on_request():
+    model = tiny_model()
+    loss, logits, *_ = model(IDS, labels=IDS, return_dict=False)
+    expected = model(IDS, labels=IDS)
+    assert loss == expected.loss
+    assert torch.equal(logits, expected.logits)
+
+
+def test_the_vocabulary_can_grow():
+    model = tiny_model()
+    before = model(IDS).logits
+    model.resize_token_embeddings(VOCAB + 3, mean_resizing=False)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model(IDS).logits[..., :VOCAB], before)
+
+
+def test_a_mask_that_cannot_mean_padding_is_refused():
+    model = tiny_model()
+    for wrong in (torch.ones(2, 1, 21, 21), torch.zeros(2, 20)):
+        with pytest.raises(ValueError, match=r"must be \(batch, tokens\) and cover the 21 tokens"):
+            model(IDS, attention_mask=wrong)
+
+
+# ---------------------------------------------------------------- causality and padding
+
+
+@pytest.mark.parametrize("t", [0, 1, 4, 11, 20])
+@variants
+def test_a_token_changes_no_logit_before_it_and_those_after_it(options, t):
+    model, ids = tiny_model(**options), IDS[:1]
+    changed = ids.clone()
+    changed[0, t] = ids[0, t] % (VOCAB - 1) + 1
+    difference = (model(changed).logits - model(ids).logits).abs().amax(dim=-1)[0]
+    # A change must not even alter the rounding of what went before.
+    assert torch.equal(difference[:t], torch.zeros(t))
+    assert (difference[t:] > 1e-4).all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@variants
+def test_a_padded_row_has_the_logits_of_the_row_alone(options, side):
+    model, rows = tiny_model(**options), ragged_rows(21, 13, 1, 4, 20)
+    ids, mask = padded(rows, side, length=23)  # padding in every row
+    for kind in (mask, mask.bool(), mask.float()):
+        logits = model(ids, attention_mask=kind).logits
+        for b, row in enumerate(rows):
+            assert_close(logits[b, mask[b].bool()], logits_of(model, row))
+
+
+def test_what_stands_in_the_padding_does_not_matter():
+    model = tiny_model()
+    ids, mask = padded(ragged_rows(9, 4), "left")
+    other = torch.where(mask.bool(), ids, 55)
+    real = mask.bool()
+    assert torch.equal(
+        model(other, attention_mask=mask).logits[real], model(ids, attention_mask=mask).logits[real]
+    )
+
+
+def test_padding_gets_no_gradient_and_changes_none():
+    model, rows = tiny_model().double(), ragged_rows(12, 7)
+    ids, mask = padded(rows, "left", length=15)
+    labels = ids.masked_fill(mask == 0, -100)
+    # The first real token has no predecessor; a padded row would score it against padding.
+    labels[torch.arange(2), mask.argmax(dim=1)] = -100
+    model(ids, attention_mask=mask, labels=labels).loss.backward()
+    expected = gradients(model)
+    losses = [F.cross_entropy(logits_of(model, row)[:-1], row[1:], reduction="sum") for row in rows]
+    (sum(losses) / sum(len(row) - 1 for row in rows)).backward()
+    assert_same_gradients(model, expected, 1e-6)  # the loss is taken in float32
+
+
+# ---------------------------------------------------------------- dtypes
+
+
+def test_autocast_is_close_to_float32_and_keeps_the_state_in_float32():
+    model, ids = tiny_model(), random_ids(2, 40)
+    expected = model(ids, labels=ids)
+    expected.loss.backward()
+    wanted = gradients(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(ids, labels=ids)
+    assert outputs.logits.dtype == torch.bfloat16
+    error = (outputs.logits.float() - expected.logits).square().mean().sqrt()
+    assert 0 < error < 0.05 * expected.logits.std()
+    assert outputs.loss.item() == pytest.approx(expected.loss.item(), rel=0.01)
+    for state in outputs.past_key_values.states:
+        assert state.memory.memory.dtype == state.memory.phase.dtype == torch.float32
+    outputs.loss.backward()
+    for name, gradient in gradients(model).items():
+        assert gradient.dtype == torch.float32
+        assert gradient.isfinite().all()
+        assert F.cosine_similarity(gradient.flatten(), wanted[name].flatten(), dim=0) > 0.97, name
+
+
+@variants
+def test_a_model_in_bfloat16_runs_trains_and_keeps_the_state_in_float32(options):
+    model, ids = tiny_model(**options).to(torch.bfloat16), random_ids(2, 40)
+    outputs = model(ids, labels=ids)
+    assert outputs.logits.dtype == torch.bfloat16
+    expected = tiny_model(**options)(ids, labels=ids)
+    assert outputs.loss.item() == pytest.approx(expected.loss.item(), rel=0.02)
+    for state in outputs.past_key_values.states:
+        tensors = [state.memory.memory, state.memory.phase]
+        assert {x.dtype for x in tensors if x is not None} == {torch.float32}
+    outputs.loss.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+    step = model(ids[:, :1], past_key_values=outputs.past_key_values.detach())
+    assert step.logits.isfinite().all()
+
+
+def test_a_loaded_model_may_be_given_a_dtype(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.generate(IDS[:, :5], max_new_tokens=3, do_sample=False).shape == (2, 8)

@@ -1,0 +1,296 @@
+"""State carried from call to call: segments, packed documents, checkpointing and compilation."""
+
+import pytest
+import torch
+from model_inputs import (
+    assert_close,
+    assert_same_gradients,
+    gradients,
+    logits_of,
+    padded,
+    ragged_rows,
+    random_ids,
+    tiny_model,
+    variants,
+)
+from torch import Tensor
+from transformers import DataCollatorWithFlattening, DynamicCache
+
+from hamt import HAMTCache, HAMTModel
+
+CUTS = [(10,), (1, 2, 5), (4, 8, 12, 16), (1, 2, 3, 4, 5, 6), (20,)]
+
+
+def in_segments(
+    model: HAMTModel, ids: Tensor, cuts: tuple[int, ...], **arguments
+) -> tuple[Tensor, HAMTCache]:
+    """Logits of a row read in pieces; arguments of the shape of ``ids`` are cut along."""
+    logits, cache = [], HAMTCache(model.config.num_layers)
+    for start, end in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True):
+        parts = {name: value[:, start:end] for name, value in arguments.items()}
+        outputs = model(ids[:, start:end], past_key_values=cache, **parts)
+        assert outputs.past_key_values is cache
+        logits.append(outputs.logits)
+    return torch.cat(logits, dim=1), cache
+
+
+# ---------------------------------------------------------------- segments
+
+
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+@variants
+def test_segments_with_carried_state_equal_one_long_forward(options, cuts):
+    model, ids = tiny_model(**options), random_ids(2, 21)
+    logits, cache = in_segments(model, ids, cuts)
+    assert_close(logits, model(ids).logits)
+    assert cache.get_seq_length() == 21
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@variants
+def test_gradients_flow_through_the_carried_state(options, checkpointed):
+    """The same gradients as in one piece: checkpointing does not drop the state."""
+    model, ids = tiny_model(**options).double(), random_ids(2, 18)
+    loss_of_the_end(model(ids).logits).backward()
+    expected = gradients(model)
+    if checkpointed:
+        checkpoint(model, use_reentrant=False)  # the default of Transformers
+    loss_of_the_end(in_segments(model, ids, (5, 12))[0]).backward()
+    assert_same_gradients(model, expected, 1e-8)
+
+
+def test_reentrant_checkpointing_truncates_gradients_where_a_segment_ends():
+    """It cannot see into the state; logits are right, gradients are those of detached segments."""
+    model, ids = tiny_model().double(), random_ids(2, 18)
+    cache = model(ids[:, :12]).past_key_values.detach()
+    expected_logits = model(ids[:, 12:], past_key_values=cache).logits
+    loss_of_the_end(expected_logits, -6).backward()
+    expected = gradients(model)
+    checkpoint(model, use_reentrant=True)
+    logits = in_segments(model, ids, (12,))[0]
+    assert_close(logits[:, 12:], expected_logits, 1e-9)
+    loss_of_the_end(logits).backward()
+    assert_same_gradients(model, expected, 1e-8)
+
+
+def loss_of_the_end(logits: Tensor, start: int = 12) -> Tensor:
+    """A loss of the last 6 of 18 tokens, so that earlier ones matter through the state only."""
+    return (logits[:, start:] * torch.linspace(-1, 1, logits.shape[-1], dtype=logits.dtype)).sum()
+
+
+def checkpoint(model: HAMTModel, use_reentrant: bool) -> None:
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.train()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@variants
+def test_checkpointing_changes_no_gradient(options, use_reentrant):
+    model = tiny_model(dropout=0.1, **options).double().train()
+    ids, mask = padded(ragged_rows(19, 11), "left")
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)  # of the dropout
+        model(ids, attention_mask=mask, labels=ids).loss.backward()
+        found.append(gradients(model))
+        checkpoint(model, use_reentrant)
+    for name, expected in found[0].items():
+        assert_close(found[1][name], expected, 1e-9)
+    assert model.model.layers[0].gradient_checkpointing
+
+
+def test_checkpointing_computes_each_block_again():
+    model, ids = tiny_model(), random_ids(2, 9)
+    checkpoint(model, False)
+    calls = []
+    model.model.layers[0].mixer.register_forward_hook(lambda *_: calls.append(1))
+    model(ids, labels=ids).loss.backward()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("later_side", ["left", "right"])
+@variants
+def test_padded_rows_leave_and_continue_the_state_of_their_real_tokens(options, side, later_side):
+    """Three calls: ragged rows, ragged rows on top of them, one token; a mask may span all or the call."""
+    model = tiny_model(**options)
+    rows, later, last = ragged_rows(13, 2, 7), ragged_rows(1, 9, 3, seed=5), ragged_rows(1, 1, 1, seed=9)
+    ids, mask = padded(rows, side)
+    later_ids, later_mask = padded(later, later_side)
+    for masks in (later_mask, torch.cat((mask, later_mask), dim=1)):
+        cache = model(ids, attention_mask=mask).past_key_values
+        logits = model(later_ids, attention_mask=masks, past_key_values=cache).logits
+        final = model(torch.stack(last), past_key_values=cache).logits
+        for b in range(3):
+            whole = logits_of(model, torch.cat((rows[b], later[b], last[b])))
+            assert_close(logits[b, later_mask[b].bool()], whole[len(rows[b]) : -1])
+            assert_close(final[b], whole[-1:])
+        for state in cache.states:
+            assert state.position.tolist() == [len(rows[b]) + len(later[b]) + 1 for b in range(3)]
+
+
+def test_padding_fed_one_token_at_a_time_is_still_padding():
+    model, rows = tiny_model(), ragged_rows(9, 5, 1)
+    ids, mask = padded(rows, "left")
+    logits, _ = in_segments(model, ids, tuple(range(1, 9)), attention_mask=mask)
+    for b, row in enumerate(rows):
+        assert_close(logits[b, mask[b].bool()], logits_of(model, row))
+
+
+# ---------------------------------------------------------------- packed documents
+
+LENGTHS = (7, 1, 9, 4)
+DOCUMENTS = ragged_rows(*LENGTHS)
+PACKED = torch.cat(DOCUMENTS)[None]
+SEQ_IDX = torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))[None]
+POSITION_IDS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+CU_SEQ_LENS = torch.tensor([0, 7, 8, 17, 21], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"seq_idx": SEQ_IDX},
+        {"seq_idx": SEQ_IDX % 2},  # names come again
+        {"position_ids": POSITION_IDS},
+        {"cu_seq_lens_q": CU_SEQ_LENS},
+        {"cu_seq_lens_q": CU_SEQ_LENS, "cu_seq_lens_k": CU_SEQ_LENS, "position_ids": POSITION_IDS},
+    ],
+    ids=["seq_idx", "repeated", "position_ids", "cu_seq_lens", "both"],
+)
+@variants
+def test_packed_documents_equal_separate_ones(options, told):
+    model = tiny_model(**options)
+    outputs = model(PACKED, **told)
+    for document, logits in zip(DOCUMENTS, outputs.logits[0].split(LENGTHS), strict=True):
+        assert_close(logits, logits_of(model, document))
+    # What is left is the state of the last document, and tokens that name no document belong to it.
+    more = random_ids(1, 5, seed=8)
+    whole = logits_of(model, torch.cat((DOCUMENTS[-1], more[0])))
+    assert_close(model(more, past_key_values=outputs.past_key_values).logits[0], whole[4:])
+    assert_close(logits_of(model, PACKED[0])[:7], outputs.logits[0, :7])
+    assert (logits_of(model, PACKED[0])[8:17] - outputs.logits[0, 8:17]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+@pytest.mark.parametrize(
+    "told", [{"seq_idx": SEQ_IDX}, {"position_ids": POSITION_IDS}], ids=lambda x: next(iter(x))
+)
+@variants
+def test_packed_documents_may_be_cut_anywhere(options, told, cuts):
+    model = tiny_model(**options)
+    logits, cache = in_segments(model, PACKED, cuts, **told)
+    for document, part in zip(DOCUMENTS, logits[0].split(LENGTHS), strict=True):
+        assert_close(part, logits_of(model, document))
+    assert cache.states[0].position.tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    "told", [{"position_ids": torch.arange(9)[None]}, {"cu_seq_lens_q": torch.tensor([0, 9])}]
+)
+@pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
+def test_a_document_that_starts_after_others_sees_nothing_of_them(told, named):
+    """Whether or not the call before told documents apart."""
+    model, ids = tiny_model(), random_ids(1, 9, seed=8)
+    before = {"position_ids": torch.arange(21)[None]} if named else {}
+    cache = model(random_ids(1, 21), **before).past_key_values
+    assert_close(model(ids, past_key_values=cache, **told).logits[0], logits_of(model, ids[0]))
+
+
+def test_positions_that_go_on_continue_the_document():
+    model, ids = tiny_model(), random_ids(1, 21)
+    cache = model(ids[:, :9]).past_key_values
+    later = model(ids[:, 9:], past_key_values=cache, position_ids=torch.arange(9, 21)[None]).logits
+    assert_close(later, model(ids).logits[:, 9:])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("filler", [0, 1])
+def test_positions_of_padding_start_no_document(side, filler):
+    """Transformers fills positions of padding with 0 or 1."""
+    model, rows = tiny_model(), ragged_rows(9, 4)
+    ids, mask = padded(rows, side)
+    positions = (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, filler)
+    outputs = model(ids, attention_mask=mask, position_ids=positions)
+    more = random_ids(2, 2, seed=8)
+    later = model(more, past_key_values=outputs.past_key_values).logits
+    for b, row in enumerate(rows):
+        whole = logits_of(model, torch.cat((row, more[b])))
+        assert_close(outputs.logits[b, mask[b].bool()], whole[:-2])
+        assert_close(later[b], whole[-2:])
+
+
+@pytest.mark.parametrize("flags", [{}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True}], ids=str)
+def test_the_flattening_collator_gives_the_loss_of_separate_documents(flags):
+    model = tiny_model()
+    batch = DataCollatorWithFlattening(**flags)([{"input_ids": row.tolist()} for row in DOCUMENTS])
+    assert batch["input_ids"].shape == (1, 21)
+    losses = [
+        torch.nn.functional.cross_entropy(logits_of(model, row)[:-1], row[1:], reduction="sum")
+        for row in DOCUMENTS
+    ]
+    expected = sum(losses) / sum(n - 1 for n in LENGTHS)
+    assert model(**batch).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# ---------------------------------------------------------------- compilation
+
+
+def assert_compiled_equals_eager(backend: str, **arguments) -> None:
+    """One graph without breaks, forward and backward."""
+    torch._dynamo.reset()
+    model, ids = tiny_model(num_layers=1), random_ids(2, 9)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+    outputs = model(ids, labels=ids, **arguments)
+    outputs.loss.backward()
+    expected = gradients(model)
+    actual = compiled(ids, labels=ids, **arguments)
+    actual.loss.backward()
+    assert_close(actual.logits, outputs.logits)
+    assert_same_gradients(model, expected, 1e-3)
+
+
+@pytest.mark.timeout(600)
+# Inductor itself uses TorchScript.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_compiled_model_equals_the_eager_one():
+    assert_compiled_equals_eager("inductor")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"attention_mask": padded(ragged_rows(9, 6), "left")[1]},
+        {"seq_idx": torch.arange(9).expand(2, -1) // 4},
+    ],
+    ids=["padded", "packed"],
+)
+def test_padded_and_packed_batches_compile_to_one_graph(arguments):
+    """Traced and differentiated as by Inductor, but run by eager kernels: seconds, not a minute."""
+    assert_compiled_equals_eager("aot_eager", **arguments)
+
+
+def test_a_compiled_model_continues_a_state():
+    torch._dynamo.reset()
+    model, ids = tiny_model(num_layers=1), random_ids(2, 9)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    with torch.no_grad():
+        cache = model(ids[:, :6]).past_key_values
+        logits = [compiled(ids[:, t : t + 1], past_key_values=cache).logits for t in range(6, 9)]
+        assert_close(torch.cat(logits, dim=1), model(ids).logits[:, 6:])
+    assert cache.get_seq_length() == 9
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_what_is_not_a_state_of_this_model_is_refused():
+    model, ids = tiny_model(), random_ids(2, 5)
+    with pytest.raises(ValueError, match="must be a HAMTCache; got DynamicCache"):
+        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="this state has 1 layers, the model 2: it comes from another model"):
+        model(ids, past_key_values=tiny_model(num_layers=1)(ids).past_key_values)
+    with pytest.raises(ValueError, match="comes from another model: its memory"):
+        model(ids, past_key_values=tiny_model(num_slots=5)(ids).past_key_values)
+    with pytest.raises(ValueError, match="2 rows, the input 1"):
+        model(ids[:1], past_key_values=model(ids).past_key_values)
