@@ -36,7 +36,6 @@ def tiny_model(seed: int = 0, **options) -> HAMTModel:
             for block in model.model.layers:
                 block.mixer.output_proj.weight.normal_(std=0.25)
                 block.mlp.down_proj.weight.normal_(std=0.25)
-                block.mixer.retrieval.read_bias.normal_()
                 if block.mixer.conv is not None:
                     block.mixer.conv.weight.normal_(std=0.5)
     return model.eval()

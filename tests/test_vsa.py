@@ -163,10 +163,14 @@ def test_random_keys_are_members_of_the_algebra(algebra):
 
 
 @algebras
-def test_bfloat16_items_stay_bfloat16_and_keep_their_norm(algebra):
+def test_bfloat16_items_are_bound_in_bfloat16_by_phases_in_float32(algebra):
     item = random_items(4, 64).bfloat16()
     key = random_keys(algebra, 4, algebra.key_size(64)).float()
+    if algebra.has_phase:
+        key = algebra.key(key + 20 * math.pi)  # a phase that bfloat16 could not hold
     bound = algebra.bind(algebra.lift(item), key)
+    wide = algebra.bind(algebra.lift(item.double()), key.double())
+    torch.testing.assert_close(bound.double(), wide, rtol=0.02, atol=0.05)
     back = algebra.lower(algebra.unbind(bound, key))
     assert bound.dtype == back.dtype == torch.bfloat16
     torch.testing.assert_close(back, item, rtol=0.02, atol=0.05)

@@ -1,6 +1,7 @@
 """The ``hamt`` command: a name, a function, nothing more."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +18,9 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``hamt COMMAND OPTIONS``; returns the exit code: 0, or 2 for a mistake of the user."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # Threads that spin while they wait starve each other on a busy machine: a training step took 22 s
+    # instead of 0.5. Sleeping costs 25 % on an idle one (docs/LOG.md). Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_usage())
