@@ -95,7 +95,7 @@ def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
 @pytest.mark.parametrize("extra", [{}, {"conv_kernel_size": 0, "use_output_gate": False, "rotation": "none"}])
 @variants
 def test_the_layer_is_its_equations(options, extra):
-    layer, inputs = tiny_layer(**options, **extra, rotation_base=100), random_inputs(2, 19)
+    layer, inputs = tiny_layer(**options, **extra, rotation_base=100, decay_rate=0.05), random_inputs(2, 19)
     outputs = layer(inputs)[0]
     for row, output in zip(inputs, outputs, strict=True):
         assert_close(output, literal_layer(layer, row), 1e-9)
@@ -211,6 +211,13 @@ def test_a_state_with_another_number_of_rows_is_refused():
 
 
 # ---------------------------------------------------------------- the parts
+
+
+def test_the_choices_of_the_configuration_reach_the_memory():
+    options = {"num_slots": 5, "num_heads": 4, "decay_rate": 0.01, "chunk_size": 8, "write_rule": "convex"}
+    memory = tiny_layer(**options, hcm_dim=48, binding_type="circular_conv").memory
+    assert {name: getattr(memory, name) for name in options} == options
+    assert (memory.head_dim, memory.algebra.name) == (12, "circular_conv")
 
 
 def test_the_convolution_is_causal_and_depthwise():

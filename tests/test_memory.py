@@ -304,11 +304,18 @@ def test_the_size_of_the_state_does_not_depend_on_the_context(binding_type, form
         ({"hcm_dim": 8, "write_rule": "delta"}, "write_rule must be gated or convex; got 'delta'"),
         ({"hcm_dim": 8, "decay_rate": 1.0}, r"decay_rate must lie in \[0, 1\); got 1.0"),
         ({"hcm_dim": 8, "binding_type": "xor"}, "binding_type must be one of"),
+        ({"hcm_dim": 0}, "must be at least 1"),
+        ({"hcm_dim": 8, "chunk_size": 0}, "must be at least 1"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         HolographicMemory(**options)
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(ValueError, match="form must be chunked or recurrent; got 'parallel'"):
+        whole(Case("phasor").memory(), "parallel")(random_inputs(Case("phasor"), 3))
 
 
 @both_forms

@@ -148,3 +148,12 @@ def test_held_out_loss_scores_every_token_once(model):
         total += F.cross_entropy(logits, block[1:], reduction="sum").item()
     assert got.nats_per_token == pytest.approx(total / 99, rel=1e-5)
     assert got.bits_per_byte == pytest.approx(total / math.log(2) / 250, rel=1e-5)
+
+
+def test_a_sample_of_blocks_is_scored_as_the_blocks_are(model):
+    model.eval()
+    stream = torch.randint(40, (100,), generator=torch.Generator().manual_seed(2))
+    got = held_out_loss(model, stream, num_bytes=99, length=16, every=4)
+    parts = [held_out_loss(model, stream[s : s + 17], num_bytes=16, length=16) for s in (0, 64)]
+    assert got.nats_per_token == pytest.approx(sum(p.nats_per_token for p in parts) / 2, rel=1e-5)
+    assert got.bits_per_byte == pytest.approx(got.nats_per_token / math.log(2), rel=1e-5)

@@ -76,6 +76,8 @@ class HolographicMemory:
         decay_rate: float = 0.001,
         chunk_size: int = 16,
     ) -> None:
+        if min(hcm_dim, num_slots, num_heads, chunk_size) < 1:
+            raise ValueError("hcm_dim, num_slots, num_heads and chunk_size must be at least 1")
         if hcm_dim % (2 * num_heads):
             raise ValueError(f"hcm_dim must be a multiple of 2 * num_heads = {2 * num_heads}; got {hcm_dim}")
         if write_rule not in ("gated", "convex"):
@@ -173,6 +175,8 @@ class HolographicMemory:
         Returns:
             y (B, N, H, F) in the dtype of ``items``, and the state after the last token.
         """
+        if form not in ("chunked", "recurrent"):
+            raise ValueError(f"form must be chunked or recurrent; got {form!r}")
         state = initial_state or self.initial_state(len(items), _wide(items), items.device)
         # State and decay arithmetic stay in float32 under autocast; only tile products are narrow.
         with torch.autocast(items.device.type, enabled=False):
@@ -181,7 +185,7 @@ class HolographicMemory:
                 real = mask.to(log_forget.dtype)[..., None, None]
                 write, log_forget = write * real, log_forget * real
                 rotation = None if rotation is None else rotation * real
-            run = {"chunked": self._chunked, "recurrent": self._recurrent}[form]
+            run = self._chunked if form == "chunked" else self._recurrent
             tensors = (self.algebra.lift(items), keys, unbinding_keys, write, read, log_forget)
             output, state = run(*tensors, rotation, state, seq_idx)
             return self.algebra.lower(output), state

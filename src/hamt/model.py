@@ -178,7 +178,7 @@ class HAMTBackbone(HAMTPreTrainedModel):
         if seq_idx is None:
             if position_ids is not None or cu_seq_lens_q is not None:
                 states = [_in_a_document(state) for state in states]
-            seq_idx = _documents(position_ids, cu_seq_lens_q, mask, hidden_states, states[0])
+            seq_idx = _documents(position_ids, cu_seq_lens_q, hidden_states, states[0])
         new_states, aux_losses = [], []
         for layer, state in zip(self.layers, states, strict=True):
             hidden_states, state, aux_loss = layer(
@@ -307,7 +307,6 @@ def _in_a_document(state: LayerState | None) -> LayerState | None:
 def _documents(
     position_ids: Tensor | None,
     cu_seq_lens: Tensor | None,
-    mask: Tensor | None,
     hidden_states: Tensor,
     state: LayerState | None,
 ) -> Tensor | None:
@@ -318,8 +317,7 @@ def _documents(
         index = torch.arange(length, device=hidden_states.device)
         documents = torch.searchsorted(cu_seq_lens.to(index), index, right=True).expand(batch, -1)
     elif position_ids is not None:
-        starts = position_ids.eq(0) if mask is None else position_ids.eq(0) & mask.ne(0)
-        documents = starts.cumsum(dim=1).expand(batch, -1)
+        documents = position_ids.eq(0).cumsum(dim=1).expand(batch, -1)
     else:
         return None if before is None else before[:, None].expand(-1, length)
     return documents if before is None else documents + before[:, None]

@@ -117,12 +117,12 @@ def train_on_corpus(
         f"[bold]model[/]: {model.num_parameters():,} parameters, {model.model.layers[0].mixer.memory}"
     )
 
-    # While training, a sample is enough; the whole is scored at the end.
-    sample = held_out_stream[: 16 * max_length + 1]
-    scale = sum(len(text.encode()) for text in corpus.held_out) / len(held_out_stream)
+    # While training, a sample of about 16 blocks is enough; the whole is scored at the end.
+    sparse = max(len(held_out_stream) // max_length // 16, 1)
+    num_bytes = sum(len(text.encode()) for text in corpus.held_out)
 
-    def evaluate(stream: torch.Tensor = sample) -> Loss:
-        return held_out_loss(model, stream, round(scale * len(stream)), max_length)
+    def evaluate(every: int = sparse) -> Loss:
+        return held_out_loss(model, held_out_stream, num_bytes, max_length, every)
 
     def report(step: int, loss: Loss) -> None:
         with tqdm.external_write_mode():  # a line of its own above the progress bar
@@ -143,7 +143,7 @@ def train_on_corpus(
         on_evaluation=report,
     )
     save_checkpoint(output_dir, model, tokenizer)
-    final = None if result.interrupted else evaluate(held_out_stream)
+    final = None if result.interrupted else evaluate(every=1)
     write_json(
         Path(output_dir) / "training_info.json",
         {
