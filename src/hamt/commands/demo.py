@@ -20,7 +20,7 @@ class DemoOptions:
     output_dir: str = option("checkpoints/demo", "where the checkpoint goes")
     data: str = option("sotu", "sotu (embedded), or the path of a UTF-8 text file")
     num_steps: int = option(600, "optimiser steps")
-    max_minutes: float = option(4.0, "end training within this time, on a slow machine with fewer steps")
+    max_minutes: float = option(4.5, "end training within this time, on a slow machine with fewer steps")
     prompt: str = option("Fellow citizens", "what the model continues at the end")
     seed: int = option(0, "seed of weights, data order and sampling")
 
