@@ -16,7 +16,7 @@ SOURCE = Path(hamt.__file__).parent
 # Each layer may import those to its left. Packages (data, evaluation, ...) count as one layer each.
 LAYERS = (
     {"errors", "files", "vsa"},
-    {"positions"},
+    {"positions", "scan"},
     {"memory"},
     {"losses"},
     {"config"},
@@ -86,7 +86,7 @@ def test_no_circle_of_imports():
     TopologicalSorter({module_name(file): own_imports(file) for file in FILES}).prepare()
 
 
-@pytest.mark.parametrize("name", ["vsa", "memory", "positions", "losses"])
+@pytest.mark.parametrize("name", ["vsa", "memory", "positions", "scan", "losses"])
 def test_the_memory_knows_nothing_of_models(name):
     """It takes tensors and numbers: no configuration, no Transformers."""
     found = imports(SOURCE / f"{name}.py")

@@ -23,12 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hamt.positions import accumulate_phase
+from hamt.scan import decays, repeat_last, scan
 from hamt.vsa import get_algebra, wrap_phase
-
-# Tiles per group in the scan across tiles: the scan is quadratic in a group, logarithmic beyond it.
-_GROUP = 16
-# exp(-100) is zero beside any float that matters; a bounded sum keeps float32 differences exact.
-_LOG_ZERO = -100.0
 
 
 class MemoryState(NamedTuple):
@@ -240,7 +236,7 @@ class HolographicMemory:
         ends = None
         if seq_idx is not None:
             # The padded tail belongs to the last document.
-            seq_idx = _repeat_last(seq_idx, -length % size).view(batch, 1, -1, size)
+            seq_idx = repeat_last(seq_idx, -length % size).view(batch, 1, -1, size)
             ends = torch.cat((document.view(batch, 1, 1), seq_idx[..., -1]), dim=-1)
         output, memory = _tiles(bound, write, read, log_forget, memory, seq_idx, ends)
         output = output.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length]
@@ -302,25 +298,6 @@ def _tile(x: Tensor, size: int) -> Tensor:
     return x.view(batch, -1, size, heads, width).permute(0, 3, 1, 2, 4).contiguous()
 
 
-def _repeat_last(x: Tensor, count: int) -> Tensor:
-    """Lengthen the last dimension by ``count`` copies of its last entry (``F.pad`` wants floats)."""
-    return torch.cat((x, x[..., -1:].expand(*x.shape[:-1], count)), dim=-1)
-
-
-def _decays(total: Tensor, documents: Tensor | None) -> Tensor:
-    """Decay from j to i: cumulated log α (..., C, S), documents (..., C) -> (..., C, C, S).
-
-    exp(total_i - total_j) where j ≤ i in the same document, else 0. Every exponent is a difference
-    ≤ 0, masked before exp: inf · 0 would have no gradient.
-    """
-    size = total.shape[-2]
-    visible = torch.ones(size, size, dtype=torch.bool, device=total.device).tril()
-    if documents is not None:
-        visible = visible & documents[..., :, None].eq(documents[..., None, :])
-    difference = total[..., :, None, :] - total[..., None, :, :]
-    return difference.masked_fill(~visible[..., None], -torch.inf).exp()
-
-
 def _tiles(bound, write, read, log_forget, memory, seq_idx, ends):
     """(3) and the sum of (4) for all tiles: (B, H, T, C, ·) -> output (B, H, T, C, F), memory.
 
@@ -329,7 +306,7 @@ def _tiles(bound, write, read, log_forget, memory, seq_idx, ends):
     """
     narrow = bound.dtype
     total = log_forget.cumsum(dim=-2)  # decay from the start of the tile to each token, inclusive
-    scores = torch.einsum("bhtis,bhtijs,bhtjs->bhtij", read, _decays(total, seq_idx), write)
+    scores = torch.einsum("bhtis,bhtijs,bhtjs->bhtij", read, decays(total, seq_idx), write)
     output = scores.to(narrow) @ bound
     # Into the state at the end of the tile, across tiles, and out of the state that enters a tile.
     to_end = write * (total[..., -1:, :] - total).exp()
@@ -338,33 +315,5 @@ def _tiles(bound, write, read, log_forget, memory, seq_idx, ends):
         to_end = to_end * (seq_idx == ends[..., 1:, None])[..., None]
         from_start = from_start * (seq_idx == ends[..., :-1, None])[..., None]
     delta = (to_end.to(narrow).mT @ bound).to(memory.dtype)
-    entering, memory = _scan(total[..., -1, :], delta, memory, ends)
+    entering, memory = scan(total[..., -1, :], delta, memory, ends)
     return output + from_start.to(narrow) @ entering.to(narrow), memory
-
-
-def _scan(log_decay, delta, memory, ends):
-    """M_t = exp(log_decay_t) M_{t-1} + delta_t over tiles, in groups, recursively.
-
-    (B, H, T, S), (B, H, T, S, F), (B, H, S, F), ends as in ``_tiles`` -> the memory that enters
-    each tile (B, H, T, S, F), and the last one.
-    """
-    batch, heads, tiles, slots, width = delta.shape
-    size = min(_GROUP, tiles)
-    padding = -tiles % size
-    log_decay = F.pad(log_decay.clamp(min=_LOG_ZERO), (0, 0, 0, padding)).view(batch, heads, -1, size, slots)
-    delta = F.pad(delta, (0, 0, 0, 0, 0, padding)).view(batch, heads, -1, size, slots, width)
-    total = log_decay.cumsum(dim=-2)
-    carried, inner = total.exp(), None
-    if ends is not None:
-        ends = _repeat_last(ends, padding)
-        inner = ends[..., 1:].view(batch, 1, -1, size)
-        ends = torch.cat((ends[..., :1], inner[..., -1]), dim=-1)  # of groups
-        carried = carried * (inner == ends[..., :-1, None])[..., None]
-    after = torch.einsum("bhuijs,bhujsf->bhuisf", _decays(total, inner), delta)  # from an empty memory
-    if after.shape[2] == 1:
-        entering = memory[:, :, None]
-    else:
-        entering, _ = _scan(total[..., -1, :], after[..., -1, :, :], memory, ends)
-    after = after + carried[..., None] * entering[..., None, :, :]
-    entering = torch.cat((entering[..., None, :, :], after[..., :-1, :, :]), dim=3)
-    return entering.flatten(2, 3)[:, :, :tiles], after[:, :, -1, -1]
