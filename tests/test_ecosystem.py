@@ -78,8 +78,11 @@ def test_trainer_packs_documents_without_padding(tmp_path):
     assert not torch.allclose(found[0]["lm_head.weight"], tiny_model().lm_head.weight, atol=1e-3)
 
 
+# peft 0.21 still asks for the old name of a property of Transformers.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_lora_adapters_train(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["item_proj", "output_proj"], r=2)
     model = peft.get_peft_model(tiny_model(), config)
     ids = random_ids(2, 9)

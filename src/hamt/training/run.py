@@ -19,7 +19,7 @@ from hamt.data.tokenizer import load_tokenizer, train_tokenizer
 from hamt.errors import UserError
 from hamt.evaluation.loss import Loss, held_out_loss
 from hamt.evaluation.ngrams import ngram_losses
-from hamt.files import write_json
+from hamt.files import write_folder, write_json
 from hamt.model import HAMTForCausalLM
 from hamt.training.loop import TrainingResult, seed_everything, train
 
@@ -55,7 +55,7 @@ def check_writable(folder: str) -> None:
         UserError: if nothing can be written there.
     """
     try:
-        write_json(Path(folder) / "training_info.json", {"finished": False})
+        write_folder(folder, lambda target: None)
     except OSError as error:
         raise UserError(
             f"cannot write to {folder} ({error.strerror}); choose another --output_dir"
@@ -144,34 +144,39 @@ def train_on_corpus(
     )
     save_checkpoint(output_dir, model, tokenizer)
     final = None if result.interrupted else evaluate(every=1)
-    write_json(
-        Path(output_dir) / "training_info.json",
-        {
-            "finished": not result.interrupted,
-            "corpus": corpus.name,
-            "options": {
-                "data": data,
-                "max_length": max_length,
-                "batch_size": batch_size,
-                "num_steps": num_steps,
-                "learning_rate": learning_rate,
-                "seed": seed,
-            },
-            "num_parameters": model.num_parameters(),
-            "train_tokens": len(train_stream),
-            "held_out_tokens": len(held_out_stream),
-            "held_out_loss": None if final is None else final._asdict(),
-            "unigram_loss": unigram,
-            "bigram_loss": bigram,
-            **asdict(result),
-            "tokens_per_second": result.tokens_per_second,
-            "config": model.config.to_dict(),
-            "versions": {
-                "hamt": hamt.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+    run = Run(model, tokenizer, result, unigram, bigram, final)
+    info = {
+        "corpus": corpus.name,
+        "options": {
+            "data": data,
+            "max_length": max_length,
+            "batch_size": batch_size,
+            "num_steps": num_steps,
+            "learning_rate": learning_rate,
+            "seed": seed,
         },
-    )
-    return Run(model, tokenizer, result, unigram, bigram, final)
+        "train_tokens": len(train_stream),
+        "held_out_tokens": len(held_out_stream),
+    }
+    write_json(Path(output_dir) / "training_info.json", {**info, **_measured(run)})
+    return run
+
+
+def _measured(run: Run) -> dict:
+    """The part of ``training_info.json`` that says what came out, and with what."""
+    return {
+        "finished": not run.result.interrupted,
+        "num_parameters": run.model.num_parameters(),
+        "held_out_loss": None if run.final is None else run.final._asdict(),
+        "unigram_loss": run.unigram,
+        "bigram_loss": run.bigram,
+        **asdict(run.result),
+        "tokens_per_second": run.result.tokens_per_second,
+        "config": run.model.config.to_dict(),
+        "versions": {
+            "hamt": hamt.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
