@@ -240,6 +240,16 @@ def test_padding_gets_no_gradient_and_changes_none():
     assert_same_gradients(model, expected, 1e-6)  # the loss is taken in float32
 
 
+def test_a_token_that_also_pads_still_learns_its_embedding():
+    model, ids = tiny_model(pad_token_id=3, eos_token_id=3), random_ids(1, 12)
+    ids[0, 5] = 3
+    model(ids, labels=ids).loss.backward()
+    assert model.get_input_embeddings().weight[3].abs().sum() > 0
+    model.zero_grad()
+    model.model(ids).last_hidden_state.sum().backward()  # without the tied head
+    assert model.get_input_embeddings().weight.grad[3].abs().sum() > 0
+
+
 # ---------------------------------------------------------------- dtypes
 
 

@@ -126,7 +126,9 @@ class HAMTBackbone(HAMTPreTrainedModel):
 
     def __init__(self, config: HAMTConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_dim, config.pad_token_id)
+        # No padding_idx: padding is masked, and a tokenizer that pads with its end-of-text token (GPT-2's)
+        # would leave that token without an embedding to learn.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_dim)
         self.layers = nn.ModuleList(HAMTBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
         self.post_init()
