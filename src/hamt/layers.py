@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hamt.config import HAMTConfig
 from hamt.losses import reconstruction_loss
 from hamt.memory import HolographicMemory, MemoryState
+from hamt.positions import number_documents
 from hamt.vsa import Algebra
 
 
@@ -217,7 +218,7 @@ class HAMTLayer(nn.Module):
         if seq_idx is not None:
             if attention_mask is not None:
                 seq_idx = _fill_padding(seq_idx, attention_mask.ne(0))
-            documents = _number_documents(seq_idx, None if carried is None else carried.seq_idx)
+            documents = number_documents(seq_idx, None if carried is None else carried.seq_idx)
         conditioned, tail = hidden_states, None
         if self.conv is not None:
             before = None if state is None else state.conv
@@ -302,16 +303,6 @@ def _fill_padding(seq_idx: Tensor, real: Tensor) -> Tensor:
     before = index.where(real, -1).cummax(dim=1).values
     first = real.byte().argmax(dim=1, keepdim=True)
     return seq_idx.gather(1, before.where(before >= 0, first))
-
-
-def _number_documents(seq_idx: Tensor, document: Tensor | None) -> Tensor:
-    """Number the documents of each row, 0 for the one the state belongs to: (B, N), (B,) -> (B, N).
-
-    Names may come again: a document is one run of equal names.
-    """
-    first = seq_idx[:, :1]
-    runs = seq_idx.diff(dim=1, prepend=first).ne(0).cumsum(dim=1)
-    return runs if document is None else runs + document[:, None].ne(first)
 
 
 def _position(

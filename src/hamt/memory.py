@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hamt.positions import accumulate_phase
+from hamt.positions import accumulate_phase, number_documents
 from hamt.scan import decays, repeat_last, scan
 from hamt.vsa import get_algebra, wrap_phase
 
@@ -219,10 +219,9 @@ class HolographicMemory:
         batch, length = lifted.shape[:2]
         last = document
         if seq_idx is not None:
-            # Number the runs: a later document may bear the name of the state's, or of an earlier one.
-            last, first = seq_idx[:, -1], seq_idx[:, :1]
-            seq_idx = seq_idx.diff(dim=1, prepend=first).ne(0).cumsum(dim=1)
-            document = torch.zeros_like(last) if document is None else document.eq(first[:, 0]).long() - 1
+            last = seq_idx[:, -1]
+            seq_idx = number_documents(seq_idx, document)
+            document = torch.zeros_like(seq_idx[:, 0])
         if rotation is not None:
             positions, phase = accumulate_phase(rotation, phase, seq_idx, document, batch, length)
             keys = self.algebra.compose(keys, positions)

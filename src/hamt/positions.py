@@ -12,6 +12,16 @@ from torch import Tensor
 from hamt.vsa import wrap_phase
 
 
+def number_documents(seq_idx: Tensor, document: Tensor | None) -> Tensor:
+    """Number the documents of each row, 0 for the one the state belongs to: (B, N), (B,) -> (B, N).
+
+    Names may come again: a document is one run of equal names.
+    """
+    first = seq_idx[:, :1]
+    runs = seq_idx.diff(dim=1, prepend=first).ne(0).cumsum(dim=1)
+    return runs if document is None else runs + document[:, None].ne(first)
+
+
 def accumulate_phase(
     rotation: Tensor,
     phase: Tensor | None,

@@ -48,7 +48,6 @@ def main(arguments: Sequence[str]) -> int:
         eval_interval=max(options.num_steps // 6, 1),
     )
     if run.final is None:
-        console.print(f"stopped after {run.result.steps} steps; the checkpoint is in {options.output_dir}")
         return 0
     scale = run.final.bits_per_byte / run.final.nats_per_token
     table = Table(title="held-out loss")

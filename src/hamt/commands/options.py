@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import MISSING, field
+from dataclasses import field
 from typing import Any, NoReturn, TypeVar, cast
 
 from transformers import HfArgumentParser
@@ -37,11 +37,9 @@ def parse(options: type[T], arguments: Sequence[str], command: str, positional: 
         cast(Any, options), prog=f"hamt {command}", description=(options.__doc__ or "").splitlines()[0]
     )
     if positional:
-        info = options.__dataclass_fields__[positional]  # type: ignore[attr-defined]
-        default = None if info.default is MISSING else info.default
         # A second declaration under another name; the flag stays usable.
-        parser.add_argument("_positional", nargs="?", metavar=positional, help=info.metadata["help"])
-        parser.set_defaults(**{positional: default})
+        help = options.__dataclass_fields__[positional].metadata["help"]  # type: ignore[attr-defined]
+        parser.add_argument("_positional", nargs="?", metavar=positional, help=help)
     namespace, unknown = parser.parse_known_args(list(arguments))
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]

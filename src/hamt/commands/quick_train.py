@@ -76,7 +76,6 @@ def main(arguments: Sequence[str]) -> int:
     path = Path(options.output_dir) / f"hamt_quick_{run.result.steps}steps.pt"
     save_pt(path, run.model, run.tokenizer)
     if run.final is None:
-        console.print(f"stopped after {run.result.steps} steps; the checkpoint is in {options.output_dir}")
         return 0
     console.print(
         f"final loss {run.result.final_loss:.3f} (training), {run.final.nats_per_token:.3f} nats/token, "

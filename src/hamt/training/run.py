@@ -159,6 +159,8 @@ def train_on_corpus(
         "held_out_tokens": len(held_out_stream),
     }
     write_json(Path(output_dir) / "training_info.json", {**info, **_measured(run)})
+    if final is None:
+        console.print(f"stopped after {result.steps} steps; the checkpoint is in {output_dir}")
     return run
 
 
