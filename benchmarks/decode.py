@@ -8,13 +8,11 @@ so that whatever else the machine does meets both alike.
 
 import argparse
 import json
-import platform
-import time
+from functools import partial
 
 import torch
-import transformers
+from environment import Timing, environment, interleave
 
-import hamt
 from hamt import HAMTCache, HAMTConfig, HAMTModel
 
 
@@ -31,26 +29,19 @@ def prefill(model: HAMTModel, context: int, segment: int = 2048) -> HAMTCache:
 @torch.no_grad()
 def measure(model: HAMTModel, contexts: list[int], steps: int) -> dict[str, dict]:
     """Milliseconds per decoded token and bytes of state for each context."""
-    caches = {context: prefill(model, context) for context in contexts}
-    times: dict[int, list[float]] = {context: [] for context in contexts}
+    caches = {str(context): prefill(model, context) for context in contexts}
     token = torch.zeros(1, 1, dtype=torch.long)
-    for step in range(steps + 10):
-        for context, cache in caches.items():
-            start = time.perf_counter()
-            model(token, past_key_values=cache)
-            if step >= 10:  # the first steps warm up
-                times[context].append(1e3 * (time.perf_counter() - start))
-    quartiles = {
-        context: torch.tensor(values).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        for context, values in times.items()
-    }
+    decode = {name: partial(model, token, past_key_values=cache) for name, cache in caches.items()}
+    timings = interleave(decode, rounds=steps, warmup=10)
     return {
-        str(context): {
-            "median_ms": round(quartiles[context][1], 4),
-            "quartiles_ms": [round(quartiles[context][0], 4), round(quartiles[context][2], 4)],
-            "state_bytes": caches[context].nbytes,
-        }
-        for context in contexts
+        name: {**_milliseconds(timings[name]), "state_bytes": cache.nbytes} for name, cache in caches.items()
+    }
+
+
+def _milliseconds(timing: Timing) -> dict:
+    return {
+        "median_ms": round(1e3 * timing.median_s, 4),
+        "quartiles_ms": [round(1e3 * value, 4) for value in timing.quartiles_s],
     }
 
 
@@ -62,18 +53,12 @@ def main() -> None:
     parser.add_argument("--hidden_dim", type=int, default=256)
     parser.add_argument("--num_layers", type=int, default=4)
     options = parser.parse_args()
+    header = environment()
     torch.manual_seed(0)
     config = HAMTConfig(hidden_dim=options.hidden_dim, num_layers=options.num_layers, vocab_size=4096)
     model = HAMTModel(config).eval()
     result = {
-        "environment": {
-            "hamt": hamt.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-        },
+        "environment": header,
         "parameters": model.num_parameters(),
         "steps": options.steps,
         "contexts": measure(model, options.contexts, options.steps),

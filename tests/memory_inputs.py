@@ -38,13 +38,14 @@ class Case:
 CASES = [
     Case(binding_type, write_rule, rotates)
     for binding_type in ("elementwise", "circular_conv", "phasor")
-    for write_rule in ("gated", "convex")
+    for write_rule in ("gated", "convex", "delta")
     for rotates in (False, True)
-    if not (rotates and binding_type == "elementwise")
 ]
 ROTATING_CASES = [case for case in CASES if case.rotates]
+# A constant rotation needs phases: signs that alternate are no position code.
+PHASE_CASES = [case for case in ROTATING_CASES if case.binding_type != "elementwise"]
 # All that a case can have at once; the cases left out are special cases of these.
-FULL_CASES = [case for case in CASES if case.rotates or case.binding_type == "elementwise"]
+FULL_CASES = ROTATING_CASES
 
 
 def random_inputs(
@@ -75,6 +76,9 @@ def random_inputs(
     else:
         inputs["write"] = normal(*tokens, SLOTS)
         inputs["log_forget"] = torch.log1p(-forget)
+    if case.write_rule == "delta":
+        inputs["write"] = torch.nn.functional.normalize(inputs["write"], dim=-1)
+        inputs["beta"] = torch.sigmoid(normal(*tokens))
     if case.rotates:
         inputs["rotation"] = memory.algebra.key(normal(*tokens, memory.key_size))
         inputs["initial_phase"] = memory.algebra.key(normal(batch, HEADS, memory.key_size))

@@ -15,7 +15,7 @@ from memory_inputs import (
     FULL_CASES,
     HEAD_DIM,
     HEADS,
-    ROTATING_CASES,
+    PHASE_CASES,
     SLOTS,
     Case,
     assert_same,
@@ -55,9 +55,9 @@ def test_chunked_and_step_equal_recurrent_in_outputs_state_and_gradients(case, l
 @all_cases
 def test_an_empty_start_is_a_state_of_zeros(case):
     memory, inputs = case.memory(), random_inputs(case, 20)
-    for name in ("initial_memory", "initial_phase"):
-        if name in inputs:
-            inputs[name].zero_()
+    inputs["initial_memory"].zero_()
+    if case.rotates:
+        inputs["initial_phase"].fill_(memory.algebra.identity)
     expected = record(whole(memory, "recurrent"), inputs)
     for form in ("recurrent", "chunked"):
         output, state = memory(**tokens_of(inputs), form=form)
@@ -65,7 +65,7 @@ def test_an_empty_start_is_a_state_of_zeros(case):
         assert_same(seen, {name: expected[name] for name in seen}, EXACT)
 
 
-@pytest.mark.parametrize("case", [*FULL_CASES[:2], FULL_CASES[3], FULL_CASES[4]], ids=str)
+@full_cases
 def test_float32_forms_agree_with_each_other_and_with_float64_over_4096_tokens(case):
     memory, inputs = case.memory(), random_inputs(case, 4096, batch=1)
     narrow = {name: x.float() for name, x in inputs.items()}
@@ -78,7 +78,7 @@ def test_float32_forms_agree_with_each_other_and_with_float64_over_4096_tokens(c
     assert_same(recurrent, expected, 2e-4)
 
 
-@pytest.mark.parametrize("case", ROTATING_CASES[:1], ids=str)
+@pytest.mark.parametrize("case", PHASE_CASES[:1], ids=str)
 def test_float32_forms_agree_under_a_constant_rotation_over_4096_tokens(case):
     memory, inputs = case.memory(), random_inputs(case, 4096, batch=1, dtype=torch.float32)
     inputs["rotation"] = inputs["rotation"][:, :1]
@@ -120,7 +120,7 @@ def test_any_length_chunk_size_and_segmentation_equal_one_recurrent_run(case, le
 
 
 @both_forms
-@pytest.mark.parametrize("case", ROTATING_CASES, ids=str)
+@pytest.mark.parametrize("case", PHASE_CASES, ids=str)
 def test_a_constant_rotation_is_the_same_rotation_at_every_token(case, form):
     memory, inputs = case.memory(), random_inputs(case, 40)
     constant = inputs.pop("rotation")[:1, :1]
@@ -147,7 +147,7 @@ def test_gradients_equal_finite_differences(case, form):
 
 
 def test_with_keys_of_ones_the_memory_is_gated_linear_attention():
-    naive = load_naive_gla()
+    naive = load_naive("gla")
     case = Case("elementwise")
     inputs = random_inputs(case, 130, dtype=torch.float32)
     inputs["keys"], inputs["unbinding_keys"] = (torch.ones(2, 130, HEADS, HEAD_DIM) for _ in range(2))
@@ -163,11 +163,27 @@ def test_with_keys_of_ones_the_memory_is_gated_linear_attention():
     assert_same({"output": output, "memory": state.memory}, {"output": expected, "memory": final}, 1e-5)
 
 
-def load_naive_gla() -> ModuleType:
+def test_with_keys_of_ones_and_open_gates_the_delta_memory_is_delta_net():
+    naive = load_naive("delta_rule")
+    case = Case("elementwise", "delta")
+    inputs = random_inputs(case, 130, dtype=torch.float32)
+    inputs["keys"], inputs["unbinding_keys"] = (torch.ones(2, 130, HEADS, HEAD_DIM) for _ in range(2))
+    inputs["log_forget"].zero_()
+    inputs["initial_memory"].zero_()
+    output, state = whole(case.memory(), "chunked")(inputs)
+    in_heads = (inputs[name].transpose(1, 2) for name in ("read", "write", "items", "beta"))
+    read, write, items, beta = in_heads
+    # It scales the queries by K^-0.5.
+    expected, final = naive.delta_rule_recurrence(read * SLOTS**0.5, write, items, beta)
+    seen = {"output": output, "memory": state.memory}
+    assert_same(seen, {"output": expected.transpose(1, 2), "memory": final}, 1e-5)
+
+
+def load_naive(rule: str) -> ModuleType:
     """flash-linear-attention's loop, from its file: the package around it imports Triton, a GPU compiler."""
     package = importlib.util.find_spec("fla")
-    path = Path(package.submodule_search_locations[0], "ops", "gla", "naive.py")
-    spec = importlib.util.spec_from_file_location("naive_gla", path)
+    path = Path(package.submodule_search_locations[0], "ops", rule, "naive.py")
+    spec = importlib.util.spec_from_file_location(f"naive_{rule}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -180,15 +196,18 @@ def test_the_memory_equals_a_literal_loop_in_the_space_of_the_items(case, form):
     decay_rate = 0.05
     memory, inputs = case.memory(decay_rate=decay_rate), random_inputs(case, 40)
     del inputs["initial_memory"]
-    phase = inputs.pop("initial_phase", torch.zeros(()))
-    initial = memory.initial_state(2, torch.float64)._replace(phase=phase if case.rotates else None)
+    phase = inputs.pop("initial_phase", None)
+    initial = memory.initial_state(2, torch.float64)._replace(phase=phase)
     output, state = memory(**inputs, initial_state=initial, form=form)
 
     matrix, outputs = torch.zeros(2, HEADS, SLOTS, HEAD_DIM, dtype=torch.float64), []
     for t in range(40):
         token = {name: x[:, t] for name, x in inputs.items()}
         key, unbinding_key = token["keys"], token["unbinding_keys"]
-        if case.rotates:
+        if case.rotates and case.binding_type == "elementwise":
+            phase = phase * token["rotation"]
+            key, unbinding_key = key * phase, unbinding_key * phase
+        elif case.rotates:
             phase = phase + token["rotation"]
             key, unbinding_key = key + phase, unbinding_key + phase
         bound = natural_bind(case.binding_type, token["items"], key)[:, :, None]
@@ -196,7 +215,10 @@ def test_the_memory_equals_a_literal_loop_in_the_space_of_the_items(case, form):
         if case.write_rule == "convex":
             matrix = (1 - g) * (1 - decay_rate) * matrix + g * bound
         else:
-            matrix = token["log_forget"][..., None].exp() * matrix + g * bound
+            matrix = token["log_forget"][..., None].exp() * matrix
+            if case.write_rule == "delta":
+                bound = token["beta"][..., None, None] * (bound - (g * matrix).sum(dim=2, keepdim=True))
+            matrix = matrix + g * bound
         mixture = (token["read"][..., None] * matrix).sum(dim=2)
         outputs.append(natural_unbind(case.binding_type, mixture, unbinding_key))
 
@@ -276,7 +298,8 @@ def test_write_and_retrieve_are_the_two_halves_of_a_step(case):
     state = initial_state(inputs)
     token = {name: x[:, 0] for name, x in tokens_of(inputs).items()}
     memory = case.memory()
-    written = memory.write(state, token["items"], token["keys"], token["write"], token.get("log_forget"))
+    gates = (token.get(name) for name in ("write", "log_forget", "beta"))
+    written = memory.write(state, token["items"], token["keys"], *gates)
     retrieved = memory.retrieve(written, token["unbinding_keys"], token["read"])
     output, after = memory(**tokens_of(inputs), initial_state=state, form="recurrent")
     assert_same({"y": retrieved, "M": written.memory}, {"y": output[:, 0], "M": after.memory}, 1e-12)
@@ -285,12 +308,12 @@ def test_write_and_retrieve_are_the_two_halves_of_a_step(case):
 @both_forms
 @binding_types
 def test_the_size_of_the_state_does_not_depend_on_the_context(binding_type, form):
-    case = Case(binding_type, rotates=binding_type != "elementwise")
+    case = Case(binding_type, rotates=True)
     for length in (1, 17, 400):
         inputs = random_inputs(case, length)
         _, state = case.memory()(**tokens_of(inputs), form=form)
         assert state.memory.shape == (2, HEADS, SLOTS, HEAD_DIM)
-        assert state.phase is None or state.phase.shape == (2, HEADS, HEAD_DIM // 2)
+        assert state.phase.shape == (2, HEADS, case.memory().key_size)
 
 
 # ---------------------------------------------------------------- refusals
@@ -301,7 +324,7 @@ def test_the_size_of_the_state_does_not_depend_on_the_context(binding_type, form
     [
         ({"hcm_dim": 100, "num_heads": 8}, r"hcm_dim must be a multiple of 2 \* num_heads = 16; got 100"),
         ({"hcm_dim": 7}, "hcm_dim must be a multiple of"),
-        ({"hcm_dim": 8, "write_rule": "delta"}, "write_rule must be gated or convex; got 'delta'"),
+        ({"hcm_dim": 8, "write_rule": "sum"}, "write_rule must be one of gated, convex, delta; got 'sum'"),
         ({"hcm_dim": 8, "decay_rate": 1.0}, r"decay_rate must lie in \[0, 1\); got 1.0"),
         ({"hcm_dim": 8, "binding_type": "xor"}, "binding_type must be one of"),
         ({"hcm_dim": 0}, "must be at least 1"),
@@ -329,3 +352,7 @@ def test_each_write_rule_refuses_the_gates_of_the_other(form):
         stepwise(Case("phasor", "convex").memory())(gated)
     with pytest.raises(ValueError, match="needs log_forget"):
         stepwise(Case("phasor").memory())(convex)
+    with pytest.raises(ValueError, match="needs beta"):
+        whole(Case("phasor", "delta").memory(), form)(gated)
+    with pytest.raises(ValueError, match="no other rule takes it"):
+        whole(Case("phasor").memory(), form)(random_inputs(Case("phasor", "delta"), 3))

@@ -143,7 +143,8 @@ def test_autocast_changes_nothing_of_write_and_retrieve(case):
 
     def write_and_retrieve():
         state = initial_state(inputs)
-        state = memory.write(state, token["items"], token["keys"], token["write"], token.get("log_forget"))
+        gates = (token.get(name) for name in ("write", "log_forget", "beta"))
+        state = memory.write(state, token["items"], token["keys"], *gates)
         return state.memory, memory.retrieve(state, token["unbinding_keys"], token["read"])
 
     expected = write_and_retrieve()

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hamt.positions import accumulate_phase
+from hamt.positions import accumulate_positions
+from hamt.vsa import get_algebra
 
 HEADS, PHASES = 2, 3
+PHASOR = get_algebra("phasor")
 
 
 def random_rotation(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -35,7 +37,7 @@ def accumulate(
     length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, length = batch or rotation.shape[0], length or rotation.shape[1]
-    positions, last = accumulate_phase(rotation, phase, seq_idx, document, batch, length)
+    positions, last = accumulate_positions(PHASOR, rotation, phase, seq_idx, document, batch, length)
     assert positions.abs().max() <= math.pi * (1 + 1e-6), "a position is not wrapped"
     assert last.shape == (batch, HEADS, PHASES)
     assert torch.equal(last, positions[:, -1].expand_as(last))

@@ -9,8 +9,10 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hamt import HAMTConfig, HAMTModel
+from hamt.data.blocks import aligned_batch, next_token_batch
 from hamt.evaluation.loss import Loss, held_out_loss
 from hamt.evaluation.ngrams import ngram_losses
 from hamt.training.loop import train
@@ -27,7 +29,7 @@ def repeated_batches(batch=4, length=17, vocab=40):
     """The same batch again and again, which any model can learn by heart."""
     ids = torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(0))
     while True:
-        yield ids
+        yield next_token_batch(ids)
 
 
 def test_every_parameter_belongs_to_exactly_one_optimiser(model):
@@ -74,6 +76,88 @@ def test_training_learns_and_reports_what_it_did(model):
     assert result.train_losses[0][1] > 2.5
     assert result.final_loss < 1
     assert not model.training
+
+
+def test_a_block_costs_no_token_more_than_it_asks(model):
+    block = torch.randint(40, (3, 18), generator=torch.Generator().manual_seed(0))
+    batch = next_token_batch(block)
+    assert batch["input_ids"].shape == (3, 17)
+    model = model.double()
+    parts = []
+    for outputs in (model(**batch), model(block, labels=block)):
+        outputs.loss.backward()
+        parts.append([outputs.loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad()
+    torch.testing.assert_close(*parts, rtol=1e-6, atol=1e-7)  # the loss itself is always in float32
+
+
+def test_targets_are_aligned_and_may_be_left_out(model):
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randint(40, (2, 3, 9), generator=generator)
+    targets[:, :4] = -100
+    logits = model(inputs).logits[:, 4:]
+    expected = F.cross_entropy(logits.flatten(0, 1), targets[:, 4:].flatten())
+    torch.testing.assert_close(model(**aligned_batch(inputs, targets)).loss, expected)
+
+
+@pytest.mark.parametrize("good_enough", [20, 30, 1000])
+def test_training_ends_when_a_measurement_is_good_enough(model, good_enough):
+    measured, modes = iter(range(0, 1000, 10)), []
+    model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    result = train(
+        model,
+        repeated_batches(),
+        lambda: model.eval() and next(measured),
+        num_steps=5,
+        learning_rate=1e-3,
+        eval_interval=1,
+        until=lambda value: value >= good_enough,
+    )
+    assert result.steps == min(good_enough // 10, 5)
+    assert result.held_out == [(step, 10 * step) for step in range(result.steps + 1)]
+    assert modes == [True] * result.steps
+    assert not model.training
+
+
+def test_weight_decay_shrinks_weights_but_no_vectors(model):
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def trained(weight_decay):
+        model.load_state_dict(state)
+        train(
+            model,
+            repeated_batches(),
+            lambda: None,
+            num_steps=1,
+            learning_rate=1e-2,
+            weight_decay=weight_decay,
+        )
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    without, much = trained(0.0), trained(50.0)
+    for name, weight in without.items():
+        scale = 1 - (weight.ndim > 1) * 50 * 1e-3  # the only step is at a tenth of the peak
+        torch.testing.assert_close(
+            much[name] - scale * state[name], weight - state[name], rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_progress_is_shown_on_demand(model, capsys, show):
+    train(model, repeated_batches(), lambda: None, num_steps=10, learning_rate=1e-2, show_progress=show)
+    assert ("training" in capsys.readouterr().err) is show
+
+
+def test_other_models_of_transformers_train_too():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    result = train(
+        LlamaForCausalLM(config), repeated_batches(), lambda: None, num_steps=40, learning_rate=1e-2
+    )
+    assert result.final_loss < 1.5
+    assert result.final_aux_loss is None
 
 
 def test_training_is_reproducible(model):

@@ -6,7 +6,10 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from hamt.memory import WRITE_RULES
 from hamt.vsa import ALGEBRAS, get_algebra
+
+ROTATIONS = ("none", "constant", "data_dependent")
 
 
 @strict
@@ -25,9 +28,11 @@ class HAMTConfig(PreTrainedConfig):
         num_slots: S, slots per head.
         num_heads: H, heads; an item of a head has hcm_dim / num_heads features.
         binding_type: ``phasor``, ``circular_conv`` or ``elementwise`` (see ``hamt.vsa``).
-        write_rule: ``gated`` (forget and write gates) or ``convex`` (one gate for both).
-        rotation: ``constant`` (position keys at many time scales) or ``none``; None is ``constant``
-            where the binding has phases, else ``none``.
+        write_rule: ``gated`` (forget and write gates), ``convex`` (one gate for both) or ``delta``
+            (error-correcting, see ``hamt.delta``).
+        rotation: ``constant`` (position keys at many time scales), ``data_dependent`` (each token turns
+            the position by an angle, or sign, of its own: state tracking) or ``none``; None is
+            ``constant`` where the binding has phases, else ``none``.
         rotation_base: the slowest phase turns by 1 / rotation_base radians a token, the fastest by 1.
         decay_rate: λ of the convex rule, the share forgotten at every token.
         min_half_life: half-life in tokens of the fastest slot at initialisation.
@@ -36,7 +41,8 @@ class HAMTConfig(PreTrainedConfig):
         conv_kernel_size: width of the short convolution; 0 leaves it out.
         use_gating: gates depend on the token; False leaves a learned constant for each slot.
         use_output_gate: multiply the read-out by SiLU(W_g x).
-        intermediate_dim: width of the SwiGLU MLP; None is 8/3 · hidden_dim, rounded up to 32.
+        intermediate_dim: width of the SwiGLU MLP; None is 8/3 · hidden_dim, rounded up to 32; 0 leaves
+            the MLP out.
         max_position_embeddings: advisory, the context trained on; the memory has no length limit.
         dropout: after the mixer and after the MLP.
         use_auxiliary_loss: add the reconstruction loss (``hamt.losses``) in training.
@@ -108,10 +114,16 @@ class HAMTConfig(PreTrainedConfig):
             ValueError: with what is wrong and what would be right.
         """
         sizes = ("vocab_size", "hidden_dim", "num_layers", "num_slots", "num_heads", "chunk_size")
-        for name in (*sizes, "intermediate_dim"):
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("aux_loss_weight", "rms_norm_eps", "initializer_range"):
+        for name in (
+            "intermediate_dim",
+            "conv_kernel_size",
+            "aux_loss_weight",
+            "rms_norm_eps",
+            "initializer_range",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
         if not 0 < self.rotation_base < math.inf:
@@ -126,13 +138,12 @@ class HAMTConfig(PreTrainedConfig):
             )
         if self.binding_type not in ALGEBRAS:
             get_algebra(self.binding_type)
-        if self.write_rule not in ("gated", "convex"):
-            raise ValueError(f"write_rule must be gated or convex; got {self.write_rule!r}")
-        if self.rotation not in ("constant", "none"):
-            raise ValueError(f"rotation must be constant or none; got {self.rotation!r}")
+        for name, choices in (("write_rule", WRITE_RULES), ("rotation", ROTATIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         if self.rotation == "constant" and not get_algebra(self.binding_type).has_phase:
             raise ValueError(
-                "rotation='constant' needs a binding with phases: use rotation='none', "
+                "rotation='constant' needs a binding with phases: use rotation='none' or 'data_dependent', "
                 "or binding_type phasor or circular_conv"
             )
         if not 0 <= self.decay_rate < 1:
@@ -144,8 +155,6 @@ class HAMTConfig(PreTrainedConfig):
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
-        if self.conv_kernel_size < 0:
-            raise ValueError(f"conv_kernel_size must be 0 (none) or a width; got {self.conv_kernel_size}")
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "HAMTConfig":

@@ -4,8 +4,9 @@ With x_t the normalised input of the layer and c_t the same after the short conv
 
     item      v_t = W_v c_t
     key       k_t = key(W_k c_t)
-    gates     log α_t, w_t = GatingNetwork(c_t)
+    gates     log α_t, w_t (and β_t) = GatingNetwork(c_t)
     read      u_t, r_t = RetrievalHead(c_t)
+    turn      ρ_t = Rotation(c_t)
     memory    y_t = HolographicMemory(v, k, u, w, r, log α)
     output    o_t = W_o (RMSNorm_head(y_t) ⊙ SiLU(W_g x_t))
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hamt.config import HAMTConfig
+from hamt.convolution import ShortConvolution
 from hamt.losses import reconstruction_loss
 from hamt.memory import HolographicMemory, MemoryState
 from hamt.positions import number_documents
@@ -51,7 +53,7 @@ class ResidualLinear(nn.Linear):
 
 
 class GatingNetwork(nn.Module):
-    """Forget and write gates of every slot from the token alone: c (B, N, d) -> (B, N, H, S) each.
+    """Forget and write gates of every slot from the token alone.
 
     Gates that read the memory would make it nonlinear and sequential. The biases spread the
     half-lives of a head's slots from ``min_half_life`` to ``max_half_life`` tokens.
@@ -60,13 +62,23 @@ class GatingNetwork(nn.Module):
     def __init__(self, config: HAMTConfig) -> None:
         super().__init__()
         self.config = config
-        self.num_gates = 1 if config.write_rule == "convex" else 2
-        size = self.num_gates * config.num_heads * config.num_slots
+        slots = config.num_heads * config.num_slots
+        self.sizes = {
+            "convex": [0, slots, 0],
+            "gated": [slots, slots, 0],
+            "delta": [slots, slots, config.num_heads],
+        }[config.write_rule]
+        size = sum(self.sizes)
         self.weight = nn.Parameter(torch.empty(size, config.hidden_dim)) if config.use_gating else None
         self.bias = nn.Parameter(torch.empty(size))
 
-    def forward(self, conditioned: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return log α (None under the convex rule, which derives it) and w, in float32 at least."""
+    def forward(self, conditioned: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Gates in float32 at least, from c (B, N, d).
+
+        Returns:
+            log α (B, N, H, S), None under the convex rule, which derives it; w (B, N, H, S), under the
+            delta rule unit vectors; β (B, N, H) under the delta rule, else None.
+        """
         # A bfloat16 logit cannot tell a half-life of 1,000 tokens from one of 1,060.
         with torch.autocast(conditioned.device.type, enabled=False):
             wide = torch.promote_types(conditioned.dtype, torch.float32)
@@ -75,10 +87,13 @@ class GatingNetwork(nn.Module):
                 logits = bias.expand(*conditioned.shape[:-1], -1)
             else:
                 logits = F.linear(conditioned.to(wide), self.weight.to(wide), bias)
-        slots = (self.config.num_heads, self.config.num_slots)
-        logits = logits.unflatten(-1, (self.num_gates, *slots))
-        write = logits[..., -1, :, :].sigmoid()
-        return (F.logsigmoid(logits[..., 0, :, :]) if self.num_gates == 2 else None), write
+        forget, write, beta = logits.split(self.sizes, dim=-1)
+        heads = (self.config.num_heads, -1)
+        log_forget = F.logsigmoid(forget.unflatten(-1, heads)) if self.sizes[0] else None
+        write = write.unflatten(-1, heads)
+        if not self.sizes[2]:
+            return log_forget, write.sigmoid(), None
+        return log_forget, F.normalize(write, dim=-1), beta.sigmoid()
 
     def initial_bias(self) -> Tensor:
         """Logits at which the slots have their initial half-lives, and writes start gently."""
@@ -89,9 +104,12 @@ class GatingNetwork(nn.Module):
         half_life = torch.exp(low + (high - low) * rank / max(slots * heads - 1, 1))
         pace = math.log(2) / half_life
         forget = (pace + torch.log(-torch.expm1(-pace))).flatten()  # logit of 1 - α
-        if self.num_gates == 1:
+        if self.config.write_rule == "convex":
             return forget
-        return torch.cat((-forget, torch.full_like(forget, -2.0)))
+        if self.config.write_rule == "gated":
+            return torch.cat((-forget, torch.full_like(forget, -2.0)))
+        # Directions without a common part: writes along one direction would erase each other.
+        return torch.cat((-forget, torch.zeros_like(forget), torch.zeros(heads)))
 
 
 class RetrievalHead(nn.Module):
@@ -112,54 +130,33 @@ class RetrievalHead(nn.Module):
         return keys, read.unflatten(-1, (self.num_heads, -1))
 
 
-class ShortConvolution(nn.Module):
-    """Causal depthwise convolution over the last ``kernel_size`` real tokens of a document.
+class Rotation(nn.Module):
+    """The turn of the position at each token: c (B, N, d) -> ρ (B, N, H, K), or constant (1, 1, H, K).
 
-    Padding is skipped wherever it stands, in the middle of a row too.
+    Phases start as the frequencies of rotary position embeddings (Su et al. 2021, arXiv 2104.09864):
+    one turn takes from 2π to 2π · rotation_base tokens. Signs start at +1. A data-dependent
+    rotation adds a linear map of the token, initially zero.
     """
 
-    def __init__(self, hidden_dim: int, kernel_size: int) -> None:
+    def __init__(self, config: HAMTConfig, algebra: Algebra, key_size: int) -> None:
         super().__init__()
-        self.kernel_size = kernel_size
-        self.weight = nn.Parameter(torch.empty(kernel_size, hidden_dim))
+        self.config, self.algebra, self.key_size = config, algebra, key_size
+        size = config.num_heads * key_size
+        data_dependent = config.rotation == "data_dependent"
+        self.weight = nn.Parameter(torch.empty(size, config.hidden_dim)) if data_dependent else None
 
-    def forward(
-        self,
-        inputs: Tensor,
-        tail: Tensor | None = None,
-        documents: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(B, N, d) and the tail (B, kernel_size - 1, d) -> outputs and the new tail.
-
-        ``documents`` (B, N) numbers the documents of each row, 0 for the one the tail belongs to.
-        """
-        batch, length, width = inputs.shape
-        reach = self.kernel_size - 1
-        order, end = None, torch.full((batch, 1), length, device=inputs.device)
-        if mask is not None:
-            # Real tokens move together, padding behind them.
-            padding = mask.eq(0)
-            order, end = padding.byte().argsort(dim=1, stable=True), length - padding.sum(dim=1, keepdim=True)
-            inputs = _take(inputs, order)
-            documents = None if documents is None else documents.gather(1, order)
-        tail = inputs.new_zeros(batch, reach, width) if tail is None else tail.to(inputs.dtype)
-        window = torch.cat((tail, inputs), dim=1)
-        documents = None if documents is None else F.pad(documents, (reach, 0))
-        weight = self.weight.to(inputs.dtype)
-        output = weight[reach] * inputs
-        for lag in range(1, self.kernel_size):
-            past = slice(reach - lag, reach - lag + length)
-            term = weight[reach - lag] * window[:, past]
-            if documents is not None:
-                term = term * documents[:, past].eq(documents[:, reach:])[..., None]
-            output = output + term
-        # The new tail: the last real tokens, those of an earlier document as zeros.
-        index = end + torch.arange(reach, device=inputs.device)
-        tail = _take(window, index)
-        if documents is not None:
-            tail = tail * documents.gather(1, index).eq(documents.gather(1, index[:, -1:]))[..., None]
-        return output if order is None else _take(output, order.argsort(dim=1)), tail
+    def forward(self, conditioned: Tensor) -> Tensor:
+        """Return keys of the algebra, in float32 at least."""
+        wide = torch.promote_types(conditioned.dtype, torch.float32)
+        # Not a buffer: casting the model to bfloat16 must not cast the frequencies.
+        power = torch.arange(self.key_size, device=conditioned.device, dtype=wide) / self.key_size
+        base = self.config.rotation_base**-power if self.algebra.has_phase else torch.ones_like(power)
+        if self.weight is None:
+            return self.algebra.key(base).expand(1, 1, self.config.num_heads, -1)
+        # As for the gates: errors of a bfloat16 angle would add up from token to token.
+        with torch.autocast(conditioned.device.type, enabled=False):
+            turn = F.linear(conditioned.to(wide), self.weight.to(wide))
+        return self.algebra.key(turn.unflatten(-1, (self.config.num_heads, -1)) + base)
 
 
 class HAMTLayer(nn.Module):
@@ -184,6 +181,8 @@ class HAMTLayer(nn.Module):
         self.key_proj = nn.Linear(width, config.num_heads * memory.key_size, bias=False)
         self.gating = GatingNetwork(config)
         self.retrieval = RetrievalHead(config, memory.algebra, memory.key_size)
+        rotates = config.rotation != "none"
+        self.rotation = Rotation(config, memory.algebra, memory.key_size) if rotates else None
         self.norm = RMSNorm(memory.head_dim, eps=config.rms_norm_eps)
         self.gate_proj = nn.Linear(width, config.hcm_dim, bias=False) if config.use_output_gate else None
         self.output_proj = ResidualLinear(config.hcm_dim, width, bias=False)
@@ -210,7 +209,7 @@ class HAMTLayer(nn.Module):
         Raises:
             ValueError: if ``state`` is another model's or has another number of rows.
         """
-        heads = self.config.num_heads
+        heads, length = self.config.num_heads, hidden_states.shape[1]
         if state is not None:
             self._check_state(state, len(hidden_states))
         carried = None if state is None else state.memory
@@ -225,12 +224,12 @@ class HAMTLayer(nn.Module):
             conditioned, tail = self.conv(hidden_states, before, documents, attention_mask)
         items = self.item_proj(conditioned).unflatten(-1, (heads, -1))
         keys = as_keys(self.key_proj(conditioned), heads, self.memory.algebra)
-        log_forget, write = self.gating(conditioned)
+        log_forget, write, beta = self.gating(conditioned)
         unbinding_keys, read = self.retrieval(conditioned)
-        rotation = self.rotation(keys) if self.config.rotation == "constant" else None
+        rotation = None if self.rotation is None else self.rotation(conditioned)
         aux_loss = None
         if self.training and self.config.use_auxiliary_loss:
-            stored = (items, keys, write, log_forget, rotation, seq_idx, attention_mask)
+            stored = (items, keys, write, log_forget, beta, rotation, seq_idx, attention_mask)
             aux_loss = reconstruction_loss(self.memory, *stored).loss
         output, carried = self.memory(
             items,
@@ -239,13 +238,13 @@ class HAMTLayer(nn.Module):
             write,
             read,
             log_forget=log_forget,
+            beta=beta,
             rotation=rotation,
             initial_state=carried,
             seq_idx=seq_idx,
             mask=attention_mask,
-            form="recurrent" if hidden_states.shape[1] == 1 else "chunked",
         )
-        if hidden_states.shape[1] > 1:
+        if length > 1:
             # A view would keep the states at all tiles alive, and the state would grow with the context.
             carried = MemoryState(*(None if x is None else x.clone() for x in carried))  # type: ignore[arg-type]
         output = self.norm(output).flatten(-2)
@@ -254,21 +253,11 @@ class HAMTLayer(nn.Module):
         position = _position(hidden_states, attention_mask, documents, state)
         return self.output_proj(output), LayerState(carried, tail, position), aux_loss
 
-    def rotation(self, keys: Tensor) -> Tensor:
-        """Constant ρ, (1, 1, H, K): one turn takes from 2π to 2π · rotation_base tokens.
-
-        The same frequencies as rotary position embeddings (Su et al. 2021, arXiv 2104.09864).
-        """
-        size = self.memory.key_size
-        # Not a buffer: casting the model to bfloat16 must not cast the frequencies.
-        power = torch.arange(size, device=keys.device, dtype=keys.dtype) / size
-        return self.memory.algebra.key(self.config.rotation_base**-power).expand(1, 1, keys.shape[2], -1)
-
     def _check_state(self, state: LayerState, batch_size: int) -> None:
         memory, heads, config = self.memory, self.config.num_heads, self.config
         fitting = {
             "memory": (heads, memory.num_slots, memory.head_dim),
-            "phase": (heads, memory.key_size) if config.rotation == "constant" else None,
+            "phase": None if self.rotation is None else (heads, memory.key_size),
             "conv": None if self.conv is None else (config.conv_kernel_size - 1, config.hidden_dim),
         }
         found = {"memory": state.memory.memory, "phase": state.memory.phase, "conv": state.conv}
@@ -290,11 +279,6 @@ def as_keys(raw: Tensor, num_heads: int, algebra: Algebra) -> Tensor:
     """Projections (B, N, H · K) -> keys of the algebra (B, N, H, K), in float32 at least."""
     wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
     return algebra.key(wide.unflatten(-1, (num_heads, -1)))
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens ``index`` (B, n) of x (B, N, d): -> (B, n, d)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
 def _fill_padding(seq_idx: Tensor, real: Tensor) -> Tensor:

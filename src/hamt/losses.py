@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hamt.memory import HolographicMemory
-from hamt.positions import accumulate_phase
+from hamt.positions import accumulate_positions
 from hamt.vsa import similarity
 
 
@@ -27,6 +27,7 @@ def reconstruction_loss(
     keys: Tensor,
     write: Tensor,
     log_forget: Tensor | None,
+    beta: Tensor | None = None,
     rotation: Tensor | None = None,
     seq_idx: Tensor | None = None,
     mask: Tensor | None = None,
@@ -43,32 +44,31 @@ def reconstruction_loss(
     size = min(memory.chunk_size, length)
     if end is None:
         end = int(torch.randint(size, length + 1, ()))
+    part = slice(None, end)
+    tokens = (items[:, part].detach(), keys[:, part], keys[:, part], write[:, part], write[:, part])
+    log_forget, beta = (None if gate is None else gate[:, part] for gate in (log_forget, beta))
+    rotation = None if rotation is None else rotation[:, part]
+    seq_idx = None if seq_idx is None else seq_idx[:, part]
+    mask = None if mask is None else mask[:, part].bool()
+    _, state = memory(*tokens, log_forget, beta, rotation, seq_idx=seq_idx, mask=mask)
     with torch.autocast(items.device.type, enabled=False):
-        wide = torch.promote_types(items.dtype, torch.float32)
-        log_forget = memory.resolve_log_forget(write, log_forget, wide)
-        real = torch.ones(batch, end, dtype=torch.bool, device=items.device)
-        if mask is not None:
-            real = real & mask[:, :end].bool()
+        tile = slice(end - size, end)
+        keys = keys[:, part]
+        real = torch.ones(batch, end, dtype=torch.bool, device=items.device) if mask is None else mask
         if rotation is not None:
-            rotation = rotation if mask is None else rotation * mask[..., None, None]
+            if mask is not None:
+                rotation = rotation.where(mask[..., None, None], memory.algebra.identity)
             document = None if seq_idx is None else seq_idx[:, 0]
-            positions, _ = accumulate_phase(rotation, None, seq_idx, document, batch, length)
+            positions, _ = accumulate_positions(memory.algebra, rotation, None, seq_idx, document, batch, end)
             keys = memory.algebra.compose(keys, positions)
         if seq_idx is not None:
-            real = real & (seq_idx[:, :end] == seq_idx[:, end - 1, None])
-        shown = real[..., None, None]
-        lifted = memory.algebra.lift(items[:, :end].detach()).to(wide)
-        bound = memory.algebra.bind(lifted, keys[:, :end])
-        total = (log_forget[:, :end] * shown).cumsum(dim=1)
-        weight = write[:, :end].to(wide) * shown
-        # The state at the end, directly: what each token has left in each slot.
-        left = weight * (total[:, -1:] - total).exp()
-        state = torch.einsum("bnhs,bnhf->bhsf", left, bound)
-        tile = slice(end - size, end)
-        read = F.normalize(weight[:, tile], dim=-1)
-        retrieved = memory.algebra.unbind(torch.einsum("bchs,bhsf->bchf", read, state), keys[:, tile])
+            real = real & (seq_idx == seq_idx[:, -1:])
+        wide = state.memory.dtype
+        read = F.normalize(write[:, tile].to(wide), dim=-1)
+        mixture = torch.einsum("bchs,bhsf->bchf", read, state.memory)
+        retrieved = memory.algebra.unbind(mixture, keys[:, tile])
+        wanted = memory.algebra.lift(items[:, tile].detach()).to(wide)
         scored = real[:, tile, None].expand(-1, -1, items.shape[2])
-        wanted = lifted[:, tile]
         cosine = similarity(retrieved, wanted)[scored]
         error = (retrieved - wanted).square().mean(dim=-1)[scored]
         return Reconstruction((1 - cosine).sum() / max(cosine.numel(), 1), error.detach().mean())

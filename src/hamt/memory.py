@@ -16,23 +16,29 @@ Shape legend: B batch, N tokens, H heads, S slots, F features of an item, K key 
 T tiles (or groups of tiles), C tokens in a tile.
 """
 
+from functools import partial
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hamt.positions import accumulate_phase, number_documents
-from hamt.scan import decays, repeat_last, scan
-from hamt.vsa import get_algebra, wrap_phase
+from hamt.chunked import chunked_scan
+from hamt.delta import correction
+from hamt.fused import fused_available, fused_scan
+from hamt.positions import accumulate_positions, number_documents
+from hamt.vsa import get_algebra
+
+FORMS = ("recurrent", "chunked", "fused")
+WRITE_RULES = ("gated", "convex", "delta")
 
 
 class MemoryState(NamedTuple):
     """All that a memory carries from token to token; its size does not depend on the context.
 
     ``memory`` (B, H, S, F) lifted superpositions, float32 or float64; ``phase`` (B, H, K) the
-    position key in radians, or None without rotation; ``seq_idx`` (B,) the document the state
-    belongs to, or None if documents were never told apart.
+    position key (phases in radians, or signs), or None without rotation; ``seq_idx`` (B,) the
+    document the state belongs to, or None if documents were never told apart.
     """
 
     memory: Tensor
@@ -48,7 +54,8 @@ class HolographicMemory:
         num_slots: slots S per head.
         num_heads: heads H.
         binding_type: ``elementwise``, ``circular_conv`` or ``phasor`` (see ``hamt.vsa``).
-        write_rule: ``gated`` takes α from the caller; ``convex`` sets α = (1-w)(1-λ).
+        write_rule: ``gated`` takes α from the caller; ``convex`` sets α = (1-w)(1-λ); ``delta`` corrects
+            what a slot holds (see ``hamt.delta``), with w a unit vector and a strength β.
         decay_rate: λ of the convex rule, the share forgotten at every token.
         chunk_size: tokens in a tile of the chunked form; never changes a result.
 
@@ -76,8 +83,8 @@ class HolographicMemory:
             raise ValueError("hcm_dim, num_slots, num_heads and chunk_size must be at least 1")
         if hcm_dim % (2 * num_heads):
             raise ValueError(f"hcm_dim must be a multiple of 2 * num_heads = {2 * num_heads}; got {hcm_dim}")
-        if write_rule not in ("gated", "convex"):
-            raise ValueError(f"write_rule must be gated or convex; got {write_rule!r}")
+        if write_rule not in WRITE_RULES:
+            raise ValueError(f"write_rule must be one of {', '.join(WRITE_RULES)}; got {write_rule!r}")
         if not 0 <= decay_rate < 1:
             raise ValueError(f"decay_rate must lie in [0, 1); got {decay_rate}")
         self.algebra = get_algebra(binding_type)
@@ -116,24 +123,32 @@ class HolographicMemory:
         key: Tensor,
         write: Tensor | None = None,
         log_forget: Tensor | None = None,
+        beta: Tensor | None = None,
     ) -> MemoryState:
         """Superpose an item for each head: equations (2) and (3) without position.
 
-        Shapes: item (B, H, F), key (B, H, K), write and log_forget (B, H, S), or what broadcasts to
-        them. Left out, the item is written whole to every slot, and nothing is forgotten.
+        Shapes: item (B, H, F), key (B, H, K), write and log_forget (B, H, S), beta (B, H), or what
+        broadcasts to them. Left out, the item is written whole to every slot, and nothing is forgotten;
+        the delta rule then stores it as the sum of the slots.
         """
         slots = state.memory[..., 0]
-        write = torch.ones_like(slots) if write is None else write
-        if log_forget is None and self.write_rule == "gated":
+        if write is None:
+            write = torch.ones_like(slots)
+            write = write * self.num_slots**-0.5 if self.write_rule == "delta" else write
+        if log_forget is None and self.write_rule != "convex":
             log_forget = torch.zeros_like(slots)
-        log_forget = self.resolve_log_forget(write, log_forget, slots.dtype)
-        bound = self.algebra.bind(self.algebra.lift(item), key)
-        return state._replace(memory=_superpose(state.memory, bound, write, log_forget))
+        if beta is None and self.write_rule == "delta":
+            beta = torch.ones_like(slots[..., 0])
+        log_forget = self.resolve_log_forget(write, log_forget, beta, slots.dtype)
+        with torch.autocast(slots.device.type, enabled=False):
+            bound = self.algebra.bind(self.algebra.lift(item), key)
+            return state._replace(memory=_superpose(state.memory, bound, write, log_forget, beta))
 
     def retrieve(self, state: MemoryState, key: Tensor, read: Tensor | None = None) -> Tensor:
         """Sum the slots with weights read (B, H, S), all one if left out, and unbind: -> (B, H, F)."""
         read = torch.ones_like(state.memory[..., 0]) if read is None else read
-        return self.algebra.lower(self.algebra.unbind(_read(state.memory, read), key))
+        with torch.autocast(read.device.type, enabled=False):
+            return self.algebra.lower(self.algebra.unbind(_read(state.memory, read), key))
 
     # ------------------------------------------------------------- sequences
 
@@ -145,11 +160,12 @@ class HolographicMemory:
         write: Tensor,
         read: Tensor,
         log_forget: Tensor | None = None,
+        beta: Tensor | None = None,
         rotation: Tensor | None = None,
         initial_state: MemoryState | None = None,
         seq_idx: Tensor | None = None,
         mask: Tensor | None = None,
-        form: str = "chunked",
+        form: str | None = None,
     ) -> tuple[Tensor, MemoryState]:
         """Run the memory over a sequence, N ≥ 1.
 
@@ -157,89 +173,102 @@ class HolographicMemory:
             items: v, (B, N, H, F).
             keys: k, (B, N, H, K), members of the algebra (``algebra.key``), as are
             unbinding_keys: u, (B, N, H, K).
-            write: w, (B, N, H, S).
+            write: w, (B, N, H, S); unit vectors over the slots under the delta rule.
             read: r, (B, N, H, S).
             log_forget: log α ≤ 0, (B, N, H, S), floored at -20 (float64: -40); None if ``convex``.
-            rotation: ρ, phases (1 or B, 1 or N, H, K); a token with ρ = 0 does not advance.
+            beta: β in [0, 1], (B, N, H), under the delta rule; else None.
+            rotation: ρ, keys (1 or B, 1 or N, H, K): phases, or signs if ``elementwise``; a token with
+                the identity (phase 0, sign 1) does not advance.
             initial_state: the state before the first token; None is an empty memory.
             seq_idx: (B, N) integers that name the document of each token. A document is one
                 contiguous run; tokens see nothing of another. A state goes on if it belongs to
                 the document of the first token.
             mask: (B, N), false for padding: such a token neither writes, decays nor advances.
-            form: ``chunked`` or ``recurrent``.
+            form: ``recurrent``, ``chunked`` or ``fused`` (where ``hamt.fused.fused_available``); None is
+                the fastest there is.
 
         Returns:
             y (B, N, H, F) in the dtype of ``items``, and the state after the last token.
         """
-        if form not in ("chunked", "recurrent"):
-            raise ValueError(f"form must be chunked or recurrent; got {form!r}")
+        if form is None:
+            parallel = "recurrent" if items.shape[1] == 1 else "chunked"
+            form = "fused" if fused_available(items) else parallel
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
         state = initial_state or self.initial_state(len(items), _wide(items), items.device)
         # State and decay arithmetic stay in float32 under autocast; only tile products are narrow.
         with torch.autocast(items.device.type, enabled=False):
-            log_forget = self.resolve_log_forget(write, log_forget, state.memory.dtype)
+            wide = state.memory.dtype
+            log_forget = self.resolve_log_forget(write, log_forget, beta, wide)
+            beta = None if beta is None else beta.to(wide)
             if mask is not None:
-                real = mask.to(log_forget.dtype)[..., None, None]
-                write, log_forget = write * real, log_forget * real
-                rotation = None if rotation is None else rotation * real
-            run = self._chunked if form == "chunked" else self._recurrent
-            tensors = (self.algebra.lift(items), keys, unbinding_keys, write, read, log_forget)
+                real = mask.to(wide)[..., None]
+                write, log_forget = write * real[..., None], log_forget * real[..., None]
+                beta = None if beta is None else beta * real
+                if rotation is not None:
+                    rotation = rotation.where(mask.bool()[..., None, None], self.algebra.identity)
+            run = self._recurrent if form == "recurrent" else partial(self._parallel, form=form)
+            tensors = (self.algebra.lift(items), keys, unbinding_keys, write, read, log_forget, beta)
             output, state = run(*tensors, rotation, state, seq_idx)
             return self.algebra.lower(output), state
 
-    def _recurrent(self, lifted, keys, unbinding_keys, write, read, log_forget, rotation, state, seq_idx):
+    def _recurrent(
+        self, lifted, keys, unbinding_keys, write, read, log_forget, beta, rotation, state, seq_idx
+    ):
         outputs = []
-        tokens = (a.unbind(1) for a in (lifted, keys, unbinding_keys, write, read, log_forget))
-        for t, (x, k, u, w, r, f) in enumerate(zip(*tokens, strict=True)):
+        arguments = (lifted, keys, unbinding_keys, write, read, log_forget, beta)
+        tokens = (repeat(None) if a is None else a.unbind(1) for a in arguments)
+        for t, (x, k, u, w, r, f, b) in enumerate(zip(*tokens, strict=False)):
             rho = None if rotation is None else rotation[:, min(t, rotation.shape[1] - 1)]
             document = None if seq_idx is None else seq_idx[:, t]
-            output, state = self._step(x, k, u, w, r, f, rho, state, document)
+            output, state = self._step(x, k, u, w, r, f, b, rho, state, document)
             outputs.append(output)
         return torch.stack(outputs, dim=1), state
 
-    def _step(self, lifted, key, unbinding_key, write, read, log_forget, rotation, state, seq_idx):
+    def _step(self, lifted, key, unbinding_key, write, read, log_forget, beta, rotation, state, seq_idx):
         """One turn of the loop: the tensors of ``__call__`` without their token dimension."""
         memory, phase, document = state
         if seq_idx is not None:
             same = torch.ones_like(seq_idx, dtype=torch.bool) if document is None else document == seq_idx
             memory = memory.where(same[:, None, None, None], 0)
-            phase = None if phase is None else phase.where(same[:, None, None], 0)
+            phase = None if phase is None else phase.where(same[:, None, None], self.algebra.identity)
             document = seq_idx
         if rotation is not None:
-            phase = wrap_phase(rotation if phase is None else phase + rotation)  # (1)
-            phase = phase.expand(len(memory), -1, -1)
+            phase = rotation if phase is None else self.algebra.compose(phase, rotation)  # (1)
+            phase = self.algebra.wrap(phase).expand(len(memory), -1, -1)
             key = self.algebra.compose(key, phase)
             unbinding_key = self.algebra.compose(unbinding_key, phase)
         bound = self.algebra.bind(lifted, key)  # (2)
-        memory = _superpose(memory, bound, write, log_forget)  # (3)
+        memory = _superpose(memory, bound, write, log_forget, beta)  # (3)
         output = self.algebra.unbind(_read(memory, read).to(lifted.dtype), unbinding_key)  # (4)
         return output, MemoryState(memory, phase, document)
 
-    def _chunked(self, lifted, keys, unbinding_keys, write, read, log_forget, rotation, state, seq_idx):
+    def _parallel(
+        self, lifted, keys, unbinding_keys, write, read, log_forget, beta, rotation, state, seq_idx, form
+    ):
         memory, phase, document = state
         batch, length = lifted.shape[:2]
-        last = document
+        last, documents, positions = document, None, None
         if seq_idx is not None:
             last = seq_idx[:, -1]
-            seq_idx = number_documents(seq_idx, document)
-            document = torch.zeros_like(seq_idx[:, 0])
+            documents = number_documents(seq_idx, document)
+            document = torch.zeros_like(documents[:, 0])
         if rotation is not None:
-            positions, phase = accumulate_phase(rotation, phase, seq_idx, document, batch, length)
-            keys = self.algebra.compose(keys, positions)
-            unbinding_keys = self.algebra.compose(unbinding_keys, positions)
-        bound = self.algebra.bind(lifted, keys)
-
-        size = min(self.chunk_size, length)
-        wide = memory.dtype
-        bound, log_forget = _tile(bound, size), _tile(log_forget, size)
-        write, read = _tile(write.to(wide), size), _tile(read.to(wide), size)
-        ends = None
-        if seq_idx is not None:
-            # The padded tail belongs to the last document.
-            seq_idx = repeat_last(seq_idx, -length % size).view(batch, 1, -1, size)
-            ends = torch.cat((document.view(batch, 1, 1), seq_idx[..., -1]), dim=-1)
-        output, memory = _tiles(bound, write, read, log_forget, memory, seq_idx, ends)
-        output = output.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length]
-        return self.algebra.unbind(output, unbinding_keys), MemoryState(memory, phase, last)
+            positions, phase = accumulate_positions(
+                self.algebra, rotation, phase, documents, document, batch, length
+            )
+        gates = (write, read, log_forget, beta)
+        if form == "fused":
+            run = partial(fused_scan, self.algebra)
+            output, memory = run(lifted, keys, unbinding_keys, *gates, positions, memory, documents)
+        else:
+            if positions is not None:
+                keys = self.algebra.compose(keys, positions)
+                unbinding_keys = self.algebra.compose(unbinding_keys, positions)
+            bound = self.algebra.bind(lifted, keys)
+            output, memory = chunked_scan(bound, *gates, memory, documents, self.chunk_size)
+            output = self.algebra.unbind(output, unbinding_keys)
+        return output, MemoryState(memory, phase, last)
 
     def step(
         self,
@@ -249,29 +278,35 @@ class HolographicMemory:
         write: Tensor,
         read: Tensor,
         log_forget: Tensor | None = None,
+        beta: Tensor | None = None,
         rotation: Tensor | None = None,
         state: MemoryState | None = None,
     ) -> tuple[Tensor, MemoryState]:
         """One token in, one token out: the arguments of ``__call__`` without their N dimension."""
-        forget = None if log_forget is None else log_forget[:, None]
-        rho = None if rotation is None else rotation[:, None]
         tokens = (item[:, None], key[:, None], unbinding_key[:, None], write[:, None], read[:, None])
-        output, state = self(*tokens, forget, rho, state, form="recurrent")
+        forget, beta, rotation = (None if x is None else x[:, None] for x in (log_forget, beta, rotation))
+        output, state = self(*tokens, forget, beta, rotation, state)
         return output.squeeze(1), state
 
-    def resolve_log_forget(self, write: Tensor, log_forget: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def resolve_log_forget(
+        self, write: Tensor, log_forget: Tensor | None, beta: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         """log α as the recurrence uses it: derived if ``convex``, floored, in ``dtype``.
 
         Raises:
-            ValueError: if it is given although derived, or missing.
+            ValueError: if a gate is given that the write rule does not have, or one is missing.
         """
+        if (beta is None) == (self.write_rule == "delta"):
+            raise ValueError("the delta write rule needs beta, its strength; no other rule takes it")
         if self.write_rule == "convex":
             if log_forget is not None:
                 raise ValueError("the convex write rule derives log_forget from write; leave it out")
             kept = (1 - write.to(dtype)).clamp(min=torch.finfo(dtype).tiny)
             log_forget = kept.log() + torch.log1p(torch.tensor(-self.decay_rate, dtype=dtype))
         elif log_forget is None:
-            raise ValueError("the gated write rule needs log_forget, the log of the forget gates")
+            raise ValueError(
+                f"the {self.write_rule} write rule needs log_forget, the log of the forget gates"
+            )
         return log_forget.to(dtype).clamp(min=-40.0 if dtype == torch.float64 else -20.0)
 
 
@@ -279,40 +314,15 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _superpose(memory: Tensor, bound: Tensor, write: Tensor, log_forget: Tensor) -> Tensor:
-    """(3): (B, H, S, F), (B, H, F), (B, H, S), (B, H, S) -> (B, H, S, F)."""
-    return log_forget.exp()[..., None] * memory + write[..., None] * bound[..., None, :]
+def _superpose(
+    memory: Tensor, bound: Tensor, write: Tensor, log_forget: Tensor, beta: Tensor | None
+) -> Tensor:
+    """(3): (B, H, S, F), (B, H, F), (B, H, S), (B, H, S), (B, H) -> (B, H, S, F)."""
+    kept = log_forget.exp()[..., None] * memory
+    new = bound if beta is None else correction(kept, bound, write, beta)
+    return kept + write[..., None] * new[..., None, :]
 
 
 def _read(memory: Tensor, read: Tensor) -> Tensor:
     """Σ_s r[s] M[s]: (B, H, S, F), (B, H, S) -> (B, H, F)."""
-    with torch.autocast(memory.device.type, enabled=False):
-        return (read.to(memory.dtype)[..., None, :] @ memory).squeeze(-2)
-
-
-def _tile(x: Tensor, size: int) -> Tensor:
-    """Cut (B, N, H, ·) into tiles (B, H, T, size, ·); the tail is padded with zeros, null tokens."""
-    batch, length, heads, width = x.shape
-    x = F.pad(x, (0, 0, 0, 0, 0, -length % size))
-    return x.view(batch, -1, size, heads, width).permute(0, 3, 1, 2, 4).contiguous()
-
-
-def _tiles(bound, write, read, log_forget, memory, seq_idx, ends):
-    """(3) and the sum of (4) for all tiles: (B, H, T, C, ·) -> output (B, H, T, C, F), memory.
-
-    ``seq_idx`` (B, 1, T, C) and ``ends`` (B, 1, T + 1), the document of the state that enters the
-    first tile and of each tile's last token, mask by equality; both None without documents.
-    """
-    narrow = bound.dtype
-    total = log_forget.cumsum(dim=-2)  # decay from the start of the tile to each token, inclusive
-    scores = torch.einsum("bhtis,bhtijs,bhtjs->bhtij", read, decays(total, seq_idx), write)
-    output = scores.to(narrow) @ bound
-    # Into the state at the end of the tile, across tiles, and out of the state that enters a tile.
-    to_end = write * (total[..., -1:, :] - total).exp()
-    from_start = read * total.exp()
-    if seq_idx is not None:
-        to_end = to_end * (seq_idx == ends[..., 1:, None])[..., None]
-        from_start = from_start * (seq_idx == ends[..., :-1, None])[..., None]
-    delta = (to_end.to(narrow).mT @ bound).to(memory.dtype)
-    entering, memory = scan(total[..., -1, :], delta, memory, ends)
-    return output + from_start.to(narrow) @ entering.to(narrow), memory
+    return (read.to(memory.dtype)[..., None, :] @ memory).squeeze(-2)

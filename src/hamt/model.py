@@ -26,6 +26,7 @@ from hamt.layers import (
     ResidualLinear,
     RetrievalHead,
     RMSNorm,
+    Rotation,
     ShortConvolution,
 )
 
@@ -66,8 +67,9 @@ class HAMTBlock(GradientCheckpointingLayer):
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
         self.mixer = HAMTLayer(config)
-        self.mlp_norm = RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
-        self.mlp = HAMTMLP(config)
+        has_mlp = config.intermediate_dim != 0
+        self.mlp_norm = RMSNorm(config.hidden_dim, eps=config.rms_norm_eps) if has_mlp else None
+        self.mlp = HAMTMLP(config) if has_mlp else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -80,7 +82,8 @@ class HAMTBlock(GradientCheckpointingLayer):
         """Return hidden states (B, N, d), the state after the last token, and the auxiliary loss."""
         mixed, state, aux_loss = self.mixer(self.mixer_norm(hidden_states), attention_mask, seq_idx, state)
         hidden_states = hidden_states + self.dropout(mixed)
-        hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        if self.mlp is not None and self.mlp_norm is not None:
+            hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
         return hidden_states, state, aux_loss
 
 
@@ -113,6 +116,9 @@ class HAMTPreTrainedModel(PreTrainedModel):
             init.copy_(module.bias, module.initial_bias())
             if module.weight is not None:
                 init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+        elif isinstance(module, Rotation):
+            if module.weight is not None:
+                init.zeros_(module.weight)
         elif isinstance(module, ShortConvolution):
             # The token itself, with a little of its past.
             init.normal_(module.weight, std=0.1)

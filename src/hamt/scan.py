@@ -27,6 +27,30 @@ def decays(total: Tensor, documents: Tensor | None) -> Tensor:
     return difference.masked_fill(~visible[..., None], -torch.inf).exp()
 
 
+def scores(query: Tensor, decay: Tensor, write: Tensor) -> Tensor:
+    """What token i finds of token j: (..., C, S), (..., C, C, S), (..., C, S) -> (..., C, C)."""
+    return torch.einsum("bhtis,bhtijs,bhtjs->bhtij", query, decay, write)
+
+
+def boundary_decays(total: Tensor, documents: Tensor | None, ends: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Decay from the state that enters a tile to each token, and from each token to the end of the tile.
+
+    Args:
+        total: cumulated log α within tiles, (B, H, T, C, S).
+        documents: (B, 1, T, C), or None without documents.
+        ends: as in ``scan``.
+
+    Returns:
+        Two tensors (B, H, T, C, S), zero between documents.
+    """
+    from_start, to_end = total.exp(), (total[..., -1:, :] - total).exp()
+    if documents is not None:
+        assert ends is not None
+        from_start = from_start * (documents == ends[..., :-1, None])[..., None]
+        to_end = to_end * (documents == ends[..., 1:, None])[..., None]
+    return from_start, to_end
+
+
 def scan(log_decay: Tensor, delta: Tensor, memory: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor]:
     """Run the recurrence over tiles: products inside groups of tiles, then the same over groups.
 

@@ -2,8 +2,9 @@
 
 An algebra says how a key binds to an item. Items are real vectors of ``dim`` features; keys are
 elements of a commutative group that acts on items by isometries, so that every key can be undone
-exactly. ``lift`` takes an item into the space in which binding is elementwise or a rotation of
-pairs, ``lower`` takes it back; both are isometries, applied once at each end of the memory.
+exactly; ``identity`` is the number that fills the key which does nothing. ``lift`` takes an item into
+the space in which binding is elementwise or a rotation of pairs, ``lower`` takes it back; both are
+isometries, applied once at each end of the memory.
 
 =================  =================  ==========================  ===========  =====================
 ``binding_type``   VSA                key (``key_size`` reals)    bind         lift
@@ -38,6 +39,21 @@ def wrap_phase(phase: Tensor) -> Tensor:
     return phase - turns * 6.28125 - turns * (2 * math.pi - 6.28125)
 
 
+def wrapped_cumsum(phase: Tensor) -> Tensor:
+    """Cumulative sum of angles over dim 1 of (B, N, ...), modulo 2π.
+
+    Recursive over tiles, so that no partial sum grows with N: a plain float32 sum of 200,000
+    angles is off by radians.
+    """
+    length, size = phase.shape[1], 64
+    if length <= size:
+        return wrap_phase(phase.cumsum(dim=1))
+    behind = (0, 0) * (phase.ndim - 2)
+    tiles = F.pad(phase, (*behind, 0, -length % size)).unflatten(1, (-1, size)).cumsum(dim=2)
+    before = F.pad(wrapped_cumsum(wrap_phase(tiles[:, :-1, -1])), (*behind, 1, 0))
+    return wrap_phase(tiles + before[:, :, None]).flatten(1, 2)[:, :length]
+
+
 class _StraightThroughSign(torch.autograd.Function):
     """Sign with sign(0) = +1; the backward pass is the identity (Bengio et al. 2013)."""
 
@@ -56,6 +72,7 @@ class Elementwise:
 
     name: str = "elementwise"
     has_phase: bool = False
+    identity: float = 1.0
 
     def key_size(self, dim: int) -> int:
         """Reals in the key of an item of ``dim`` features."""
@@ -76,6 +93,19 @@ class Elementwise:
     def compose(self, key: Tensor, other: Tensor) -> Tensor:
         """The key whose binding equals binding with both keys."""
         return key * other
+
+    def divide(self, key: Tensor, other: Tensor) -> Tensor:
+        """The key that composed with ``other`` gives ``key``."""
+        # Not a product: the straight-through gradients of what both share have to cancel.
+        return key / other
+
+    def cumulate(self, keys: Tensor) -> Tensor:
+        """Compose the keys (B, N, ..., K) of each token with those of all tokens before it."""
+        return keys.cumprod(dim=1)
+
+    def wrap(self, key: Tensor) -> Tensor:
+        """The same key at its smallest; signs do not grow."""
+        return key
 
     def invert(self, key: Tensor) -> Tensor:
         """The key that undoes ``key``; a bipolar key undoes itself."""
@@ -100,6 +130,7 @@ class Phasor:
 
     name: str = "phasor"
     has_phase: bool = True
+    identity: float = 0.0
 
     def key_size(self, dim: int) -> int:
         """Reals in the key of an item of ``dim`` features."""
@@ -120,6 +151,18 @@ class Phasor:
     def compose(self, key: Tensor, other: Tensor) -> Tensor:
         """The key whose binding equals binding with both keys: phases add."""
         return key + other
+
+    def divide(self, key: Tensor, other: Tensor) -> Tensor:
+        """The key that composed with ``other`` gives ``key``."""
+        return key - other
+
+    def cumulate(self, keys: Tensor) -> Tensor:
+        """Compose the keys (B, N, ..., K) of each token with those of all tokens before it."""
+        return wrapped_cumsum(keys)
+
+    def wrap(self, key: Tensor) -> Tensor:
+        """The same key at its smallest: phases in [-π, π]."""
+        return wrap_phase(key)
 
     def invert(self, key: Tensor) -> Tensor:
         """The key that undoes ``key``: the opposite phases."""

@@ -21,6 +21,20 @@ def encode(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.from_numpy(np.concatenate([np.asarray(e.ids + end, dtype=np.int64) for e in encoded]))
 
 
+def aligned_batch(inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Arguments of a causal language model for inputs (B, N) and what each position should name (B, N).
+
+    The loss of Transformers takes ``shift_labels`` as they are; ``labels`` only says that a loss is wanted.
+    """
+    targets = targets.contiguous()  # the loss views them as one row
+    return {"input_ids": inputs, "labels": targets, "shift_labels": targets}
+
+
+def next_token_batch(block: Tensor) -> dict[str, Tensor]:
+    """``aligned_batch`` of a block (B, N + 1): N tokens read, and after each the next one asked."""
+    return aligned_batch(block[:, :-1], block[:, 1:])
+
+
 def shuffled_blocks(
     stream: Tensor, length: int, batch_size: int, generator: torch.Generator
 ) -> Iterator[Tensor]:

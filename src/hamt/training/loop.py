@@ -7,21 +7,23 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from hamt.evaluation.loss import Loss
-from hamt.model import HAMTForCausalLM
 from hamt.training.optim import Optimizers, clip_gradients, cosine_schedule
+
+T = TypeVar("T")
 
 
 @dataclass
-class TrainingResult:
-    """What happened: losses in nats per token, times in seconds."""
+class TrainingResult(Generic[T]):
+    """What happened: losses in nats per token, times in seconds, and evaluations of any type ``T``."""
 
     steps: int = 0
     tokens: int = 0
@@ -31,7 +33,7 @@ class TrainingResult:
     interrupted: bool = False
     out_of_time: bool = False
     train_losses: list[tuple[int, float]] = field(default_factory=list)
-    held_out: list[tuple[int, Loss]] = field(default_factory=list)
+    held_out: list[tuple[int, T]] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
@@ -40,49 +42,57 @@ class TrainingResult:
 
 
 def train(
-    model: HAMTForCausalLM,
-    batches: Iterator[Tensor],
-    evaluate: Callable[[], Loss],
+    model: PreTrainedModel,
+    batches: Iterator[Mapping[str, Tensor]],
+    evaluate: Callable[[], T],
     *,
     num_steps: int,
     learning_rate: float,
+    weight_decay: float = 0.1,
     warmup: float = 0.05,
     max_seconds: float = float("inf"),
     log_interval: int = 10,
     eval_interval: int = 100,
-    on_evaluation: Callable[[int, Loss], None] = lambda step, loss: None,
-) -> TrainingResult:
+    on_evaluation: Callable[[int, T], None] = lambda step, held_out: None,
+    until: Callable[[T], bool] = lambda held_out: False,
+    show_progress: bool = True,
+) -> TrainingResult[T]:
     """Train in place.
 
     Args:
-        model: left in evaluation mode.
-        batches: token ids (B, N + 1).
-        evaluate: held-out loss of the model as it is; called before, every ``eval_interval`` steps
-            and after.
+        model: left in evaluation mode; its loss must honour ``shift_labels`` if the batches have them, as
+            the common loss of Transformers does.
+        batches: arguments of the model that make it return a loss, ``input_ids`` (B, N) among them.
+        evaluate: measures the model as it is, on held-out data; called before, every ``eval_interval``
+            steps and after.
         num_steps: optimiser steps.
         learning_rate: peak, reached after the share ``warmup`` of the run; then a cosine to a tenth.
+        weight_decay: of all parameters but vectors.
         warmup: share of the run.
         max_seconds: end within about this time; a machine too slow for all steps still sees the
             whole schedule, squeezed into the time there is.
         log_interval: steps between entries of ``train_losses``, each a mean over the interval.
         eval_interval: steps between evaluations.
-        on_evaluation: told the step and the loss after each evaluation.
+        on_evaluation: told the step and what was measured after each evaluation.
+        until: whether a measurement between steps is good enough to end the run.
+        show_progress: draw a progress bar.
 
     Returns:
         What happened; on Ctrl-C what happened until then, the last step whole.
     """
-    optimizers = Optimizers(model, learning_rate)
-    result = TrainingResult()
+    optimizers = Optimizers(model, learning_rate, weight_decay)
+    result: TrainingResult[T] = TrainingResult()
     recent: list[float] = []
 
-    def measure() -> None:
+    def measure() -> T:
         result.held_out.append((result.steps, evaluate()))
         on_evaluation(*result.held_out[-1])
+        return result.held_out[-1][1]
 
     start = time.monotonic()
     measure()
     model.train()
-    bar = tqdm(total=num_steps, unit="step", desc="training", dynamic_ncols=True)
+    bar = tqdm(total=num_steps, unit="step", desc="training", dynamic_ncols=True, disable=not show_progress)
     with bar, _deferred_interrupt() as interrupted:
         while result.steps < num_steps and not interrupted.is_set():
             step_start = time.monotonic()
@@ -90,17 +100,18 @@ def train(
             if elapsed >= max_seconds:
                 result.out_of_time = True
                 break
-            block = next(batches)
-            outputs = model(block, labels=block)
+            batch = next(batches)
+            outputs = model(**batch)
             outputs.loss.backward()
             clip_gradients(model)
             progress = max((result.steps + 1) / num_steps, elapsed / max_seconds)
             optimizers.step(cosine_schedule(progress, warmup))
             result.steps += 1
-            result.tokens += block[:, 1:].numel()
+            result.tokens += batch["input_ids"].numel()
             result.seconds += time.monotonic() - step_start
             recent.append(outputs.loss.item())
-            result.final_aux_loss = None if outputs.aux_loss is None else outputs.aux_loss.item()
+            aux_loss = getattr(outputs, "aux_loss", None)  # other models of Transformers have none
+            result.final_aux_loss = None if aux_loss is None else aux_loss.item()
             bar.update()
             if result.steps % log_interval == 0 or result.steps == num_steps:
                 result.final_loss = sum(recent) / len(recent)
@@ -108,12 +119,13 @@ def train(
                 recent.clear()
                 bar.set_postfix_str(f"loss {result.final_loss:.3f}, {result.tokens_per_second:,.0f} tokens/s")
             if result.steps % eval_interval == 0 and result.steps < num_steps:
-                measure()
+                if until(measure()):
+                    break
                 model.train()
         result.interrupted = interrupted.is_set()
     if recent:
         result.final_loss = sum(recent) / len(recent)
-    if not result.interrupted:
+    if not result.interrupted and result.held_out[-1][0] < result.steps:
         measure()
     model.eval()
     return result

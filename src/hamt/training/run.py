@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 import hamt
 from hamt.checkpoint import save_checkpoint
 from hamt.config import HAMTConfig
-from hamt.data.blocks import encode, shuffled_blocks
+from hamt.data.blocks import encode, next_token_batch, shuffled_blocks
 from hamt.data.corpus import load_corpus
 from hamt.data.tokenizer import load_tokenizer, train_tokenizer
 from hamt.errors import UserError
@@ -133,7 +133,7 @@ def train_on_corpus(
 
     result = train(
         model,
-        batches,
+        map(next_token_batch, batches),
         evaluate,
         num_steps=num_steps,
         learning_rate=learning_rate,

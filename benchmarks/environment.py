@@ -1,0 +1,123 @@
+"""What every benchmark shares: where it ran, and an interleaved timer (CPU; nothing is synchronised)."""
+
+import gc
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+import hamt
+
+
+class Spread(NamedTuple):
+    """A median between its quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+
+class Timing(NamedTuple):
+    """Seconds of one callable: the median, the quartiles (low, high), and those of every round."""
+
+    median_s: float
+    quartiles_s: tuple[float, float]
+    times_s: list[float]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and settings that a figure depends on; call it before the load begins."""
+    return {
+        "hamt": hamt.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_average": list(os.getloadavg()),
+    }
+
+
+def interleave(
+    callables: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[str, Timing]:
+    """Time all callables in every round, so that whatever else the machine does meets all alike.
+
+    Garbage is collected before each call, outside its time: what one leaves, another does not pay for.
+
+    Args:
+        callables: what to time, by name.
+        rounds: measured rounds; each starts with another callable.
+        warmup: rounds before them, not measured.
+    """
+    names = list(callables)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.freeze()  # what is alive now is not looked at again: a collection costs a third of a second otherwise
+    try:
+        for turn in range(-warmup, rounds):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                gc.collect()
+                start = time.perf_counter()
+                callables[name]()
+                seconds = time.perf_counter() - start
+                if turn >= 0:
+                    times[name].append(seconds)
+    finally:
+        gc.unfreeze()
+    return {name: timing(values) for name, values in times.items()}
+
+
+def timing(times_s: Sequence[float]) -> Timing:
+    """Summarise the seconds of all rounds."""
+    low, median, high = spread(times_s)
+    return Timing(median, (low, high), list(times_s))
+
+
+def paired_ratio(times_a: Sequence[float], times_b: Sequence[float]) -> Spread:
+    """Spread of a / b over the rounds, each ratio within one round."""
+    return spread([a / b for a, b in zip(times_a, times_b, strict=True)])
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Quartiles and median, interpolated linearly."""
+    quantiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    return Spread(*torch.tensor(values, dtype=torch.float64).quantile(quantiles).tolist())
+
+
+def _processor() -> str:
+    """The name of the processor, from /proc/cpuinfo where there is one."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of this repository, marked ``-dirty`` if files differ from it; None without git."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return f"{commit}-dirty" if _git("status", "--porcelain") else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    # Without its optional locks, git only reads.
+    command = ["git", "--no-optional-locks", *arguments]
+    folder = Path(__file__).resolve().parent
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

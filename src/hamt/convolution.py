@@ -1,0 +1,63 @@
+"""The short convolution in front of the memory.
+
+Shape legend: B batch, N tokens, d hidden_dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over the last ``kernel_size`` real tokens of a document.
+
+    Padding is skipped wherever it stands, in the middle of a row too.
+    """
+
+    def __init__(self, hidden_dim: int, kernel_size: int) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.weight = nn.Parameter(torch.empty(kernel_size, hidden_dim))
+
+    def forward(
+        self,
+        inputs: Tensor,
+        tail: Tensor | None = None,
+        documents: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, N, d) and the tail (B, kernel_size - 1, d) -> outputs and the new tail.
+
+        ``documents`` (B, N) numbers the documents of each row, 0 for the one the tail belongs to.
+        """
+        batch, length, width = inputs.shape
+        reach = self.kernel_size - 1
+        order, end = None, torch.full((batch, 1), length, device=inputs.device)
+        if mask is not None:
+            # Real tokens move together, padding behind them.
+            padding = mask.eq(0)
+            order, end = padding.byte().argsort(dim=1, stable=True), length - padding.sum(dim=1, keepdim=True)
+            inputs = _take(inputs, order)
+            documents = None if documents is None else documents.gather(1, order)
+        tail = inputs.new_zeros(batch, reach, width) if tail is None else tail.to(inputs.dtype)
+        window = torch.cat((tail, inputs), dim=1)
+        documents = None if documents is None else F.pad(documents, (reach, 0))
+        weight = self.weight.to(inputs.dtype)
+        output = weight[reach] * inputs
+        for lag in range(1, self.kernel_size):
+            past = slice(reach - lag, reach - lag + length)
+            term = weight[reach - lag] * window[:, past]
+            if documents is not None:
+                term = term * documents[:, past].eq(documents[:, reach:])[..., None]
+            output = output + term
+        # The new tail: the last real tokens, those of an earlier document as zeros.
+        index = end + torch.arange(reach, device=inputs.device)
+        tail = _take(window, index)
+        if documents is not None:
+            tail = tail * documents.gather(1, index).eq(documents.gather(1, index[:, -1:]))[..., None]
+        return output if order is None else _take(output, order.argsort(dim=1)), tail
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens ``index`` (B, n) of x (B, N, d): -> (B, n, d)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))

@@ -1,0 +1,358 @@
+// The recurrence of hamt/memory.py, token by token, for CPUs: forward and backward.
+//
+// A head's slots are independent in every feature, so the loop over tokens keeps the slots of a few
+// features in registers and the first cache, binds on the way in and unbinds on the way out: nothing but
+// inputs and outputs travels to memory. Equations as in hamt/memory.py and hamt/delta.py.
+//
+// Layout, all contiguous: x, y (B,N,H,F); k, u (B,N,H,K); w, r, alpha (B,N,H,S); beta (B,N,H);
+// M (B,H,S,F); p (1 or B,N,H,K); reset (B,N). F features are K pairs (i, i + K) under phases; under signs
+// K = F, and the "pair" is still (i, i + F/2). L lanes of a vector.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int BYTES = 64;
+template <typename T> struct Lanes;
+template <> struct Lanes<float> {
+  typedef float vec __attribute__((vector_size(BYTES)));
+  typedef int32_t ivec __attribute__((vector_size(BYTES)));
+};
+template <> struct Lanes<double> {
+  typedef double vec __attribute__((vector_size(BYTES)));
+  typedef int64_t ivec __attribute__((vector_size(BYTES)));
+};
+template <typename T> using Vec = typename Lanes<T>::vec;
+template <typename T> constexpr int L = BYTES / sizeof(T);
+
+template <typename T> inline Vec<T> load(const T* at, int count) {
+  Vec<T> v = {};
+  if (count == L<T>) std::memcpy(&v, at, BYTES);
+  else std::memcpy(&v, at, count * sizeof(T));
+  return v;
+}
+template <typename T> inline void store(T* at, const Vec<T>& v, int count) {
+  if (count == L<T>) std::memcpy(at, &v, BYTES);
+  else std::memcpy(at, &v, count * sizeof(T));
+}
+template <typename T> inline T sum(const Vec<T>& v) {
+  T total = 0;
+  for (int i = 0; i < L<T>; i++) total += v[i];
+  return total;
+}
+
+// Cody-Waite reduction to [-pi/4, pi/4] and the minimax polynomials of Cephes (Moshier 1992).
+inline void sincos(const Vec<float>& x, Vec<float>& sine, Vec<float>& cosine) {
+  typedef Lanes<float>::ivec ivec;
+  const Vec<float> turns = (x * 0.636619772f + 12582912.f) - 12582912.f;
+  Vec<float> a = x - turns * 1.5703125f;
+  a = a - turns * 4.837512969970703125e-4f;
+  a = a - turns * 7.54978995489188216e-8f;
+  const Vec<float> z = a * a;
+  const Vec<float> s = a + a * z * (-1.6666654611e-1f + z * (8.3321608736e-3f + z * -1.9515295891e-4f));
+  const Vec<float> c =
+      1.f - 0.5f * z + z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
+  const ivec quadrant = __builtin_convertvector(turns, ivec);
+  const ivec odd = (quadrant & 1) != 0;
+  const Vec<float> s1 = odd ? c : s, c1 = odd ? s : c;
+  sine = ((quadrant & 2) != 0) ? -s1 : s1;
+  cosine = (((quadrant + 1) & 2) != 0) ? -c1 : c1;
+}
+inline void sincos(const Vec<double>& x, Vec<double>& sine, Vec<double>& cosine) {
+  for (int i = 0; i < L<double>; i++) {
+    sine[i] = std::sin(x[i]);
+    cosine[i] = std::cos(x[i]);
+  }
+}
+
+template <typename T> struct Problem {
+  int64_t B, N, H, S, F, chunk, phases, parts, position_rows;
+  const T *x, *k, *u, *w, *r, *alpha, *beta, *p;
+  const uint8_t* reset;
+  int64_t half() const { return F / 2; }
+  int64_t chunks() const { return (N + chunk - 1) / chunk; }
+  int64_t token(int64_t b, int64_t t, int64_t h) const { return (b * N + t) * H + h; }
+};
+
+// The key of one token for the pairs from `pair` on: (cos, sin), or the signs of both halves.
+template <typename T> struct Key { Vec<T> first, second; };
+
+template <typename T>
+inline Key<T> key_at(const Problem<T>& q, const T* keys, int64_t b, int64_t t, int64_t h, int64_t pair, int count) {
+  if (!q.phases) {
+    const T* signs = keys + q.token(b, t, h) * q.F + pair;
+    return {load(signs, count), load(signs + q.half(), count)};
+  }
+  Vec<T> phase = load(keys + q.token(b, t, h) * q.half() + pair, count);
+  if (q.p) phase += load(q.p + q.token(q.position_rows > 1 ? b : 0, t, h) * q.half() + pair, count);
+  Key<T> key;
+  sincos(phase, key.second, key.first);
+  return key;
+}
+template <typename T>
+inline void turn(bool phases, const Key<T>& key, bool back, Vec<T>& re, Vec<T>& im) {
+  if (!phases) {
+    re *= key.first;
+    im *= key.second;
+    return;
+  }
+  const Vec<T> sine = back ? -key.second : key.second;
+  const Vec<T> turned = re * key.first - im * sine;
+  im = re * sine + im * key.first;
+  re = turned;
+}
+
+// One token over the slots of one vector of pairs; M is read with one stride and written with another.
+template <typename T, bool DELTA>
+inline void advance(const Problem<T>& q, int64_t token, bool reset, const T* from, int64_t from_half, int64_t from_slot,
+                    T* to, int64_t to_half, int64_t to_slot, int count, Vec<T> re, Vec<T> im, Vec<T>& out_re,
+                    Vec<T>& out_im) {
+  const T *w = q.w + token * q.S, *r = q.r + token * q.S, *alpha = q.alpha + token * q.S;
+  out_re = Vec<T>{};
+  out_im = Vec<T>{};
+  if (DELTA) {
+    if (!reset) {
+      Vec<T> held_re = {}, held_im = {};
+      for (int64_t s = 0; s < q.S; s++) {
+        const T weight = w[s] * alpha[s];
+        held_re += weight * load(from + s * from_slot, count);
+        held_im += weight * load(from + s * from_slot + from_half, count);
+      }
+      re -= held_re;
+      im -= held_im;
+    }
+    re *= q.beta[token];
+    im *= q.beta[token];
+  }
+  for (int64_t s = 0; s < q.S; s++) {
+    Vec<T> m_re = w[s] * re, m_im = w[s] * im;
+    if (!reset) {
+      m_re += alpha[s] * load(from + s * from_slot, count);
+      m_im += alpha[s] * load(from + s * from_slot + from_half, count);
+    }
+    store(to + s * to_slot, m_re, count);
+    store(to + s * to_slot + to_half, m_im, count);
+    out_re += r[s] * m_re;
+    out_im += r[s] * m_im;
+  }
+}
+
+template <typename T, bool DELTA>
+void forward_head(const Problem<T>& q, int64_t b, int64_t h, int64_t from, int64_t to, T* M, T* y, T* checkpoints) {
+  T* state = M + (b * q.H + h) * q.S * q.F;
+  for (int64_t c = 0; c < q.chunks(); c++) {
+    const int64_t end = std::min(q.N, (c + 1) * q.chunk);
+    T* saved = checkpoints ? checkpoints + ((b * q.H + h) * q.chunks() + c) * q.S * q.F : nullptr;
+    for (int64_t pair = from; pair < to; pair += L<T>) {
+      const int count = int(std::min<int64_t>(L<T>, to - pair));
+      if (saved)
+        for (int64_t s = 0; s < q.S; s++)
+          for (int64_t at : {s * q.F + pair, s * q.F + pair + q.half()})
+            std::memcpy(saved + at, state + at, count * sizeof(T));
+      for (int64_t t = c * q.chunk; t < end; t++) {
+        const int64_t token = q.token(b, t, h);
+        const T* item = q.x + token * q.F + pair;
+        Vec<T> re = load(item, count), im = load(item + q.half(), count), out_re, out_im;
+        turn(q.phases, key_at(q, q.k, b, t, h, pair, count), false, re, im);
+        const bool reset = q.reset && q.reset[b * q.N + t];
+        advance<T, DELTA>(q, token, reset, state + pair, q.half(), q.F, state + pair, q.half(), q.F, count, re, im,
+                          out_re, out_im);
+        turn(q.phases, key_at(q, q.u, b, t, h, pair, count), true, out_re, out_im);
+        store(y + token * q.F + pair, out_re, count);
+        store(y + token * q.F + pair + q.half(), out_im, count);
+      }
+    }
+  }
+}
+
+template <typename T> struct Gradients {
+  const T *y, *checkpoints;
+  T *M, *x, *k, *u, *w, *r, *log_alpha, *beta;  // M: of the final state, and then of the first
+};
+
+// Everything of one chunk that the backward pass needs again, for one vector of pairs.
+template <typename T> struct Workspace {
+  int64_t S;
+  std::vector<Vec<T>> states, bound, mixed, grads, lanes;
+  Workspace(int64_t chunk, int64_t slots)
+      : S(slots), states((chunk + 1) * slots * 2), bound(chunk * 2), mixed(chunk * 2), grads(slots * 2),
+        lanes(chunk * (3 * slots + 1)) {}
+  Vec<T>* state(int64_t i) { return states.data() + i * S * 2; }           // before token i of the chunk
+  Vec<T>* lane(int64_t i) { return lanes.data() + i * (3 * S + 1); }        // partial sums of its gates
+};
+
+template <typename T, bool DELTA>
+void backward_block(const Problem<T>& q, const Gradients<T>& g, Workspace<T>& space, int64_t b, int64_t h, int64_t c,
+                    int64_t pair, int count) {
+  const int64_t start = c * q.chunk, end = std::min(q.N, start + q.chunk);
+  const T* saved = g.checkpoints + ((b * q.H + h) * q.chunks() + c) * q.S * q.F + pair;
+  for (int64_t s = 0; s < q.S; s++) {
+    space.state(0)[2 * s] = load(saved + s * q.F, count);
+    space.state(0)[2 * s + 1] = load(saved + s * q.F + q.half(), count);
+  }
+  for (int64_t t = start; t < end; t++) {  // forward again, every state kept
+    const int64_t i = t - start, token = q.token(b, t, h);
+    const T* item = q.x + token * q.F + pair;
+    Vec<T> re = load(item, count), im = load(item + q.half(), count);
+    turn(q.phases, key_at(q, q.k, b, t, h, pair, count), false, re, im);
+    space.bound[2 * i] = re;
+    space.bound[2 * i + 1] = im;
+    const bool reset = q.reset && q.reset[b * q.N + t];
+    advance<T, DELTA>(q, token, reset, (T*)space.state(i), L<T>, 2 * L<T>, (T*)space.state(i + 1), L<T>, 2 * L<T>,
+                      L<T>, re, im, space.mixed[2 * i], space.mixed[2 * i + 1]);
+  }
+  T* dM = g.M + (b * q.H + h) * q.S * q.F + pair;
+  Vec<T>*after = space.state(end - start), *grads = space.grads.data();  // state after the token at hand
+  for (int64_t s = 0; s < q.S; s++) {
+    grads[2 * s] = load(dM + s * q.F, count);
+    grads[2 * s + 1] = load(dM + s * q.F + q.half(), count);
+  }
+  for (int64_t t = end - 1; t >= start; t--) {
+    const int64_t i = t - start, token = q.token(b, t, h);
+    const T *w = q.w + token * q.S, *r = q.r + token * q.S, *alpha = q.alpha + token * q.S;
+    const bool reset = q.reset && q.reset[b * q.N + t];
+    Vec<T>*lane = space.lane(i), *before = space.state(i);
+    // y = turn(mixed, -u): its gradient, turned back, is that of the mixture of slots.
+    const T* dy = g.y + token * q.F + pair;
+    Vec<T> re = load(dy, count), im = load(dy + q.half(), count);
+    const Key<T> out = key_at(q, q.u, b, t, h, pair, count), in = key_at(q, q.k, b, t, h, pair, count);
+    if (!q.phases) {
+      store(g.u + token * q.F + pair, re * space.mixed[2 * i], count);
+      store(g.u + token * q.F + pair + q.half(), im * space.mixed[2 * i + 1], count);
+    }
+    turn(q.phases, out, false, re, im);
+    if (q.phases) store(g.u + token * q.half() + pair, re * space.mixed[2 * i + 1] - im * space.mixed[2 * i], count);
+    Vec<T> new_re = {}, new_im = {};
+    Vec<T> x_re = space.bound[2 * i], x_im = space.bound[2 * i + 1];
+    for (int64_t s = 0; s < q.S; s++) {
+      lane[s] += re * after[2 * s] + im * after[2 * s + 1];
+      grads[2 * s] += r[s] * re;
+      grads[2 * s + 1] += r[s] * im;
+      new_re += w[s] * grads[2 * s];
+      new_im += w[s] * grads[2 * s + 1];
+    }
+    if (DELTA) {
+      const T beta = q.beta[token];
+      Vec<T> e_re = x_re, e_im = x_im;  // x - what is held
+      for (int64_t s = 0; s < q.S && !reset; s++) {
+        e_re -= w[s] * alpha[s] * before[2 * s];
+        e_im -= w[s] * alpha[s] * before[2 * s + 1];
+      }
+      lane[3 * q.S] += new_re * e_re + new_im * e_im;
+      new_re *= beta;
+      new_im *= beta;
+      for (int64_t s = 0; s < q.S; s++) {
+        lane[q.S + s] += beta * (grads[2 * s] * e_re + grads[2 * s + 1] * e_im);
+        if (!reset) lane[q.S + s] -= alpha[s] * (new_re * before[2 * s] + new_im * before[2 * s + 1]);
+        grads[2 * s] -= w[s] * new_re;
+        grads[2 * s + 1] -= w[s] * new_im;
+      }
+    } else {
+      for (int64_t s = 0; s < q.S; s++) lane[q.S + s] += grads[2 * s] * x_re + grads[2 * s + 1] * x_im;
+    }
+    for (int64_t s = 0; s < q.S; s++) {
+      if (reset) {
+        grads[2 * s] = grads[2 * s + 1] = Vec<T>{};
+        continue;
+      }
+      grads[2 * s] *= alpha[s];
+      grads[2 * s + 1] *= alpha[s];
+      lane[2 * q.S + s] += grads[2 * s] * before[2 * s] + grads[2 * s + 1] * before[2 * s + 1];
+    }
+    if (q.phases) {
+      store(g.k + token * q.half() + pair, new_im * x_re - new_re * x_im, count);
+    } else {
+      const T* item = q.x + token * q.F + pair;
+      store(g.k + token * q.F + pair, new_re * load(item, count), count);
+      store(g.k + token * q.F + pair + q.half(), new_im * load(item + q.half(), count), count);
+    }
+    turn(q.phases, in, true, new_re, new_im);
+    store(g.x + token * q.F + pair, new_re, count);
+    store(g.x + token * q.F + pair + q.half(), new_im, count);
+    after = before;
+  }
+  for (int64_t s = 0; s < q.S; s++) {
+    store(dM + s * q.F, grads[2 * s], count);
+    store(dM + s * q.F + q.half(), grads[2 * s + 1], count);
+  }
+}
+
+template <typename T, bool DELTA>
+void backward_head(const Problem<T>& q, const Gradients<T>& g, int64_t b, int64_t h, int64_t part, int64_t from,
+                   int64_t to) {
+  Workspace<T> space(q.chunk, q.S);
+  const int64_t gates = part * q.B * q.N * q.H;
+  for (int64_t c = q.chunks() - 1; c >= 0; c--) {
+    std::fill(space.lanes.begin(), space.lanes.end(), Vec<T>{});
+    for (int64_t pair = from; pair < to; pair += L<T>)
+      backward_block<T, DELTA>(q, g, space, b, h, c, pair, int(std::min<int64_t>(L<T>, to - pair)));
+    for (int64_t t = c * q.chunk; t < std::min(q.N, (c + 1) * q.chunk); t++) {
+      const Vec<T>* lane = space.lane(t - c * q.chunk);
+      const int64_t token = gates + q.token(b, t, h);
+      for (int64_t s = 0; s < q.S; s++) {
+        g.r[token * q.S + s] = sum<T>(lane[s]);
+        g.w[token * q.S + s] = sum<T>(lane[q.S + s]);
+        g.log_alpha[token * q.S + s] = sum<T>(lane[2 * q.S + s]);
+      }
+      if (DELTA) g.beta[token] = sum<T>(lane[3 * q.S]);
+    }
+  }
+}
+
+template <typename T> Problem<T> problem(const int64_t* n, void* const* in) {
+  auto at = [&](int i) { return static_cast<const T*>(in[i]); };
+  return {n[0], n[1],  n[2],  n[3],  n[4],  n[5],  n[6],  n[7], n[8], at(0),
+          at(1), at(2), at(3), at(4), at(5), at(6), at(7), static_cast<const uint8_t*>(in[8])};
+}
+
+// Heads, and parts of their features where there are fewer heads than threads, are independent.
+template <typename T, typename Run> void each_part(const Problem<T>& q, int threads, Run run) {
+  const int64_t vectors = (q.half() + L<T> - 1) / L<T>;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t task = 0; task < q.B * q.H * q.parts; task++) {
+    const int64_t part = task % q.parts, head = task / q.parts;
+    const int64_t from = vectors * part / q.parts * L<T>;
+    const int64_t to = std::min(q.half(), vectors * (part + 1) / q.parts * L<T>);
+    run(head / q.H, head % q.H, part, from, to);
+  }
+}
+
+template <typename T> void forward(const int64_t* n, void* const* in, void* const* out, int threads) {
+  const Problem<T> q = problem<T>(n, in);
+  T *M = (T*)out[0], *y = (T*)out[1], *checkpoints = (T*)out[2];
+  each_part(q, threads, [&](int64_t b, int64_t h, int64_t, int64_t from, int64_t to) {
+    if (q.beta) forward_head<T, true>(q, b, h, from, to, M, y, checkpoints);
+    else forward_head<T, false>(q, b, h, from, to, M, y, checkpoints);
+  });
+}
+
+template <typename T> void backward(const int64_t* n, void* const* in, void* const* out, int threads) {
+  const Problem<T> q = problem<T>(n, in);
+  auto at = [&](int i) { return static_cast<T*>(out[i]); };
+  const Gradients<T> g = {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
+  each_part(q, threads, [&](int64_t b, int64_t h, int64_t part, int64_t from, int64_t to) {
+    if (q.beta) backward_head<T, true>(q, g, b, h, part, from, to);
+    else backward_head<T, false>(q, g, b, h, part, from, to);
+  });
+}
+
+}  // namespace
+
+extern "C" {
+void hamt_forward_float(const int64_t* n, void* const* in, void* const* out, int threads) {
+  forward<float>(n, in, out, threads);
+}
+void hamt_forward_double(const int64_t* n, void* const* in, void* const* out, int threads) {
+  forward<double>(n, in, out, threads);
+}
+void hamt_backward_float(const int64_t* n, void* const* in, void* const* out, int threads) {
+  backward<float>(n, in, out, threads);
+}
+void hamt_backward_double(const int64_t* n, void* const* in, void* const* out, int threads) {
+  backward<double>(n, in, out, threads);
+}
+}

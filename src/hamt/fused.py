@@ -1,0 +1,256 @@
+"""The fused form: the recurrence as one operator for CPUs, compiled on the machine when first needed.
+
+``fused.cpp`` runs the loop over tokens with the slots of a few features in registers, bound on the way
+in and unbound on the way out, so that only inputs and outputs travel to memory. It needs a C++
+compiler (g++ or clang++, or the one named by CXX); without one, HAMT uses the chunked form. The
+library is kept in ``~/.cache/hamt``. HAMT_FUSED=0 switches it off.
+
+Shape legend: B batch, N tokens, H heads, S slots, F features, K key size, P parts of a head.
+"""
+
+import ctypes
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from hamt.files import write_file
+from hamt.vsa import Algebra
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+# Tokens between the states that the backward pass starts from: its workspace stays in the second cache.
+CHUNK = 16
+Addresses = Sequence[Tensor | None]
+_TYPES = {torch.float32: "float", torch.float64: "double"}
+
+
+def fused_available(x: Tensor) -> bool:
+    """Whether ``fused_scan`` runs where ``x`` is."""
+    return x.device.type == "cpu" and _library() is not None
+
+
+def fused_scan(
+    algebra: Algebra,
+    lifted: Tensor,
+    keys: Tensor,
+    unbinding_keys: Tensor,
+    write: Tensor,
+    read: Tensor,
+    log_forget: Tensor,
+    beta: Tensor | None,
+    positions: Tensor | None,
+    memory: Tensor,
+    documents: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Bind, superpose, read and unbind.
+
+    Args:
+        algebra: of the keys.
+        lifted: v, (B, N, H, F).
+        keys: k, (B, N, H, K), without their position, as are
+        unbinding_keys: u.
+        write: w, (B, N, H, S).
+        read: r, (B, N, H, S).
+        log_forget: log α, (B, N, H, S), floored.
+        beta: β, (B, N, H), under the delta rule; else None.
+        positions: p, (1 or B, N, H, K), or None without rotation.
+        memory: the state before the first token, (B, H, S, F).
+        documents: (B, N) numbers of documents, 0 for the one of ``memory``; None is one document.
+
+    Returns:
+        y (B, N, H, F) in the dtype of ``lifted``, and the state after the last token.
+    """
+    wide = memory.dtype
+    if positions is not None and not algebra.has_phase:
+        keys, unbinding_keys = algebra.compose(keys, positions), algebra.compose(unbinding_keys, positions)
+        positions = None
+    reset = None
+    if documents is not None:
+        reset = documents.diff(dim=1, prepend=documents.new_zeros(len(documents), 1)).ne(0)
+    tensors = (lifted, keys, unbinding_keys, write, read, log_forget, beta, positions)
+    inputs = [None if x is None else x.to(wide) for x in tensors]
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, memory))
+    output, memory, _ = _scan(*inputs, reset, memory, algebra.has_phase, keep)
+    return output.to(lifted.dtype), memory
+
+
+@torch.library.custom_op("hamt::scan", mutates_args=())
+def _scan(
+    x: Tensor,
+    k: Tensor,
+    u: Tensor,
+    w: Tensor,
+    r: Tensor,
+    log_forget: Tensor,
+    beta: Tensor | None,
+    p: Tensor | None,
+    reset: Tensor | None,
+    memory: Tensor,
+    phases: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, M after the last token and, if ``keep``, the states that the backward pass starts from."""
+    inputs, sizes = _prepare(x, k, u, w, r, log_forget, beta, p, reset, phases)
+    final, output = memory.clone(memory_format=torch.contiguous_format), x.new_empty(x.shape)
+    checkpoints = _checkpoints(x, memory, keep)
+    _call("forward", x.dtype, sizes, inputs, [final, output, checkpoints if keep else None])
+    return output, final, checkpoints
+
+
+@_scan.register_fake
+def _(x, k, u, w, r, log_forget, beta, p, reset, memory, phases, keep):
+    return torch.empty(x.shape, dtype=x.dtype), torch.empty_like(memory), _checkpoints(x, memory, keep)
+
+
+@torch.library.custom_op("hamt::scan_backward", mutates_args=())
+def _scan_backward(
+    x: Tensor,
+    k: Tensor,
+    u: Tensor,
+    w: Tensor,
+    r: Tensor,
+    log_forget: Tensor,
+    beta: Tensor | None,
+    p: Tensor | None,
+    reset: Tensor | None,
+    checkpoints: Tensor,
+    grad_y: Tensor,
+    grad_memory: Tensor,
+    phases: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, k, u, w, r, log α, β (empty without) and the first state."""
+    inputs, sizes = _prepare(x, k, u, w, r, log_forget, beta, p, reset, phases)
+    parts = sizes[7]
+    dx, dk, du = (a.new_empty(a.shape) for a in (x, k, u))
+    gates = (w, r, log_forget, x.new_empty(0) if beta is None else beta)
+    dw, dr, dlog, dbeta = (x.new_empty(parts, *gate.shape) for gate in gates)
+    state = grad_memory.clone(memory_format=torch.contiguous_format)
+    outputs = [grad_y.contiguous(), checkpoints, state, dx, dk, du, dw, dr, dlog, dbeta]
+    _call("backward", x.dtype, sizes, inputs, outputs)
+    dw, dr, dlog, dbeta = (a[0] if parts == 1 else a.sum(0) for a in (dw, dr, dlog, dbeta))
+    return dx, dk, du, dw, dr, dlog, dbeta, state
+
+
+@_scan_backward.register_fake
+def _(x, k, u, w, r, log_forget, beta, p, reset, checkpoints, grad_y, grad_memory, phases):
+    shapes = [a.shape for a in (x, k, u, w, r, log_forget)] + [(0,) if beta is None else beta.shape]
+    return *(x.new_empty(shape) for shape in shapes), torch.empty_like(grad_memory)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, memory, phases, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.phases, ctx.memory = phases, memory.shape
+    ctx.set_materialize_grads(True)
+
+
+def _backward(ctx, grad_y, grad_memory, _):
+    *tensors, checkpoints = ctx.saved_tensors
+    beta, p = tensors[6], tensors[7]
+    gradients = _scan_backward(*tensors, checkpoints, grad_y, grad_memory, ctx.phases)
+    dx, dk, du, dw, dr, dlog, dbeta, dmemory = gradients
+    dp = None
+    if p is not None and ctx.needs_input_grad[7]:
+        dp = dk + du
+        dp = dp if len(p) == len(dp) else dp.sum(dim=0, keepdim=True)
+    return dx, dk, du, dw, dr, dlog, None if beta is None else dbeta, dp, None, dmemory, None, None
+
+
+_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.hamt.scan)
+def _flops(x, *shapes, out_shape=None, **_) -> int:
+    """Decay, write and read: 6 operations for each slot and feature. ``x`` and ``shapes`` are shapes."""
+    return 6 * shapes[2][-1] * math.prod(x)
+
+
+@register_flop_formula(torch.ops.hamt.scan_backward)
+def _flops_backward(x, *shapes, **options) -> int:
+    return 2 * _flops(x, *shapes)
+
+
+def _checkpoints(x: Tensor, memory: Tensor, keep: bool) -> Tensor:
+    batch, heads, *slot = memory.shape
+    chunks = -(-x.shape[1] // CHUNK) if keep else 0
+    return x.new_empty(batch, heads, chunks, *slot)
+
+
+def _prepare(x, k, u, w, r, log_forget, beta, p, reset, phases) -> tuple[list[Tensor | None], list[int]]:
+    """Arguments of the operator: contiguous tensors in its order, and sizes."""
+    tensors = (x, k, u, w, r, log_forget.exp(), beta, p, reset)
+    inputs = [None if a is None else a.contiguous() for a in tensors]
+    batch, length, heads, features = x.shape
+    vectors = -(-features // 2 // (64 // x.element_size()))
+    parts = min(vectors, -(-torch.get_num_threads() // (batch * heads)))
+    rows = 0 if p is None else len(p)
+    return inputs, [batch, length, heads, w.shape[-1], features, CHUNK, int(phases), parts, rows]
+
+
+def _call(name: str, dtype: torch.dtype, sizes: list[int], inputs: Addresses, outputs: Addresses) -> None:
+    library = _library()
+    assert library is not None, "the fused form was asked for where it is not available"
+    function = getattr(library, f"hamt_{name}_{_TYPES[dtype]}")
+
+    def addresses(tensors: Addresses):
+        return (ctypes.c_void_p * len(tensors))(*(None if a is None else a.data_ptr() for a in tensors))
+
+    numbers = (ctypes.c_int64 * len(sizes))(*sizes)
+    function(numbers, addresses(inputs), addresses(outputs), ctypes.c_int(torch.get_num_threads()))
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    """Compile, or find what was compiled before; None where that does not work."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
+    if os.environ.get("HAMT_FUSED") == "0" or compiler is None:
+        return None
+    for flags in (["-fopenmp"], []):  # Apple's clang has no OpenMP: one thread is still fast
+        try:
+            return ctypes.CDLL(str(_compile(compiler, flags)))
+        except (OSError, subprocess.SubprocessError):
+            continue
+    return None
+
+
+def _compile(compiler: str, flags: list[str]) -> Path:
+    """Path of the library for this source, compiler and processor; compiled if it is missing."""
+    flags = ["-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-fPIC", "-Wno-psabi", *flags]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    tag = "\n".join([SOURCE.read_text(encoding="utf-8"), *flags, version, _processor()])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hamt"
+    target = cache / f"fused-{hashlib.sha256(tag.encode()).hexdigest()[:16]}.so"
+
+    def build(file: Path) -> None:
+        # Linked without -fopenmp: the calls then go to the thread pool that PyTorch has brought along,
+        # where a second one would compete with it for the cores.
+        unit = file.with_suffix(".o")
+        to_unit, to_library = (
+            [*flags, "-c", str(SOURCE), "-o", str(unit)],
+            ["-shared", str(unit), "-o", str(file)],
+        )
+        for command in (to_unit, to_library):
+            subprocess.run([compiler, *command], capture_output=True, check=True, timeout=300)
+        unit.unlink()
+
+    if not target.exists():
+        write_file(target, build)
+    return target
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by several machines."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+    return f"{platform.machine()} {platform.processor()}"

@@ -1,0 +1,222 @@
+"""The benchmarks: rivals that differ from HAMT in the mixer alone, and a complete report."""
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from model_inputs import assert_close, gradients, random_ids, tiny_config
+
+from hamt import HAMTConfig, HAMTForCausalLM
+
+SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    """A script of ``benchmarks/``, imported as its siblings import it."""
+    if str(SCRIPTS) not in sys.path:
+        sys.path.append(str(SCRIPTS))
+    return importlib.import_module(name)
+
+
+environment, rivals, speed = script("environment"), script("rivals"), script("speed")
+
+
+def rival(core: str = "sdpa", short_convolution: bool = False, **options) -> HAMTForCausalLM:
+    """A rival of the tiny model, with two heads and loud enough for its mixers to be heard."""
+    config = tiny_config(hidden_dim=64, initializer_range=0.2, **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = rivals.transformer(config, core=core, short_convolution=short_convolution)
+        for block in model.model.layers:
+            torch.nn.init.normal_(block.mixer.output_proj.weight, std=0.25)
+    return model.eval()
+
+
+def changed_logits(model: HAMTForCausalLM, place: int = 5) -> torch.Tensor:
+    """Positions (N,) whose logits change when the token at ``place`` does."""
+    ids = random_ids(1, 12)
+    other = ids.clone()
+    other[0, place] = ids[0, place] % 96 + 1
+    difference = (model(ids).logits - model(other).logits).abs().amax(dim=-1)[0]
+    return difference > 1e-5
+
+
+@pytest.mark.parametrize("core", ["sdpa", "eager"])
+@pytest.mark.parametrize("short_convolution", [False, True])
+def test_transformer_sees_its_past_and_no_future(core, short_convolution):
+    changed = changed_logits(rival(core, short_convolution))
+    assert changed.tolist() == [False] * 5 + [True] * 7
+
+
+def test_ceiling_does_not_mix_tokens():
+    assert changed_logits(rival("none")).nonzero().tolist() == [[5]]
+
+
+def test_ceiling_with_short_convolution_reaches_as_far_as_it():
+    changed = changed_logits(rival("none", short_convolution=True, num_layers=1))
+    assert changed.nonzero().flatten().tolist() == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(("hidden_dim", "num_layers"), [(32, 1), (96, 3), (384, 7)])
+@pytest.mark.parametrize("short_convolution", [False, True])
+def test_parameters_are_matched(hidden_dim, num_layers, short_convolution):
+    config = HAMTConfig(hidden_dim=hidden_dim, num_layers=num_layers, vocab_size=64)
+    with torch.device("meta"):
+        ours = HAMTForCausalLM(config)
+        theirs = rivals.transformer(config, short_convolution=short_convolution)
+    target = rivals.non_embedding_parameters(ours)
+    assert target == ours.num_parameters() - 64 * hidden_dim
+    assert abs(rivals.non_embedding_parameters(theirs) / target - 1) < 0.005
+
+
+def test_ceiling_has_the_parameters_of_the_transformer():
+    shapes = [{name: p.shape for name, p in rival(core).named_parameters()} for core in ("none", "sdpa")]
+    assert shapes[0] == shapes[1]
+
+
+def test_sdpa_equals_eager():
+    ids = random_ids(2, 33)
+    assert_close(rival("sdpa")(ids).logits, rival("eager")(ids).logits, 1e-5)
+
+
+def test_scores_depend_on_relative_position_only():
+    query, key = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).unbind()
+    turned = rivals.rotate(torch.stack((query, key)).expand(1, 40, 2, 64))[0]
+    scores = turned[:, 0] @ turned[:, 1].T
+    for lag in range(-39, 40):
+        diagonal = scores.diagonal(lag)
+        assert_close(diagonal, diagonal[:1].expand_as(diagonal), 1e-5)
+    assert (scores[0] - scores[0, 0]).abs()[1:].min() > 1e-3  # and on that they do
+    assert_close(turned.norm(dim=-1), torch.stack((query, key)).norm(dim=-1).expand(40, 2), 1e-5)
+
+
+@pytest.mark.parametrize("core", ["sdpa", "eager", "none"])
+@pytest.mark.parametrize("short_convolution", [False, True])
+def test_every_parameter_gets_a_gradient(core, short_convolution):
+    model, ids = rival(core, short_convolution).train(), random_ids(2, 9)
+    model(ids, labels=ids).loss.backward()
+    for name, gradient in gradients(model).items():
+        assert gradient.abs().max() > 0, name
+
+
+def test_new_modules_are_initialised_by_the_rule_of_the_model():
+    torch.manual_seed(0)
+    model = rivals.transformer(
+        HAMTConfig(hidden_dim=128, num_layers=3, vocab_size=64), short_convolution=True
+    )
+    for block in model.model.layers:
+        mixer = block.mixer
+        assert mixer.qkv_proj.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
+        assert mixer.output_proj.weight.std().item() == pytest.approx((6 * 128) ** -0.5, rel=0.05)
+        assert torch.equal(mixer.conv.weight[-1], torch.ones(128))
+
+
+def test_rivals_refuse_what_they_cannot_do():
+    model, ids = rival(), random_ids(1, 6)
+    with pytest.raises(NotImplementedError, match="without padding"):
+        model(ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]]))
+    with pytest.raises(NotImplementedError, match="packed documents"):
+        model(ids, seq_idx=torch.zeros_like(ids))
+    with pytest.raises(ValueError, match="core must be one of"):
+        rivals.RotaryAttention(tiny_config(), core="flash")
+    with pytest.raises(ValueError, match="multiple of 32; got 40"):
+        rivals.RotaryAttention(tiny_config(hidden_dim=40))
+    with pytest.raises(ValueError, match="conv_kernel_size"):
+        rivals.RotaryAttention(tiny_config(conv_kernel_size=0), short_convolution=True)
+
+
+def test_flops_of_attention_are_those_of_its_causal_half():
+    """The same model with the core in eager form has all N² scores counted by torch itself."""
+    ids, length, width, layers = random_ids(2, 16), 16, 64, 2
+    found = {}
+    for core in ("sdpa", "eager", "none"):
+        model = rival(core)
+        found[core] = rivals.count_flops(lambda model=model: model(ids, labels=ids).loss.backward())
+    assert found["eager"] - found["none"] == 3 * layers * 2 * (4 * length**2 * width)
+    assert found["sdpa"] - found["none"] == 3 * layers * 2 * (4 * width * length * (length + 1) // 2)
+
+
+def test_flops_count_the_einsum_of_the_memory():
+    a, b = torch.randn(3, 4, 5), torch.randn(3, 5, 6)
+    assert rivals.count_flops(lambda: torch.einsum("bij,bjk->bik", a, b)) == 2 * 3 * 4 * 5 * 6
+
+
+def test_interleave_rotates_the_order_and_drops_the_warmup():
+    calls: list[str] = []
+    callables = {name: lambda name=name: calls.append(name) for name in "abc"}
+    timings = environment.interleave(callables, rounds=3, warmup=1)
+    assert "".join(calls) == "cab" + "abc" + "bca" + "cab"
+    assert {name: len(timing.times_s) for name, timing in timings.items()} == dict.fromkeys("abc", 3)
+
+
+def test_ratios_are_taken_within_a_round():
+    """One slow round slows both: the ratio of medians would not see that the ratio never changed."""
+    assert environment.paired_ratio([2, 20, 6], [1, 10, 3]) == (2, 2, 2)
+    assert environment.spread([1, 2, 3, 4, 5]) == (2, 3, 4)
+    assert environment.timing([1, 2, 3, 4, 5])[:2] == (3, (2, 4))
+
+
+def test_header_names_the_machine_and_the_commit():
+    header = environment.environment()
+    assert all(header[name] for name in ("hamt", "torch", "transformers", "python", "processor", "date"))
+    assert header["cores"] >= 1
+    assert header["threads"] == torch.get_num_threads()
+    assert {"commit", "omp_wait_policy", "load_average"} <= header.keys()
+
+
+@pytest.fixture(scope="module")
+def result() -> dict:
+    models = {"hidden_dim": 32, "num_layers": 1, "vocab_size": 64, "step_tokens": 32, "matmul_size": 64}
+    sizes = {**models, "mixer_length": 32, "mixer_dim": 32, "rounds": 1}
+    options = [f"--{name}={value}" for name, value in sizes.items()]
+    return speed.run(speed.parse([*options, "--lengths", "16", "32"]))
+
+
+def numbers(value) -> list[float]:
+    """All numbers in a nested JSON value."""
+    if isinstance(value, dict):
+        return [x for item in value.values() for x in numbers(item)]
+    if isinstance(value, list):
+        return [x for item in value for x in numbers(item)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_speed_reports_every_case(result):
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    cases = [(row["length"], row["batch"], row["phase"]) for row in result["model"]["rows"]]
+    assert cases == [(16, 2, "train"), (16, 2, "prefill"), (32, 1, "train"), (32, 1, "prefill")]
+    cases = [(row["level"], row["pass"]) for row in result["mixer"]["rows"]]
+    assert cases == [(level, kind) for level in ("core", "sublayer") for kind in speed.PASSES]
+    found = [x for part in ("model", "mixer") for row in result[part]["rows"] for x in numbers(row)]
+    assert all(math.isfinite(x) and x > 0 for x in found)
+
+
+def test_speed_counts_more_work_in_training_and_less_without_a_core(result):
+    for train, prefill in zip(*[iter(result["model"]["rows"])] * 2, strict=True):
+        for name in speed.MODELS:
+            assert train["flops"][name] > 2 * prefill["flops"][name]
+        assert train["flops"]["ceiling"] < train["flops"]["transformer"]
+
+
+def test_ratios_are_throughputs(result):
+    """More tokens a second than the transformer is a ratio above 1."""
+    for row in result["model"]["rows"]:
+        rate = {name: row["tokens_per_s"][name]["median"] for name in speed.MODELS}
+        for a, b in speed.RATIOS:
+            assert row[f"{a}_over_{b}"]["median"] == pytest.approx(rate[a] / rate[b])
+    for row in result["mixer"]["rows"]:
+        times = {name: row["milliseconds"][name]["median"] for name in speed.MIXERS}
+        for name in ("eager", "sdpa"):
+            assert row[f"hamt_over_{name}"]["median"] == pytest.approx(times[name] / times["hamt"])
+
+
+def test_table_has_a_value_in_every_cell(result):
+    lines = [line for line in speed.table(result).splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [len(row) for row in rows] == [12] * 6 + [7] * 6
+    assert all(cell and "nan" not in cell and "inf" not in cell for row in rows for cell in row)
