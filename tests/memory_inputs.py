@@ -8,14 +8,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import Tensor
 
-from hamt.memory import HolographicMemory, MemoryState
+from hamt import fused
+from hamt.fused import fused_available
+from hamt.memory import FORMS, HolographicMemory, MemoryState
 
 HEADS, SLOTS, HEAD_DIM = 2, 3, 4
 Leaves = dict[str, Tensor]
 Run = Callable[[Leaves], tuple[Tensor, MemoryState]]
+
+FUSED = fused_available(torch.empty(0))
+needs_fused = pytest.mark.skipif(not FUSED, reason="no C++ compiler")
+marks = {"fused": needs_fused}
+every_form = pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=marks.get(form, ())) for form in FORMS]
+)
+# The forms of this machine that have to equal the loop.
+PARALLEL_FORMS = [form for form in FORMS if form != "recurrent" and (FUSED or form != "fused")]
 
 
 @dataclass(frozen=True)
@@ -25,12 +37,16 @@ class Case:
     binding_type: str
     write_rule: str = "gated"
     rotates: bool = False
+    heads: int = HEADS
+    slots: int = SLOTS
+    head_dim: int = HEAD_DIM
 
     def __str__(self) -> str:
         return f"{self.binding_type}-{self.write_rule}" + ("-rotates" if self.rotates else "")
 
     def memory(self, chunk_size: int = 16, decay_rate: float = 0.001) -> HolographicMemory:
-        sizes = {"hcm_dim": HEADS * HEAD_DIM, "num_slots": SLOTS, "num_heads": HEADS}
+        hcm_dim = self.heads * self.head_dim
+        sizes = {"hcm_dim": hcm_dim, "num_slots": self.slots, "num_heads": self.heads}
         options = {"binding_type": self.binding_type, "write_rule": self.write_rule}
         return HolographicMemory(**sizes, **options, decay_rate=decay_rate, chunk_size=chunk_size)
 
@@ -61,27 +77,27 @@ def random_inputs(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    tokens = (batch, length, HEADS)
-    pace = torch.tensor([-7.0, -3.0, 0.0])  # logit of the share a slot forgets at a token
-    forget = torch.sigmoid(normal(*tokens, SLOTS) + pace)
+    tokens, slots = (batch, length, case.heads), case.slots
+    pace = torch.linspace(-7, 0, slots)  # logit of the share a slot forgets at a token
+    forget = torch.sigmoid(normal(*tokens, slots) + pace)
     inputs = {
         "items": normal(*tokens, memory.head_dim),
         "keys": memory.algebra.key(2 * normal(*tokens, memory.key_size)),
         "unbinding_keys": memory.algebra.key(2 * normal(*tokens, memory.key_size)),
-        "read": normal(*tokens, SLOTS),
-        "initial_memory": normal(batch, HEADS, SLOTS, memory.head_dim),
+        "read": normal(*tokens, slots),
+        "initial_memory": normal(batch, case.heads, slots, memory.head_dim),
     }
     if case.write_rule == "convex":
         inputs["write"] = forget
     else:
-        inputs["write"] = normal(*tokens, SLOTS)
+        inputs["write"] = normal(*tokens, slots)
         inputs["log_forget"] = torch.log1p(-forget)
     if case.write_rule == "delta":
         inputs["write"] = torch.nn.functional.normalize(inputs["write"], dim=-1)
         inputs["beta"] = torch.sigmoid(normal(*tokens))
     if case.rotates:
         inputs["rotation"] = memory.algebra.key(normal(*tokens, memory.key_size))
-        inputs["initial_phase"] = memory.algebra.key(normal(batch, HEADS, memory.key_size))
+        inputs["initial_phase"] = memory.algebra.key(normal(batch, case.heads, memory.key_size))
     return {name: value.to(dtype) for name, value in inputs.items()}
 
 
@@ -106,6 +122,7 @@ def whole(memory: HolographicMemory, form: str, state_seq_idx: Tensor | None = N
 
 
 def stepwise(memory: HolographicMemory) -> Run:
+    """Token by token through ``step``: the fastest form of one token there is here."""
     renamed = {"items": "item", "keys": "key", "unbinding_keys": "unbinding_key"}
 
     def run(leaves: Leaves) -> tuple[Tensor, MemoryState]:
@@ -166,6 +183,18 @@ def separate_documents(memory: HolographicMemory, seq_idx: Tensor, state_seq_idx
 
 
 # ------------------------------------------------------------------ record and compare
+
+
+def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list, list]]:
+    """Name, sizes and outputs of every call into the library of the fused form, from now on."""
+    seen, call = [], fused._call
+
+    def spy(name, dtype, sizes, inputs, outputs):
+        seen.append((name, sizes, outputs))
+        call(name, dtype, sizes, inputs, outputs)
+
+    monkeypatch.setattr(fused, "_call", spy)
+    return seen
 
 
 def record(run: Run, inputs: Leaves, autocast: bool = False) -> Leaves:

@@ -7,13 +7,17 @@ import torch
 from torch import Tensor
 
 from hamt import HAMTConfig, HAMTModel
+from hamt.memory import WRITE_RULES
 
 VOCAB = 97
 BINDINGS = ("elementwise", "circular_conv", "phasor")
+# Every binding with every write rule; every binding and every write rule with a rotation of either kind.
+LEARNT_TURNS = {"elementwise": "gated", "circular_conv": "convex", "phasor": "delta"}
 VARIANTS = [
     {"binding_type": binding_type, "write_rule": write_rule}
+    | ({"rotation": "data_dependent"} if LEARNT_TURNS[binding_type] == write_rule else {})
     for binding_type in BINDINGS
-    for write_rule in ("gated", "convex")
+    for write_rule in WRITE_RULES
 ]
 variants = pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(options.values()))
 
@@ -38,9 +42,12 @@ def tiny_model(seed: int = 0, **options) -> HAMTModel:
         with torch.no_grad():
             for block in model.model.layers:
                 block.mixer.output_proj.weight.normal_(std=0.25)
-                block.mlp.down_proj.weight.normal_(std=0.25)
+                if block.mlp is not None:
+                    block.mlp.down_proj.weight.normal_(std=0.25)
                 if block.mixer.conv is not None:
                     block.mixer.conv.weight.normal_(std=0.5)
+                if block.mixer.config.rotation == "data_dependent":
+                    block.mixer.rotation.weight.normal_(std=0.3)
     return model.eval()
 
 

@@ -1,11 +1,12 @@
 """The state: constant in size, forked without a copy, kept in a file, its rows rearranged."""
 
 import copy
+import math
 import os
 
 import pytest
 import torch
-from model_inputs import assert_close, random_ids, tiny_model, variants
+from model_inputs import BINDINGS, assert_close, random_ids, tiny_model, variants
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -67,8 +68,22 @@ def test_a_state_is_as_large_after_4096_tokens_as_after_16(options):
         "a state keeps hidden bytes"
     )
     heads, slots, head_dim, reach = 2, 3, 32, 3
-    phase = 0 if options["binding_type"] == "elementwise" else heads * head_dim // 2
+    algebra = model.model.layers[0].mixer.memory.algebra
+    phase = heads * algebra.key_size(head_dim) if model.config.rotation != "none" else 0
     assert small.nbytes == 2 * (4 * (heads * slots * head_dim + phase + reach * 32) + 8)
+
+
+@pytest.mark.parametrize("binding_type", BINDINGS)
+def test_a_data_dependent_rotation_keeps_a_position_of_the_tokens_read(binding_type):
+    """Where a constant one keeps their number."""
+    for state in read(tiny_model(binding_type=binding_type, rotation="data_dependent")).states:
+        phase = state.memory.phase
+        assert phase.shape == (2, 2, 32 if binding_type == "elementwise" else 16)
+        assert (phase[0] - phase[1]).abs().max() > 0.5
+        if binding_type == "elementwise":
+            assert set(phase.unique().tolist()) == {-1.0, 1.0}
+        else:
+            assert math.pi / 2 < phase.abs().max() <= math.pi + 1e-6
 
 
 def test_a_forward_pass_does_not_write_into_a_state():

@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from model_inputs import random_ids, tiny_config
+from model_inputs import BINDINGS, random_ids, tiny_config
 from transformers import AutoConfig
 
 from hamt import HAMTConfig, HAMTModel
+from hamt.config import ROTATIONS
+from hamt.memory import WRITE_RULES
 
 ALIASES = {
     "hidden_size": "hidden_dim",
@@ -82,11 +84,11 @@ REFUSED = [
     ({"hidden_dim": 33}, "got 66, try 64 or 72"),
     ({"num_attention_heads": 3}, "got 512, try 510 or 516"),
     ({"binding_type": "hrr"}, "one of elementwise, circular_conv, phasor; got 'hrr'"),
-    ({"write_rule": "add"}, "write_rule must be gated or convex; got 'add'"),
-    ({"rotation": "learned"}, "rotation must be constant or none; got 'learned'"),
+    ({"write_rule": "add"}, "write_rule must be one of gated, convex, delta; got 'add'"),
+    ({"rotation": "learned"}, "rotation must be one of none, constant, data_dependent; got 'learned'"),
     (
         {"binding_type": "elementwise", "rotation": "constant"},
-        "use rotation='none', or binding_type phasor or circular_conv",
+        "use rotation='none' or 'data_dependent', or binding_type phasor or circular_conv",
     ),
     ({"rotation_base": 0}, "rotation_base must be positive"),
     ({"rotation_base": -10.0}, "rotation_base must be positive"),
@@ -97,21 +99,14 @@ REFUSED = [
     ({"min_half_life": 10, "max_half_life": 5}, "got 10 and 5"),
     ({"max_half_life": float("inf")}, "< inf"),
     ({"dropout": 1.0}, r"dropout must lie in \[0, 1\); got 1.0"),
-    ({"conv_kernel_size": -1}, r"conv_kernel_size must be 0 \(none\) or a width; got -1"),
+    ({"conv_kernel_size": -1}, "conv_kernel_size must not be negative; got -1"),
+    ({"intermediate_dim": -1}, "intermediate_dim must not be negative; got -1"),
     ({"aux_loss_weight": -0.1}, "aux_loss_weight must not be negative"),
     ({"initializer_range": -1.0}, "initializer_range must not be negative"),
     ({"rms_norm_eps": -1e-6}, "rms_norm_eps must not be negative"),
     *(
         ({name: 0}, f"{name} must be at least 1; got 0")
-        for name in (
-            "vocab_size",
-            "hidden_dim",
-            "num_layers",
-            "num_slots",
-            "num_heads",
-            "chunk_size",
-            "intermediate_dim",
-        )
+        for name in ("vocab_size", "hidden_dim", "num_layers", "num_slots", "num_heads", "chunk_size")
     ),
 ]
 
@@ -191,30 +186,29 @@ def test_json_keeps_every_field(tmp_path):
 
 KINDS = [
     (binding_type, write_rule, rotation)
-    for binding_type in ("elementwise", "circular_conv", "phasor")
-    for write_rule in ("gated", "convex")
-    for rotation in ("constant", "none")
+    for binding_type in BINDINGS
+    for write_rule in WRITE_RULES
+    for rotation in ROTATIONS
     if (binding_type, rotation) != ("elementwise", "constant")
 ]
 
 
 @pytest.mark.parametrize(("binding_type", "write_rule", "rotation"), KINDS)
 def test_every_accepted_option_builds_and_takes_a_training_step(binding_type, write_rule, rotation):
+    """Every pair of two further choices comes up; all 64 of their combinations would take 8 times as long."""
     ids = random_ids(4, 17)
-    switches = ("use_gating", "use_output_gate", "tie_word_embeddings", "use_auxiliary_loss")
-    for kernel, *values in itertools.product((0, 4), *[(False, True)] * 4):
-        options = dict(zip(switches, values, strict=True))
+    for a, b, c in itertools.product((False, True), repeat=3):
+        options = {
+            "use_gating": a,
+            "use_output_gate": b,
+            "use_auxiliary_loss": c,
+            "tie_word_embeddings": a ^ b,
+            "conv_kernel_size": 4 * (a ^ c),
+            "intermediate_dim": None if b ^ c else 0,
+        }
+        kind = {"binding_type": binding_type, "write_rule": write_rule, "rotation": rotation}
         torch.manual_seed(0)
-        model = HAMTModel(
-            tiny_config(
-                binding_type=binding_type,
-                write_rule=write_rule,
-                rotation=rotation,
-                conv_kernel_size=kernel,
-                num_layers=1,
-                **options,
-            )
-        ).double()
+        model = HAMTModel(tiny_config(**kind, num_layers=1, **options)).double()
         tied = model.lm_head.weight is model.model.embed_tokens.weight
         assert tied == options["tie_word_embeddings"]
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)

@@ -93,6 +93,10 @@ def test_lora_adapters_train(tmp_path):
 
 # ---------------------------------------------------------------- private hooks of Transformers
 
+rules = pytest.mark.parametrize(
+    "options", [{}, {"write_rule": "delta", "rotation": "data_dependent"}], ids=str
+)
+
 
 def test_hook_generate_prepares_our_state_and_keeps_one_that_is_given():
     model, given = tiny_model(), HAMTCache(2)
@@ -142,9 +146,10 @@ def test_hook_the_cache_cannot_be_compiled_in_or_cropped():
     assert cache.get_max_length() == -1
 
 
-def test_hook_weights_are_initialised_once_and_not_over_loaded_ones(tmp_path):
+@rules
+def test_hook_weights_are_initialised_once_and_not_over_loaded_ones(tmp_path, options):
     """``_init_weights`` also runs at loading: only for weights the file does not have."""
-    model = tiny_model()
+    model = tiny_model(**options)
     model.save_pretrained(tmp_path)
     loaded, info = HAMTModel.from_pretrained(tmp_path, num_layers=3, output_loading_info=True)
     assert info["missing_keys"]
@@ -155,19 +160,23 @@ def test_hook_weights_are_initialised_once_and_not_over_loaded_ones(tmp_path):
     assert_initialised(loaded.model.layers[2], num_layers=3)
 
 
-def test_hook_every_kind_of_weight_is_initialised_as_meant():
+@rules
+def test_hook_every_kind_of_weight_is_initialised_as_meant(options):
     """Transformers passes over some modules: ``_init_weights`` sees those with weights of their own."""
     torch.manual_seed(0)
-    model = HAMTModel(tiny_config())
+    model = HAMTModel(tiny_config(**options))
     for block in model.model.layers:
         assert_initialised(block, num_layers=2)
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert_initialised(HAMTForSequenceClassification(tiny_config()).model.layers[1], num_layers=2)
+    assert_initialised(HAMTForSequenceClassification(tiny_config(**options)).model.layers[1], num_layers=2)
 
 
 def assert_initialised(block: HAMTBlock, num_layers: int) -> None:
     mixer, mlp = block.mixer, block.mlp
     assert torch.equal(mixer.gating.bias, mixer.gating.initial_bias())
+    assert mixer.gating.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
+    if mixer.rotation.weight is not None:
+        assert not mixer.rotation.weight.any()
     assert torch.equal(mixer.conv.weight[-1], torch.ones(32))
     assert mixer.conv.weight[:-1].std().item() == pytest.approx(0.1, rel=0.3)
     assert torch.equal(mixer.retrieval.read_bias, torch.ones(6))

@@ -31,7 +31,7 @@ def greedy_by_recomputation(model: HAMTModel, row: Tensor, count: int) -> list[i
 # ---------------------------------------------------------------- decoding against the whole
 
 
-@pytest.mark.parametrize("prefill", [1, 2, 3, 5, 16, 17, 40])
+@pytest.mark.parametrize("prefill", [1, 2, 16, 17, 40])
 @variants
 def test_decoding_after_a_prefill_equals_the_full_forward(options, prefill):
     """First several new tokens at once on the filled state, then one by one."""

@@ -37,10 +37,11 @@ def test_2_a_layer_keeps_the_shape(binding_type):
     assert state.memory.memory.abs().sum(dim=-1).min() > 0  # every slot of every head was written to
 
 
+@pytest.mark.parametrize("options", [{}, {"write_rule": "delta", "rotation": "data_dependent"}], ids=str)
 @bindings
-def test_3_an_untrained_model_knows_nothing_and_every_parameter_can_learn(binding_type):
+def test_3_an_untrained_model_knows_nothing_and_every_parameter_can_learn(binding_type, options):
     torch.manual_seed(0)
-    config = HAMTConfig(hidden_dim=64, num_layers=2, vocab_size=100, binding_type=binding_type)
+    config = HAMTConfig(hidden_dim=64, num_layers=2, vocab_size=100, binding_type=binding_type, **options)
     model = HAMTModel(config)
     ids = torch.randint(100, (4, 33))
     outputs = model(ids, labels=ids)

@@ -10,10 +10,11 @@ from model_inputs import BINDINGS, assert_close, tiny_model, variants
 from torch import Tensor
 
 from hamt.layers import GatingNetwork, HAMTLayer, LayerState, RetrievalHead, ShortConvolution
-from hamt.memory import MemoryState
+from hamt.memory import WRITE_RULES, MemoryState
 from hamt.vsa import wrap_phase
 
 WIDTH = 32
+write_rules = pytest.mark.parametrize("write_rule", WRITE_RULES)
 
 
 def tiny_layer(seed: int = 0, **options) -> HAMTLayer:
@@ -42,9 +43,12 @@ def row_of(state: LayerState, b: int) -> LayerState:
     return map_state(lambda x: x[b : b + 1], state)
 
 
-def nothing_like(state: LayerState) -> LayerState:
-    """An empty state of the same shape."""
-    return map_state(torch.zeros_like, state)
+def nothing_like(state: LayerState, identity: float) -> LayerState:
+    """An empty state of the same shape, at the position ``identity``."""
+    empty = map_state(torch.zeros_like, state)
+    if empty.memory.phase is None:
+        return empty
+    return empty._replace(memory=empty.memory._replace(phase=empty.memory.phase + identity))
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: LayerState) -> LayerState:
@@ -56,7 +60,7 @@ def map_state(function: Callable[[Tensor], Tensor], state: LayerState) -> LayerS
 
 
 def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
-    """The docstring of ``hamt.layers``, line by line, in a loop over one row (N, d)."""
+    """The docstrings of ``hamt.layers`` and ``hamt.delta``, line by line, in a loop over one row (N, d)."""
     config, algebra = layer.config, layer.memory.algebra
     heads, head_dim = config.num_heads, config.hcm_dim // config.num_heads
     conditioned = inputs
@@ -64,25 +68,36 @@ def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
         kernel = layer.conv.weight.T[:, None]
         past = F.pad(inputs.T[None], (config.conv_kernel_size - 1, 0))
         conditioned = F.conv1d(past, kernel, groups=WIDTH)[0].T
-    outputs = []
+    outputs, position = [], algebra.identity
     memory = torch.zeros(heads, config.num_slots, head_dim, dtype=inputs.dtype)
-    for t, (x, c) in enumerate(zip(inputs, conditioned, strict=True)):
+    for x, c in zip(inputs, conditioned, strict=True):
         item = layer.item_proj(c).view(heads, head_dim)
         key = algebra.key(layer.key_proj(c).view(heads, -1))
         unbinding_key = algebra.key(layer.retrieval.key_proj(c).view(heads, -1))
         read = (layer.retrieval.read_proj(c) + layer.retrieval.read_bias).view(heads, -1)
-        logits = (layer.gating.weight @ c + layer.gating.bias).view(-1, heads, config.num_slots)
+        logits, strength = layer.gating.weight @ c + layer.gating.bias, torch.zeros(heads)
+        if config.write_rule == "delta":
+            logits, strength = logits.split((2 * heads * config.num_slots, heads))
+        logits = logits.view(-1, heads, config.num_slots)
         write = torch.sigmoid(logits[-1])
         forget = torch.sigmoid(logits[0])
         if config.write_rule == "convex":
             forget = (1 - write) * (1 - config.decay_rate)
-        if config.rotation == "constant":
+        if config.rotation != "none":
             size = key.shape[-1]
-            frequencies = [config.rotation_base ** (-i / size) for i in range(size)]
-            position = algebra.key((t + 1) * torch.tensor(frequencies, dtype=torch.float64))
-            key, unbinding_key = key + position, unbinding_key + position
+            powers = [config.rotation_base ** (-i / size) for i in range(size)]
+            turn = torch.tensor(powers if algebra.has_phase else [1.0] * size, dtype=torch.float64)
+            if config.rotation == "data_dependent":
+                turn = turn + (layer.rotation.weight @ c).view(heads, size)
+            position = algebra.compose(algebra.key(turn), position)
+            key, unbinding_key = algebra.compose(key, position), algebra.compose(unbinding_key, position)
         bound = algebra.bind(algebra.lift(item), key)
-        memory = forget[..., None] * memory + write[..., None] * bound[:, None]
+        memory = forget[..., None] * memory
+        if config.write_rule == "delta":
+            write = logits[-1] / logits[-1].norm(dim=-1, keepdim=True)
+            held = torch.einsum("hs,hsf->hf", write, memory)
+            bound = torch.sigmoid(strength)[:, None] * (bound - held)
+        memory = memory + write[..., None] * bound[:, None]
         retrieved = algebra.lower(algebra.unbind(torch.einsum("hs,hsf->hf", read, memory), unbinding_key))
         mean_square = retrieved.square().mean(dim=-1, keepdim=True)
         output = retrieved / (mean_square + config.rms_norm_eps).sqrt() * layer.norm.weight
@@ -95,13 +110,14 @@ def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
 @pytest.mark.parametrize("extra", [{}, {"conv_kernel_size": 0, "use_output_gate": False, "rotation": "none"}])
 @variants
 def test_the_layer_is_its_equations(options, extra):
-    layer, inputs = tiny_layer(**options, **extra, rotation_base=100, decay_rate=0.05), random_inputs(2, 19)
+    layer = tiny_layer(**options | extra, rotation_base=100, decay_rate=0.05)
+    inputs = random_inputs(2, 19)
     outputs = layer(inputs)[0]
     for row, output in zip(inputs, outputs, strict=True):
         assert_close(output, literal_layer(layer, row), 1e-9)
 
 
-@pytest.mark.parametrize("kernel", [0, 1, 2, 4])
+@pytest.mark.parametrize("kernel", [1, 2, 4])
 @variants
 def test_token_by_token_equals_the_whole_in_outputs_and_state(options, kernel):
     layer, inputs = tiny_layer(**options, conv_kernel_size=kernel), random_inputs(2, 11)
@@ -137,7 +153,7 @@ def test_padding_is_as_if_it_were_absent(options, kind, continued):
             expected, own_state = layer(inputs[b : b + 1, real], state=own_state)[:2]
             assert_close(outputs[b : b + 1, real], expected, 1e-9)
         elif own_state is None:
-            own_state = nothing_like(row_of(after, b))
+            own_state = nothing_like(row_of(after, b), layer.memory.algebra.identity)
         assert_same_state(row_of(after, b), own_state)
 
 
@@ -194,6 +210,7 @@ def test_padding_joins_the_document_beside_it():
         ({"hcm_dim": 128}, "memory"),
         ({"rotation": "none"}, "phase"),
         ({"binding_type": "elementwise"}, "phase"),
+        ({"binding_type": "elementwise", "rotation": "data_dependent"}, "phase"),
         ({"conv_kernel_size": 0}, "conv"),
         ({"conv_kernel_size": 3}, "conv"),
     ],
@@ -237,10 +254,10 @@ def gating(**options) -> GatingNetwork:
     return tiny_model(**options).model.layers[0].mixer.gating
 
 
-@pytest.mark.parametrize("write_rule", ["gated", "convex"])
+@write_rules
 def test_slots_start_with_half_lives_from_shortest_to_longest_in_every_head(write_rule):
     network = gating(write_rule=write_rule, num_slots=8, num_heads=2, min_half_life=2, max_half_life=500)
-    log_forget, write = network(torch.zeros(1, 1, WIDTH))
+    log_forget, write, _ = network(torch.zeros(1, 1, WIDTH))
     kept = 1 - write if log_forget is None else log_forget.exp()
     half_lives = (math.log(0.5) / kept.log())[0, 0]
     assert half_lives.min().item() == pytest.approx(2, rel=1e-3)
@@ -251,28 +268,50 @@ def test_slots_start_with_half_lives_from_shortest_to_longest_in_every_head(writ
     assert (half_lives[:, -1] > 250).all()
 
 
-@pytest.mark.parametrize("write_rule", ["gated", "convex"])
+@write_rules
 def test_gates_depend_on_the_token_unless_told_otherwise(write_rule):
     inputs = random_inputs(2, 5).float()
-    log_forget, write = gating(write_rule=write_rule)(inputs)
+    log_forget, write, beta = gating(write_rule=write_rule)(inputs)
     assert (write.flatten(0, 1).std(dim=0) > 0.01).all()
     assert (log_forget is None) == (write_rule == "convex")
+    assert (beta is None) == (write_rule != "delta")
     constant = gating(write_rule=write_rule, use_gating=False)
     assert [name for name, _ in constant.named_parameters()] == ["bias"]
-    _, write = constant(inputs)
+    for gate in constant(inputs):
+        if gate is not None:
+            assert gate.shape[:3] == (2, 5, 2)
+            assert torch.equal(gate, gate[:1, :1].expand_as(gate))
+    write = constant(inputs)[1]
     assert write.shape == (2, 5, 2, 3)
-    assert torch.equal(write, write[:1, :1].expand_as(write))
+    assert (write.norm(dim=-1) > 0.1).all()  # something is written
 
 
 def test_gates_are_probabilities_and_logarithms_in_float32_whatever_the_layer_is():
     network, inputs = gating(), random_inputs(2, 5)
     for cast in (torch.bfloat16, torch.float32):
-        log_forget, write = network.to(cast)(100 * inputs.to(cast))
+        log_forget, write, _ = network.to(cast)(100 * inputs.to(cast))
         assert log_forget.dtype == write.dtype == torch.float32
         assert log_forget.max() <= 0
         assert ((write >= 0) & (write <= 1)).all()
     with torch.autocast("cpu", torch.bfloat16):
-        assert {gate.dtype for gate in network(inputs.float())} == {torch.float32}
+        assert {gate.dtype for gate in network(inputs.float())[:2]} == {torch.float32}
+
+
+def test_delta_gates_are_a_direction_and_a_strength_in_float32_whatever_the_layer_is():
+    network, inputs = gating(write_rule="delta"), random_inputs(2, 5).float()
+    expected = network(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, network(inputs), expected))
+    for gates in (expected, network.to(torch.bfloat16)(inputs.to(torch.bfloat16))):
+        log_forget, write, beta = gates
+        assert {gate.dtype for gate in gates} == {torch.float32}
+        assert log_forget.shape == write.shape == (2, 5, 2, 3)
+        assert beta.shape == (2, 5, 2)
+        assert log_forget.max() <= 0
+        assert_close(write.norm(dim=-1), torch.ones(2, 5, 2))
+        assert write.min() < -0.1 < 0.1 < write.max()
+        assert ((beta > 0) & (beta < 1)).all()
+        assert (beta.flatten(0, 1).std(dim=0) > 0.01).all()
 
 
 @pytest.mark.parametrize("binding_type", BINDINGS)
@@ -290,13 +329,23 @@ def test_reading_keys_are_unit_keys(binding_type):
 
 def test_frequencies_run_from_one_to_the_base_and_survive_a_cast():
     layer = tiny_layer(rotation_base=1000)
-    keys = torch.zeros(1, 1, 2, layer.memory.key_size)
-    rotation = layer.rotation(keys)
-    assert rotation.shape == keys.shape
+    inputs, size = torch.zeros(1, 1, WIDTH), layer.memory.key_size
+    rotation = layer.rotation(inputs)
+    assert rotation.shape == (1, 1, 1, size)  # the same for all tokens and heads
     assert rotation[0, 0, 0, 0] == 1
-    ratios = rotation[0, 0, :, 1:] / rotation[0, 0, :, :-1]
-    assert_close(ratios, torch.full_like(ratios, 1000 ** (-1 / layer.memory.key_size)), 1e-6)
-    assert torch.equal(layer.to(torch.bfloat16).rotation(keys), rotation)
+    ratios = rotation[..., 1:] / rotation[..., :-1]
+    assert_close(ratios, torch.full_like(ratios, 1000 ** (-1 / size)), 1e-6)
+    assert torch.equal(layer.to(torch.bfloat16).rotation(inputs), rotation)
+
+
+def test_a_turn_is_computed_in_float32_whatever_the_layer_is():
+    """Errors of a narrow angle would add up from token to token."""
+    layer, inputs = tiny_layer(rotation="data_dependent").float(), random_inputs(2, 5).float()
+    turns = layer.rotation(inputs)
+    assert turns.shape == (2, 5, 2, layer.memory.key_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.rotation(inputs), turns)
+    assert layer.to(torch.bfloat16).rotation(inputs.to(torch.bfloat16)).dtype == torch.float32
 
 
 def test_the_auxiliary_loss_belongs_to_training():

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hamt import HAMTConfig, HAMTModel
 from hamt.losses import reconstruction_loss
-from hamt.memory import HolographicMemory
+from hamt.memory import WRITE_RULES, HolographicMemory
 from hamt.vsa import ALGEBRAS, similarity
 
 
@@ -31,21 +32,39 @@ def test_lossless_superposition_follows_theory(binding):
     assert 1 - loss.loss.item() == pytest.approx(1 / math.sqrt(count), abs=0.02)
 
 
-@pytest.mark.parametrize("binding", ["phasor", "circular_conv"])
-def test_it_reads_the_state_that_the_memory_has(binding):
-    memory = HolographicMemory(64, num_slots=3, num_heads=2, binding_type=binding, chunk_size=4)
+@pytest.mark.parametrize("rule", WRITE_RULES)
+@pytest.mark.parametrize("binding", ALGEBRAS)
+def test_it_reads_the_state_that_the_memory_has(binding, rule):
+    memory = HolographicMemory(
+        64, num_slots=3, num_heads=2, binding_type=binding, write_rule=rule, chunk_size=4
+    )
+    items, keys, write, forget = stored(memory, 2, 13)
+    write = F.normalize(write, dim=-1) if rule == "delta" else write
+    rotation = memory.algebra.random_keys(2, 13, 2, memory.key_size)
+    gates = (write, None if rule == "convex" else forget, torch.rand(2, 13, 2) if rule == "delta" else None)
+    part = [None if x is None else x[:, :11] for x in (items, keys, keys, write, *gates, rotation)]
+    _, state = memory(*part, form="recurrent")
+    cosines, errors, position = [], [], torch.full_like(rotation[:, 0], memory.algebra.identity)
+    for j in range(11):
+        position = memory.algebra.compose(position, rotation[:, j])
+        if j >= 7:
+            weight = write[:, j] / write[:, j].norm(dim=-1, keepdim=True)
+            retrieved = memory.retrieve(state, memory.algebra.compose(keys[:, j], position), weight)
+            cosines.append(similarity(retrieved, items[:, j]))
+            errors.append((retrieved - items[:, j]).square())
+    loss = reconstruction_loss(memory, items, keys, *gates, rotation=rotation, end=11)
+    assert loss.loss.item() == pytest.approx(1 - torch.stack(cosines).mean().item(), abs=1e-5)
+    assert loss.mse.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4)
+
+
+def test_under_the_delta_rule_the_last_item_of_full_strength_comes_back_whole():
+    memory = HolographicMemory(64, num_slots=3, write_rule="delta", chunk_size=1)
     items, keys, write, forget = stored(memory, 2, 11)
-    rotation = torch.randn(1, 1, 2, memory.key_size)
-    rotation = memory.algebra.key(rotation)
-    read = torch.zeros_like(write)
-    _, state = memory(items, keys, keys, write, read, forget, rotation=rotation, form="recurrent")
-    cosines = []
-    for j in range(7, 11):
-        weight = write[:, j] / write[:, j].norm(dim=-1, keepdim=True)
-        key = memory.algebra.compose(keys[:, j], rotation[:, 0] * (j + 1))
-        cosines.append(similarity(memory.retrieve(state, key, weight), items[:, j]))
-    loss = reconstruction_loss(memory, items, keys, write, forget, rotation=rotation, end=11).loss
-    assert loss.item() == pytest.approx(1 - torch.stack(cosines).mean().item(), abs=1e-5)
+    beta = torch.rand(2, 11, 1)
+    beta[:, -1] = 1
+    loss = reconstruction_loss(memory, items, keys, F.normalize(write, dim=-1), forget, beta, end=11)
+    assert loss.loss.item() == pytest.approx(0, abs=1e-5)
+    assert loss.mse.item() == pytest.approx(0, abs=1e-5)
 
 
 def test_padding_and_other_documents_do_not_count():
@@ -62,15 +81,17 @@ def test_padding_and_other_documents_do_not_count():
 
 
 def test_only_keys_and_gates_learn():
-    memory = HolographicMemory(64, num_slots=3)
-    inputs = [x.requires_grad_() for x in stored(memory, 2, 20)]
+    memory = HolographicMemory(64, num_slots=3, write_rule="delta")
+    items, keys, write, forget = stored(memory, 2, 20)
+    inputs = (items, keys, F.normalize(write, dim=-1), forget, torch.rand(2, 20, 1))
+    inputs = [x.requires_grad_() for x in inputs]
     reconstruction_loss(memory, *inputs).loss.backward()
     items, *others = inputs
     assert items.grad is None
     assert all(x.grad.abs().sum() > 0 for x in others)
 
 
-@pytest.mark.parametrize("write_rule", ["gated", "convex"])
+@pytest.mark.parametrize("write_rule", WRITE_RULES)
 def test_the_model_adds_it_in_training_only(write_rule):
     torch.manual_seed(0)
     config = HAMTConfig(

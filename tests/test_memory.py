@@ -1,7 +1,6 @@
 """The forms of the memory agree with each other, with loops written from the equations, and by hand."""
 
 import importlib.util
-import math
 import random
 from pathlib import Path
 from types import ModuleType
@@ -15,11 +14,12 @@ from memory_inputs import (
     FULL_CASES,
     HEAD_DIM,
     HEADS,
+    PARALLEL_FORMS,
     PHASE_CASES,
     SLOTS,
     Case,
     assert_same,
-    initial_state,
+    every_form,
     natural_bind,
     natural_unbind,
     random_inputs,
@@ -30,26 +30,24 @@ from memory_inputs import (
     whole,
 )
 
-from hamt.memory import HolographicMemory
-from hamt.vsa import similarity
-
 EXACT = 1e-9
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)
 full_cases = pytest.mark.parametrize("case", FULL_CASES, ids=str)
-both_forms = pytest.mark.parametrize("form", ["recurrent", "chunked"])
-binding_types = pytest.mark.parametrize("binding_type", ["elementwise", "circular_conv", "phasor"])
 
 
 # ---------------------------------------------------------------- the forms agree
 
 
-@pytest.mark.parametrize("length", [1, 63, 65, 1000])
-@all_cases
-def test_chunked_and_step_equal_recurrent_in_outputs_state_and_gradients(case, length):
-    memory, inputs = case.memory(), random_inputs(case, length, batch=1 if length == 1000 else 2)
+lengths = [(case, length) for case in CASES for length in (1, 65)]
+lengths += [(case, length) for case in FULL_CASES for length in (63, 300)]
+
+
+@pytest.mark.parametrize(("case", "length"), lengths, ids=str)
+def test_every_form_and_step_equal_the_loop_in_outputs_state_and_gradients(case, length):
+    memory, inputs = case.memory(), random_inputs(case, length)
     expected = record(whole(memory, "recurrent"), inputs)
-    assert_same(record(whole(memory, "chunked"), inputs), expected, EXACT)
-    assert_same(record(stepwise(memory), inputs), expected, EXACT)
+    for run in (*(whole(memory, form) for form in PARALLEL_FORMS), stepwise(memory)):
+        assert_same(record(run, inputs), expected, EXACT)
 
 
 @all_cases
@@ -59,7 +57,7 @@ def test_an_empty_start_is_a_state_of_zeros(case):
     if case.rotates:
         inputs["initial_phase"].fill_(memory.algebra.identity)
     expected = record(whole(memory, "recurrent"), inputs)
-    for form in ("recurrent", "chunked"):
+    for form in ("recurrent", *PARALLEL_FORMS):
         output, state = memory(**tokens_of(inputs), form=form)
         seen = {"output": output, "memory": state.memory}
         assert_same(seen, {name: expected[name] for name in seen}, EXACT)
@@ -71,22 +69,25 @@ def test_float32_forms_agree_with_each_other_and_with_float64_over_4096_tokens(c
     narrow = {name: x.float() for name, x in inputs.items()}
     # The float64 reference starts from the same rounded numbers.
     expected = record(whole(memory, "chunked"), {name: x.double() for name, x in narrow.items()})
-    chunked, recurrent = (record(whole(memory, form), narrow) for form in ("chunked", "recurrent"))
-    assert chunked["output"].dtype == chunked["memory"].dtype == torch.float32
-    assert_same(chunked, recurrent, 2e-4)
-    assert_same(chunked, expected, 2e-4)
+    recurrent = record(whole(memory, "recurrent"), narrow)
     assert_same(recurrent, expected, 2e-4)
+    for form in PARALLEL_FORMS:
+        seen = record(whole(memory, form), narrow)
+        assert seen["output"].dtype == seen["memory"].dtype == torch.float32
+        assert_same(seen, recurrent, 2e-4)
+        assert_same(seen, expected, 2e-4)
 
 
 @pytest.mark.parametrize("case", PHASE_CASES[:1], ids=str)
 def test_float32_forms_agree_under_a_constant_rotation_over_4096_tokens(case):
     memory, inputs = case.memory(), random_inputs(case, 4096, batch=1, dtype=torch.float32)
     inputs["rotation"] = inputs["rotation"][:, :1]
-    chunked, recurrent = (record(whole(memory, form), inputs) for form in ("chunked", "recurrent"))
-    assert_same(chunked, recurrent, 2e-4)
+    expected = record(whole(memory, "recurrent"), inputs)
+    for form in PARALLEL_FORMS:
+        assert_same(record(whole(memory, form), inputs), expected, 2e-4)
 
 
-@all_cases
+@full_cases
 def test_chunk_size_never_changes_a_result(case):
     # 300 tiles of one token are 19 groups of the scan, which are 2 groups again.
     inputs = random_inputs(case, 300, batch=1)
@@ -95,8 +96,8 @@ def test_chunk_size_never_changes_a_result(case):
         assert_same(record(whole(case.memory(chunk_size), "chunked"), inputs), expected, EXACT)
 
 
-@both_forms
-@all_cases
+@every_form
+@full_cases
 def test_any_segmentation_equals_one_run(case, form):
     memory, inputs = case.memory(chunk_size=8), random_inputs(case, 150)
     expected = record(whole(memory, "recurrent"), inputs)
@@ -104,22 +105,23 @@ def test_any_segmentation_equals_one_run(case, form):
         assert_same(record(segmented(memory, form, cuts), inputs), expected, EXACT)
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(
     case=st.sampled_from(CASES),
+    form=st.sampled_from(PARALLEL_FORMS),
     length=st.integers(1, 40),
     chunk_size=st.integers(1, 45),
     cuts=st.sets(st.integers(1, 39)),
     seed=st.integers(0, 1000),
 )
-def test_any_length_chunk_size_and_segmentation_equal_one_recurrent_run(case, length, chunk_size, cuts, seed):
+def test_any_length_tile_and_segmentation_equal_the_loop(case, form, length, chunk_size, cuts, seed):
     memory, inputs = case.memory(chunk_size), random_inputs(case, length, seed=seed)
     cuts = sorted(cut for cut in cuts if cut < length)
     expected = record(whole(memory, "recurrent"), inputs)
-    assert_same(record(segmented(memory, "chunked", cuts), inputs), expected, EXACT)
+    assert_same(record(segmented(memory, form, cuts), inputs), expected, EXACT)
 
 
-@both_forms
+@every_form
 @pytest.mark.parametrize("case", PHASE_CASES, ids=str)
 def test_a_constant_rotation_is_the_same_rotation_at_every_token(case, form):
     memory, inputs = case.memory(), random_inputs(case, 40)
@@ -130,7 +132,7 @@ def test_a_constant_rotation_is_the_same_rotation_at_every_token(case, form):
     assert_same(actual, expected | {"gradient of rotation": summed}, EXACT)
 
 
-@both_forms
+@every_form
 @full_cases
 def test_gradients_equal_finite_differences(case, form):
     memory, inputs = case.memory(chunk_size=2), random_inputs(case, 5, batch=1)
@@ -146,12 +148,13 @@ def test_gradients_equal_finite_differences(case, form):
 # ---------------------------------------------------------------- independent oracles
 
 
-def test_with_keys_of_ones_the_memory_is_gated_linear_attention():
+@every_form
+def test_with_keys_of_ones_the_memory_is_gated_linear_attention(form):
     naive = load_naive("gla")
     case = Case("elementwise")
     inputs = random_inputs(case, 130, dtype=torch.float32)
     inputs["keys"], inputs["unbinding_keys"] = (torch.ones(2, 130, HEADS, HEAD_DIM) for _ in range(2))
-    output, state = whole(case.memory(), "chunked")(inputs)
+    output, state = whole(case.memory(), form)(inputs)
     expected, final = naive.naive_recurrent_gla(
         q=inputs["read"] * SLOTS**0.5,  # it scales the queries by K^-0.5
         k=inputs["write"],
@@ -163,14 +166,15 @@ def test_with_keys_of_ones_the_memory_is_gated_linear_attention():
     assert_same({"output": output, "memory": state.memory}, {"output": expected, "memory": final}, 1e-5)
 
 
-def test_with_keys_of_ones_and_open_gates_the_delta_memory_is_delta_net():
+@every_form
+def test_with_keys_of_ones_and_open_gates_the_delta_memory_is_delta_net(form):
     naive = load_naive("delta_rule")
     case = Case("elementwise", "delta")
     inputs = random_inputs(case, 130, dtype=torch.float32)
     inputs["keys"], inputs["unbinding_keys"] = (torch.ones(2, 130, HEADS, HEAD_DIM) for _ in range(2))
     inputs["log_forget"].zero_()
     inputs["initial_memory"].zero_()
-    output, state = whole(case.memory(), "chunked")(inputs)
+    output, state = whole(case.memory(), form)(inputs)
     in_heads = (inputs[name].transpose(1, 2) for name in ("read", "write", "items", "beta"))
     read, write, items, beta = in_heads
     # It scales the queries by K^-0.5.
@@ -189,7 +193,7 @@ def load_naive(rule: str) -> ModuleType:
     return module
 
 
-@both_forms
+@every_form
 @all_cases
 def test_the_memory_equals_a_literal_loop_in_the_space_of_the_items(case, form):
     """For ``convex``: M ← (1-g)(1-λ)M + g(k ⊛ v), with g of every slot its write gate."""
@@ -224,135 +228,3 @@ def test_the_memory_equals_a_literal_loop_in_the_space_of_the_items(case, form):
 
     actual = {"output": output, "memory": memory.algebra.lower(state.memory)}
     assert_same(actual, {"output": torch.stack(outputs, dim=1), "memory": matrix}, EXACT)
-
-
-# ---------------------------------------------------------------- by hand
-
-
-@both_forms
-@binding_types
-def test_an_item_written_by_a_constant_convex_gate_fades_as_one_minus_g_to_the_lag(binding_type, form):
-    g, decay_rate, length = 0.1, 0.02, 50
-    memory = HolographicMemory(8, 1, 1, binding_type, "convex", decay_rate)
-    items = torch.zeros(1, length, 1, 8, dtype=torch.float64)
-    items[:, 3] = torch.arange(1.0, 9.0)
-    keys = memory.algebra.random_keys(1, length, 1, memory.key_size).double()
-    gates = torch.full((1, length, 1, 1), g, dtype=torch.float64)
-    asked = keys[:, 3:4].expand_as(keys)
-    output, _ = memory(items, keys, asked, gates, torch.ones_like(gates), form=form)
-    lag = torch.arange(length - 3, dtype=torch.float64)
-    expected = g * ((1 - g) * (1 - decay_rate)) ** lag
-    assert_same({"y": output[0, 3:, 0]}, {"y": expected[:, None] * items[0, 3, 0]}, 1e-12)
-    assert not output[:, :3].any()
-
-
-@both_forms
-def test_a_slot_forgets_by_exactly_the_product_of_its_gates(form):
-    memory = HolographicMemory(2, 2, 1, "elementwise")
-    one = torch.ones(1, 4, 1, 2)
-    write = torch.tensor([1.0, 0, 0, 0])[None, :, None, None].expand(1, 4, 1, 2)
-    forget = torch.tensor([[0.3, 0.7], [0.5, 1.0], [0.5, 0.25], [0.1, 1.0]])[None, :, None]
-    for slot, expected in ((0, [1, 0.5, 0.25, 0.025]), (1, [1, 1, 0.25, 0.25])):
-        read = torch.eye(2)[slot].expand(1, 4, 1, 2)
-        output, state = memory(one, one, one, write, read, forget.log(), form=form)
-        torch.testing.assert_close(output[0, :, 0, 0], torch.tensor(expected))
-        torch.testing.assert_close(state.memory[0, 0, slot, 0], torch.tensor(expected[-1]))
-
-
-@binding_types
-def test_one_of_five_superposed_pairs_comes_back_at_cosine_one_over_root_five(binding_type):
-    memory = HolographicMemory(8192, num_slots=1, binding_type=binding_type)
-    generator = torch.Generator().manual_seed(0)
-    items = torch.randn(5, 1, 1, 8192, generator=generator)
-    keys = memory.algebra.random_keys(5, 1, 1, memory.key_size, generator=generator)
-    state, one = memory.initial_state(), torch.ones(1, 1, 1)
-    for item, key in zip(items, keys, strict=True):
-        state = memory.write(state, item, key, write=one, log_forget=torch.zeros(1, 1, 1))
-    for asked, item in enumerate(items):
-        cosines = similarity(memory.retrieve(state, keys[asked], read=one), items)
-        assert cosines.argmax() == asked
-        assert cosines[asked].item() == pytest.approx(1 / math.sqrt(5), abs=0.02)
-        assert similarity(memory.unbind(memory.bind(item, keys[asked]), keys[asked]), item) > 0.9999
-        assert abs(similarity(memory.bind(item, keys[asked]), item).item()) < 0.05
-
-
-@binding_types
-def test_gates_left_out_write_the_item_whole_forget_nothing_and_read_every_slot(binding_type):
-    case = Case(binding_type)
-    memory, inputs = case.memory(), random_inputs(case, 1)
-    token = {name: x[:, 0] for name, x in tokens_of(inputs).items()}
-    state = initial_state(inputs)
-    written = memory.write(state, token["items"], token["keys"])
-    bound = memory.algebra.bind(memory.algebra.lift(token["items"]), token["keys"])
-    assert_same({"M": written.memory}, {"M": state.memory + bound[:, :, None]}, 1e-12)
-    total = memory.algebra.lower(written.memory.sum(dim=2))
-    retrieved = memory.retrieve(written, token["keys"])
-    assert_same({"y": retrieved}, {"y": memory.unbind(total, token["keys"])}, 1e-12)
-
-
-@all_cases
-def test_write_and_retrieve_are_the_two_halves_of_a_step(case):
-    inputs = random_inputs(case, 1)
-    for name in ("rotation", "initial_phase"):
-        inputs.pop(name, None)
-    state = initial_state(inputs)
-    token = {name: x[:, 0] for name, x in tokens_of(inputs).items()}
-    memory = case.memory()
-    gates = (token.get(name) for name in ("write", "log_forget", "beta"))
-    written = memory.write(state, token["items"], token["keys"], *gates)
-    retrieved = memory.retrieve(written, token["unbinding_keys"], token["read"])
-    output, after = memory(**tokens_of(inputs), initial_state=state, form="recurrent")
-    assert_same({"y": retrieved, "M": written.memory}, {"y": output[:, 0], "M": after.memory}, 1e-12)
-
-
-@both_forms
-@binding_types
-def test_the_size_of_the_state_does_not_depend_on_the_context(binding_type, form):
-    case = Case(binding_type, rotates=True)
-    for length in (1, 17, 400):
-        inputs = random_inputs(case, length)
-        _, state = case.memory()(**tokens_of(inputs), form=form)
-        assert state.memory.shape == (2, HEADS, SLOTS, HEAD_DIM)
-        assert state.phase.shape == (2, HEADS, case.memory().key_size)
-
-
-# ---------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"hcm_dim": 100, "num_heads": 8}, r"hcm_dim must be a multiple of 2 \* num_heads = 16; got 100"),
-        ({"hcm_dim": 7}, "hcm_dim must be a multiple of"),
-        ({"hcm_dim": 8, "write_rule": "sum"}, "write_rule must be one of gated, convex, delta; got 'sum'"),
-        ({"hcm_dim": 8, "decay_rate": 1.0}, r"decay_rate must lie in \[0, 1\); got 1.0"),
-        ({"hcm_dim": 8, "binding_type": "xor"}, "binding_type must be one of"),
-        ({"hcm_dim": 0}, "must be at least 1"),
-        ({"hcm_dim": 8, "chunk_size": 0}, "must be at least 1"),
-    ],
-)
-def test_impossible_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        HolographicMemory(**options)
-
-
-def test_an_unknown_form_is_refused():
-    with pytest.raises(ValueError, match="form must be chunked or recurrent; got 'parallel'"):
-        whole(Case("phasor").memory(), "parallel")(random_inputs(Case("phasor"), 3))
-
-
-@both_forms
-def test_each_write_rule_refuses_the_gates_of_the_other(form):
-    gated, convex = random_inputs(Case("phasor"), 3), random_inputs(Case("phasor", "convex"), 3)
-    with pytest.raises(ValueError, match="leave it out"):
-        whole(Case("phasor", "convex").memory(), form)(gated)
-    with pytest.raises(ValueError, match="needs log_forget"):
-        whole(Case("phasor").memory(), form)(convex)
-    with pytest.raises(ValueError, match="leave it out"):
-        stepwise(Case("phasor", "convex").memory())(gated)
-    with pytest.raises(ValueError, match="needs log_forget"):
-        stepwise(Case("phasor").memory())(convex)
-    with pytest.raises(ValueError, match="needs beta"):
-        whole(Case("phasor", "delta").memory(), form)(gated)
-    with pytest.raises(ValueError, match="no other rule takes it"):
-        whole(Case("phasor").memory(), form)(random_inputs(Case("phasor", "delta"), 3))

@@ -6,6 +6,7 @@ from memory_inputs import (
     CASES,
     FULL_CASES,
     assert_same,
+    every_form,
     initial_state,
     random_inputs,
     record,
@@ -18,7 +19,6 @@ from memory_inputs import (
 EXACT = 1e-9
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)
 full_cases = pytest.mark.parametrize("case", FULL_CASES, ids=str)
-both_forms = pytest.mark.parametrize("form", ["recurrent", "chunked"])
 
 # (number of the document, its length): 70 tokens a row. Numbers are names, in no order; one that
 # comes again later names another document.
@@ -39,7 +39,7 @@ STRANGERS = torch.full((len(ROWS),), 100)
 state_documents = pytest.mark.parametrize("state_seq_idx", STATE_DOCUMENTS.values(), ids=STATE_DOCUMENTS)
 
 
-@both_forms
+@every_form
 @state_documents
 @full_cases
 def test_packed_documents_equal_separate_runs(case, state_seq_idx, form):
@@ -51,7 +51,7 @@ def test_packed_documents_equal_separate_runs(case, state_seq_idx, form):
         assert_same(record(run, inputs), expected, EXACT)
 
 
-@both_forms
+@every_form
 @full_cases
 def test_packed_documents_start_empty_without_an_initial_state(case, form):
     inputs = random_inputs(case, 70, batch=len(ROWS))
@@ -60,7 +60,7 @@ def test_packed_documents_start_empty_without_an_initial_state(case, form):
     assert_same({"y": output, "M": state.memory}, {"y": expected, "M": last.memory}, EXACT)
 
 
-@both_forms
+@every_form
 @state_documents
 @full_cases
 def test_a_packed_row_cut_into_segments_equals_separate_runs(case, state_seq_idx, form):
@@ -71,7 +71,7 @@ def test_a_packed_row_cut_into_segments_equals_separate_runs(case, state_seq_idx
     assert_same(record(run, inputs), expected, EXACT)
 
 
-@both_forms
+@every_form
 def test_the_final_state_names_the_last_document(form):
     case = FULL_CASES[-1]
     inputs = random_inputs(case, 70, batch=len(ROWS))
@@ -80,7 +80,7 @@ def test_the_final_state_names_the_last_document(form):
         assert torch.equal(state.seq_idx, SEQ_IDX[:, -1])
 
 
-@both_forms
+@every_form
 def test_a_constant_rotation_starts_again_with_every_document(form):
     case = FULL_CASES[-1]
     inputs = random_inputs(case, 70, batch=len(ROWS))
@@ -124,7 +124,7 @@ def assert_invisible(case, inputs: dict, longer: dict, form: str, **arguments) -
     assert_same(seen, record(whole(case.memory(), "recurrent"), inputs), EXACT)
 
 
-@both_forms
+@every_form
 @pytest.mark.parametrize("case", [case for case in CASES if case.write_rule != "convex"], ids=str)
 def test_tokens_with_closed_gates_change_nothing(case, form):
     inputs = random_inputs(case, len(REAL))
@@ -134,7 +134,7 @@ def test_tokens_with_closed_gates_change_nothing(case, form):
     assert_invisible(case, inputs, longer, form)
 
 
-@both_forms
+@every_form
 @all_cases
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long], ids=str)
 def test_masked_tokens_change_nothing(case, form, dtype):
@@ -144,7 +144,7 @@ def test_masked_tokens_change_nothing(case, form, dtype):
     assert_invisible(case, inputs, with_nulls(inputs), form, mask=mask)
 
 
-@both_forms
+@every_form
 def test_rows_are_masked_each_by_its_own_mask(form):
     """Left padding: every row equals itself without padding."""
     case, padding = FULL_CASES[-1], [0, 3, 17]

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening, DynamicCache
 
 from hamt import HAMTCache, HAMTModel
+from hamt.fused import fused_available, fused_scan
 
-CUTS = [(10,), (1, 2, 5), (4, 8, 12, 16), (1, 2, 3, 4, 5, 6), (20,)]
+CUTS = [(10,), (1, 2, 5, 6), (4, 8, 12, 16), (20,)]
 
 
 def in_segments(
@@ -172,9 +173,10 @@ def test_packed_documents_equal_separate_ones(options, told):
     assert (logits_of(model, PACKED[0])[8:17] - outputs.logits[0, 8:17]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("cuts", CUTS, ids=str)
 @pytest.mark.parametrize(
-    "told", [{"seq_idx": SEQ_IDX}, {"position_ids": POSITION_IDS}], ids=lambda x: next(iter(x))
+    ("cuts", "told"),
+    [*((cuts, {"seq_idx": SEQ_IDX}) for cuts in CUTS), (CUTS[1], {"position_ids": POSITION_IDS})],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else str(x),
 )
 @variants
 def test_packed_documents_may_be_cut_anywhere(options, told, cuts):
@@ -233,13 +235,49 @@ def test_the_flattening_collator_gives_the_loss_of_separate_documents(flags):
     assert model(**batch).loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-# ---------------------------------------------------------------- compilation
+# ---------------------------------------------------------------- forms and compilation
 
 
-def assert_compiled_equals_eager(backend: str, **arguments) -> None:
+def without_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no C++ compiler, or on a GPU."""
+    monkeypatch.setattr("hamt.memory.fused_available", lambda _: False)
+    monkeypatch.setattr("hamt.memory.fused_scan", None)
+
+
+@pytest.mark.skipif(not fused_available(torch.zeros(1)), reason="there is no C++ compiler")
+@variants
+def test_the_fused_form_changes_nothing(options, monkeypatch):
+    """Prefill of padded rows, several tokens on top of it, and one: logits, state and all gradients."""
+    model, more = tiny_model(**options).double(), random_ids(2, 4)
+    ids, mask = padded(ragged_rows(14, 7), "left")
+    calls = []
+    monkeypatch.setattr("hamt.memory.fused_scan", lambda *args: calls.append(1) or fused_scan(*args))
+    fused_logits, fused_cache = continue_twice(model, ids, mask, more)
+    assert len(calls) == 6, "the fused form was not used in every call of every layer"
+    expected = gradients(model)
+    without_fused(monkeypatch)
+    logits, cache = continue_twice(model, ids, mask, more)
+    assert_close(logits, fused_logits, 1e-9)
+    for state, fused_state in zip(cache.states, fused_cache.states, strict=True):
+        assert_close(state.memory.memory, fused_state.memory.memory, 1e-9)
+        if model.config.rotation != "none":
+            assert_close(state.memory.phase, fused_state.memory.phase, 1e-9)
+    assert_same_gradients(model, expected, 1e-8)
+
+
+def continue_twice(model: HAMTModel, ids: Tensor, mask: Tensor, more: Tensor) -> tuple[Tensor, HAMTCache]:
+    """Logits of the tokens after ``ids``, all but the last in one call; gradients stay on the model."""
+    cache = model(ids, attention_mask=mask).past_key_values
+    parts = more.split((more.shape[1] - 1, 1), dim=1)
+    logits = torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)
+    loss_of_the_end(logits, 0).backward()
+    return logits, cache
+
+
+def assert_compiled_equals_eager(backend: str, options: dict, **arguments) -> None:
     """One graph without breaks, forward and backward."""
     torch._dynamo.reset()
-    model, ids = tiny_model(num_layers=1), random_ids(2, 9)
+    model, ids = tiny_model(num_layers=1, **options), random_ids(2, 9)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     outputs = model(ids, labels=ids, **arguments)
     outputs.loss.backward()
@@ -254,20 +292,29 @@ def assert_compiled_equals_eager(backend: str, **arguments) -> None:
 # Inductor itself uses TorchScript.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_model_equals_the_eager_one():
-    assert_compiled_equals_eager("inductor")
+    assert_compiled_equals_eager("inductor", {})
+
+
+LEFT_PADDED = {"attention_mask": padded(ragged_rows(9, 6), "left")[1]}
+PAIRS = {"seq_idx": torch.arange(9).expand(2, -1) // 4}
+CORRECTING = {"write_rule": "delta", "rotation": "data_dependent"}
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("options", "arguments", "fused"),
     [
-        {"attention_mask": padded(ragged_rows(9, 6), "left")[1]},
-        {"seq_idx": torch.arange(9).expand(2, -1) // 4},
+        ({}, {}, True),
+        ({}, LEFT_PADDED | PAIRS, False),
+        (CORRECTING, LEFT_PADDED | PAIRS, True),
+        (CORRECTING, {}, False),
     ],
-    ids=["padded", "packed"],
+    ids=["plain", "packed-chunked", "delta-packed", "delta-chunked"],
 )
-def test_padded_and_packed_batches_compile_to_one_graph(arguments):
+def test_a_model_compiles_to_one_graph(options, arguments, fused, monkeypatch):
     """Traced and differentiated as by Inductor, but run by eager kernels: seconds, not a minute."""
-    assert_compiled_equals_eager("aot_eager", **arguments)
+    if not fused:
+        without_fused(monkeypatch)
+    assert_compiled_equals_eager("aot_eager", options, **arguments)
 
 
 def test_a_compiled_model_continues_a_state():

@@ -174,7 +174,7 @@ def test_training_is_reproducible(model):
 def test_a_time_limit_still_gives_the_whole_schedule(model, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "hamt.training.loop.cosine_schedule", lambda progress, warmup: seen.append(progress) or 0.1
+        "hamt.training.loop.cosine_schedule", lambda progress, warmup, floor: seen.append(progress) or 0.1
     )
     start = time.monotonic()
     result = train(

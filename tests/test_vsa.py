@@ -112,6 +112,59 @@ def test_lift_and_lower_are_mutually_inverse_isometries(algebra, data, dim):
         assert_equal((move(x) * move(y)).sum(-1), (x * y).sum(-1), 1e-9)
 
 
+@algebras
+@given(data=st.data(), dim=dims)
+def test_the_identity_binds_and_composes_without_effect(algebra, data, dim):
+    (item,), (key,) = draw_items(data, dim), draw_keys(data, algebra, dim)
+    identity = torch.full_like(key, algebra.identity)
+    assert torch.equal(algebra.bind(item, identity), item)
+    assert torch.equal(algebra.compose(key, identity), key)
+    assert torch.equal(algebra.key(identity), identity)
+
+
+@algebras
+@given(data=st.data(), dim=dims)
+def test_dividing_undoes_composing_in_value_and_gradient(algebra, data, dim):
+    key, other = (x.requires_grad_() for x in draw_keys(data, algebra, dim, 2))
+    assert_equal(algebra.divide(algebra.compose(key, other), other), key)
+    assert_equal(algebra.compose(algebra.divide(key, other), other), key)
+    weight = random_items(*key.shape)
+    for undone in (
+        algebra.divide(algebra.compose(key, other), other),
+        algebra.compose(algebra.divide(key, other), other),
+    ):
+        of_key, of_other = torch.autograd.grad((weight * undone).sum(), (key, other))
+        assert_equal(of_key, weight)
+        assert_equal(of_other, torch.zeros_like(other))  # what the two share cancels
+
+
+@algebras
+@given(data=st.data(), dim=dims, length=st.integers(1, 200), seed=st.integers(0, 100))
+def test_cumulating_is_composing_token_by_token_in_value_and_gradient(algebra, data, dim, length, seed):
+    keys = random_keys(algebra, 2, length, 1, algebra.key_size(dim), seed=seed).requires_grad_()
+    weight = random_items(*keys.shape, seed=seed)
+    key, composed = None, []
+    for token in keys.unbind(1):
+        key = token if key is None else algebra.compose(key, token)
+        composed.append(key)
+    expected, actual = torch.stack(composed, dim=1), algebra.cumulate(keys)
+    assert_equal(algebra.wrap(actual - expected) if algebra.has_phase else actual - expected, 0 * expected)
+    of_expected, of_actual = (torch.autograd.grad((weight * x).sum(), keys)[0] for x in (expected, actual))
+    assert_equal(of_actual, of_expected)
+
+
+@algebras
+@given(data=st.data(), dim=dims)
+def test_wrapping_gives_the_smallest_key_that_binds_alike(algebra, data, dim):
+    (item,), (key,) = draw_items(data, dim), draw_keys(data, algebra, dim)
+    key.requires_grad_()
+    wrapped = algebra.wrap(key)
+    assert wrapped.abs().max() <= math.pi
+    assert_equal(algebra.bind(item, wrapped), algebra.bind(item, key))
+    assert torch.equal(algebra.wrap(wrapped), wrapped)
+    assert torch.equal(torch.autograd.grad(wrapped.sum(), key)[0], torch.ones_like(key))
+
+
 @phase_algebras
 @given(data=st.data(), dim=dims, turns=st.integers(-3, 3))
 def test_phases_mean_the_same_modulo_two_pi(algebra, data, dim, turns):

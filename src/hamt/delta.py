@@ -27,7 +27,7 @@ from hamt.scan import boundary_decays, decays, scores
 
 def correction(kept: Tensor, bound: Tensor, write: Tensor, beta: Tensor) -> Tensor:
     """(3b): M̃ (B, H, S, F), x (B, H, F), ŵ (B, H, S), β (B, H) -> e (B, H, F)."""
-    return beta[..., None] * (bound - (write[..., None, :] @ kept).squeeze(-2))
+    return beta[..., None] * (bound - (write[..., None, :].to(kept.dtype) @ kept).squeeze(-2))
 
 
 def delta_tiles(

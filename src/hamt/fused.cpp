@@ -5,7 +5,7 @@
 // inputs and outputs travels to memory. Equations as in hamt/memory.py and hamt/delta.py.
 //
 // Layout, all contiguous: x, y (B,N,H,F); k, u (B,N,H,K); w, r, alpha (B,N,H,S); beta (B,N,H);
-// M (B,H,S,F); p (1 or B,N,H,K); reset (B,N). F features are K pairs (i, i + K) under phases; under signs
+// M (B,H,S,F); p (1 or B,N,1 or H,K); reset (B,N). F features are K pairs (i, i + K) under phases; under signs
 // K = F, and the "pair" is still (i, i + F/2). L lanes of a vector.
 
 #include <algorithm>
@@ -70,7 +70,7 @@ inline void sincos(const Vec<double>& x, Vec<double>& sine, Vec<double>& cosine)
 }
 
 template <typename T> struct Problem {
-  int64_t B, N, H, S, F, chunk, phases, parts, position_rows;
+  int64_t B, N, H, S, F, chunk, phases, parts, position_rows, position_heads;
   const T *x, *k, *u, *w, *r, *alpha, *beta, *p;
   const uint8_t* reset;
   int64_t half() const { return F / 2; }
@@ -88,7 +88,10 @@ inline Key<T> key_at(const Problem<T>& q, const T* keys, int64_t b, int64_t t, i
     return {load(signs, count), load(signs + q.half(), count)};
   }
   Vec<T> phase = load(keys + q.token(b, t, h) * q.half() + pair, count);
-  if (q.p) phase += load(q.p + q.token(q.position_rows > 1 ? b : 0, t, h) * q.half() + pair, count);
+  if (q.p) {
+    const int64_t row = q.position_rows > 1 ? b : 0, head = q.position_heads > 1 ? h : 0;
+    phase += load(q.p + ((row * q.N + t) * q.position_heads + head) * q.half() + pair, count);
+  }
   Key<T> key;
   sincos(phase, key.second, key.first);
   return key;
@@ -107,10 +110,11 @@ inline void turn(bool phases, const Key<T>& key, bool back, Vec<T>& re, Vec<T>& 
 }
 
 // One token over the slots of one vector of pairs; M is read with one stride and written with another.
-template <typename T, bool DELTA>
+template <typename T, bool DELTA, bool WHOLE>
 inline void advance(const Problem<T>& q, int64_t token, bool reset, const T* from, int64_t from_half, int64_t from_slot,
                     T* to, int64_t to_half, int64_t to_slot, int count, Vec<T> re, Vec<T> im, Vec<T>& out_re,
                     Vec<T>& out_im) {
+  if (WHOLE) count = L<T>;
   const T *w = q.w + token * q.S, *r = q.r + token * q.S, *alpha = q.alpha + token * q.S;
   out_re = Vec<T>{};
   out_im = Vec<T>{};
@@ -141,30 +145,32 @@ inline void advance(const Problem<T>& q, int64_t token, bool reset, const T* fro
   }
 }
 
+// Token by token over all features of a part: the slots stay in the first cache, everything else streams.
 template <typename T, bool DELTA>
 void forward_head(const Problem<T>& q, int64_t b, int64_t h, int64_t from, int64_t to, T* M, T* y, T* checkpoints) {
   T* state = M + (b * q.H + h) * q.S * q.F;
-  for (int64_t c = 0; c < q.chunks(); c++) {
-    const int64_t end = std::min(q.N, (c + 1) * q.chunk);
-    T* saved = checkpoints ? checkpoints + ((b * q.H + h) * q.chunks() + c) * q.S * q.F : nullptr;
+  for (int64_t t = 0; t < q.N; t++) {
+    if (checkpoints && t % q.chunk == 0) {
+      T* saved = checkpoints + ((b * q.H + h) * q.chunks() + t / q.chunk) * q.S * q.F;
+      for (int64_t half = 0; half < 2 * q.S; half++)
+        std::copy_n(state + half * q.half() + from, to - from, saved + half * q.half() + from);
+    }
+    const int64_t token = q.token(b, t, h);
+    const bool reset = q.reset && q.reset[b * q.N + t];
     for (int64_t pair = from; pair < to; pair += L<T>) {
       const int count = int(std::min<int64_t>(L<T>, to - pair));
-      if (saved)
-        for (int64_t s = 0; s < q.S; s++)
-          for (int64_t at : {s * q.F + pair, s * q.F + pair + q.half()})
-            std::memcpy(saved + at, state + at, count * sizeof(T));
-      for (int64_t t = c * q.chunk; t < end; t++) {
-        const int64_t token = q.token(b, t, h);
-        const T* item = q.x + token * q.F + pair;
-        Vec<T> re = load(item, count), im = load(item + q.half(), count), out_re, out_im;
-        turn(q.phases, key_at(q, q.k, b, t, h, pair, count), false, re, im);
-        const bool reset = q.reset && q.reset[b * q.N + t];
-        advance<T, DELTA>(q, token, reset, state + pair, q.half(), q.F, state + pair, q.half(), q.F, count, re, im,
-                          out_re, out_im);
-        turn(q.phases, key_at(q, q.u, b, t, h, pair, count), true, out_re, out_im);
-        store(y + token * q.F + pair, out_re, count);
-        store(y + token * q.F + pair + q.half(), out_im, count);
-      }
+      const T* item = q.x + token * q.F + pair;
+      Vec<T> re = load(item, count), im = load(item + q.half(), count), out_re, out_im;
+      turn(q.phases, key_at(q, q.k, b, t, h, pair, count), false, re, im);
+      if (count == L<T>)
+        advance<T, DELTA, true>(q, token, reset, state + pair, q.half(), q.F, state + pair, q.half(), q.F, count, re,
+                                im, out_re, out_im);
+      else
+        advance<T, DELTA, false>(q, token, reset, state + pair, q.half(), q.F, state + pair, q.half(), q.F, count, re,
+                                 im, out_re, out_im);
+      turn(q.phases, key_at(q, q.u, b, t, h, pair, count), true, out_re, out_im);
+      store(y + token * q.F + pair, out_re, count);
+      store(y + token * q.F + pair + q.half(), out_im, count);
     }
   }
 }
@@ -202,7 +208,7 @@ void backward_block(const Problem<T>& q, const Gradients<T>& g, Workspace<T>& sp
     space.bound[2 * i] = re;
     space.bound[2 * i + 1] = im;
     const bool reset = q.reset && q.reset[b * q.N + t];
-    advance<T, DELTA>(q, token, reset, (T*)space.state(i), L<T>, 2 * L<T>, (T*)space.state(i + 1), L<T>, 2 * L<T>,
+    advance<T, DELTA, true>(q, token, reset, (T*)space.state(i), L<T>, 2 * L<T>, (T*)space.state(i + 1), L<T>, 2 * L<T>,
                       L<T>, re, im, space.mixed[2 * i], space.mixed[2 * i + 1]);
   }
   T* dM = g.M + (b * q.H + h) * q.S * q.F + pair;
@@ -305,7 +311,7 @@ void backward_head(const Problem<T>& q, const Gradients<T>& g, int64_t b, int64_
 
 template <typename T> Problem<T> problem(const int64_t* n, void* const* in) {
   auto at = [&](int i) { return static_cast<const T*>(in[i]); };
-  return {n[0], n[1],  n[2],  n[3],  n[4],  n[5],  n[6],  n[7], n[8], at(0),
+  return {n[0], n[1],  n[2],  n[3],  n[4],  n[5],  n[6],  n[7], n[8], n[9], at(0),
           at(1), at(2), at(3), at(4), at(5), at(6), at(7), static_cast<const uint8_t*>(in[8])};
 }
 

@@ -35,7 +35,7 @@ _TYPES = {torch.float32: "float", torch.float64: "double"}
 
 def fused_available(x: Tensor) -> bool:
     """Whether ``fused_scan`` runs where ``x`` is."""
-    return x.device.type == "cpu" and _library() is not None
+    return x.device.type == "cpu" and _found()
 
 
 def fused_scan(
@@ -62,7 +62,7 @@ def fused_scan(
         read: r, (B, N, H, S).
         log_forget: log α, (B, N, H, S), floored.
         beta: β, (B, N, H), under the delta rule; else None.
-        positions: p, (1 or B, N, H, K), or None without rotation.
+        positions: p, (1 or B, N, 1 or H, K), or None without rotation.
         memory: the state before the first token, (B, H, S, F).
         documents: (B, N) numbers of documents, 0 for the one of ``memory``; None is one document.
 
@@ -73,6 +73,13 @@ def fused_scan(
     if positions is not None and not algebra.has_phase:
         keys, unbinding_keys = algebra.compose(keys, positions), algebra.compose(unbinding_keys, positions)
         positions = None
+    # The operator trusts its shapes: what does not broadcast to them is refused here.
+    tokens, slots, key_size = lifted.shape[:3], memory.shape[2], algebra.key_size(lifted.shape[3])
+    keys, unbinding_keys = (a.expand(*tokens, key_size) for a in (keys, unbinding_keys))
+    positions = None if positions is None else positions.expand(-1, -1, -1, key_size)
+    write, read, log_forget = (a.expand(*tokens, slots) for a in (write, read, log_forget))
+    beta = None if beta is None else beta.expand(tokens)
+    memory = memory.expand(tokens[0], tokens[2], slots, lifted.shape[3])
     reset = None
     if documents is not None:
         reset = documents.diff(dim=1, prepend=documents.new_zeros(len(documents), 1)).ne(0)
@@ -108,7 +115,7 @@ def _scan(
 
 @_scan.register_fake
 def _(x, k, u, w, r, log_forget, beta, p, reset, memory, phases, keep):
-    return torch.empty(x.shape, dtype=x.dtype), torch.empty_like(memory), _checkpoints(x, memory, keep)
+    return x.new_empty(x.shape), memory.new_empty(memory.shape), _checkpoints(x, memory, keep)
 
 
 @torch.library.custom_op("hamt::scan_backward", mutates_args=())
@@ -143,7 +150,7 @@ def _scan_backward(
 @_scan_backward.register_fake
 def _(x, k, u, w, r, log_forget, beta, p, reset, checkpoints, grad_y, grad_memory, phases):
     shapes = [a.shape for a in (x, k, u, w, r, log_forget)] + [(0,) if beta is None else beta.shape]
-    return *(x.new_empty(shape) for shape in shapes), torch.empty_like(grad_memory)
+    return *(x.new_empty(shape) for shape in shapes), grad_memory.new_empty(grad_memory.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -160,8 +167,7 @@ def _backward(ctx, grad_y, grad_memory, _):
     dx, dk, du, dw, dr, dlog, dbeta, dmemory = gradients
     dp = None
     if p is not None and ctx.needs_input_grad[7]:
-        dp = dk + du
-        dp = dp if len(p) == len(dp) else dp.sum(dim=0, keepdim=True)
+        dp = (dk + du).sum_to_size(p.shape)
     return dx, dk, du, dw, dr, dlog, None if beta is None else dbeta, dp, None, dmemory, None, None
 
 
@@ -170,8 +176,12 @@ _scan.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.hamt.scan)
 def _flops(x, *shapes, out_shape=None, **_) -> int:
-    """Decay, write and read: 6 operations for each slot and feature. ``x`` and ``shapes`` are shapes."""
-    return 6 * shapes[2][-1] * math.prod(x)
+    """Decay, write, read and, under the delta rule, correct: 2 operations each for a slot and a feature.
+
+    ``x`` and ``shapes``, of the other arguments, are shapes.
+    """
+    slots, beta = shapes[2][-1], shapes[5]
+    return (6 if beta is None else 8) * slots * math.prod(x)
 
 
 @register_flop_formula(torch.ops.hamt.scan_backward)
@@ -192,8 +202,9 @@ def _prepare(x, k, u, w, r, log_forget, beta, p, reset, phases) -> tuple[list[Te
     batch, length, heads, features = x.shape
     vectors = -(-features // 2 // (64 // x.element_size()))
     parts = min(vectors, -(-torch.get_num_threads() // (batch * heads)))
-    rows = 0 if p is None else len(p)
-    return inputs, [batch, length, heads, w.shape[-1], features, CHUNK, int(phases), parts, rows]
+    rows, of_heads = (0, 0) if p is None else (len(p), p.shape[2])
+    sizes = [batch, length, heads, w.shape[-1], features, CHUNK, int(phases), parts, rows, of_heads]
+    return inputs, sizes
 
 
 def _call(name: str, dtype: torch.dtype, sizes: list[int], inputs: Addresses, outputs: Addresses) -> None:
@@ -208,6 +219,11 @@ def _call(name: str, dtype: torch.dtype, sizes: list[int], inputs: Addresses, ou
     function(numbers, addresses(inputs), addresses(outputs), ctypes.c_int(torch.get_num_threads()))
 
 
+@torch.compiler.assume_constant_result  # torch.compile is not to trace the search for a compiler
+def _found() -> bool:
+    return _library() is not None
+
+
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
     """Compile, or find what was compiled before; None where that does not work."""
@@ -217,7 +233,7 @@ def _library() -> ctypes.CDLL | None:
     for flags in (["-fopenmp"], []):  # Apple's clang has no OpenMP: one thread is still fast
         try:
             return ctypes.CDLL(str(_compile(compiler, flags)))
-        except (OSError, subprocess.SubprocessError):
+        except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
             continue
     return None
 

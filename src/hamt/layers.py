@@ -108,8 +108,10 @@ class GatingNetwork(nn.Module):
             return forget
         if self.config.write_rule == "gated":
             return torch.cat((-forget, torch.full_like(forget, -2.0)))
-        # Directions without a common part: writes along one direction would erase each other.
-        return torch.cat((-forget, torch.zeros_like(forget), torch.zeros(heads)))
+        # Directions without a common part: writes along one direction would erase each other. A direction
+        # that does not depend on the token has only this part, and zero would be none.
+        common = torch.zeros_like(forget) if self.config.use_gating else torch.ones_like(forget)
+        return torch.cat((-forget, common, torch.zeros(heads)))
 
 
 class RetrievalHead(nn.Module):
@@ -131,7 +133,7 @@ class RetrievalHead(nn.Module):
 
 
 class Rotation(nn.Module):
-    """The turn of the position at each token: c (B, N, d) -> ρ (B, N, H, K), or constant (1, 1, H, K).
+    """The turn of the position at each token: c (B, N, d) -> ρ (B, N, H, K), or constant (1, 1, 1, K).
 
     Phases start as the frequencies of rotary position embeddings (Su et al. 2021, arXiv 2104.09864):
     one turn takes from 2π to 2π · rotation_base tokens. Signs start at +1. A data-dependent
@@ -152,7 +154,7 @@ class Rotation(nn.Module):
         power = torch.arange(self.key_size, device=conditioned.device, dtype=wide) / self.key_size
         base = self.config.rotation_base**-power if self.algebra.has_phase else torch.ones_like(power)
         if self.weight is None:
-            return self.algebra.key(base).expand(1, 1, self.config.num_heads, -1)
+            return self.algebra.key(base)[None, None, None]
         # As for the gates: errors of a bfloat16 angle would add up from token to token.
         with torch.autocast(conditioned.device.type, enabled=False):
             turn = F.linear(conditioned.to(wide), self.weight.to(wide))

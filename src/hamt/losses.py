@@ -56,10 +56,10 @@ def reconstruction_loss(
         keys = keys[:, part]
         real = torch.ones(batch, end, dtype=torch.bool, device=items.device) if mask is None else mask
         if rotation is not None:
-            if mask is not None:
-                rotation = rotation.where(mask[..., None, None], memory.algebra.identity)
             document = None if seq_idx is None else seq_idx[:, 0]
-            positions, _ = accumulate_positions(memory.algebra, rotation, None, seq_idx, document, batch, end)
+            positions, _ = accumulate_positions(
+                memory.algebra, rotation, None, seq_idx, document, mask, batch, end
+            )
             keys = memory.algebra.compose(keys, positions)
         if seq_idx is not None:
             real = real & (seq_idx == seq_idx[:, -1:])

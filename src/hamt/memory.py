@@ -177,7 +177,7 @@ class HolographicMemory:
             read: r, (B, N, H, S).
             log_forget: log α ≤ 0, (B, N, H, S), floored at -20 (float64: -40); None if ``convex``.
             beta: β in [0, 1], (B, N, H), under the delta rule; else None.
-            rotation: ρ, keys (1 or B, 1 or N, H, K): phases, or signs if ``elementwise``; a token with
+            rotation: ρ, keys (1 or B, 1 or N, 1 or H, K): phases, or signs if ``elementwise``; a token with
                 the identity (phase 0, sign 1) does not advance.
             initial_state: the state before the first token; None is an empty memory.
             seq_idx: (B, N) integers that name the document of each token. A document is one
@@ -205,21 +205,21 @@ class HolographicMemory:
                 real = mask.to(wide)[..., None]
                 write, log_forget = write * real[..., None], log_forget * real[..., None]
                 beta = None if beta is None else beta * real
-                if rotation is not None:
-                    rotation = rotation.where(mask.bool()[..., None, None], self.algebra.identity)
             run = self._recurrent if form == "recurrent" else partial(self._parallel, form=form)
             tensors = (self.algebra.lift(items), keys, unbinding_keys, write, read, log_forget, beta)
-            output, state = run(*tensors, rotation, state, seq_idx)
+            output, state = run(*tensors, rotation, state, seq_idx, mask)
             return self.algebra.lower(output), state
 
     def _recurrent(
-        self, lifted, keys, unbinding_keys, write, read, log_forget, beta, rotation, state, seq_idx
+        self, lifted, keys, unbinding_keys, write, read, log_forget, beta, rotation, state, seq_idx, mask
     ):
         outputs = []
         arguments = (lifted, keys, unbinding_keys, write, read, log_forget, beta)
         tokens = (repeat(None) if a is None else a.unbind(1) for a in arguments)
         for t, (x, k, u, w, r, f, b) in enumerate(zip(*tokens, strict=False)):
             rho = None if rotation is None else rotation[:, min(t, rotation.shape[1] - 1)]
+            if rho is not None and mask is not None:
+                rho = rho.where(mask[:, t, None, None].bool(), self.algebra.identity)
             document = None if seq_idx is None else seq_idx[:, t]
             output, state = self._step(x, k, u, w, r, f, b, rho, state, document)
             outputs.append(output)
@@ -235,7 +235,7 @@ class HolographicMemory:
             document = seq_idx
         if rotation is not None:
             phase = rotation if phase is None else self.algebra.compose(phase, rotation)  # (1)
-            phase = self.algebra.wrap(phase).expand(len(memory), -1, -1)
+            phase = self.algebra.wrap(phase).expand(*memory.shape[:2], -1)
             key = self.algebra.compose(key, phase)
             unbinding_key = self.algebra.compose(unbinding_key, phase)
         bound = self.algebra.bind(lifted, key)  # (2)
@@ -244,7 +244,19 @@ class HolographicMemory:
         return output, MemoryState(memory, phase, document)
 
     def _parallel(
-        self, lifted, keys, unbinding_keys, write, read, log_forget, beta, rotation, state, seq_idx, form
+        self,
+        lifted,
+        keys,
+        unbinding_keys,
+        write,
+        read,
+        log_forget,
+        beta,
+        rotation,
+        state,
+        seq_idx,
+        mask,
+        form,
     ):
         memory, phase, document = state
         batch, length = lifted.shape[:2]
@@ -255,7 +267,7 @@ class HolographicMemory:
             document = torch.zeros_like(documents[:, 0])
         if rotation is not None:
             positions, phase = accumulate_positions(
-                self.algebra, rotation, phase, documents, document, batch, length
+                self.algebra, rotation, phase, documents, document, mask, batch, length
             )
         gates = (write, read, log_forget, beta)
         if form == "fused":
@@ -268,6 +280,7 @@ class HolographicMemory:
             bound = self.algebra.bind(lifted, keys)
             output, memory = chunked_scan(bound, *gates, memory, documents, self.chunk_size)
             output = self.algebra.unbind(output, unbinding_keys)
+        phase = None if phase is None else phase.expand(-1, self.num_heads, -1)
         return output, MemoryState(memory, phase, last)
 
     def step(

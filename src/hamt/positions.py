@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hamt.vsa import Algebra
+from hamt.vsa import Algebra, wrap_phase
 
 
 def number_documents(seq_idx: Tensor, document: Tensor | None) -> Tensor:
@@ -28,6 +28,7 @@ def accumulate_positions(
     phase: Tensor | None,
     seq_idx: Tensor | None,
     document: Tensor | None,
+    mask: Tensor | None,
     batch: int,
     length: int,
 ) -> tuple[Tensor, Tensor]:
@@ -35,29 +36,53 @@ def accumulate_positions(
 
     Args:
         algebra: whose keys they are.
-        rotation: ρ, (1 or B, 1 or N, H, K), phases in radians or signs.
+        rotation: ρ, (1 or B, 1 or N, 1 or H, K), phases in radians or signs.
         phase: the position before the first token, (B, H, K); None is the identity.
         seq_idx: (B, N) document of each token, or None if the row is one document.
         document: (B,) document that ``phase`` belongs to; needed with ``seq_idx``.
+        mask: (B, N), false where a token does not advance; None if all do.
         batch: B.
         length: N.
 
     Returns:
-        p (1 or B, N, H, K), phases in [-π, π] or signs, and its last entry (B, H, K).
+        p (1 or B, N, 1 or H, K), phases in [-π, π] or signs, and its last entry (B, 1 or H, K).
     """
-    positions = algebra.cumulate(rotation.expand(-1, length, -1, -1))
-    carried = None if phase is None else phase[:, None]
-    if seq_idx is not None:
-        assert document is not None
-        # Take away what had gone round before the first token of the document.
-        start = _starts(seq_idx)[..., None, None].expand(-1, -1, *positions.shape[2:])
-        positions = positions.expand(batch, -1, -1, -1)
-        before = F.pad(positions, (0, 0, 0, 0, 1, 0), value=algebra.identity).gather(1, start)
-        positions = algebra.divide(positions, before)
-        if carried is not None:
+    start = None if seq_idx is None else _starts(seq_idx)
+    constant = rotation.shape[1] == 1 and algebra.has_phase and not rotation.requires_grad
+    if constant and rotation.device.type != "mps":  # which has no float64
+        positions = wrap_steps(rotation, _steps(start, mask, length, rotation.device))
+    else:
+        rotation = rotation.expand(-1, length, -1, -1)
+        if mask is not None:
+            rotation = rotation.where(mask.bool()[..., None, None], algebra.identity)
+        positions = algebra.cumulate(rotation)
+        if start is not None:
+            # Take away what had gone round before the first token of the document.
+            positions = positions.expand(batch, -1, -1, -1)
+            before = F.pad(positions, (0, 0, 0, 0, 1, 0), value=algebra.identity)
+            before = before.gather(1, start[..., None, None].expand_as(positions))
+            positions = algebra.wrap(algebra.divide(positions, before))
+    if phase is not None:
+        carried = phase[:, None]
+        if seq_idx is not None:
+            assert document is not None
             carried = carried.where((seq_idx == document[:, None])[..., None, None], algebra.identity)
-    positions = algebra.wrap(positions if carried is None else algebra.compose(positions, carried))
+        positions = algebra.wrap(algebra.compose(positions, carried))
     return positions, positions[:, -1].expand(batch, -1, -1)
+
+
+def wrap_steps(rotation: Tensor, steps: Tensor) -> Tensor:
+    """steps · ρ modulo 2π, in float64 on the way: (·, 1, H, K), (1 or B, N) -> (1 or B, N, H, K)."""
+    return wrap_phase(rotation.double() * steps[..., None, None]).to(rotation.dtype)
+
+
+def _steps(start: Tensor | None, mask: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """How many tokens of its document have advanced, each token included: (1 or B, N)."""
+    if mask is None:
+        steps = torch.arange(1, length + 1, device=device)[None]
+        return steps if start is None else steps - start
+    steps = mask.bool().cumsum(dim=1)
+    return steps if start is None else steps - F.pad(steps, (1, 0)).gather(1, start)
 
 
 def _starts(seq_idx: Tensor) -> Tensor:

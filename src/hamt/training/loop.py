@@ -49,6 +49,7 @@ def train(
     num_steps: int,
     learning_rate: float,
     weight_decay: float = 0.1,
+    final_learning_rate: float = 0.1,
     warmup: float = 0.05,
     max_seconds: float = float("inf"),
     log_interval: int = 10,
@@ -66,7 +67,8 @@ def train(
         evaluate: measures the model as it is, on held-out data; called before, every ``eval_interval``
             steps and after.
         num_steps: optimiser steps.
-        learning_rate: peak, reached after the share ``warmup`` of the run; then a cosine to a tenth.
+        learning_rate: peak, reached after the share ``warmup`` of the run; then a cosine down.
+        final_learning_rate: where the cosine ends, a share of the peak.
         weight_decay: of all parameters but vectors.
         warmup: share of the run.
         max_seconds: end within about this time; a machine too slow for all steps still sees the
@@ -105,7 +107,7 @@ def train(
             outputs.loss.backward()
             clip_gradients(model)
             progress = max((result.steps + 1) / num_steps, elapsed / max_seconds)
-            optimizers.step(cosine_schedule(progress, warmup))
+            optimizers.step(cosine_schedule(progress, warmup, final_learning_rate))
             result.steps += 1
             result.tokens += batch["input_ids"].numel()
             result.seconds += time.monotonic() - step_start

@@ -1,0 +1,171 @@
+"""One training run of a recipe: what it consists of, the model, and the figure that comes out.
+
+A recipe (YAML) lists tasks, each with a ``kind`` (see ``KINDS``), a base configuration and training
+options, and variants that override fields of the base for all tasks or, under a task's name, for one.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import environment
+from rivals import transformer
+from torch import Tensor, nn
+
+from hamt import HAMTConfig, HAMTForCausalLM
+from hamt.data.blocks import next_token_batch, shuffled_blocks
+from hamt.data.tasks import MQAR, ModularCounting, Task
+from hamt.evaluation.loss import held_out_loss
+from hamt.training.loop import seed_everything, train
+from hamt.training.tasks import HELD_OUT, accuracy, train_on_task
+
+# Beside the fields of HAMTConfig: whether keys bind, a rival's options, and a constant added to the
+# directions that the delta rule writes in, at initialisation.
+OPTIONS = {"keys": True, "rival": None, "common_direction": 0.0}
+
+
+class NoKeys(nn.Module):
+    """Stands for a projection to keys: the phase of every key is zero, and binding does nothing."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, N, d) -> zeros (B, N, size)."""
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], self.size)
+
+
+def resolve(recipe: dict, task: str, variant: str) -> dict[str, Any]:
+    """What one run consists of: fields of the configuration, training options, and options of ``build``."""
+    base = recipe["tasks"][task]
+    changes = dict(recipe["variants"][variant])
+    changes.update(changes.pop(task, {}))
+    for other in recipe["tasks"]:
+        changes.pop(other, None)
+    spec = {name: changes.pop(name, default) for name, default in OPTIONS.items()}
+    training = dict(base["training"])
+    for option in training.keys() & changes.keys():
+        training[option] = changes.pop(option)
+    config = {**base["config"], **changes}
+    return {**spec, "config": config, "training": training, "parameters": base.get("parameters")}
+
+
+def build(spec: dict[str, Any], vocab_size: int) -> HAMTForCausalLM:
+    """The model of a run, its MLP as wide as ``parameters`` asks."""
+    fields, target = {**spec["config"], "vocab_size": vocab_size}, spec["parameters"]
+    if spec["rival"] is not None:
+        return transformer(HAMTConfig(**_matched(fields, True, target)), **spec["rival"])
+    model = _hamt(_matched(fields, spec["keys"], target), spec["keys"])
+    for block in model.model.layers if spec["common_direction"] else ():
+        forget, write, _ = block.mixer.gating.sizes
+        with torch.no_grad():
+            block.mixer.gating.bias[forget : forget + write] += spec["common_direction"]
+    return model
+
+
+def _matched(fields: dict, keys: bool, parameters: int | None) -> dict:
+    """The fields with the ``intermediate_dim`` that comes nearest to ``parameters``."""
+    if parameters is None:
+        return fields
+    with torch.device("meta"):
+        least = _hamt({**fields, "intermediate_dim": 1}, keys).num_parameters()
+    config = HAMTConfig(**fields)
+    units = (parameters - least) / (3 * config.hidden_dim * config.num_layers)
+    return {**fields, "intermediate_dim": max(1, 1 + round(units))}
+
+
+def _hamt(fields: dict, keys: bool) -> HAMTForCausalLM:
+    model = HAMTForCausalLM(HAMTConfig(**fields))
+    for block in model.model.layers if not keys else ():
+        mixer = block.mixer
+        mixer.key_proj = NoKeys(mixer.key_proj.out_features)
+        mixer.retrieval.key_proj = NoKeys(mixer.retrieval.key_proj.out_features)
+    return model
+
+
+def characters(path: Path) -> tuple[Tensor, Tensor, int]:
+    """nanoGPT's split: ids of the first nine tenths, of the rest, and the size of the vocabulary."""
+    text = path.read_text(encoding="utf-8")
+    numbers = {character: i for i, character in enumerate(sorted(set(text)))}
+    ids = torch.tensor([numbers[character] for character in text])
+    cut = int(0.9 * len(ids))
+    return ids[:cut], ids[cut:], len(numbers)
+
+
+def run_characters(task: dict, spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
+    """Train on characters; the figure is the loss on all of the validation text, in nats."""
+    training, validation, vocab_size = characters(data)
+    options = dict(spec["training"])
+    length, batch_size = options.pop("length"), options.pop("batch_size")
+    generator = seed_everything(seed)
+    model = build(spec, vocab_size)
+    blocks = shuffled_blocks(training, length, batch_size, generator)
+    part = validation[: 40 * length + 1]  # for the curve
+    result = train(
+        model,
+        (next_token_batch(block) for block in blocks),
+        lambda: held_out_loss(model, part, len(part), length).nats_per_token,
+        show_progress=False,
+        **options,
+    )
+    final = held_out_loss(model, validation, len(validation), length)
+    measured = {"tokens": result.tokens, "seconds": result.seconds, "curve": result.held_out}
+    return model, {"figure": final.nats_per_token, **measured}
+
+
+def run_recall(task: dict, spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
+    """Train on associative recall until nearly all is right; the figure is the accuracy at the end."""
+    model, measured = _train(MQAR(**task["task"]), spec, seed)
+    return model, {"figure": measured["curve"][-1][1], **measured}
+
+
+def run_counting(task: dict, spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
+    """Train on short rows; the figure is the accuracy beyond their length, in rows several times as long."""
+    options = dict(task["task"])
+    longest = options.pop("test_length")
+    counting = ModularCounting(**options)
+    model, measured = _train(counting, spec, seed)
+    beyond = {"length": longest, "positions": slice(counting.length, None)}
+    right = accuracy(model, counting, num_examples=256, seed=seed + HELD_OUT, **beyond)
+    return model, {"figure": right, **measured}
+
+
+def _train(task: Task, spec: dict, seed: int) -> tuple[HAMTForCausalLM, dict]:
+    seed_everything(seed)
+    model = build(spec, task.vocab_size)
+    result = train_on_task(model, task, seed=seed, **spec["training"])
+    curve = {"curve": result.accuracies, "steps_to_99": result.steps_to_99}
+    return model, {"seconds": result.seconds, **curve}
+
+
+KINDS: dict[str, Callable[[dict, dict, int, Path], tuple[HAMTForCausalLM, dict]]] = {
+    "characters": run_characters,
+    "recall": run_recall,
+    "counting": run_counting,
+}
+
+
+def run(recipe: dict, name: str, data: Path) -> dict[str, Any]:
+    """One run, ``task/variant/seed``, as it is written to its file."""
+    task, variant, seed = name.split("/")
+    spec = resolve(recipe, task, variant)
+    header = environment()
+    start = time.time()
+    settings = recipe["tasks"][task]
+    model, measured = KINDS[settings["kind"]](settings, spec, int(seed), data)
+    memory = None if spec["rival"] is not None else model.model.layers[0].mixer.memory
+    return {
+        "task": task,
+        "variant": variant,
+        "seed": int(seed),
+        **measured,
+        "num_parameters": model.num_parameters(),
+        "state_floats": None if memory is None else memory.num_heads * memory.num_slots * memory.head_dim,
+        "intermediate_dim": model.config.intermediate_dim,
+        **spec,
+        "wall_seconds": time.time() - start,
+        "environment": header,
+    }
