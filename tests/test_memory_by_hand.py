@@ -126,7 +126,8 @@ def test_a_delta_write_without_gates_corrects_the_mean_direction_of_the_slots(bi
     state = initial_state(inputs)
     written = memory.write(state, item, key)
     mean = torch.full((2, HEADS, SLOTS), SLOTS**-0.5, dtype=torch.float64)
-    assert_same({"y": memory.retrieve(written, key, mean)}, {"y": item}, 1e-12)
+    for read in (mean, None):
+        assert_same({"y": memory.retrieve(written, key, read)}, {"y": item}, 1e-12)
     across = torch.tensor([1.0, -1, 0], dtype=torch.float64).expand(2, HEADS, SLOTS)
     kept = memory.retrieve(state, key, across)
     assert_same({"y": memory.retrieve(written, key, across)}, {"y": kept}, 1e-12)

@@ -42,20 +42,51 @@ class ShortConvolution(nn.Module):
         tail = inputs.new_zeros(batch, reach, width) if tail is None else tail.to(inputs.dtype)
         window = torch.cat((tail, inputs), dim=1)
         documents = None if documents is None else F.pad(documents, (reach, 0))
-        weight = self.weight.to(inputs.dtype)
-        output = weight[reach] * inputs
-        for lag in range(1, self.kernel_size):
-            past = slice(reach - lag, reach - lag + length)
-            term = weight[reach - lag] * window[:, past]
-            if documents is not None:
-                term = term * documents[:, past].eq(documents[:, reach:])[..., None]
-            output = output + term
+        output = _Taps.apply(window, self.weight.to(inputs.dtype), documents)
         # The new tail: the last real tokens, those of an earlier document as zeros.
         index = end + torch.arange(reach, device=inputs.device)
         tail = _take(window, index)
         if documents is not None:
             tail = tail * documents.gather(1, index).eq(documents.gather(1, index[:, -1:]))[..., None]
         return output if order is None else _take(output, order.argsort(dim=1)), tail
+
+
+class _Taps(torch.autograd.Function):
+    """Σ_j weight[j] ⊙ window_{t+j} where both are of one document: (B, reach + N, d) -> (B, N, d).
+
+    One pass for each tap into one tensor; autograd would make, and fill with zeros, a tensor for each.
+    """
+
+    @staticmethod
+    def forward(ctx, window: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
+        ctx.save_for_backward(window, weight, documents)
+        reach = len(weight) - 1
+        output = window[:, reach:] * weight[reach]
+        for tap in range(reach):
+            past = window[:, tap : tap - reach]
+            if documents is not None:
+                past = past * _same(documents, tap, reach)
+            output.addcmul_(past, weight[tap])
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        window, weight, documents = ctx.saved_tensors
+        reach = len(weight) - 1
+        grad_window, grad_weight = torch.zeros_like(window), torch.empty_like(weight)
+        for tap in range(reach + 1):
+            past, part = slice(tap, tap + grad.shape[1]), grad
+            if documents is not None:
+                part = grad * _same(documents, tap, reach)
+            grad_window[:, past].addcmul_(part, weight[tap])
+            grad_weight[tap] = (part * window[:, past]).sum(dim=(0, 1))
+        return grad_window, grad_weight, None
+
+
+def _same(documents: Tensor, tap: int, reach: int) -> Tensor:
+    """Whether the token that a tap reaches is of the same document, (B, N, 1)."""
+    length = documents.shape[1] - reach
+    return documents[:, tap : tap + length].eq(documents[:, reach:])[..., None]
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

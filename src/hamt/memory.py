@@ -128,13 +128,11 @@ class HolographicMemory:
         """Superpose an item for each head: equations (2) and (3) without position.
 
         Shapes: item (B, H, F), key (B, H, K), write and log_forget (B, H, S), beta (B, H), or what
-        broadcasts to them. Left out, the item is written whole to every slot, and nothing is forgotten;
-        the delta rule then stores it as the sum of the slots.
+        broadcasts to them. Left out, the item is written whole to every slot (under the delta rule, in the
+        direction that all slots share), and nothing is forgotten.
         """
         slots = state.memory[..., 0]
-        if write is None:
-            write = torch.ones_like(slots)
-            write = write * self.num_slots**-0.5 if self.write_rule == "delta" else write
+        write = self._evenly(slots) if write is None else write
         if log_forget is None and self.write_rule != "convex":
             log_forget = torch.zeros_like(slots)
         if beta is None and self.write_rule == "delta":
@@ -145,10 +143,14 @@ class HolographicMemory:
             return state._replace(memory=_superpose(state.memory, bound, write, log_forget, beta))
 
     def retrieve(self, state: MemoryState, key: Tensor, read: Tensor | None = None) -> Tensor:
-        """Sum the slots with weights read (B, H, S), all one if left out, and unbind: -> (B, H, F)."""
-        read = torch.ones_like(state.memory[..., 0]) if read is None else read
+        """Sum the slots with weights read (B, H, S), left out as in ``write``, and unbind: -> (B, H, F)."""
+        read = self._evenly(state.memory[..., 0]) if read is None else read
         with torch.autocast(read.device.type, enabled=False):
             return self.algebra.lower(self.algebra.unbind(_read(state.memory, read), key))
+
+    def _evenly(self, slots: Tensor) -> Tensor:
+        """Weight one for every slot; under the delta rule the unit vector of that direction."""
+        return torch.full_like(slots, self.num_slots**-0.5 if self.write_rule == "delta" else 1.0)
 
     # ------------------------------------------------------------- sequences
 
