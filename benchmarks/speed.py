@@ -19,6 +19,7 @@ from rivals import attend, attention_head_dim, count_flops, non_embedding_parame
 from torch import Tensor, nn
 
 from hamt import HAMTConfig, HAMTForCausalLM
+from hamt.allocator import keep_freed_memory
 from hamt.files import write_json
 from hamt.layers import HAMTLayer
 
@@ -322,7 +323,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what the options ask for."""
-    result: dict[str, Any] = {"environment": environment(), "options": vars(options)}
+    header = {**environment(), "keeps_freed_memory": keep_freed_memory()}
+    result: dict[str, Any] = {"environment": header, "options": vars(options)}
     torch.manual_seed(options.seed)
     if options.part in ("all", "model"):
         result["model"] = measure_models(options)

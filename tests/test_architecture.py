@@ -15,7 +15,7 @@ SOURCE = Path(hamt.__file__).parent
 
 # Each layer may import those to its left. Packages (data, evaluation, ...) count as one layer each.
 LAYERS = (
-    {"errors", "files", "vsa"},
+    {"allocator", "errors", "files", "vsa"},
     {"positions", "scan"},
     {"delta", "fused"},
     {"chunked"},

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from hamt.allocator import keep_freed_memory
 from hamt.errors import UserError
 
 # Modules are named, not imported: help must not wait for torch.
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait starve each other on a busy machine: a training step took 22 s
     # instead of 0.5. Sleeping costs 25 % on an idle one (docs/LOG.md). Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_freed_memory()
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_usage())
