@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 import yaml
-from runs import run
+from runs import resolve, run
 
 from hamt.files import write_file, write_json
 
@@ -36,7 +36,7 @@ def sweep(options: argparse.Namespace, recipe: dict) -> int:
         for variant in options.only or recipe["variants"]
         for task in options.tasks or recipe["tasks"]
     ]
-    missing = [name for name in names if not _file(options.results, name).exists()]
+    missing = [name for name in names if not _is_there(options.results, recipe, name)]
     print(f"{len(names) - len(missing)} of {len(names)} runs are there", flush=True)
 
     def start(name: str) -> int:
@@ -48,6 +48,14 @@ def sweep(options: argparse.Namespace, recipe: dict) -> int:
         return sum(code != 0 for code in pool.map(start, missing))
 
 
+def _is_there(results: Path, recipe: dict, name: str) -> bool:
+    """Whether there is a result of this run as the recipe describes it today."""
+    file, (task, variant, _) = _file(results, name), name.split("/")
+    if not file.exists():
+        return False
+    return json.loads(file.read_text(encoding="utf-8")).get("spec") == resolve(recipe, task, variant)
+
+
 def _file(results: Path, name: str) -> Path:
     return results / (name.replace("/", "-") + ".json")
 
@@ -57,7 +65,9 @@ def table(results: Path, recipe: dict) -> str:
     found: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for file in sorted(results.glob("*.json")):
         entry = json.loads(file.read_text(encoding="utf-8"))
-        found[entry["variant"], entry["task"]].append(entry)
+        name = f"{entry['task']}/{entry['variant']}/{entry['seed']}"
+        if entry["variant"] in recipe["variants"] and _is_there(results, recipe, name):
+            found[entry["variant"], entry["task"]].append(entry)
     columns = ["variant"]
     for task, settings in recipe["tasks"].items():
         columns += [f"{task}: {COLUMNS[settings['kind']][0]}", "seeds", *COLUMNS[settings["kind"]][1:]]
@@ -111,6 +121,9 @@ def main() -> None:
     for what, chosen in (("variants", options.only), ("tasks", options.tasks)):
         if unknown := set(chosen or ()) - set(recipe[what]):
             parser.error(f"no {what} {', '.join(sorted(unknown))}; there are {', '.join(recipe[what])}")
+    kinds = [recipe["tasks"][task]["kind"] for task in options.tasks or recipe["tasks"]]
+    if not options.table and "characters" in kinds and not options.data.exists():
+        parser.error(f"no text {options.data}: give tiny-shakespeare's input.txt with --data")
     if options.table:
         text = table(options.results, recipe)
         write_file(options.table, lambda file: file.write_text(text, encoding="utf-8"))

@@ -3,6 +3,7 @@
 import gc
 import os
 import platform
+import random
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ import hamt
 
 
 class Spread(NamedTuple):
-    """A median between its quartiles."""
+    """A median between its quartiles; of fewer than 7 values, between the smallest and the largest."""
 
     low: float
     median: float
@@ -58,17 +59,16 @@ def interleave(
 
     Args:
         callables: what to time, by name.
-        rounds: measured rounds; each starts with another callable.
+        rounds: measured rounds, each in another order.
         warmup: rounds before them, not measured.
     """
-    names = list(callables)
+    names, order = list(callables), random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     gc.freeze()  # what is alive now is not looked at again: a collection costs a third of a second otherwise
     try:
         for turn in range(-warmup, rounds):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+            for name in order.sample(names, len(names)):
                 gc.collect()
                 start = time.perf_counter()
                 callables[name]()
@@ -92,8 +92,9 @@ def paired_ratio(times_a: Sequence[float], times_b: Sequence[float]) -> Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Quartiles and median, interpolated linearly."""
-    quantiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    """Median and quartiles, interpolated linearly, or extremes."""
+    outer = 0.25 if len(values) >= 7 else 0.0
+    quantiles = torch.tensor([outer, 0.5, 1 - outer], dtype=torch.float64)
     return Spread(*torch.tensor(values, dtype=torch.float64).quantile(quantiles).tolist())
 
 

@@ -26,6 +26,8 @@ class RotaryAttention(nn.Module):
     Args:
         config: width, rotary base (``rotation_base``) and kernel of the short convolution.
         short_convolution: put HAMT's short convolution in front.
+        one_projection: queries, keys and values by one matrix, which is faster; by three, as HAMT has them,
+            each is a matrix of its own to Muon.
         core: ``sdpa``, ``eager`` (scores, mask and softmax one by one) or ``none``, the ceiling:
             projections and rotations stay, but the values pass on unmixed.
 
@@ -33,7 +35,14 @@ class RotaryAttention(nn.Module):
         ValueError: if the heads do not divide the width or an option has no such value.
     """
 
-    def __init__(self, config: HAMTConfig, *, short_convolution: bool = False, core: str = "sdpa") -> None:
+    def __init__(
+        self,
+        config: HAMTConfig,
+        *,
+        short_convolution: bool = False,
+        core: str = "sdpa",
+        one_projection: bool = True,
+    ) -> None:
         super().__init__()
         width = config.hidden_dim
         self.head_dim = attention_head_dim(width)
@@ -45,7 +54,8 @@ class RotaryAttention(nn.Module):
             raise ValueError("short_convolution needs a conv_kernel_size of 2 or more")
         self.core, self.rotation_base = core, float(config.rotation_base)
         self.conv = ShortConvolution(width, config.conv_kernel_size) if short_convolution else None
-        self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
+        parts = 1 if one_projection else 3
+        self.qkv_proj = nn.ModuleList(nn.Linear(width, 3 * width // parts, bias=False) for _ in range(parts))
         self.output_proj = ResidualLinear(width, width, bias=False)
 
     def forward(
@@ -67,7 +77,9 @@ class RotaryAttention(nn.Module):
             )
         if self.conv is not None:
             hidden_states, _ = self.conv(hidden_states)
-        qkv = self.qkv_proj(hidden_states).unflatten(-1, (3, -1, self.head_dim))
+        projected = [project(hidden_states) for project in self.qkv_proj]
+        qkv = projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1)
+        qkv = qkv.unflatten(-1, (3, -1, self.head_dim))
         turned = rotate(qkv[:, :, :2], self.rotation_base)
         queries, keys, values = (x.transpose(1, 2) for x in (*turned.unbind(2), qkv[:, :, 2]))
         mixed = attend(queries, keys, values, self.core)
@@ -142,13 +154,17 @@ def _make_tables(
 
 
 def transformer(
-    config: HAMTConfig, *, short_convolution: bool = False, core: str = "sdpa"
+    config: HAMTConfig,
+    *,
+    short_convolution: bool = False,
+    core: str = "sdpa",
+    one_projection: bool = True,
 ) -> HAMTForCausalLM:
     """A RoPE transformer as wide, as deep and with as many non-embedding parameters as HAMT.
 
     Its MLP is as wide as that takes. Call it without a cache (its config says ``use_cache=False``).
     """
-    options = {"short_convolution": short_convolution, "core": core}
+    options = {"short_convolution": short_convolution, "core": core, "one_projection": one_projection}
     with torch.device("meta"):
         target = non_embedding_parameters(HAMTForCausalLM(config))
         least = non_embedding_parameters(_assemble(config, 1, options))
@@ -168,7 +184,8 @@ def count_flops(run: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products in one call, forward and backward.
 
     Causal attention counts as the products on or below the diagonal, backward twice forward: what
-    the mathematics needs, without what a kernel recomputes. Elementwise work counts as nothing.
+    the mathematics needs, without what a kernel recomputes. Of elementwise work only the
+    recurrence of the memory counts (about 1 % of HAMT's).
     """
     aten = torch.ops.aten
     attention = {  # the kernels of CPU, which torch's counter does not know

@@ -50,14 +50,17 @@ def resolve(recipe: dict, task: str, variant: str) -> dict[str, Any]:
     for option in training.keys() & changes.keys():
         training[option] = changes.pop(option)
     config = {**base["config"], **changes}
-    return {**spec, "config": config, "training": training, "parameters": base.get("parameters")}
+    more = {"parameters": base.get("parameters"), "task": base.get("task")}
+    return {**spec, "config": config, "training": training, **more}
 
 
 def build(spec: dict[str, Any], vocab_size: int) -> HAMTForCausalLM:
     """The model of a run, its MLP as wide as ``parameters`` asks."""
     fields, target = {**spec["config"], "vocab_size": vocab_size}, spec["parameters"]
     if spec["rival"] is not None:
-        return transformer(HAMTConfig(**_matched(fields, True, target)), **spec["rival"])
+        return transformer(
+            HAMTConfig(**_matched(fields, True, target)), one_projection=False, **spec["rival"]
+        )
     model = _hamt(_matched(fields, spec["keys"], target), spec["keys"])
     for block in model.model.layers if spec["common_direction"] else ():
         forget, write, _ = block.mixer.gating.sizes
@@ -165,7 +168,7 @@ def run(recipe: dict, name: str, data: Path) -> dict[str, Any]:
         "num_parameters": model.num_parameters(),
         "state_floats": None if memory is None else memory.num_heads * memory.num_slots * memory.head_dim,
         "intermediate_dim": model.config.intermediate_dim,
-        **spec,
+        "spec": spec,
         "wall_seconds": time.time() - start,
         "environment": header,
     }

@@ -4,7 +4,7 @@
 
 ``--part model`` times whole training steps and prefills; ``--part mixer`` the memory against the
 attention core, and the sublayers around them. The ceiling is the transformer without its attention
-core: no mixer in its place can be faster. Prints JSON to stdout and a Markdown table to stderr.
+core; projections and rotary positions stay. Prints JSON to stdout and a Markdown table to stderr.
 """
 
 import argparse
@@ -243,14 +243,14 @@ def _mixer_row(level: str, kind: str, timings: dict[str, Timing]) -> dict[str, A
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: medians, with quartiles where they are ratios."""
+    """Markdown: medians; ratios are of speeds, with their range in brackets (see ``spread``)."""
     tables = {"model": _model_table, "mixer": _mixer_table}
     return "\n\n".join(render(result[part]) for part, render in tables.items() if part in result)
 
 
 def _model_table(part: dict[str, Any]) -> str:
     header = ["N", "batch", "phase", *(f"{name} tok/s" for name in MODELS)]
-    header += [f"{a} / {b}" for a, b in RATIOS]
+    header += [f"speed {a} / {b}" for a, b in RATIOS]
     header += [f"{name} of matmul" for name in MODELS]
     rows = [
         [f"{row['length']:,}", str(row["batch"]), row["phase"]]
@@ -267,7 +267,12 @@ def _model_table(part: dict[str, Any]) -> str:
 
 
 def _mixer_table(part: dict[str, Any]) -> str:
-    header = ["what", "pass", *(f"{name} ms" for name in MIXERS), *(f"hamt / {name}" for name in MIXERS[1:])]
+    header = [
+        "what",
+        "pass",
+        *(f"{name} ms" for name in MIXERS),
+        *(f"times as fast as {name}" for name in MIXERS[1:]),
+    ]
     rows = [
         [row["level"], row["pass"]]
         + [f"{row['milliseconds'][name]['median']:.2f}" for name in MIXERS]

@@ -127,9 +127,11 @@ def test_the_table_gives_mean_and_standard_error_over_seeds(tmp_path):
     recipe = yaml.safe_load(TINY)
     for seed, figure in enumerate((1.0, 2.0, 4.0)):
         entry = {"task": "text", "variant": "base", "seed": seed, "figure": figure}
-        entry |= {"num_parameters": 1234, "state_floats": None}
+        entry |= {"num_parameters": 1234, "state_floats": None, "spec": runs.resolve(recipe, "text", "base")}
         (tmp_path / f"text-base-{seed}.json").write_text(json.dumps(entry), encoding="utf-8")
     assert "| base | 2.333 ± 0.882 | 3 | 1,234 | – |" in ablate.table(tmp_path, recipe)
+    recipe["tasks"]["text"]["training"]["num_steps"] = 3  # then they are results of something else
+    assert "base" not in ablate.table(tmp_path, recipe)
 
 
 def test_unknown_variants_and_tasks_are_refused(monkeypatch, capsys):

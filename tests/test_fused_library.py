@@ -48,7 +48,7 @@ def compiler(monkeypatch, cache) -> Callable[..., list[list[str]]]:
         def run(command, **options):
             commands.append(command)
             if refuses in command:
-                raise subprocess.CalledProcessError(1, command)
+                raise subprocess.CalledProcessError(1, command, stderr="no such option")
             if "--version" not in command:
                 shutil.copy(library._name, command[command.index("-o") + 1])
             return subprocess.CompletedProcess(command, 0, stdout="version 1")
@@ -81,19 +81,6 @@ def a_compiler_that_does_not_start(monkeypatch, folder):
     monkeypatch.setenv("CXX", str(script))
 
 
-def an_unwritable_cache(monkeypatch, folder):
-    (folder / "file").touch()  # a mode would not stop root
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "file"))
-
-
-def no_home(monkeypatch, folder):
-    def home():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", home)
-
-
 @pytest.mark.parametrize(
     "trouble",
     [
@@ -101,17 +88,19 @@ def no_home(monkeypatch, folder):
         switched_off,
         a_compiler_that_fails,
         a_compiler_that_does_not_start,
-        an_unwritable_cache,
-        no_home,
     ],
 )
 def test_without_a_library_the_chunked_form_takes_over(trouble, monkeypatch, cache, tmp_path):
     trouble(monkeypatch, tmp_path)
-    assert not fused_available(torch.empty(0))
+    if trouble is switched_off:
+        assert not fused_available(torch.empty(0))
+    else:
+        with pytest.warns(UserWarning, match="without its fused operator for CPUs"):
+            assert not fused_available(torch.empty(0))
     inputs = random_inputs(CASE, 20)
     seen = record(whole(CASE.memory(), None), inputs)
     assert_same(seen, record(whole(CASE.memory(), "chunked"), inputs), 0)
-    with pytest.raises(AssertionError, match="not available"):
+    with pytest.raises(ValueError, match="not available"):
         whole(CASE.memory(), "fused")(inputs)
     token = {name: x if name.startswith("initial") else x[:, :1] for name, x in inputs.items()}
     seen = record(whole(CASE.memory(), None), token)
@@ -169,3 +158,59 @@ def test_a_compiler_without_openmp_compiles_for_one_thread(compiler):
     commands = compiler(refuses="-fopenmp")
     assert fused_available(torch.empty(0))
     assert ["-fopenmp" in command for command in commands if "-c" in command] == [True, False]
+
+
+def an_unwritable_cache(monkeypatch, folder):
+    (folder / "file").touch()  # a mode would not stop root
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "file"))
+
+
+def a_cache_that_others_may_write_to(monkeypatch, folder):
+    (folder / "hamt").mkdir()
+    (folder / "hamt").chmod(0o777)
+
+
+def a_cache_of_another_user(monkeypatch, folder):
+    monkeypatch.setattr(fused.os, "getuid", lambda: -1)
+
+
+def no_home(monkeypatch, folder):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(Path, "home", home)
+
+
+@needs_fused
+@pytest.mark.parametrize(
+    "trouble",
+    [an_unwritable_cache, a_cache_that_others_may_write_to, a_cache_of_another_user, no_home],
+)
+def test_a_cache_that_cannot_be_used_is_replaced_by_a_folder_for_the_process(
+    trouble, monkeypatch, cache, compiler, tmp_path
+):
+    compiler()
+    trouble(monkeypatch, tmp_path)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(fused.tempfile, "tempdir", str(temporary))
+    assert fused_available(torch.empty(0))
+    assert len(list(temporary.glob("hamt-*/*.so"))) == 1
+    assert not list(tmp_path.glob("hamt/*.so"))
+
+
+@needs_fused
+def test_a_failing_compiler_is_quoted(compiler):
+    compiler(refuses="-c")
+    with pytest.warns(UserWarning, match="no such option"):
+        assert not fused_available(torch.empty(0))
+
+
+@pytest.mark.parametrize(
+    "line", ["flags : avx512f", "model name : EPYC", "CPU part : 0xd40", "Features : asimd sve"]
+)
+def test_the_processor_is_told_by_every_architecture(line, monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: f"processor : 0\n{line}\nbogomips : 5")
+    assert fused._processor().splitlines()[1:] == [line]

@@ -88,7 +88,7 @@ def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
             powers = [config.rotation_base ** (-i / size) for i in range(size)]
             turn = torch.tensor(powers if algebra.has_phase else [1.0] * size, dtype=torch.float64)
             if config.rotation == "data_dependent":
-                turn = turn + (layer.rotation.weight @ x).view(heads, size)
+                turn = turn + (layer.rotation.weight @ c).view(heads, size)
             position = algebra.compose(algebra.key(turn), position)
             key, unbinding_key = algebra.compose(key, position), algebra.compose(unbinding_key, position)
         bound = algebra.bind(algebra.lift(item), key)

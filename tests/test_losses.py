@@ -125,3 +125,13 @@ def test_training_on_it_makes_items_retrievable():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert sum(losses[-5:]) / 5 < 0.8 * losses[0]
+
+
+def test_a_document_of_the_same_name_is_another_document():
+    memory = HolographicMemory(64, num_slots=3, chunk_size=12)
+    items, keys, write, forget = stored(memory, 1, 12)
+    losses = [
+        reconstruction_loss(memory, items, keys, write, forget, seq_idx=torch.tensor([names]), end=12).loss
+        for names in ([0] * 4 + [1] * 4 + [0] * 4, [0] * 4 + [1] * 4 + [2] * 4)
+    ]
+    assert losses[0] == losses[1]

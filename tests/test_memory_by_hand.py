@@ -202,3 +202,19 @@ def test_each_write_rule_refuses_the_gates_of_the_other(form):
         whole(Case("phasor", "delta").memory(), form)(gated)
     with pytest.raises(ValueError, match="no other rule takes it"):
         whole(Case("phasor").memory(), form)(random_inputs(Case("phasor", "delta"), 3))
+
+
+@every_form
+def test_documents_masks_and_rotations_that_do_not_fit_are_refused_and_rows_are_shared(form):
+    case = Case("phasor", rotates=True)
+    memory, inputs = case.memory(), tokens_of(random_inputs(case, 20))
+    seq_idx = torch.arange(20)[None].div(7, rounding_mode="floor")
+    output, _ = memory(**inputs, seq_idx=seq_idx, form=form)
+    expected, _ = memory(**inputs, seq_idx=seq_idx.expand(2, -1), form=form)
+    assert torch.equal(output, expected)
+    for name, wrong in (("seq_idx", seq_idx[:, :12]), ("mask", seq_idx.expand(3, -1))):
+        with pytest.raises(ValueError, match=rf"{name} must have the shape \(2, 20\)"):
+            memory(**inputs, **{name: wrong}, form=form)
+    inputs["rotation"] = inputs["rotation"].repeat(1, 1, 2, 1)
+    with pytest.raises(ValueError, match=r"rotation must have the shape \(2, 20, 2, 2\)"):
+        memory(**inputs, form=form)

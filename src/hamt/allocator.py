@@ -2,7 +2,7 @@
 
 import ctypes
 
-# Numbers of <malloc.h>: free memory to keep before giving back, and the most blocks to map one by one.
+# Numbers of <malloc.h>: free memory to keep (-1: all of it), and the most blocks to map one by one.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
@@ -20,4 +20,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # TypeError: Windows
         return False
-    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))

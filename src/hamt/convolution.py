@@ -58,8 +58,11 @@ class _Taps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, window: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
-        ctx.save_for_backward(window, weight, documents)
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def forward(window: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
         reach = len(weight) - 1
         output = window[:, reach:] * weight[reach]
         for tap in range(reach):

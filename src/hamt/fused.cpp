@@ -1,8 +1,7 @@
 // The recurrence of hamt/memory.py, token by token, for CPUs: forward and backward.
 //
-// A head's slots are independent in every feature, so the loop over tokens keeps the slots of a few
-// features in registers and the first cache, binds on the way in and unbinds on the way out: nothing but
-// inputs and outputs travels to memory. Equations as in hamt/memory.py and hamt/delta.py.
+// The slots of a head stay in the first cache while the loop over tokens binds on the way in and unbinds on
+// the way out: nothing but inputs and outputs travels to memory. Equations as in hamt/memory.py and hamt/delta.py.
 //
 // Layout, all contiguous: x, y (B,N,H,F); k, u (B,N,H,K); w, r, alpha (B,N,H,S); beta (B,N,H);
 // M (B,H,S,F); p (1 or B,N,1 or H,K); reset (B,N). F features are K pairs (i, i + K) under phases; under signs

@@ -1,22 +1,27 @@
 """The fused form: the recurrence as one operator for CPUs, compiled on the machine when first needed.
 
-``fused.cpp`` runs the loop over tokens with the slots of a few features in registers, bound on the way
-in and unbound on the way out, so that only inputs and outputs travel to memory. It needs a C++
-compiler (g++ or clang++, or the one named by CXX); without one, HAMT uses the chunked form. The
-library is kept in ``~/.cache/hamt``. HAMT_FUSED=0 switches it off.
+``fused.cpp`` runs the loop over tokens with the slots in the first cache, binds on the way in and unbinds
+on the way out, so that only inputs and outputs travel to memory. It needs a C++ compiler (g++ or
+clang++, or the one named by CXX; several threads need g++); without one, HAMT uses the chunked form.
+The library is kept in ``~/.cache/hamt``. HAMT_FUSED=0 switches it off. Differentiable once, and not by
+``torch.func``.
 
 Shape legend: B batch, N tokens, H heads, S slots, F features, K key size, P parts of a head.
 """
 
+import atexit
 import ctypes
 import hashlib
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import tempfile
+import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -29,7 +34,7 @@ from hamt.vsa import Algebra
 SOURCE = Path(__file__).with_suffix(".cpp")
 # Tokens between the states that the backward pass starts from: its workspace stays in the second cache.
 CHUNK = 16
-Addresses = Sequence[Tensor | None]
+Tensors = Sequence[Tensor | None]
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -70,6 +75,8 @@ def fused_scan(
         y (B, N, H, F) in the dtype of ``lifted``, and the state after the last token.
     """
     wide = memory.dtype
+    if wide not in _TYPES:
+        raise ValueError(f"the state must be float32 or float64; got {wide}")
     if positions is not None and not algebra.has_phase:
         keys, unbinding_keys = algebra.compose(keys, positions), algebra.compose(unbinding_keys, positions)
         positions = None
@@ -90,7 +97,7 @@ def fused_scan(
     return output.to(lifted.dtype), memory
 
 
-@torch.library.custom_op("hamt::scan", mutates_args=())
+@torch.library.custom_op("hamt::scan", mutates_args=(), device_types="cpu")
 def _scan(
     x: Tensor,
     k: Tensor,
@@ -118,7 +125,7 @@ def _(x, k, u, w, r, log_forget, beta, p, reset, memory, phases, keep):
     return x.new_empty(x.shape), memory.new_empty(memory.shape), _checkpoints(x, memory, keep)
 
 
-@torch.library.custom_op("hamt::scan_backward", mutates_args=())
+@torch.library.custom_op("hamt::scan_backward", mutates_args=(), device_types="cpu")
 def _scan_backward(
     x: Tensor,
     k: Tensor,
@@ -201,18 +208,19 @@ def _prepare(x, k, u, w, r, log_forget, beta, p, reset, phases) -> tuple[list[Te
     inputs = [None if a is None else a.contiguous() for a in tensors]
     batch, length, heads, features = x.shape
     vectors = -(-features // 2 // (64 // x.element_size()))
-    parts = min(vectors, -(-torch.get_num_threads() // (batch * heads)))
+    parts = min(vectors, -(-torch.get_num_threads() // max(1, batch * heads)))
     rows, of_heads = (0, 0) if p is None else (len(p), p.shape[2])
     sizes = [batch, length, heads, w.shape[-1], features, CHUNK, int(phases), parts, rows, of_heads]
     return inputs, sizes
 
 
-def _call(name: str, dtype: torch.dtype, sizes: list[int], inputs: Addresses, outputs: Addresses) -> None:
+def _call(name: str, dtype: torch.dtype, sizes: list[int], inputs: Tensors, outputs: Tensors) -> None:
     library = _library()
-    assert library is not None, "the fused form was asked for where it is not available"
+    if library is None:
+        raise RuntimeError("the fused form is not available here: see hamt.fused")
     function = getattr(library, f"hamt_{name}_{_TYPES[dtype]}")
 
-    def addresses(tensors: Addresses):
+    def addresses(tensors: Tensors):
         return (ctypes.c_void_p * len(tensors))(*(None if a is None else a.data_ptr() for a in tensors))
 
     numbers = (ctypes.c_int64 * len(sizes))(*sizes)
@@ -226,36 +234,42 @@ def _found() -> bool:
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
-    """Compile, or find what was compiled before; None where that does not work."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
-    if os.environ.get("HAMT_FUSED") == "0" or compiler is None:
+    """Compile, or find what was compiled before; None, with a warning, where that does not work."""
+    if os.environ.get("HAMT_FUSED") == "0":
         return None
-    for flags in (["-fopenmp"], []):  # Apple's clang has no OpenMP: one thread is still fast
+    candidates = (shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"])
+    compiler = next((words for words in candidates if words and shutil.which(words[0])), None)
+    reason = "there is no C++ compiler, such as g++"
+    for flags in (["-fopenmp"], []):  # Apple's clang has no OpenMP: one thread then
+        if compiler is None:
+            break
         try:
             return ctypes.CDLL(str(_compile(compiler, flags)))
-        except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
-            continue
+        except (OSError, subprocess.SubprocessError) as error:
+            said = getattr(error, "stderr", None)
+            reason = f"{shlex.join(compiler)} could not build it: {said.strip() if said else error}"
+    warnings.warn(
+        f"HAMT runs without its fused operator for CPUs, several times slower: {reason}. "
+        "HAMT_FUSED=0 says that this is meant",
+        stacklevel=2,
+    )
     return None
 
 
-def _compile(compiler: str, flags: list[str]) -> Path:
+def _compile(compiler: list[str], flags: list[str]) -> Path:
     """Path of the library for this source, compiler and processor; compiled if it is missing."""
     flags = ["-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-fPIC", "-Wno-psabi", *flags]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    run = partial(subprocess.run, capture_output=True, text=True, check=True, timeout=300)
+    version = run([*compiler, "--version"]).stdout
     tag = "\n".join([SOURCE.read_text(encoding="utf-8"), *flags, version, _processor()])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hamt"
-    target = cache / f"fused-{hashlib.sha256(tag.encode()).hexdigest()[:16]}.so"
+    target = _folder() / f"fused-{hashlib.sha256(tag.encode()).hexdigest()[:16]}.so"
 
     def build(file: Path) -> None:
         # Linked without -fopenmp: the calls then go to the thread pool that PyTorch has brought along,
         # where a second one would compete with it for the cores.
         unit = file.with_suffix(".o")
-        to_unit, to_library = (
-            [*flags, "-c", str(SOURCE), "-o", str(unit)],
-            ["-shared", str(unit), "-o", str(file)],
-        )
-        for command in (to_unit, to_library):
-            subprocess.run([compiler, *command], capture_output=True, check=True, timeout=300)
+        run([*compiler, *flags, "-c", str(SOURCE), "-o", str(unit)])
+        run([*compiler, "-shared", str(unit), "-o", str(file)])
         unit.unlink()
 
     if not target.exists():
@@ -263,10 +277,29 @@ def _compile(compiler: str, flags: list[str]) -> Path:
     return target
 
 
+def _folder() -> Path:
+    """Where libraries are kept: the user's cache, or a folder for this process where that cannot be used.
+
+    A library is code: a folder that others may write to is not trusted.
+    """
+    try:
+        named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        folder = (named if named.is_absolute() else Path.home() / ".cache") / "hamt"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        own = not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
+        if own and os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        pass
+    folder = Path(tempfile.mkdtemp(prefix="hamt-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _processor() -> str:
     """What -march=native depends on: a home folder may be shared by several machines."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
-    return f"{platform.machine()} {platform.processor()}"
+    cpuinfo, kinds = Path("/proc/cpuinfo"), ("model name", "flags", "CPU ", "Features")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else [platform.processor()]
+    described = {line for line in lines if line.startswith(kinds) or not cpuinfo.exists()}
+    return "\n".join([platform.machine(), *sorted(described)])

@@ -6,7 +6,7 @@ With x_t the normalised input of the layer and c_t the same after the short conv
     key       k_t = key(W_k c_t)
     gates     log α_t, w_t (and β_t) = GatingNetwork(c_t)
     read      u_t, r_t = RetrievalHead(c_t)
-    turn      ρ_t = Rotation(x_t)
+    turn      ρ_t = Rotation(c_t)
     memory    y_t = HolographicMemory(v, k, u, w, r, log α)
     output    o_t = W_o (RMSNorm_head(y_t) ⊙ SiLU(W_g x_t))
 
@@ -133,10 +133,7 @@ class RetrievalHead(nn.Module):
 
 
 class Rotation(nn.Module):
-    """The turn of the position at each token: x (B, N, d) -> ρ (B, N, H, K), or constant (1, 1, 1, K).
-
-    From the token before the convolution: an angle that also depends a little on its neighbours is a
-    little wrong, and errors of angles add up (docs/LOG.md).
+    """The turn of the position at each token: c (B, N, d) -> ρ (B, N, H, K), or constant (1, 1, 1, K).
 
     Phases start as the frequencies of rotary position embeddings (Su et al. 2021, arXiv 2104.09864):
     one turn takes from 2π to 2π · rotation_base tokens. Signs start at +1. A data-dependent
@@ -150,17 +147,17 @@ class Rotation(nn.Module):
         data_dependent = config.rotation == "data_dependent"
         self.weight = nn.Parameter(torch.empty(size, config.hidden_dim)) if data_dependent else None
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, conditioned: Tensor) -> Tensor:
         """Return keys of the algebra, in float32 at least."""
-        wide = torch.promote_types(inputs.dtype, torch.float32)
+        wide = torch.promote_types(conditioned.dtype, torch.float32)
         # Not a buffer: casting the model to bfloat16 must not cast the frequencies.
-        power = torch.arange(self.key_size, device=inputs.device, dtype=wide) / self.key_size
+        power = torch.arange(self.key_size, device=conditioned.device, dtype=wide) / self.key_size
         base = self.config.rotation_base**-power if self.algebra.has_phase else torch.ones_like(power)
         if self.weight is None:
             return self.algebra.key(base)[None, None, None]
         # As for the gates: errors of a bfloat16 angle would add up from token to token.
-        with torch.autocast(inputs.device.type, enabled=False):
-            turn = F.linear(inputs.to(wide), self.weight.to(wide))
+        with torch.autocast(conditioned.device.type, enabled=False):
+            turn = F.linear(conditioned.to(wide), self.weight.to(wide))
         return self.algebra.key(turn.unflatten(-1, (self.config.num_heads, -1)) + base)
 
 
@@ -231,7 +228,7 @@ class HAMTLayer(nn.Module):
         keys = as_keys(self.key_proj(conditioned), heads, self.memory.algebra)
         log_forget, write, beta = self.gating(conditioned)
         unbinding_keys, read = self.retrieval(conditioned)
-        rotation = None if self.rotation is None else self.rotation(hidden_states)
+        rotation = None if self.rotation is None else self.rotation(conditioned)
         aux_loss = None
         if self.training and self.config.use_auxiliary_loss:
             stored = (items, keys, write, log_forget, beta, rotation, seq_idx, attention_mask)

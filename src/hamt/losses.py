@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hamt.memory import HolographicMemory
-from hamt.positions import accumulate_positions
+from hamt.positions import accumulate_positions, number_documents
 from hamt.vsa import similarity
 
 
@@ -50,6 +50,8 @@ def reconstruction_loss(
     rotation = None if rotation is None else rotation[:, part]
     seq_idx = None if seq_idx is None else seq_idx[:, part]
     mask = None if mask is None else mask[:, part].bool()
+    if seq_idx is not None:
+        seq_idx = number_documents(seq_idx, None)
     _, state = memory(*tokens, log_forget, beta, rotation, seq_idx=seq_idx, mask=mask)
     with torch.autocast(items.device.type, enabled=False):
         tile = slice(end - size, end)

@@ -197,6 +197,11 @@ class HolographicMemory:
             form = "fused" if fused_available(items) else parallel
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
+        if form == "fused" and not fused_available(items):
+            raise ValueError("form='fused' is not available here (see hamt.fused); leave form out")
+        tokens = items.shape[:2]
+        seq_idx, mask = _fit("seq_idx", seq_idx, tokens), _fit("mask", mask, tokens)
+        _fit("rotation", rotation, (*items.shape[:3], self.key_size))
         state = initial_state or self.initial_state(len(items), _wide(items), items.device)
         # State and decay arithmetic stay in float32 under autocast; only tile products are narrow.
         with torch.autocast(items.device.type, enabled=False):
@@ -323,6 +328,17 @@ class HolographicMemory:
                 f"the {self.write_rule} write rule needs log_forget, the log of the forget gates"
             )
         return log_forget.to(dtype).clamp(min=-40.0 if dtype == torch.float64 else -20.0)
+
+
+def _fit(name: str, x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """``x`` expanded to ``shape``; a ValueError if it does not fit."""
+    if x is None:
+        return None
+    if x.ndim != len(shape) or any(a not in (1, b) for a, b in zip(x.shape, shape, strict=True)):
+        raise ValueError(
+            f"{name} must have the shape {tuple(shape)}, or 1 in its places; got {tuple(x.shape)}"
+        )
+    return x.expand(shape)
 
 
 def _wide(x: Tensor) -> torch.dtype:
