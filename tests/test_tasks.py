@@ -224,7 +224,7 @@ def parity(inputs):
 @pytest.mark.parametrize(
     ("task", "oracle"),
     [*((t, recall) for t in MQARS), (Induction(), recall), (Parity(length=40), parity)],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 @pytest.mark.parametrize("longer", [0, 7])
 def test_an_oracle_is_always_right(task, oracle, longer):
