@@ -42,7 +42,9 @@ class ShortConvolution(nn.Module):
         tail = inputs.new_zeros(batch, reach, width) if tail is None else tail.to(inputs.dtype)
         window = torch.cat((tail, inputs), dim=1)
         documents = None if documents is None else F.pad(documents, (reach, 0))
-        output = _Taps.apply(window, self.weight.to(inputs.dtype), documents)
+        # A compiler finds the passes by itself, and warns of autograd functions.
+        convolve = _taps if torch.compiler.is_compiling() else _Taps.apply
+        output = convolve(window, self.weight.to(inputs.dtype), documents)
         # The new tail: the last real tokens, those of an earlier document as zeros.
         index = end + torch.arange(reach, device=inputs.device)
         tail = _take(window, index)
@@ -51,26 +53,28 @@ class ShortConvolution(nn.Module):
         return output if order is None else _take(output, order.argsort(dim=1)), tail
 
 
-class _Taps(torch.autograd.Function):
-    """Σ_j weight[j] ⊙ window_{t+j} where both are of one document: (B, reach + N, d) -> (B, N, d).
+def _taps(window: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
+    """Σ_j weight[j] ⊙ window_{t+j} where both are of one document: (B, reach + N, d) -> (B, N, d)."""
+    reach = len(weight) - 1
+    output = window[:, reach:] * weight[reach]
+    for tap in range(reach):
+        past = window[:, tap : tap - reach]
+        if documents is not None:
+            past = past * _same(documents, tap, reach)
+        output = torch.addcmul(output, past, weight[tap])
+    return output
 
-    One pass for each tap into one tensor; autograd would make, and fill with zeros, a tensor for each.
-    """
+
+class _Taps(torch.autograd.Function):
+    """``_taps`` with a backward pass into one tensor; autograd would make, and zero, one for each tap."""
+
+    @staticmethod
+    def forward(window: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
+        return _taps(window, weight, documents)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def forward(window: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
-        reach = len(weight) - 1
-        output = window[:, reach:] * weight[reach]
-        for tap in range(reach):
-            past = window[:, tap : tap - reach]
-            if documents is not None:
-                past = past * _same(documents, tap, reach)
-            output.addcmul_(past, weight[tap])
-        return output
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
