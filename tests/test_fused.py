@@ -56,6 +56,7 @@ def test_more_threads_than_heads_share_the_features_of_a_head(case, monkeypatch,
     calls = record_calls(monkeypatch)
     case = Case(case.binding_type, case.write_rule, rotates=True, heads=heads, head_dim=72)
     inputs = random_inputs(case, 40, batch=1)  # 36 pairs: four vectors of eight and half of one
+    monkeypatch.setattr(fused, "SERIAL", 0)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -66,6 +67,21 @@ def test_more_threads_than_heads_share_the_features_of_a_head(case, monkeypatch,
         torch.set_num_threads(before)
     assert [sizes[7] for _, sizes, _ in calls] == [1, 1, parts, parts]
     assert_same(actual, expected, 1e-12)
+
+
+@needs_fused
+def test_little_work_wakes_no_other_thread(monkeypatch):
+    calls = record_calls(monkeypatch)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for length in (1, 20_000):
+            case = Case("phasor", slots=16)
+            with torch.no_grad():
+                whole(case.memory(), "fused")(random_inputs(case, length, dtype=torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    assert [sizes[-1] for _, sizes, _ in calls] == [1, 3]
 
 
 @needs_fused

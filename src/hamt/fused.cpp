@@ -69,7 +69,7 @@ inline void sincos(const Vec<double>& x, Vec<double>& sine, Vec<double>& cosine)
 }
 
 template <typename T> struct Problem {
-  int64_t B, N, H, S, F, chunk, phases, parts, position_rows, position_heads;
+  int64_t B, N, H, S, F, chunk, phases, parts, position_rows, position_heads, threads;
   const T *x, *k, *u, *w, *r, *alpha, *beta, *p;
   const uint8_t* reset;
   int64_t half() const { return F / 2; }
@@ -310,14 +310,14 @@ void backward_head(const Problem<T>& q, const Gradients<T>& g, int64_t b, int64_
 
 template <typename T> Problem<T> problem(const int64_t* n, void* const* in) {
   auto at = [&](int i) { return static_cast<const T*>(in[i]); };
-  return {n[0], n[1],  n[2],  n[3],  n[4],  n[5],  n[6],  n[7], n[8], n[9], at(0),
+  return {n[0], n[1],  n[2],  n[3],  n[4],  n[5],  n[6],  n[7], n[8], n[9], n[10], at(0),
           at(1), at(2), at(3), at(4), at(5), at(6), at(7), static_cast<const uint8_t*>(in[8])};
 }
 
 // Heads, and parts of their features where there are fewer heads than threads, are independent.
-template <typename T, typename Run> void each_part(const Problem<T>& q, int threads, Run run) {
+template <typename T, typename Run> void each_part(const Problem<T>& q, Run run) {
   const int64_t vectors = (q.half() + L<T> - 1) / L<T>;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
+#pragma omp parallel for num_threads(q.threads) schedule(dynamic)
   for (int64_t task = 0; task < q.B * q.H * q.parts; task++) {
     const int64_t part = task % q.parts, head = task / q.parts;
     const int64_t from = vectors * part / q.parts * L<T>;
@@ -326,20 +326,20 @@ template <typename T, typename Run> void each_part(const Problem<T>& q, int thre
   }
 }
 
-template <typename T> void forward(const int64_t* n, void* const* in, void* const* out, int threads) {
+template <typename T> void forward(const int64_t* n, void* const* in, void* const* out) {
   const Problem<T> q = problem<T>(n, in);
   T *M = (T*)out[0], *y = (T*)out[1], *checkpoints = (T*)out[2];
-  each_part(q, threads, [&](int64_t b, int64_t h, int64_t, int64_t from, int64_t to) {
+  each_part(q, [&](int64_t b, int64_t h, int64_t, int64_t from, int64_t to) {
     if (q.beta) forward_head<T, true>(q, b, h, from, to, M, y, checkpoints);
     else forward_head<T, false>(q, b, h, from, to, M, y, checkpoints);
   });
 }
 
-template <typename T> void backward(const int64_t* n, void* const* in, void* const* out, int threads) {
+template <typename T> void backward(const int64_t* n, void* const* in, void* const* out) {
   const Problem<T> q = problem<T>(n, in);
   auto at = [&](int i) { return static_cast<T*>(out[i]); };
   const Gradients<T> g = {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
-  each_part(q, threads, [&](int64_t b, int64_t h, int64_t part, int64_t from, int64_t to) {
+  each_part(q, [&](int64_t b, int64_t h, int64_t part, int64_t from, int64_t to) {
     if (q.beta) backward_head<T, true>(q, g, b, h, part, from, to);
     else backward_head<T, false>(q, g, b, h, part, from, to);
   });
@@ -348,16 +348,16 @@ template <typename T> void backward(const int64_t* n, void* const* in, void* con
 }  // namespace
 
 extern "C" {
-void hamt_forward_float(const int64_t* n, void* const* in, void* const* out, int threads) {
-  forward<float>(n, in, out, threads);
+void hamt_forward_float(const int64_t* n, void* const* in, void* const* out) {
+  forward<float>(n, in, out);
 }
-void hamt_forward_double(const int64_t* n, void* const* in, void* const* out, int threads) {
-  forward<double>(n, in, out, threads);
+void hamt_forward_double(const int64_t* n, void* const* in, void* const* out) {
+  forward<double>(n, in, out);
 }
-void hamt_backward_float(const int64_t* n, void* const* in, void* const* out, int threads) {
-  backward<float>(n, in, out, threads);
+void hamt_backward_float(const int64_t* n, void* const* in, void* const* out) {
+  backward<float>(n, in, out);
 }
-void hamt_backward_double(const int64_t* n, void* const* in, void* const* out, int threads) {
-  backward<double>(n, in, out, threads);
+void hamt_backward_double(const int64_t* n, void* const* in, void* const* out) {
+  backward<double>(n, in, out);
 }
 }

@@ -34,6 +34,8 @@ from hamt.vsa import Algebra
 SOURCE = Path(__file__).with_suffix(".cpp")
 # Tokens between the states that the backward pass starts from: its workspace stays in the second cache.
 CHUNK = 16
+# Slot features above which it pays to wake other threads: those of a decoding step do not (docs/LOG.md).
+SERIAL = 2**20
 Tensors = Sequence[Tensor | None]
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 
@@ -208,9 +210,10 @@ def _prepare(x, k, u, w, r, log_forget, beta, p, reset, phases) -> tuple[list[Te
     inputs = [None if a is None else a.contiguous() for a in tensors]
     batch, length, heads, features = x.shape
     vectors = -(-features // 2 // (64 // x.element_size()))
-    parts = min(vectors, -(-torch.get_num_threads() // max(1, batch * heads)))
+    threads = torch.get_num_threads() if x.numel() * w.shape[-1] > SERIAL else 1
+    parts = min(vectors, -(-threads // max(1, batch * heads)))
     rows, of_heads = (0, 0) if p is None else (len(p), p.shape[2])
-    sizes = [batch, length, heads, w.shape[-1], features, CHUNK, int(phases), parts, rows, of_heads]
+    sizes = [batch, length, heads, w.shape[-1], features, CHUNK, int(phases), parts, rows, of_heads, threads]
     return inputs, sizes
 
 
@@ -224,7 +227,7 @@ def _call(name: str, dtype: torch.dtype, sizes: list[int], inputs: Tensors, outp
         return (ctypes.c_void_p * len(tensors))(*(None if a is None else a.data_ptr() for a in tensors))
 
     numbers = (ctypes.c_int64 * len(sizes))(*sizes)
-    function(numbers, addresses(inputs), addresses(outputs), ctypes.c_int(torch.get_num_threads()))
+    function(numbers, addresses(inputs), addresses(outputs))
 
 
 @torch.compiler.assume_constant_result  # torch.compile is not to trace the search for a compiler
