@@ -49,6 +49,7 @@ def train(
     num_steps: int,
     learning_rate: float,
     weight_decay: float = 0.1,
+    eps: float = 1e-8,
     final_learning_rate: float = 0.1,
     warmup: float = 0.05,
     max_seconds: float = float("inf"),
@@ -70,6 +71,7 @@ def train(
         learning_rate: peak, reached after the share ``warmup`` of the run; then a cosine down.
         final_learning_rate: where the cosine ends, a share of the peak.
         weight_decay: of all parameters but vectors.
+        eps: of the optimisers (see ``Optimizers``).
         warmup: share of the run.
         max_seconds: end within about this time; a machine too slow for all steps still sees the
             whole schedule, squeezed into the time there is.
@@ -82,7 +84,7 @@ def train(
     Returns:
         What happened; on Ctrl-C what happened until then, the last step whole.
     """
-    optimizers = Optimizers(model, learning_rate, weight_decay)
+    optimizers = Optimizers(model, learning_rate, weight_decay, eps)
     result: TrainingResult[T] = TrainingResult()
     recent: list[float] = []
 

@@ -13,17 +13,26 @@ class Optimizers:
 
     Muon orthogonalises the update of a matrix (Jordan et al. 2024); ``match_rms_adamw`` scales it to
     the size of an AdamW update (Liu et al. 2025, arXiv 2502.16982), so that one learning rate and one
-    weight decay serve both.
+    weight decay serve both. ``eps`` is AdamW's; gradients far below it move nothing (Muon's is ten times
+    as large, as it is by default).
     """
 
-    def __init__(self, model: PreTrainedModel, learning_rate: float, weight_decay: float = 0.1) -> None:
+    def __init__(
+        self, model: PreTrainedModel, learning_rate: float, weight_decay: float = 0.1, eps: float = 1e-8
+    ) -> None:
         blocks = model.get_decoder().layers
         matrices = [m.weight for m in blocks.modules() if isinstance(m, nn.Linear)]
         known = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in known]
         self.learning_rate = learning_rate
         self.optimizers: list[Optimizer] = [
-            Muon(matrices, learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            Muon(
+                matrices,
+                learning_rate,
+                weight_decay=weight_decay,
+                eps=10 * eps,
+                adjust_lr_fn="match_rms_adamw",
+            ),
             AdamW(
                 [
                     {"params": [p for p in others if p.ndim > 1], "weight_decay": weight_decay},
@@ -31,6 +40,7 @@ class Optimizers:
                 ],
                 learning_rate,
                 betas=(0.9, 0.95),
+                eps=eps,
                 fused=True,
             ),
         ]

@@ -46,6 +46,7 @@ def train_on_task(
     learning_rate: float,
     seed: int,
     weight_decay: float = 0.1,
+    eps: float = 1e-8,
     final_learning_rate: float = 0.1,
     lengths: tuple[int, int] | None = None,
     eval_interval: int = 100,
@@ -64,6 +65,7 @@ def train_on_task(
         seed: of the training examples and, as everywhere, of the global generator; the held-out
             examples have another.
         weight_decay: of all parameters but vectors.
+        eps: of the optimisers; once a task is solved its gradients are small, its angles not yet exact.
         final_learning_rate: where the schedule ends, a share of the peak.
         lengths: shortest and longest example, in tokens; each batch draws its length uniformly between
             them, both included. None is the task's length.
@@ -92,6 +94,7 @@ def train_on_task(
         num_steps=num_steps,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
+        eps=eps,
         final_learning_rate=final_learning_rate,
         eval_interval=eval_interval,
         until=lambda right: target_accuracy is not None and right >= target_accuracy,
