@@ -36,7 +36,8 @@ def sweep(options: argparse.Namespace, recipe: dict) -> int:
         for variant in options.only or recipe["variants"]
         for task in options.tasks or recipe["tasks"]
     ]
-    missing = [name for name in names if not _is_there(options.results, recipe, name)]
+    present = _results(options.results, recipe)
+    missing = [name for name in names if name not in present]
     print(f"{len(names) - len(missing)} of {len(names)} runs are there", flush=True)
 
     def start(name: str) -> int:
@@ -48,12 +49,16 @@ def sweep(options: argparse.Namespace, recipe: dict) -> int:
         return sum(code != 0 for code in pool.map(start, missing))
 
 
-def _is_there(results: Path, recipe: dict, name: str) -> bool:
-    """Whether there is a result of this run as the recipe describes it today."""
-    file, (task, variant, _) = _file(results, name), name.split("/")
-    if not file.exists():
-        return False
-    return json.loads(file.read_text(encoding="utf-8")).get("spec") == resolve(recipe, task, variant)
+def _results(results: Path, recipe: dict) -> dict[str, dict]:
+    """What there is, by ``task/variant/seed``, of runs as the recipe describes them today."""
+    found = {}
+    for file in sorted(results.glob("*.json")):
+        entry = json.loads(file.read_text(encoding="utf-8"))
+        task, variant = entry["task"], entry["variant"]
+        known = task in recipe["tasks"] and variant in recipe["variants"]
+        if known and entry.get("spec") == resolve(recipe, task, variant):
+            found[f"{task}/{variant}/{entry['seed']}"] = entry
+    return found
 
 
 def _file(results: Path, name: str) -> Path:
@@ -63,11 +68,8 @@ def _file(results: Path, name: str) -> Path:
 def table(results: Path, recipe: dict) -> str:
     """Markdown: a row for each variant, its figures for each task: mean ± standard error over the seeds."""
     found: dict[tuple[str, str], list[dict]] = defaultdict(list)
-    for file in sorted(results.glob("*.json")):
-        entry = json.loads(file.read_text(encoding="utf-8"))
-        name = f"{entry['task']}/{entry['variant']}/{entry['seed']}"
-        if entry["variant"] in recipe["variants"] and _is_there(results, recipe, name):
-            found[entry["variant"], entry["task"]].append(entry)
+    for entry in _results(results, recipe).values():
+        found[entry["variant"], entry["task"]].append(entry)
     columns = ["variant"]
     for task, settings in recipe["tasks"].items():
         columns += [f"{task}: {COLUMNS[settings['kind']][0]}", "seeds", *COLUMNS[settings["kind"]][1:]]

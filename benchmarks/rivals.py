@@ -168,10 +168,15 @@ def transformer(
     with torch.device("meta"):
         target = non_embedding_parameters(HAMTForCausalLM(config))
         least = non_embedding_parameters(_assemble(config, 1, options))
+    return _assemble(config, mlp_width(config, target - least), options)
+
+
+def mlp_width(config: HAMTConfig, missing: int) -> int:
+    """The ``intermediate_dim`` that comes nearest to ``missing`` parameters more than a width of 1 has."""
     # A multiple of 8 from 256 on: odd widths cost matrix products up to a fifth of their speed.
     step = 8 if config.hidden_dim >= 256 else 1
-    units = 1 + (target - least) / (3 * config.hidden_dim * config.num_layers)
-    return _assemble(config, max(step, step * round(units / step)), options)
+    units = 1 + missing / (3 * config.hidden_dim * config.num_layers)
+    return max(step, step * round(units / step))
 
 
 def non_embedding_parameters(model: HAMTForCausalLM) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from environment import environment
-from rivals import transformer
+from rivals import mlp_width, transformer
 from torch import Tensor, nn
 
 from hamt import HAMTConfig, HAMTForCausalLM
@@ -75,9 +75,7 @@ def _matched(fields: dict, keys: bool, parameters: int | None) -> dict:
         return fields
     with torch.device("meta"):
         least = _hamt({**fields, "intermediate_dim": 1}, keys).num_parameters()
-    config = HAMTConfig(**fields)
-    units = (parameters - least) / (3 * config.hidden_dim * config.num_layers)
-    return {**fields, "intermediate_dim": max(1, 1 + round(units))}
+    return {**fields, "intermediate_dim": mlp_width(HAMTConfig(**fields), parameters - least)}
 
 
 def _hamt(fields: dict, keys: bool) -> HAMTForCausalLM:
@@ -98,7 +96,7 @@ def characters(path: Path) -> tuple[Tensor, Tensor, int]:
     return ids[:cut], ids[cut:], len(numbers)
 
 
-def run_characters(task: dict, spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
+def run_characters(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
     """Train on characters; the figure is the loss on all of the validation text, in nats."""
     training, validation, vocab_size = characters(data)
     options = dict(spec["training"])
@@ -109,7 +107,7 @@ def run_characters(task: dict, spec: dict, seed: int, data: Path) -> tuple[HAMTF
     part = validation[: 40 * length + 1]  # for the curve
     result = train(
         model,
-        (next_token_batch(block) for block in blocks),
+        map(next_token_batch, blocks),
         lambda: held_out_loss(model, part, len(part), length).nats_per_token,
         show_progress=False,
         **options,
@@ -119,15 +117,15 @@ def run_characters(task: dict, spec: dict, seed: int, data: Path) -> tuple[HAMTF
     return model, {"figure": final.nats_per_token, **measured}
 
 
-def run_recall(task: dict, spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
+def run_recall(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
     """Train on associative recall until nearly all is right; the figure is the accuracy at the end."""
-    model, measured = _train(MQAR(**task["task"]), spec, seed)
+    model, measured = _train(MQAR(**spec["task"]), spec, seed)
     return model, {"figure": measured["curve"][-1][1], **measured}
 
 
-def run_counting(task: dict, spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
+def run_counting(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
     """Train on short rows; the figure is the accuracy beyond their length, in rows several times as long."""
-    options = dict(task["task"])
+    options = dict(spec["task"])
     longest = options.pop("test_length")
     counting = ModularCounting(**options)
     model, measured = _train(counting, spec, seed)
@@ -144,7 +142,7 @@ def _train(task: Task, spec: dict, seed: int) -> tuple[HAMTForCausalLM, dict]:
     return model, {"seconds": result.seconds, **curve}
 
 
-KINDS: dict[str, Callable[[dict, dict, int, Path], tuple[HAMTForCausalLM, dict]]] = {
+KINDS: dict[str, Callable[[dict, int, Path], tuple[HAMTForCausalLM, dict]]] = {
     "characters": run_characters,
     "recall": run_recall,
     "counting": run_counting,
@@ -157,8 +155,7 @@ def run(recipe: dict, name: str, data: Path) -> dict[str, Any]:
     spec = resolve(recipe, task, variant)
     header = environment()
     start = time.time()
-    settings = recipe["tasks"][task]
-    model, measured = KINDS[settings["kind"]](settings, spec, int(seed), data)
+    model, measured = KINDS[recipe["tasks"][task]["kind"]](spec, int(seed), data)
     memory = None if spec["rival"] is not None else model.model.layers[0].mixer.memory
     return {
         "task": task,

@@ -75,6 +75,10 @@ def fused_scan(
 
     Returns:
         y (B, N, H, F) in the dtype of ``lifted``, and the state after the last token.
+
+    Raises:
+        ValueError: if the state is neither float32 nor float64.
+        RuntimeError: if a shape does not fit, or the operator is not available.
     """
     wide = memory.dtype
     if wide not in _TYPES:

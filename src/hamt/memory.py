@@ -1,4 +1,4 @@
-"""The holographic memory: one linear recurrence in three forms that agree.
+"""The holographic memory: one linear recurrence in forms that agree.
 
 Per head, with ⊛ the binding of one algebra (``hamt.vsa``):
 
@@ -10,13 +10,13 @@ Per head, with ⊛ the binding of one algebra (``hamt.vsa``):
 The ``recurrent`` form is this loop and defines the meaning; the ``chunked`` form computes the same
 with matrix products inside tiles of ``chunk_size`` tokens and a short scan across tiles (the
 secondary chunking of Gated Linear Attention, Yang et al. 2024, arXiv 2312.06635, with slots in the
-place of the key dimension); ``step`` is one turn of the loop, for decoding.
+place of the key dimension), the ``fused`` form in one operator for CPUs (``hamt.fused``); ``step`` is
+one turn of the loop, for decoding.
 
 Shape legend: B batch, N tokens, H heads, S slots, F features of an item, K key size;
 T tiles (or groups of tiles), C tokens in a tile.
 """
 
-from functools import partial
 from itertools import repeat
 from typing import NamedTuple
 
@@ -191,6 +191,10 @@ class HolographicMemory:
 
         Returns:
             y (B, N, H, F) in the dtype of ``items``, and the state after the last token.
+
+        Raises:
+            ValueError: if there is no such form here, a gate is missing or not the write rule's, or
+                ``seq_idx``, ``mask`` or ``rotation`` does not fit the items.
         """
         if form is None:
             parallel = "recurrent" if items.shape[1] == 1 else "chunked"
@@ -212,17 +216,16 @@ class HolographicMemory:
                 real = mask.to(wide)[..., None]
                 write, log_forget = write * real[..., None], log_forget * real[..., None]
                 beta = None if beta is None else beta * real
-            run = self._recurrent if form == "recurrent" else partial(self._parallel, form=form)
             tensors = (self.algebra.lift(items), keys, unbinding_keys, write, read, log_forget, beta)
-            output, state = run(*tensors, rotation, state, seq_idx, mask)
+            if form == "recurrent":
+                output, state = self._recurrent(tensors, rotation, state, seq_idx, mask)
+            else:
+                output, state = self._parallel(tensors, rotation, state, seq_idx, mask, form == "fused")
             return self.algebra.lower(output), state
 
-    def _recurrent(
-        self, lifted, keys, unbinding_keys, write, read, log_forget, beta, rotation, state, seq_idx, mask
-    ):
+    def _recurrent(self, tensors, rotation, state, seq_idx, mask):
         outputs = []
-        arguments = (lifted, keys, unbinding_keys, write, read, log_forget, beta)
-        tokens = (repeat(None) if a is None else a.unbind(1) for a in arguments)
+        tokens = (repeat(None) if a is None else a.unbind(1) for a in tensors)
         for t, (x, k, u, w, r, f, b) in enumerate(zip(*tokens, strict=False)):
             rho = None if rotation is None else rotation[:, min(t, rotation.shape[1] - 1)]
             if rho is not None and mask is not None:
@@ -250,21 +253,8 @@ class HolographicMemory:
         output = self.algebra.unbind(_read(memory, read).to(lifted.dtype), unbinding_key)  # (4)
         return output, MemoryState(memory, phase, document)
 
-    def _parallel(
-        self,
-        lifted,
-        keys,
-        unbinding_keys,
-        write,
-        read,
-        log_forget,
-        beta,
-        rotation,
-        state,
-        seq_idx,
-        mask,
-        form,
-    ):
+    def _parallel(self, tensors, rotation, state, seq_idx, mask, fused):
+        lifted, keys, unbinding_keys, write, read, log_forget, beta = tensors
         memory, phase, document = state
         batch, length = lifted.shape[:2]
         last, documents, positions = document, None, None
@@ -276,15 +266,14 @@ class HolographicMemory:
             positions, phase = accumulate_positions(
                 self.algebra, rotation, phase, documents, document, mask, batch, length
             )
-        gates = (write, read, log_forget, beta)
-        if form == "fused":
-            run = partial(fused_scan, self.algebra)
-            output, memory = run(lifted, keys, unbinding_keys, *gates, positions, memory, documents)
+        if fused:
+            output, memory = fused_scan(self.algebra, *tensors, positions, memory, documents)
         else:
             if positions is not None:
                 keys = self.algebra.compose(keys, positions)
                 unbinding_keys = self.algebra.compose(unbinding_keys, positions)
             bound = self.algebra.bind(lifted, keys)
+            gates = (write, read, log_forget, beta)
             output, memory = chunked_scan(bound, *gates, memory, documents, self.chunk_size)
             output = self.algebra.unbind(output, unbinding_keys)
         phase = None if phase is None else phase.expand(-1, self.num_heads, -1)
