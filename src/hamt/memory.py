@@ -267,7 +267,8 @@ class HolographicMemory:
                 self.algebra, rotation, phase, documents, document, mask, batch, length
             )
         if fused:
-            output, memory = fused_scan(self.algebra, *tensors, positions, memory, documents)
+            arguments = (*tensors, positions, memory, documents)
+            output, memory = fused_scan(self.algebra, *arguments)
         else:
             if positions is not None:
                 keys = self.algebra.compose(keys, positions)
