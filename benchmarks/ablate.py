@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 import yaml
-from runs import resolve, run
+from runs import names, resolve, run
 
 from hamt.files import write_file, write_json
 
@@ -30,15 +30,16 @@ SHAKESPEARE = HERE.parents[1] / "shared" / "data" / "tinyshakespeare" / "input.t
 
 def sweep(options: argparse.Namespace, recipe: dict) -> int:
     """Run what has no file yet, ``workers`` at a time; the number of runs that failed."""
-    names = [
-        f"{task}/{variant}/{seed}"
-        for seed in options.seeds
-        for variant in options.only or recipe["variants"]
-        for task in options.tasks or recipe["tasks"]
-    ]
+    chosen, tasks = options.only or list(recipe["variants"]), options.tasks or recipe["tasks"]
+    pairs = [(task, variant) for task, variant in names(recipe) if task in tasks and variant in chosen]
+    pairs.sort(key=lambda pair: chosen.index(pair[1]))
+    runs = [f"{task}/{variant}/{seed}" for seed in options.seeds for task, variant in pairs]
     present = _results(options.results, recipe)
-    missing = [name for name in names if name not in present]
-    print(f"{len(names) - len(missing)} of {len(names)} runs are there", flush=True)
+    missing: dict[str, str] = {}
+    for name in runs:
+        if name not in present:
+            missing.setdefault(_identity(recipe, name), name)
+    print(f"{sum(name in present for name in runs)} of {len(runs)} runs are there", flush=True)
 
     def start(name: str) -> int:
         command = [sys.executable, __file__, "--run", name, "--recipe", str(options.recipe)]
@@ -46,19 +47,28 @@ def sweep(options: argparse.Namespace, recipe: dict) -> int:
         return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
 
     with ThreadPoolExecutor(options.workers) as pool:
-        return sum(code != 0 for code in pool.map(start, missing))
+        return sum(code != 0 for code in pool.map(start, missing.values()))
 
 
 def _results(results: Path, recipe: dict) -> dict[str, dict]:
-    """What there is, by ``task/variant/seed``, of runs as the recipe describes them today."""
+    """What there is, by ``task/variant/seed``, of runs as the recipe describes them today.
+
+    A run that two variants describe (one may set what is the default) stands for both.
+    """
+    files = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))]
     found = {}
-    for file in sorted(results.glob("*.json")):
-        entry = json.loads(file.read_text(encoding="utf-8"))
-        task, variant = entry["task"], entry["variant"]
-        known = task in recipe["tasks"] and variant in recipe["variants"]
-        if known and entry.get("spec") == resolve(recipe, task, variant):
-            found[f"{task}/{variant}/{entry['seed']}"] = entry
+    for task, variant in names(recipe):
+        spec = resolve(recipe, task, variant)
+        for entry in files:
+            if entry["task"] == task and entry.get("spec") == spec:
+                found[f"{task}/{variant}/{entry['seed']}"] = entry
     return found
+
+
+def _identity(recipe: dict, name: str) -> str:
+    """The same for two names of one run."""
+    task, variant, seed = name.split("/")
+    return json.dumps([task, resolve(recipe, task, variant), seed], sort_keys=True)
 
 
 def _file(results: Path, name: str) -> Path:
@@ -68,8 +78,9 @@ def _file(results: Path, name: str) -> Path:
 def table(results: Path, recipe: dict) -> str:
     """Markdown: a row for each variant, its figures for each task: mean ± standard error over the seeds."""
     found: dict[tuple[str, str], list[dict]] = defaultdict(list)
-    for entry in _results(results, recipe).values():
-        found[entry["variant"], entry["task"]].append(entry)
+    for name, entry in _results(results, recipe).items():
+        task, variant, _ = name.split("/")
+        found[variant, task].append(entry)
     columns = ["variant"]
     for task, settings in recipe["tasks"].items():
         columns += [f"{task}: {COLUMNS[settings['kind']][0]}", "seeds", *COLUMNS[settings["kind"]][1:]]

@@ -25,6 +25,10 @@ from hamt.training.tasks import HELD_OUT, accuracy, train_on_task
 # directions that the delta rule writes in, at initialisation.
 OPTIONS = {"keys": True, "rival": None, "common_direction": 0.0}
 
+# A run is known by every choice that bears on its figure: a default that changes later does not touch it.
+NO_CHOICE = {"vocab_size", "chunk_size", "max_position_embeddings", "use_cache"}
+CHOICES = [name for name in HAMTConfig.__annotations__ if name not in NO_CHOICE and "token_id" not in name]
+
 
 class NoKeys(nn.Module):
     """Stands for a projection to keys: the phase of every key is zero, and binding does nothing."""
@@ -38,10 +42,20 @@ class NoKeys(nn.Module):
         return hidden_states.new_zeros(*hidden_states.shape[:-1], self.size)
 
 
+def names(recipe: dict) -> list[tuple[str, str]]:
+    """All (task, variant) of a recipe, by variant; one with ``tasks`` is for those alone."""
+    return [
+        (task, variant)
+        for variant, changes in recipe["variants"].items()
+        for task in changes.get("tasks", recipe["tasks"])
+    ]
+
+
 def resolve(recipe: dict, task: str, variant: str) -> dict[str, Any]:
     """What one run consists of: fields of the configuration, training options, and options of ``build``."""
     base = recipe["tasks"][task]
     changes = dict(recipe["variants"][variant])
+    changes.pop("tasks", None)
     changes.update(changes.pop(task, {}))
     for other in recipe["tasks"]:
         changes.pop(other, None)
@@ -49,9 +63,10 @@ def resolve(recipe: dict, task: str, variant: str) -> dict[str, Any]:
     training = dict(base["training"])
     for option in training.keys() & changes.keys():
         training[option] = changes.pop(option)
-    config = {**base["config"], **changes}
+    config = HAMTConfig(**{**base["config"], **changes})
     more = {"parameters": base.get("parameters"), "task": base.get("task")}
-    return {**spec, "config": config, "training": training, **more}
+    fields = {name: getattr(config, name) for name in CHOICES}
+    return {**spec, "config": fields, "training": training, **more}
 
 
 def build(spec: dict[str, Any], vocab_size: int) -> HAMTForCausalLM:

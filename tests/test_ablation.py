@@ -19,10 +19,7 @@ RECIPES = {
     for name in ("ablation", "state_tracking")
 }
 NAMES = [
-    (name, task, variant)
-    for name, recipe in RECIPES.items()
-    for task in recipe["tasks"]
-    for variant in recipe["variants"]
+    (name, task, variant) for name, recipe in RECIPES.items() for task, variant in runs.names(recipe)
 ]
 
 TINY = """
@@ -45,6 +42,7 @@ tasks:
 variants:
   base: {}
   slots-3: {num_slots: 3, text: {num_slots: 4}}
+  same: {tasks: [text], num_slots: 2, conv_kernel_size: 4}
   transformer: {rival: {}, learning_rate: 0.02}
 """
 
@@ -64,6 +62,9 @@ def test_a_variant_changes_what_it_names_for_the_task_it_names():
     base, changed = (runs.resolve(recipe, "text", variant) for variant in ("base", "slots-3"))
     assert changed["config"] == {**base["config"], "num_slots": 4}
     assert runs.resolve(recipe, "recall", "slots-3")["config"]["num_slots"] == 3
+    assert runs.resolve(recipe, "text", "same")["config"] == base["config"]
+    assert ("text", "same") in runs.names(recipe)
+    assert ("recall", "same") not in runs.names(recipe)
     rival = runs.resolve(recipe, "text", "transformer")
     assert rival["rival"] == {}
     assert rival["training"] == {**base["training"], "learning_rate": 0.02}
