@@ -21,6 +21,7 @@ from statistics import mean, median, stdev
 
 import yaml
 from runs import names, resolve, run
+from tables import markdown
 
 from hamt.files import write_file, write_json
 
@@ -84,14 +85,14 @@ def table(results: Path, recipe: dict) -> str:
     columns = ["variant"]
     for task, settings in recipe["tasks"].items():
         columns += [f"{task}: {COLUMNS[settings['kind']][0]}", "seeds", *COLUMNS[settings["kind"]][1:]]
-    lines = [f"| {' | '.join(columns)} |", "|---" + "|--:" * (len(columns) - 1) + "|"]
+    kinds = [settings["kind"] for settings in recipe["tasks"].values()]
+    rows = []
     for variant in recipe["variants"]:
-        row = [found[variant, task] for task in recipe["tasks"]]
-        if any(row):
-            kinds = [settings["kind"] for settings in recipe["tasks"].values()]
-            cells = [cell for runs, kind in zip(row, kinds, strict=True) for cell in _cells(runs, kind)]
-            lines.append(f"| {' | '.join([variant, *cells])} |")
-    return "\n".join(lines) + "\n"
+        runs = [found[variant, task] for task in recipe["tasks"]]
+        if any(runs):
+            cells = [cell for column, kind in zip(runs, kinds, strict=True) for cell in _cells(column, kind)]
+            rows.append([variant, *cells])
+    return markdown(columns, rows, text=(0,)) + "\n"
 
 
 COLUMNS = {

@@ -152,7 +152,7 @@ def run_counting(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, di
 def _train(task: Task, spec: dict, seed: int) -> tuple[HAMTForCausalLM, dict]:
     seed_everything(seed)
     model = build(spec, task.vocab_size)
-    result = train_on_task(model, task, seed=seed, **spec["training"])
+    result = train_on_task(model, task, seed=seed, show_progress=False, **spec["training"])
     curve = {"curve": result.accuracies, "steps_to_99": result.steps_to_99}
     return model, {"seconds": result.seconds, **curve}
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from environment import Timing, environment, interleave, paired_ratio, spread
 from rivals import attend, attention_head_dim, count_flops, non_embedding_parameters, transformer
+from tables import markdown
 from torch import Tensor, nn
 
 from hamt import HAMTConfig, HAMTForCausalLM
@@ -263,7 +264,7 @@ def _model_table(part: dict[str, Any]) -> str:
         f"{name} {counts['non_embedding']:,} parameters + embedding = {counts['total']:,}"
         for name, counts in part["parameters"].items()
     )
-    return f"{sizes}\n\n{_markdown(header, rows, text=(2,))}"
+    return f"{sizes}\n\n{markdown(header, rows, text=(2,))}"
 
 
 def _mixer_table(part: dict[str, Any]) -> str:
@@ -280,17 +281,11 @@ def _mixer_table(part: dict[str, Any]) -> str:
         for row in part["rows"]
     ]
     sizes = f"N={part['length']:,}, d={part['hidden_dim']}: {part['memory']} against {part['attention']}"
-    return f"{sizes}\n\n{_markdown(header, rows, text=(0, 1))}"
+    return f"{sizes}\n\n{markdown(header, rows, text=(0, 1))}"
 
 
 def _ratio(spread: dict[str, float]) -> str:
     return f"{spread['median']:.2f}× ({spread['low']:.2f}–{spread['high']:.2f})"
-
-
-def _markdown(header: list[str], rows: list[list[str]], text: tuple[int, ...]) -> str:
-    """A Markdown table; columns not in ``text`` are aligned to the right."""
-    rule = ["---" if column in text else "---:" for column in range(len(header))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
 def _autocast(options: argparse.Namespace) -> torch.autocast:

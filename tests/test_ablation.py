@@ -18,9 +18,7 @@ RECIPES = {
     name: yaml.safe_load((BENCHMARKS / f"{name}.yaml").read_text(encoding="utf-8"))
     for name in ("ablation", "state_tracking")
 }
-NAMES = [
-    (name, task, variant) for name, recipe in RECIPES.items() for task, variant in runs.names(recipe)
-]
+NAMES = [(name, task, variant) for name, recipe in RECIPES.items() for task, variant in runs.names(recipe)]
 
 TINY = """
 tasks:

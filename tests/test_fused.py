@@ -65,7 +65,7 @@ def test_more_threads_than_heads_share_the_features_of_a_head(case, monkeypatch,
         actual = record(whole(case.memory(), "fused"), inputs)
     finally:
         torch.set_num_threads(before)
-    assert [sizes[7] for _, sizes, _ in calls] == [1, 1, parts, parts]
+    assert [sizes.parts for _, sizes, _ in calls] == [1, 1, parts, parts]
     assert_same(actual, expected, 1e-12)
 
 
@@ -81,7 +81,7 @@ def test_little_work_wakes_no_other_thread(monkeypatch):
                 whole(case.memory(), "fused")(random_inputs(case, length, dtype=torch.float32))
     finally:
         torch.set_num_threads(before)
-    assert [sizes[-1] for _, sizes, _ in calls] == [1, 3]
+    assert [sizes.threads for _, sizes, _ in calls] == [1, 3]
 
 
 @needs_fused

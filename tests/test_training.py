@@ -34,13 +34,13 @@ def repeated_batches(batch=4, length=17, vocab=40):
 
 
 def test_every_parameter_belongs_to_exactly_one_optimiser(model):
-    optimizers = Optimizers(model, 1e-2).optimizers
+    optimizers = Optimizers(model, 1e-2, weight_decay=0.1, eps=1e-8).optimizers
     owned = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(owned) == sorted(id(p) for p in model.parameters())
 
 
 def test_muon_has_the_matrices_of_the_blocks_and_nothing_else(model):
-    muon, adamw = Optimizers(model, 1e-2).optimizers
+    muon, adamw = Optimizers(model, 1e-2, weight_decay=0.1, eps=1e-8).optimizers
     names = {id(p): name for name, p in model.named_parameters()}
     in_muon = {names[id(p)] for g in muon.param_groups for p in g["params"]}
     assert {n.split(".")[-2] for n in in_muon} == {

@@ -68,8 +68,11 @@ inline void sincos(const Vec<double>& x, Vec<double>& sine, Vec<double>& cosine)
   }
 }
 
-template <typename T> struct Problem {
+// The same fields in the same order as in hamt/fused.py.
+struct Sizes {
   int64_t B, N, H, S, F, chunk, phases, parts, position_rows, position_heads, threads;
+};
+template <typename T> struct Problem : Sizes {
   const T *x, *k, *u, *w, *r, *alpha, *beta, *p;
   const uint8_t* reset;
   int64_t half() const { return F / 2; }
@@ -308,10 +311,9 @@ void backward_head(const Problem<T>& q, const Gradients<T>& g, int64_t b, int64_
   }
 }
 
-template <typename T> Problem<T> problem(const int64_t* n, void* const* in) {
+template <typename T> Problem<T> problem(const Sizes* sizes, void* const* in) {
   auto at = [&](int i) { return static_cast<const T*>(in[i]); };
-  return {n[0], n[1],  n[2],  n[3],  n[4],  n[5],  n[6],  n[7], n[8], n[9], n[10], at(0),
-          at(1), at(2), at(3), at(4), at(5), at(6), at(7), static_cast<const uint8_t*>(in[8])};
+  return {*sizes, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), static_cast<const uint8_t*>(in[8])};
 }
 
 // Heads, and parts of their features where there are fewer heads than threads, are independent.
@@ -326,8 +328,8 @@ template <typename T, typename Run> void each_part(const Problem<T>& q, Run run)
   }
 }
 
-template <typename T> void forward(const int64_t* n, void* const* in, void* const* out) {
-  const Problem<T> q = problem<T>(n, in);
+template <typename T> void forward(const Sizes* sizes, void* const* in, void* const* out) {
+  const Problem<T> q = problem<T>(sizes, in);
   T *M = (T*)out[0], *y = (T*)out[1], *checkpoints = (T*)out[2];
   each_part(q, [&](int64_t b, int64_t h, int64_t, int64_t from, int64_t to) {
     if (q.beta) forward_head<T, true>(q, b, h, from, to, M, y, checkpoints);
@@ -335,8 +337,8 @@ template <typename T> void forward(const int64_t* n, void* const* in, void* cons
   });
 }
 
-template <typename T> void backward(const int64_t* n, void* const* in, void* const* out) {
-  const Problem<T> q = problem<T>(n, in);
+template <typename T> void backward(const Sizes* sizes, void* const* in, void* const* out) {
+  const Problem<T> q = problem<T>(sizes, in);
   auto at = [&](int i) { return static_cast<T*>(out[i]); };
   const Gradients<T> g = {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
   each_part(q, [&](int64_t b, int64_t h, int64_t part, int64_t from, int64_t to) {
@@ -347,17 +349,11 @@ template <typename T> void backward(const int64_t* n, void* const* in, void* con
 
 }  // namespace
 
-extern "C" {
-void hamt_forward_float(const int64_t* n, void* const* in, void* const* out) {
-  forward<float>(n, in, out);
-}
-void hamt_forward_double(const int64_t* n, void* const* in, void* const* out) {
-  forward<double>(n, in, out);
-}
-void hamt_backward_float(const int64_t* n, void* const* in, void* const* out) {
-  backward<float>(n, in, out);
-}
-void hamt_backward_double(const int64_t* n, void* const* in, void* const* out) {
-  backward<double>(n, in, out);
-}
-}
+#define EXPORT(pass, type) \
+  extern "C" void hamt_##pass##_##type(const Sizes* sizes, void* const* in, void* const* out) { \
+    pass<type>(sizes, in, out); \
+  }
+EXPORT(forward, float)
+EXPORT(forward, double)
+EXPORT(backward, float)
+EXPORT(backward, double)

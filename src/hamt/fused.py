@@ -38,6 +38,13 @@ CHUNK = 16
 SERIAL = 2**20
 Tensors = Sequence[Tensor | None]
 _TYPES = {torch.float32: "float", torch.float64: "double"}
+_SIZES = ("B", "N", "H", "S", "F", "chunk", "phases", "parts", "position_rows", "position_heads", "threads")
+
+
+class _Sizes(ctypes.Structure):
+    """What fused.cpp calls ``Sizes``; the library is named by its source, so that the two go together."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in _SIZES]
 
 
 def fused_available(x: Tensor) -> bool:
@@ -149,7 +156,7 @@ def _scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, k, u, w, r, log α, β (empty without) and the first state."""
     inputs, sizes = _prepare(x, k, u, w, r, log_forget, beta, p, reset, phases)
-    parts = sizes[7]
+    parts = sizes.parts
     dx, dk, du = (a.new_empty(a.shape) for a in (x, k, u))
     gates = (w, r, log_forget, x.new_empty(0) if beta is None else beta)
     dw, dr, dlog, dbeta = (x.new_empty(parts, *gate.shape) for gate in gates)
@@ -208,7 +215,7 @@ def _checkpoints(x: Tensor, memory: Tensor, keep: bool) -> Tensor:
     return x.new_empty(batch, heads, chunks, *slot)
 
 
-def _prepare(x, k, u, w, r, log_forget, beta, p, reset, phases) -> tuple[list[Tensor | None], list[int]]:
+def _prepare(x, k, u, w, r, log_forget, beta, p, reset, phases) -> tuple[list[Tensor | None], _Sizes]:
     """Arguments of the operator: contiguous tensors in its order, and sizes."""
     tensors = (x, k, u, w, r, log_forget.exp(), beta, p, reset)
     inputs = [None if a is None else a.contiguous() for a in tensors]
@@ -216,12 +223,22 @@ def _prepare(x, k, u, w, r, log_forget, beta, p, reset, phases) -> tuple[list[Te
     vectors = -(-features // 2 // (64 // x.element_size()))
     threads = torch.get_num_threads() if x.numel() * w.shape[-1] > SERIAL else 1
     parts = min(vectors, -(-threads // max(1, batch * heads)))
-    rows, of_heads = (0, 0) if p is None else (len(p), p.shape[2])
-    sizes = [batch, length, heads, w.shape[-1], features, CHUNK, int(phases), parts, rows, of_heads, threads]
-    return inputs, sizes
+    return inputs, _Sizes(
+        B=batch,
+        N=length,
+        H=heads,
+        S=w.shape[-1],
+        F=features,
+        chunk=CHUNK,
+        phases=phases,
+        parts=parts,
+        position_rows=0 if p is None else len(p),
+        position_heads=0 if p is None else p.shape[2],
+        threads=threads,
+    )
 
 
-def _call(name: str, dtype: torch.dtype, sizes: list[int], inputs: Tensors, outputs: Tensors) -> None:
+def _call(name: str, dtype: torch.dtype, sizes: _Sizes, inputs: Tensors, outputs: Tensors) -> None:
     library = _library()
     if library is None:
         raise RuntimeError("the fused form is not available here: see hamt.fused")
@@ -230,8 +247,7 @@ def _call(name: str, dtype: torch.dtype, sizes: list[int], inputs: Tensors, outp
     def addresses(tensors: Tensors):
         return (ctypes.c_void_p * len(tensors))(*(None if a is None else a.data_ptr() for a in tensors))
 
-    numbers = (ctypes.c_int64 * len(sizes))(*sizes)
-    function(numbers, addresses(inputs), addresses(outputs))
+    function(ctypes.byref(sizes), addresses(inputs), addresses(outputs))
 
 
 @torch.compiler.assume_constant_result  # torch.compile is not to trace the search for a compiler

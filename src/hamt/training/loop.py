@@ -71,7 +71,8 @@ def train(
         learning_rate: peak, reached after the share ``warmup`` of the run; then a cosine down.
         final_learning_rate: where the cosine ends, a share of the peak.
         weight_decay: of all parameters but vectors.
-        eps: of the optimisers (see ``Optimizers``).
+        eps: of the optimisers (see ``Optimizers``); with a small one angles go on becoming exact after
+            a task is solved, when its gradients are tiny.
         warmup: share of the run.
         max_seconds: end within about this time; a machine too slow for all steps still sees the
             whole schedule, squeezed into the time there is.

@@ -17,9 +17,7 @@ class Optimizers:
     as large, as it is by default).
     """
 
-    def __init__(
-        self, model: PreTrainedModel, learning_rate: float, weight_decay: float = 0.1, eps: float = 1e-8
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, learning_rate: float, weight_decay: float, eps: float) -> None:
         blocks = model.get_decoder().layers
         matrices = [m.weight for m in blocks.modules() if isinstance(m, nn.Linear)]
         known = {id(p) for p in matrices}

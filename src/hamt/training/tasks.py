@@ -5,6 +5,7 @@ Shape legend: B batch, N tokens.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,38 +42,26 @@ def train_on_task(
     model: PreTrainedModel,
     task: Task,
     *,
-    num_steps: int,
     batch_size: int,
-    learning_rate: float,
     seed: int,
-    weight_decay: float = 0.1,
-    eps: float = 1e-8,
-    final_learning_rate: float = 0.1,
     lengths: tuple[int, int] | None = None,
-    eval_interval: int = 100,
     num_held_out: int = 256,
     target_accuracy: float | None = None,
-    show_progress: bool = False,
+    **options: Any,
 ) -> TaskResult:
-    """Train in place on fresh examples at every step; the loop, schedule and optimisers of ``hamt.training``.
+    """Train in place on fresh examples at every step.
 
     Args:
         model: a causal language model of Transformers; left in evaluation mode.
         task: what to learn; evaluated at its own length.
-        num_steps: optimiser steps.
         batch_size: B, examples of a step.
-        learning_rate: peak of the schedule.
         seed: of the training examples and, as everywhere, of the global generator; the held-out
             examples have another.
-        weight_decay: of all parameters but vectors.
-        eps: of the optimisers; once a task is solved its gradients are small, its angles not yet exact.
-        final_learning_rate: where the schedule ends, a share of the peak.
         lengths: shortest and longest example, in tokens; each batch draws its length uniformly between
             them, both included. None is the task's length.
-        eval_interval: steps between evaluations.
         num_held_out: examples of an evaluation, always the same.
         target_accuracy: end at the first evaluation that reaches it.
-        show_progress: draw a progress bar.
+        options: of ``hamt.training.loop.train``: ``num_steps``, ``learning_rate`` and what has a default.
 
     Raises:
         ValueError: if the lengths do not fit the task, or the model's vocabulary is too small for it.
@@ -91,14 +80,8 @@ def train_on_task(
         model,
         batches,
         lambda: accuracy(model, task, num_examples=num_held_out, seed=seed + HELD_OUT, batch_size=batch_size),
-        num_steps=num_steps,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        eps=eps,
-        final_learning_rate=final_learning_rate,
-        eval_interval=eval_interval,
         until=lambda right: target_accuracy is not None and right >= target_accuracy,
-        show_progress=show_progress,
+        **options,
     )
     return TaskResult(result.held_out, result.seconds, result.interrupted)
 
