@@ -314,6 +314,16 @@ def test_delta_gates_are_a_direction_and_a_strength_in_float32_whatever_the_laye
         assert (beta.flatten(0, 1).std(dim=0) > 0.01).all()
 
 
+def test_an_item_outlives_a_few_dozen_writes_of_the_delta_rule_at_initialisation():
+    network = gating(write_rule="delta", num_slots=8)
+    _, write, beta = network(random_inputs(16, 64).float())
+    left = write[:, 0]  # how the slots hold the first item, (B, H, S)
+    for direction, strength in zip(write[:, 1:].unbind(1), beta[:, 1:].unbind(1), strict=True):
+        held = (direction * left).sum(dim=-1, keepdim=True)
+        left = left - strength[..., None] * held * direction
+    assert left.norm(dim=-1).mean() > 0.25  # with strengths of a half it is 0.05
+
+
 @pytest.mark.parametrize("binding_type", BINDINGS)
 def test_reading_keys_are_unit_keys(binding_type):
     layer = tiny_layer(binding_type=binding_type)

@@ -28,6 +28,11 @@ from hamt.positions import number_documents
 from hamt.vsa import Algebra
 
 
+# Logit of a write at initialisation, 0.12. Under the delta rule every write erases: at 0.5 a few dozen
+# tokens later nothing is left of an item that might be asked for, and recall is learned late (docs/LOG.md).
+GENTLE = -2.0
+
+
 class LayerState(NamedTuple):
     """All that a layer carries from token to token.
 
@@ -107,11 +112,11 @@ class GatingNetwork(nn.Module):
         if self.config.write_rule == "convex":
             return forget
         if self.config.write_rule == "gated":
-            return torch.cat((-forget, torch.full_like(forget, -2.0)))
+            return torch.cat((-forget, torch.full_like(forget, GENTLE)))
         # Directions without a common part: writes along one direction would erase each other. A direction
         # that does not depend on the token has only this part, and zero would be none.
         common = torch.zeros_like(forget) if self.config.use_gating else torch.ones_like(forget)
-        return torch.cat((-forget, common, torch.zeros(heads)))
+        return torch.cat((-forget, common, torch.full((heads,), GENTLE)))
 
 
 class RetrievalHead(nn.Module):
