@@ -27,7 +27,6 @@ from hamt.memory import HolographicMemory, MemoryState
 from hamt.positions import number_documents
 from hamt.vsa import Algebra
 
-
 # Logit of a write at initialisation, 0.12. Under the delta rule every write erases: at 0.5 a few dozen
 # tokens later nothing is left of an item that might be asked for, and recall is learned late (docs/LOG.md).
 GENTLE = -2.0
