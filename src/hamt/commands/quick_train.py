@@ -29,7 +29,7 @@ class QuickTrainOptions:
     num_slots: int = option(16, "memory slots per head")
     num_heads: int = option(4, "heads")
     binding_type: str = option("phasor", "phasor, circular_conv or elementwise")
-    write_rule: str = option("gated", "gated or convex")
+    write_rule: str = option("gated", "gated, convex or delta")
     dropout: float = option(0.0, "dropout")
     use_aux_loss: bool = option(False, "train keys and gates to reconstruct stored items too")
     aux_loss_weight: float = option(0.05, "weight of that loss")
