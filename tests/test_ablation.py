@@ -111,13 +111,16 @@ def test_a_sweep_runs_what_is_missing_and_tabulates_it(tmp_path, monkeypatch, ca
     command("--run", "text/transformer/0")
     command("--only", "slots-3", "--tasks", "text")
     assert "1 of 1 runs are there" in capfd.readouterr().out
+    command("--run", "text/same/0")  # what the base is, by another name
+    command("--only", "base", "same", "--tasks", "text", "recall")
+    assert "3 of 3 runs are there" in capfd.readouterr().out
     found = json.loads((results / "text-slots-3-0.json").read_text(encoding="utf-8"))
     assert found["state_floats"] == 4 * 64
     assert found["tokens"] == 2 * 2 * 16
     assert found["figure"] > 0
     command("--table", str(tmp_path / "table.md"))
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["base", "slots-3", "transformer"]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["base", "slots-3", "same", "transformer"]
     assert f"{found['figure']:.3f} | 1 | {found['num_parameters']:,} | 256" in lines[3]
     assert len({line.count("|") for line in lines}) == 1
 
