@@ -36,10 +36,11 @@ def sweep(options: argparse.Namespace, recipe: dict) -> int:
     pairs.sort(key=lambda pair: chosen.index(pair[1]))
     runs = [f"{task}/{variant}/{seed}" for seed in options.seeds for task, variant in pairs]
     present = _results(options.results, recipe)
-    missing: dict[str, str] = {}
+    missing: dict[tuple[str, str], str] = {}
     for name in runs:
         if name not in present:
-            missing.setdefault(_identity(recipe, name), name)
+            task, variant, seed = name.split("/")
+            missing.setdefault((_identity(task, resolve(recipe, task, variant)), seed), name)
     print(f"{sum(name in present for name in runs)} of {len(runs)} runs are there", flush=True)
 
     def start(name: str) -> int:
@@ -56,20 +57,20 @@ def _results(results: Path, recipe: dict) -> dict[str, dict]:
 
     A run that two variants describe (one may set what is the default) stands for both.
     """
-    files = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))]
-    found = {}
-    for task, variant in names(recipe):
-        spec = resolve(recipe, task, variant)
-        for entry in files:
-            if entry["task"] == task and entry.get("spec") == spec:
-                found[f"{task}/{variant}/{entry['seed']}"] = entry
-    return found
+    found = defaultdict(list)
+    for file in sorted(results.glob("*.json")):
+        entry = json.loads(file.read_text(encoding="utf-8"))
+        found[_identity(entry["task"], entry.get("spec"))].append(entry)
+    return {
+        f"{task}/{variant}/{entry['seed']}": entry
+        for task, variant in names(recipe)
+        for entry in found[_identity(task, resolve(recipe, task, variant))]
+    }
 
 
-def _identity(recipe: dict, name: str) -> str:
-    """The same for two names of one run."""
-    task, variant, seed = name.split("/")
-    return json.dumps([task, resolve(recipe, task, variant), seed], sort_keys=True)
+def _identity(task: str, spec: dict | None) -> str:
+    """The same for two variants that describe one run."""
+    return json.dumps([task, spec], sort_keys=True)
 
 
 def _file(results: Path, name: str) -> Path:
