@@ -1,5 +1,6 @@
 """Writing files whole or not at all: to a temporary name beside the target, then renamed."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+WRITING = ".writing-"  # what a folder is called that is being written
 
 
 def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -17,8 +22,8 @@ def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]) 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
-        write(Path(temporary))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=WRITING) as temporary:
+        _write(write, Path(temporary))
         files = sorted(Path(temporary).iterdir())
         probe = Path(temporary) / "mode-probe"
         probe.touch()
@@ -35,9 +40,79 @@ def write_file(path: str | os.PathLike[str], write: Callable[[Path], None]) -> N
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write ``content`` as indented JSON."""
-    text = json.dumps(content, indent=2) + "\n"
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` as UTF-8."""
 
     def write(file: Path) -> None:
         file.write_text(text, encoding="utf-8")
 
     write_file(path, write)
+
+
+def new_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary folder, and rename it to ``folder`` when all of it is on the disk.
+
+    At no moment is there half a one under this name. One that is already there stays, also if another
+    process has made it in the meantime.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        fresh = Path(temporary) / "new"
+        fresh.mkdir()
+        _write(write, fresh)
+        for file in (*fresh.rglob("*"), fresh):
+            _sync(file)
+        try:
+            os.rename(fresh, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        _sync(folder.parent)
+
+
+def _write(write: Callable[[Path], None], target: Path) -> None:
+    """Let ``write`` fill ``target``; libraries tell a full disk in ways of their own."""
+    try:
+        write(target)
+    except (SafetensorError, RuntimeError) as error:
+        full = "No space left" in str(error) or shutil.disk_usage(target).free < 2**20
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error).splitlines()[0]) from error
+
+
+def user_cache() -> Path:
+    """The user's folder for what can be made again: ``$XDG_CACHE_HOME/hamt``, or ``~/.cache/hamt``.
+
+    Raises:
+        RuntimeError: if there is no home.
+    """
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (named if named.is_absolute() else Path.home() / ".cache") / "hamt"
+
+
+def existing(folder: str | os.PathLike[str]) -> Path:
+    """The folder, or the nearest one above it that there is."""
+    there = Path(folder).absolute()
+    while not there.exists():
+        there = there.parent
+    return there
+
+
+def token_cache(folder: str | os.PathLike[str] | None) -> Path:
+    """Where tokenised text is kept; None is ``tokens`` in the user's cache."""
+    return user_cache() / "tokens" if folder is None else Path(folder)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold it: else a rename may survive a power failure that the content does not."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # not every file system can, of folders
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(handle)

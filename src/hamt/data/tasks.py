@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NOT_ASKED = -100
+from hamt.cross_entropy import NOT_ASKED
+
 PICTURE_WIDTH = 100
 
 

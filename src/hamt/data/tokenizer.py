@@ -1,21 +1,27 @@
 """Byte-level BPE tokenizers: trained on the user's own text, or loaded."""
 
-import urllib.error
-import urllib.request
-from collections.abc import Iterable
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
-from huggingface_hub import constants
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hamt.data.corpus import Corpus
+from hamt.data.hub import no_network
 from hamt.errors import UserError
+from hamt.files import new_folder, token_cache
 
-END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
+LEARNT = 100_000_000
+END_OF_TEXT, PADDING, UNKNOWN = "<|endoftext|>", "<|pad|>", "�"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE; any text can be encoded, and decoded to the same bytes.
+
+    It learns from the first ``LEARNT`` characters: more would take hours and change little.
 
     Raises:
         UserError: if ``vocab_size`` cannot hold the 256 bytes and 2 special tokens.
@@ -28,7 +34,42 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer = _byte_level(models.BPE())
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_first(texts, LEARNT), trainer)
+    return _fast(tokenizer)
+
+
+def own_tokenizer(
+    corpus: Corpus, vocab_size: int, cache: str | os.PathLike[str] | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that ``train_tokenizer`` learns from a corpus, kept beside its tokens (``token_cache``).
+
+    Raises:
+        UserError: as ``train_tokenizer``, and if the folder cannot be written.
+    """
+    identity = hashlib.sha256(f"{LEARNT} {vocab_size} {corpus.identity}".encode()).hexdigest()[:16]
+    folder = token_cache(cache) / f"tokenizer-{identity}"
+    if not folder.is_dir():
+        tokenizer = train_tokenizer(corpus.train, vocab_size)
+
+        def write(target: Path) -> None:
+            tokenizer.save_pretrained(target)
+
+        try:
+            new_folder(folder, write)
+        except OSError as error:
+            raise UserError(
+                f"cannot keep a tokenizer in {folder} ({error.strerror}); name another with --token_cache"
+            ) from error
+    return load_tokenizer(str(folder))
+
+
+def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A token for each character of ``texts``; others are unknown, and written as ``�``."""
+    characters = sorted(set(chain.from_iterable(texts)))
+    vocabulary = {token: i for i, token in enumerate([*characters, END_OF_TEXT, PADDING, UNKNOWN])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     return _fast(tokenizer)
 
 
@@ -44,12 +85,24 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         return _fast(_byte_level(bpe))
     try:
         # The local cache answers at once; only then is the network worth a wait.
-        return AutoTokenizer.from_pretrained(name_or_path, local_files_only=folder.exists() or _no_network())
+        found = AutoTokenizer.from_pretrained(name_or_path, local_files_only=folder.exists() or no_network())
     except (OSError, ValueError) as error:
         raise UserError(
             f"no tokenizer {name_or_path!r} in a local folder, and none could be downloaded: "
             "give a folder with a tokenizer, or leave the option out to train one on your text"
         ) from error
+    if not found.is_fast:
+        raise UserError(f"the tokenizer {name_or_path!r} has no fast form; give another")
+    return found
+
+
+def _first(texts: Iterable[str], size: int) -> Iterator[str]:
+    """Texts up to ``size`` characters in all."""
+    for text in texts:
+        yield text[:size]
+        size -= len(text)
+        if size <= 0:
+            return
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:
@@ -71,16 +124,3 @@ def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-
-
-def _no_network() -> bool:
-    """Whether the model hub does not answer within three seconds; downloads would retry for 46."""
-    if constants.HF_HUB_OFFLINE:
-        return True
-    try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=3).close()
-    except urllib.error.HTTPError:
-        return False
-    except OSError:
-        return True
-    return False
