@@ -332,3 +332,25 @@ def test_a_loaded_model_may_be_given_a_dtype(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.generate(IDS[:, :5], max_new_tokens=3, do_sample=False).shape == (2, 8)
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("num_items", [None, 100])
+def test_the_loss_without_logits_is_the_loss(shifted, num_items):
+    torch.manual_seed(0)
+    model = HAMTModel(HAMTConfig(hidden_dim=32, num_layers=1, vocab_size=600))
+    ids, targets = torch.randint(600, (2, 3, 150), generator=torch.Generator().manual_seed(1))
+    targets[0, :9] = -100
+    options = {
+        "labels": targets,
+        **({"shift_labels": targets} if shifted else {}),
+        "num_items_in_batch": num_items,
+    }
+    found = []
+    for without in ({}, {"return_logits": False}):
+        outputs = model(ids, **options, **without)
+        outputs.loss.backward()
+        found.append([outputs.loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad()
+    assert outputs.logits is None
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)

@@ -1,4 +1,4 @@
-"""Auxiliary losses that ask the memory for what it was given.
+"""Auxiliary losses: they ask the memory for what it was given.
 
 Shape legend: B batch, N tokens, H heads, S slots, F features of an item, K key size, C sampled tokens.
 """
@@ -21,6 +21,8 @@ class Reconstruction(NamedTuple):
     mse: Tensor
 
 
+# A compiled one would be compiled anew for every length it draws.
+@torch.compiler.disable
 def reconstruction_loss(
     memory: HolographicMemory,
     items: Tensor,

@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hamt.cache import HAMTCache
 from hamt.config import HAMTConfig
+from hamt.cross_entropy import NOT_ASKED, next_token_loss
 from hamt.layers import (
     GatingNetwork,
     HAMTLayer,
@@ -232,6 +233,7 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        return_logits: bool = True,
         **kwargs,
     ) -> HAMTCausalLMOutput:
         """Predict the next token; the arguments of ``HAMTBackbone.forward`` and
@@ -239,6 +241,8 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, N) targets, shifted inside, -100 where no loss is wanted.
             logits_to_keep: how many of the last positions get logits, or which; 0 is all.
+            return_logits: False computes the loss a few tokens at a time, and no logits: of a large
+                vocabulary they would take more memory than all the rest.
 
         Returns:
             ``loss`` in nats per token (with labels; the weighted ``aux_loss`` is part of it),
@@ -253,15 +257,26 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
+        logits, loss, hidden_states = None, None, outputs.last_hidden_state
+        if return_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            if logits is None:
+                targets = kwargs.get("shift_labels")
+                targets = F.pad(labels[:, 1:], (0, 1), value=NOT_ASKED) if targets is None else targets
+                loss = next_token_loss(
+                    hidden_states, self.lm_head.weight, targets, kwargs.get("num_items_in_batch")
+                )
+            else:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                )
             if outputs.aux_loss is not None:
-                loss = loss + self.config.aux_loss_weight * outputs.aux_loss
+                # Of several batches that make up one step, each brings its share.
+                total, asked = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels", labels)
+                share = 1.0 if total is None else asked.ne(NOT_ASKED).sum() / total
+                loss = loss + self.config.aux_loss_weight * share * outputs.aux_loss
         return HAMTCausalLMOutput(
             loss=loss,
             logits=logits,

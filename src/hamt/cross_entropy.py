@@ -1,0 +1,83 @@
+"""The loss of the next token, without all its logits.
+
+Shape legend: B batch, N tokens, d hidden size, V vocabulary, T = B · N.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import LinearCrossEntropyOptions
+
+NOT_ASKED = -100  # the target where no loss is wanted, as everywhere in PyTorch and Transformers
+# Tokens whose logits exist at a time, and whose logits are worked on at a time.
+TOKENS, ROWS = 512, 16
+
+
+def next_token_loss(
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Cross-entropy in nats per token of a linear head, its logits never in memory all at once.
+
+    Under autocast the logits have its dtype, as those of a ``Linear`` would; what follows is float32.
+
+    Args:
+        hidden_states: (B, N, d).
+        weight: of the head, (V, d).
+        targets: (B, N), aligned with the hidden states, -100 where nothing is asked.
+        num_items: what the sum is divided by; None is the number of targets.
+    """
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    hidden, weight, asked = hidden_states.flatten(0, 1).to(dtype), weight.to(dtype), targets.flatten()
+    with torch.autocast(device, enabled=False):
+        if dtype in (torch.bfloat16, torch.float16):
+            total = _half(hidden, weight, asked)
+        else:
+            options = LinearCrossEntropyOptions(batch_chunk_size=TOKENS, chunking_method=None)
+            total = F.linear_cross_entropy(hidden, weight, asked, reduction="sum", options=options)
+    return total / (targets.ne(NOT_ASKED).sum() if num_items is None else num_items)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of (T, d) and a head (V, d) in half precision, with float32 between the products.
+
+    The function of PyTorch sums the loss in half precision, where thousands of tokens lose their digits or
+    overflow, and on a CPU takes three times as long (docs/LOG.md).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = torch.zeros((), device=hidden.device)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros(weight.shape, device=hidden.device)
+        # Only a CPU has a cache that a few rows fit into; a GPU wants large pieces.
+        tokens, rows = (TOKENS, ROWS) if hidden.device.type == "cpu" else (4 * TOKENS, 4 * TOKENS)
+        for begin in range(0, len(hidden), tokens):
+            part = slice(begin, begin + tokens)
+            asked = targets[part].ne(NOT_ASKED)[:, None]
+            target, asked = targets[part, None].where(asked, 0), asked.float()
+            logits = hidden[part] @ weight.T
+            # A few tokens at a time, so that their float32 logits stay in the processor's cache.
+            for tile, index, scale in zip(*(x.split(rows) for x in (logits, target, asked)), strict=True):
+                share = tile.float()
+                wanted, largest = share.gather(1, index), share.amax(dim=1, keepdim=True)
+                share = share.sub_(largest).exp_()
+                partition = share.sum(dim=1, keepdim=True)
+                total += ((partition.log() + largest - wanted) * scale).sum()
+                # d loss / d logits = softmax - one at the target.
+                tile.copy_(share.mul_(scale / partition).scatter_add_(1, index, -scale))
+            grad_hidden[part] = logits @ weight
+            grad_weight += logits.T @ hidden[part]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad, (grad_weight * grad).to(ctx.dtype), None
+
+
+# Its loop would be unrolled by a compiler.
+_half = torch.compiler.disable(_LinearCrossEntropy.apply)

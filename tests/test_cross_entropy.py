@@ -1,0 +1,69 @@
+"""The loss without all its logits is the loss."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hamt.cross_entropy import NOT_ASKED, TOKENS, next_token_loss
+
+
+def problem(length, vocab_size=600, width=24):
+    generator = torch.Generator().manual_seed(length)
+    hidden = torch.randn(2, length, width, generator=generator)
+    weight = torch.randn(vocab_size, width, generator=generator) / 4
+    targets = torch.randint(vocab_size, (2, length), generator=generator)
+    targets[0, : length // 3] = NOT_ASKED
+    return hidden, weight, targets
+
+
+def loss_and_gradients(function, *tensors):
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    loss = function(*leaves)
+    loss.backward()
+    return loss.detach(), [x.grad for x in leaves]
+
+
+# Less than a tile, whole tiles, and some tokens more.
+@pytest.mark.parametrize("length", [7, TOKENS // 2, TOKENS + 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradients_are_those_of_all_logits(length, dtype):
+    hidden, weight, targets = problem(length)
+
+    def reference(hidden, weight):
+        # What autocast rounds is rounded here too; all else is float32.
+        logits = hidden.to(dtype).float() @ weight.to(dtype).float().T
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NOT_ASKED)
+
+    def tested(hidden, weight):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return next_token_loss(hidden, weight, targets)
+
+    expected, expected_gradients = loss_and_gradients(reference, hidden, weight)
+    loss, gradients = loss_and_gradients(tested, hidden, weight)
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        assert ((gradient - wanted).norm() / wanted.norm()).item() < 2 * tolerance
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_shares_of_a_step_add_up(enabled):
+    hidden, weight, targets = problem(50)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        whole = next_token_loss(hidden, weight, targets)
+        count = targets.ne(NOT_ASKED).sum()
+        parts = [
+            next_token_loss(h[None], weight, t[None], count) for h, t in zip(hidden, targets, strict=True)
+        ]
+    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-4)
+
+
+def test_large_logits_are_no_trouble():
+    hidden, weight, targets = problem(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = loss_and_gradients(
+            lambda h, w: next_token_loss(h, w, targets), 1e4 * hidden, weight
+        )
+    assert loss.isfinite()
+    assert all(x.isfinite().all() for x in gradients)
