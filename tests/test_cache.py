@@ -254,7 +254,7 @@ def test_other_files_are_refused(tmp_path):
 def test_a_file_with_missing_parts_is_refused(tmp_path):
     cache = read(tiny_model())
     cache.save(tmp_path / "state")
-    metadata = {"format": "hamt-state-1", "layers": "2", "seen_tokens": "12"}
+    metadata = {"format": "hamt-state-2", "layers": "2", "seen_tokens": "12"}
     save_file({"layers.0.memory": cache.states[0].memory.memory.contiguous()}, tmp_path / "part", metadata)
     with pytest.raises(ValueError, match="part is not a whole HAMT state"):
         HAMTCache.load(tmp_path / "part")

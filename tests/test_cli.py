@@ -51,7 +51,7 @@ def fails(arguments, capsys):
 
 
 def test_names_and_flags_are_pinned():
-    assert list(COMMANDS) == ["demo", "quick-train", "generate"]
+    assert list(COMMANDS) == ["demo", "quick-train", "train", "generate"]
     assert list(DemoOptions.__dataclass_fields__) == [
         "output_dir", "data", "num_steps", "max_minutes", "prompt", "seed"
     ]  # fmt: skip
@@ -145,11 +145,11 @@ def test_demo_trains_compares_and_writes(text, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no-such-command"], "there are demo, quick-train, generate"),
+        (["no-such-command"], "there are demo, quick-train, train, generate"),
         (["quick-train", "--num_stps", "5"], "did you mean --num_steps?"),
         (["quick-train", "--num_steps", "many"], "invalid int value"),
         (["quick-train", "--num_steps", "0"], "--num_steps must be at least 1"),
-        (["quick-train", "--data", "/no/such/file"], "no text file /no/such/file"),
+        (["quick-train", "--data", "/no/such/file"], "no text /no/such/file"),
         (["quick-train", "--hcm_dim", "100"], "try 96 or 104"),
         (["quick-train", "--binding_type", "xor"], "elementwise, circular_conv, phasor"),
         (["quick-train", "--vocab_size", "10"], "at least 258"),

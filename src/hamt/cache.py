@@ -18,7 +18,7 @@ from hamt.files import write_file
 from hamt.layers import LayerState
 from hamt.memory import MemoryState
 
-_FORMAT = "hamt-state-1"
+_FORMAT = "hamt-state-2"
 
 
 class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
@@ -133,6 +133,36 @@ class HAMTCache(Cache):
             layer.map(torch.Tensor.detach)
         return fork
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The state as named tensors, ``seen_tokens`` among them."""
+        tensors = {
+            f"layers.{index}.{name}": tensor.detach().contiguous().clone()
+            for index, layer in enumerate(self.layers)
+            if layer.state is not None
+            for name, tensor in _flatten(layer.state).items()
+        }
+        counts = torch.tensor([len(self.layers), self.seen_tokens])
+        return {**tensors, "counts": counts}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> "HAMTCache":
+        """The state that ``to_tensors`` took apart.
+
+        Raises:
+            ValueError: if a part is missing.
+        """
+        num_layers, seen_tokens = tensors["counts"].tolist() if "counts" in tensors else (1, 0)
+        cache = cls(num_layers)
+        states = []
+        for index in range(num_layers):
+            found = (tensors.get(f"layers.{index}.{name}") for name in _NAMES)
+            *memory, conv, position = (None if x is None else x.to(device) for x in found)
+            if memory[0] is None or position is None:
+                raise ValueError("not a whole HAMT state: save it again")
+            states.append(LayerState(MemoryState(*memory), conv, position))  # type: ignore[arg-type]
+        cache.advance(states, seen_tokens)
+        return cache
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to one safetensors file, whole or not at all.
 
@@ -141,13 +171,7 @@ class HAMTCache(Cache):
         """
         if not self.has_previous_state():
             raise ValueError("this state is empty: read a prompt before saving it")
-        tensors = {
-            f"layers.{index}.{name}": tensor.detach().contiguous().clone()
-            for index, layer in enumerate(self.layers)
-            for name, tensor in _flatten(layer.state).items()  # type: ignore[arg-type]
-        }
-        metadata = {"format": _FORMAT, "layers": str(len(self.layers)), "seen_tokens": str(self.seen_tokens)}
-        write_file(path, lambda file: save_file(tensors, file, metadata))
+        write_file(path, lambda file: save_file(self.to_tensors(), file, {"format": _FORMAT}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> "HAMTCache":
@@ -167,15 +191,10 @@ class HAMTCache(Cache):
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"{path} is not a HAMT state; HAMTCache.save writes one")
-        cache = cls(int(metadata["layers"]))
-        states = []
-        for index in range(len(cache.layers)):
-            *memory, conv, position = (tensors.get(f"layers.{index}.{name}") for name in _NAMES)
-            if memory[0] is None or position is None:
-                raise ValueError(f"{path} is not a whole HAMT state: save it again")
-            states.append(LayerState(MemoryState(*memory), conv, position))  # type: ignore[arg-type]
-        cache.advance(states, int(metadata["seen_tokens"]))
-        return cache
+        try:
+            return cls.from_tensors(tensors, device)
+        except ValueError as error:
+            raise ValueError(f"{path} is {error}") from error
 
 
 _NAMES = (*MemoryState._fields, "conv", "position")

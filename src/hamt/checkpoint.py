@@ -28,13 +28,26 @@ _TOKENIZER_SETTINGS = (
 )
 
 
+# A small model that comes with the package: trained by ``configs/sotu.yaml``.
+PRETRAINED = Path(__file__).parent / "pretrained" / "sotu"
+
+
 def save_checkpoint(
-    folder: str | os.PathLike[str], model: HAMTForCausalLM, tokenizer: PreTrainedTokenizerBase
+    folder: str | os.PathLike[str],
+    model: HAMTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
+    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
+
+    ``dtype`` is that of the numbers in the file (half as many bytes for ``float16``); a model that is
+    loaded from it computes in the dtype of ``model``.
+    """
 
     def write(target: Path) -> None:
-        model.save_pretrained(target)
+        cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor, which is written once
+        weights = {name: cast.setdefault(x.data_ptr(), x.to(dtype)) for name, x in model.state_dict().items()}
+        model.save_pretrained(target, state_dict=weights)
         tokenizer.save_pretrained(target)
 
     write_folder(folder, write)
@@ -74,9 +87,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[HAMTForCausalLM, PreT
     try:
         model = HAMTForCausalLM.from_pretrained(path, local_files_only=True)
         return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the libraries trip over
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a whole checkpoint ({reason}); train it again") from error
+        raise UserError(f"{path} is not a whole checkpoint ({reason}); give another") from error
 
 
 def _load_pt(path: Path) -> tuple[HAMTForCausalLM, PreTrainedTokenizerFast]:
@@ -89,6 +102,7 @@ def _load_pt(path: Path) -> tuple[HAMTForCausalLM, PreTrainedTokenizerFast]:
         )
     # Whatever torch.load trips over, the file is not one of ours.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a HAMT checkpoint ({reason}); give a file that hamt wrote") from error
+        raise UserError(
+            f"{path} is not a HAMT checkpoint; give a .pt file or a folder that hamt wrote"
+        ) from error
     return model.eval(), tokenizer

@@ -12,6 +12,10 @@ from hamt.errors import UserError
 COMMANDS = {
     "demo": ("hamt.commands.demo", "train a small model on the State of the Union and let it write"),
     "quick-train": ("hamt.commands.quick_train", "train a small model in minutes, with options"),
+    "train": (
+        "hamt.commands.train",
+        "train a language model on your text, resumable, on one machine or many",
+    ),
     "generate": ("hamt.commands.generate", "continue a prompt, token by token"),
 }
 
@@ -38,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"hamt: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("hamt: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of a pipe has gone, which is its right
         return 0
 

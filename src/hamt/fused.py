@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hamt.files import write_file
+from hamt.files import user_cache, write_file
 from hamt.vsa import Algebra
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -306,8 +306,7 @@ def _folder() -> Path:
     A library is code: a folder that others may write to is not trusted.
     """
     try:
-        named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        folder = (named if named.is_absolute() else Path.home() / ".cache") / "hamt"
+        folder = user_cache()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         own = not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)

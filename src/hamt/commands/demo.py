@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hamt.commands.generate import GenerateOptions, stream_text
-from hamt.commands.options import option, parse
-from hamt.training.run import train_on_corpus
+from hamt.options import option, parse
+from hamt.training.options import TrainOptions
+from hamt.training.run import compare_with_ngrams, train_model
 
 
 @dataclass
@@ -25,38 +26,37 @@ class DemoOptions:
     seed: int = option(0, "seed of weights, data order and sampling")
 
 
-ARCHITECTURE = {"hidden_dim": 128, "num_layers": 4, "num_slots": 16, "num_heads": 4}
-
-
 def main(arguments: Sequence[str]) -> int:
     """Train, compare with unigram and bigram models, generate, and say what to try next."""
     options = parse(DemoOptions, arguments, "demo")
     console = Console(soft_wrap=True, highlight=False)
-    run = train_on_corpus(
+    run = train_model(
+        TrainOptions(
+            data=options.data,
+            output_dir=options.output_dir,
+            vocab_size=2048,
+            batch_size=8,
+            num_steps=options.num_steps,
+            max_minutes=options.max_minutes,
+            seed=options.seed,
+            eval_interval=max(options.num_steps // 6, 1),
+            overwrite=True,
+            hidden_dim=128,
+            num_layers=4,
+        ),
         console,
-        data=options.data,
-        tokenizer_name=None,
-        vocab_size=2048,
-        architecture=ARCHITECTURE,
-        output_dir=options.output_dir,
-        max_length=256,
-        batch_size=8,
-        num_steps=options.num_steps,
-        learning_rate=1e-2,
-        seed=options.seed,
-        max_seconds=60 * options.max_minutes,
-        eval_interval=max(options.num_steps // 6, 1),
     )
-    if run.final is None:
+    if run is None or run.final is None:
         return 0
+    unigram, bigram = compare_with_ngrams(run, options.output_dir)
     scale = run.final.bits_per_byte / run.final.nats_per_token
     table = Table(title="held-out loss")
     for heading in ("model", "nats/token", "bits/byte"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     rows = {
         "uniform": math.log(run.model.config.vocab_size),
-        "unigram": run.unigram,
-        "bigram (Kneser-Ney)": run.bigram,
+        "unigram": unigram,
+        "bigram (Kneser-Ney)": bigram,
         f"HAMT, {run.model.num_parameters():,} parameters": run.final.nats_per_token,
     }
     for name, loss in rows.items():

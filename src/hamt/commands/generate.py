@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from transformers import TextStreamer, set_seed
 
-from hamt.checkpoint import load_checkpoint
-from hamt.commands.options import option, parse
+from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.errors import UserError
+from hamt.options import option, parse
 
 
 @dataclass
@@ -17,7 +17,7 @@ class GenerateOptions:
     """Continue a prompt with a trained model, printing each word as it comes."""
 
     prompt: str | None = option(None, "the text to continue; none starts a new document")
-    checkpoint: str = option("checkpoints/demo", "a checkpoint folder, or a .pt file")
+    checkpoint: str | None = option(None, "a checkpoint folder, or a .pt file; none is the model in HAMT")
     max_new_tokens: int = option(200, "tokens to write at most")
     temperature: float = option(0.8, "0 is greedy; higher is more varied")
     top_p: float = option(0.95, "sample from the likeliest tokens that hold this much probability")
@@ -35,7 +35,11 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--temperature must be 0 or more; got {options.temperature}")
     if not 0 < options.top_p <= 1:
         raise UserError(f"--top_p must lie in (0, 1]; got {options.top_p}")
-    model, tokenizer = load_checkpoint(options.checkpoint)
+    if options.top_k < 0:
+        raise UserError(f"--top_k must be 0 or more; got {options.top_k}")
+    if not options.repetition_penalty > 0:
+        raise UserError(f"--repetition_penalty must be positive; got {options.repetition_penalty}")
+    model, tokenizer = load_checkpoint(PRETRAINED if options.checkpoint is None else options.checkpoint)
     if options.seed is not None:
         set_seed(options.seed)
     stream_text(model, tokenizer, options.prompt or "", options)

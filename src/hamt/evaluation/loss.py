@@ -3,9 +3,13 @@
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
+
+from hamt.data.tokens import Split
 
 
 class Loss(NamedTuple):
@@ -17,27 +21,57 @@ class Loss(NamedTuple):
 
 @torch.no_grad()
 def held_out_loss(
-    model: nn.Module, stream: Tensor, num_bytes: int, length: int, every: int = 1, batch_size: int = 8
+    model: nn.Module,
+    split: Split,
+    length: int,
+    *,
+    every: int = 1,
+    batch_size: int = 8,
+    apart: bool = False,
+    accelerator: Accelerator | None = None,
 ) -> Loss:
-    """Score a stream (tokens,) in blocks of ``length``, every token but the first exactly once.
+    """Score a text in blocks of ``length``, every token but the first exactly once.
 
-    A token is predicted from the tokens before it in its block; nothing is padded. ``num_bytes``
-    is the size of the text of the stream in UTF-8. With ``every`` above 1, only every n-th whole
-    block is scored, a sample from all of the text.
+    A token is predicted from the tokens before it in its block; nothing is padded.
+
+    Args:
+        model: a causal language model.
+        split: the text.
+        length: tokens of a block.
+        every: above 1, only every n-th whole block is scored, a sample from all of the text.
+        batch_size: blocks at a time.
+        apart: documents do not see each other.
+        accelerator: each of its processes scores a share of the blocks, and all get the loss of all.
     """
     was_training = model.training
     model.eval()
-    inputs, targets = stream[:-1], stream[1:]
-    whole = len(inputs) // length * length
-    blocks = [x[:whole].view(-1, length)[::every].split(batch_size) for x in (inputs, targets)]
-    batches = list(zip(*blocks, strict=True))
-    if whole < len(inputs) and (every == 1 or not whole):
-        batches.append((inputs[None, whole:], targets[None, whole:]))
-    total, scored = 0.0, 0
-    for block, target in batches:
-        logits = model(block).logits
-        total += F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum").item()
-        scored += target.numel()
+    whole = (len(split) - 1) // length
+    starts = np.arange(0, whole * length, length)[::every]
+    sizes = [(starts[i : i + batch_size], length) for i in range(0, len(starts), batch_size)]
+    rest = len(split) - 1 - whole * length
+    if rest and (every == 1 or not whole):
+        sizes.append((np.array([whole * length]), rest))
+    index, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    device = next(model.parameters()).device
+    # Total loss and tokens, in float64: a sum over millions of tokens.
+    total = torch.zeros(2, dtype=torch.float64)
+    for begin, size in sizes[index::count]:
+        total += _score(model, split, begin[:, None] + np.arange(size + 1), apart, device)
+    if accelerator is not None and count > 1:
+        total = accelerator.reduce(total.to(accelerator.device), "sum").cpu()
     model.train(was_training)
-    nats = total / scored
-    return Loss(nats, nats / math.log(2) * len(inputs) / num_bytes)
+    nats = (total[0] / total[1]).item()
+    return Loss(nats, nats / math.log(2) * (len(split) - 1) / split.num_bytes)
+
+
+def _score(model: nn.Module, split: Split, places: np.ndarray, apart: bool, device: torch.device) -> Tensor:
+    """Summed loss and number of targets of blocks at ``places`` (B, N + 1)."""
+    block = torch.from_numpy(split.ids[places].astype(np.int64)).to(device)
+    more = {}
+    if apart:
+        documents = np.searchsorted(split.starts, places[:, :-1], side="right")
+        more["seq_idx"] = torch.from_numpy(documents).to(device)
+    logits = model(block[:, :-1], **more).logits
+    target = block[:, 1:]
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
+    return torch.tensor([loss.item(), target.numel()], dtype=torch.float64)

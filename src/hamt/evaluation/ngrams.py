@@ -1,17 +1,16 @@
 """Unigram and bigram models, the floor that a language model has to leave below it."""
 
 import numpy as np
-from torch import Tensor
 
 
-def ngram_losses(train: Tensor, held_out: Tensor, vocab_size: int) -> tuple[float, float]:
+def ngram_losses(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> tuple[float, float]:
     """Mean negative log-likelihood in nats per token of a unigram and a bigram model.
 
-    Both are estimated on the stream ``train`` (length,) and measured on ``held_out`` (length,), on
-    all tokens but the first. The unigram model adds one to every count; the bigram model is
+    Both are estimated on the stream ``train`` (length,) of token ids and measured on ``held_out``
+    (length,), on all tokens but the first. The unigram model adds one to every count; the bigram model is
     interpolated Kneser-Ney (Chen and Goodman 1999, equations 24-26), discount n1 / (n1 + 2 n2).
     """
-    tokens, targets = train.numpy(), held_out.numpy()
+    tokens, targets = train.astype(np.int64), held_out.astype(np.int64)
     counts = np.bincount(tokens, minlength=vocab_size)
     unigram = (counts + 1) / (counts.sum() + vocab_size)
 

@@ -1,71 +1,92 @@
-"""Optimisers and the learning-rate schedule."""
+"""Optimisers and learning-rate schedules."""
 
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel
 
+OPTIMIZERS = ("muon", "adamw")
+SCHEDULES = ("cosine", "wsd", "constant")
 
-class Optimizers:
-    """Muon for the matrices of the blocks, AdamW for embeddings, gates, norms and convolutions.
 
-    Muon orthogonalises the update of a matrix (Jordan et al. 2024); ``match_rms_adamw`` scales it to
-    the size of an AdamW update (Liu et al. 2025, arXiv 2502.16982), so that one learning rate and one
-    weight decay serve both. ``eps`` is AdamW's; gradients far below it move nothing (Muon's is ten times
-    as large, as it is by default).
+def build_optimizers(
+    model: PreTrainedModel, kind: str, *, learning_rate: float, weight_decay: float, eps: float
+) -> list[Optimizer]:
+    """Optimisers that together own every parameter once.
+
+    ``muon``: Muon for the matrices of the blocks, AdamW for embeddings, gates, norms and convolutions. Muon
+    orthogonalises the update of a matrix (Jordan et al. 2024); ``match_rms_adamw`` scales it to the size
+    of an AdamW update (Liu et al. 2025, arXiv 2502.16982), so that one learning rate and one weight decay
+    serve both. ``adamw``: AdamW for all. Vectors have no weight decay. ``eps`` is AdamW's; gradients far
+    below it move nothing (Muon's is ten times as large, as it is by default).
+
+    Raises:
+        ValueError: if ``kind`` is none of ``OPTIMIZERS``.
     """
-
-    def __init__(self, model: PreTrainedModel, learning_rate: float, weight_decay: float, eps: float) -> None:
+    if kind not in OPTIMIZERS:
+        raise ValueError(f"the optimizer must be one of {', '.join(OPTIMIZERS)}; got {kind!r}")
+    matrices: list[Tensor] = []
+    if kind == "muon":
         blocks = model.get_decoder().layers
-        matrices = [m.weight for m in blocks.modules() if isinstance(m, nn.Linear)]
-        known = {id(p) for p in matrices}
-        others = [p for p in model.parameters() if id(p) not in known]
-        self.learning_rate = learning_rate
-        self.optimizers: list[Optimizer] = [
-            Muon(
-                matrices,
-                learning_rate,
-                weight_decay=weight_decay,
-                eps=10 * eps,
-                adjust_lr_fn="match_rms_adamw",
-            ),
-            AdamW(
-                [
-                    {"params": [p for p in others if p.ndim > 1], "weight_decay": weight_decay},
-                    {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
-                ],
-                learning_rate,
-                betas=(0.9, 0.95),
-                eps=eps,
-                fused=True,
-            ),
-        ]
-
-    def step(self, scale: float) -> None:
-        """Update all parameters at ``scale`` times the peak learning rate, then drop the gradients."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * scale
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        matrices = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
+    known = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in known]
+    adamw = AdamW(
+        [
+            {"params": [p for p in others if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        learning_rate,
+        betas=(0.9, 0.95),
+        eps=eps,
+        fused=True,
+    )
+    if not matrices:
+        return [adamw]
+    muon = Muon(
+        matrices, learning_rate, weight_decay=weight_decay, eps=10 * eps, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, adamw]
 
 
-def cosine_schedule(progress: float, warmup: float, floor: float = 0.1) -> float:
-    """Linear warm-up to 1, then a cosine down to ``floor``.
+def learning_rate_scale(
+    progress: float, schedule: str = "cosine", *, warmup: float, floor: float, decay: float = 0.2
+) -> float:
+    """The learning rate as a share of its peak: a linear warm-up, then the schedule.
 
     Args:
         progress: share of training done, in [0, 1].
+        schedule: ``cosine`` down to the floor; ``wsd`` (warm-up, stable, decay; Hu et al. 2024, arXiv
+            2404.06395): constant, with a linear end; ``constant``.
         warmup: share of training that warms up.
-        floor: last value, a share of the peak.
+        floor: last value.
+        decay: share of training that the end of ``wsd`` takes.
+
+    Raises:
+        ValueError: if there is no such schedule.
     """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"the schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
     if progress < warmup:
         return progress / warmup
-    done = min((progress - warmup) / max(1 - warmup, 1e-9), 1.0)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "constant":
+        return 1.0
+    begin = warmup if schedule == "cosine" else max(warmup, 1 - decay)
+    done = min(max((progress - begin) / max(1 - begin, 1e-9), 0.0), 1.0)
+    share = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+    return floor + (1 - floor) * share
 
 
-def clip_gradients(model: nn.Module, max_norm: float = 1.0) -> float:
-    """Scale the gradients to a joint norm of at most ``max_norm``; returns the norm before."""
-    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+def set_learning_rate(optimizers: Iterable[Optimizer], learning_rate: float) -> None:
+    """Give all groups of parameters this learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+
+
+def gradient_norm(model: nn.Module) -> torch.Tensor:
+    """Norm of all gradients together."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])

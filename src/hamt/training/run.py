@@ -1,6 +1,9 @@
-"""From options to a trained checkpoint: the run behind ``hamt demo`` and ``hamt quick-train``."""
+"""A whole run: from options to a trained checkpoint, and everything that tells how it went."""
 
+import json
 import platform
+import subprocess
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,19 +12,29 @@ import transformers
 from rich.console import Console
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 import hamt
-from hamt.checkpoint import save_checkpoint
-from hamt.config import HAMTConfig
-from hamt.data.blocks import encode, next_token_batch, shuffled_blocks
-from hamt.data.corpus import load_corpus
-from hamt.data.tokenizer import load_tokenizer, train_tokenizer
+from hamt.checkpoint import save_checkpoint, save_pt
+from hamt.data.tokens import TokenisedCorpus
 from hamt.errors import UserError
 from hamt.evaluation.loss import Loss, held_out_loss
 from hamt.evaluation.ngrams import ngram_losses
-from hamt.files import write_folder, write_json
+from hamt.files import write_json
 from hamt.model import HAMTForCausalLM
-from hamt.training.loop import TrainingResult, seed_everything, train
+from hamt.training.card import write_card
+from hamt.training.checkpoints import check_space, clear_remains, find_states, load_state, save_state
+from hamt.training.estimate import disk_bytes, peak_flops, peak_memory, print_estimate, training_flops
+from hamt.training.loop import Listener, Trainer, TrainingResult
+from hamt.training.options import TrainOptions
+from hamt.training.plan import Plan, make_plan
+from hamt.training.tracking import ProgressBar, check_trackers, draw_losses, trackers
+from hamt.training.trouble import TrainingTrouble
+
+# What a run writes beside its model; a folder that holds one is somebody's.
+WRITTEN = ("config.json", "README.md", "training_info.json", "log.jsonl", "checkpoints")
+# While training, a sample of about this many blocks is enough; the whole is scored at the end.
+SAMPLE = 16
 
 
 @dataclass
@@ -30,151 +43,244 @@ class Run:
 
     model: HAMTForCausalLM
     tokenizer: PreTrainedTokenizerBase
-    result: TrainingResult
-    unigram: float
-    bigram: float
+    corpus: TokenisedCorpus
+    result: TrainingResult[Loss]
     final: Loss | None
 
 
-def build_config(**fields) -> HAMTConfig:
-    """A configuration from options.
+def train_model(options: TrainOptions, console: Console) -> Run | None:
+    """Train as the options say, and write everything to ``output_dir``.
+
+    The folder gets the model and its tokenizer, ``training_info.json``, ``log.jsonl`` and
+    ``loss_curve.png``; ``checkpoints/`` in it gets ``best.pt``, ``epoch_<n>.pt`` and ``step_<n>/``, which
+    ``resume`` goes on from. With ``dry_run`` it says what the run would cost, and returns None, as it does
+    in all processes but the main one.
 
     Raises:
-        UserError: if it cannot be built, with what would be right.
+        UserError: for anything the user can mend.
     """
+    logging.disable_progress_bar()  # of Transformers, for files of a few MB
+    plan = make_plan(options)
+    main = plan.accelerator.is_main_process
+    if not main:
+        console = Console(quiet=True)
+    _introduce(plan, console)
+    states = Path(options.output_dir) / "checkpoints"
+    _check_folder(options)
+    check_trackers(options)
+    check_space(options.output_dir, disk_bytes(plan))
+    if options.dry_run:
+        print_estimate(plan, console)
+        return None
+    recorder = _Recorder(plan, console)
+    trainer = Trainer(
+        plan.model,
+        recorder.evaluate,
+        plan.loop,
+        accelerator=plan.accelerator,
+        run=torch.compile(plan.model) if options.compile_model else None,
+        listeners=[recorder],
+    )
+    if options.resume:
+        load_state(find_states(states)[-1], trainer, plan.identity)
+        console.print(f"going on after step {trainer.result.steps:,}")
+        if trainer.result.steps >= plan.loop.num_steps:
+            console.print("nothing is left to do: for more, give more --epochs or --num_steps")
     try:
-        return HAMTConfig(**fields)
-    except Exception as error:  # ValueError, or what Transformers' type checks raise
-        raise UserError(str(error).splitlines()[-1].strip()) from error
-
-
-def check_writable(folder: str) -> None:
-    """Make ``folder`` now, before compute is spent.
-
-    Raises:
-        UserError: if nothing can be written there.
-    """
-    try:
-        write_folder(folder, lambda target: None)
+        if main:
+            recorder.open(trainer.result)
+            clear_remains(states, everything=not options.resume)
+        run = _train(plan, trainer, states, console)
+    except TrainingTrouble as trouble:
+        raise UserError(_keep_batch(trouble, plan)) from trouble
     except OSError as error:
         raise UserError(
-            f"cannot write to {folder} ({error.strerror}); choose another --output_dir"
+            f"{options.output_dir} cannot be written ({error.strerror or error}): free space, then --resume "
+            "goes on from the last checkpoint"
         ) from error
+    finally:
+        recorder.close()
+    return run if main else None
 
 
-def train_on_corpus(
-    console: Console,
-    *,
-    data: str,
-    tokenizer_name: str | None,
-    vocab_size: int,
-    architecture: dict,
-    output_dir: str,
-    max_length: int,
-    batch_size: int,
-    num_steps: int,
-    learning_rate: float,
-    seed: int,
-    max_seconds: float = float("inf"),
-    log_interval: int = 10,
-    eval_interval: int = 100,
-) -> Run:
-    """Train a model on a corpus and save it with its tokenizer and ``training_info.json``.
+def _train(plan: Plan, trainer: Trainer[Loss], states: Path, console: Console) -> Run:
+    begin = trainer.result.steps
+    loader = plan.batches.loader(begin, plan.loop.num_steps, plan.options.num_workers)
+    result = trainer.train(loader, plan.batches.begins)
+    if result.steps > begin:
+        # A finished run can be gone on with, too: with more steps.
+        save_state(states, trainer, plan.tokenizer, plan.identity, plan.options.keep_checkpoints)
+    return _finish(plan, trainer, console)
 
-    Raises:
-        UserError: for anything the user can mend: text, sizes, folders.
-    """
-    for name, value in (("num_steps", num_steps), ("batch_size", batch_size), ("max_length", max_length)):
-        if value < 1:
-            raise UserError(f"--{name} must be at least 1; got {value}")
-    generator = seed_everything(seed)
-    corpus = load_corpus(data)
-    # Before the tokenizer is trained: a wrong size should not cost a minute.
-    build_config(**architecture, vocab_size=vocab_size)
-    check_writable(output_dir)
-    tokenizer = (
-        load_tokenizer(tokenizer_name) if tokenizer_name else train_tokenizer(corpus.train, vocab_size)
-    )
-    config = build_config(
-        **architecture,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    train_stream, held_out_stream = encode(corpus.train, tokenizer), encode(corpus.held_out, tokenizer)
-    if len(held_out_stream) < 2:
-        raise UserError(f"{data} is too short to hold any of it out: give more text")
-    batches = shuffled_blocks(train_stream, max_length, batch_size, generator)
-    unigram, bigram = ngram_losses(train_stream, held_out_stream, len(tokenizer))
-    model = HAMTForCausalLM(config)
-    console.print(
-        f"[bold]{corpus.name}[/]: {len(train_stream):,} tokens to train on, "
-        f"{len(held_out_stream):,} held out; vocabulary {len(tokenizer):,}"
-    )
-    console.print(
-        f"[bold]model[/]: {model.num_parameters():,} parameters, {model.model.layers[0].mixer.memory}"
-    )
 
-    # While training, a sample of about 16 blocks is enough; the whole is scored at the end.
-    sparse = max(len(held_out_stream) // max_length // 16, 1)
-    num_bytes = sum(len(text.encode()) for text in corpus.held_out)
+def compare_with_ngrams(run: Run, output_dir: str) -> tuple[float, float]:
+    """Losses of a unigram and a bigram model on the same text; added to ``training_info.json``, too."""
+    unigram, bigram = ngram_losses(run.corpus.train.ids, run.corpus.held_out.ids, run.model.config.vocab_size)
+    path = Path(output_dir) / "training_info.json"
+    info = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {**info, "unigram_loss": unigram, "bigram_loss": bigram})
+    return unigram, bigram
 
-    def evaluate(every: int = sparse) -> Loss:
-        return held_out_loss(model, held_out_stream, num_bytes, max_length, every)
 
-    def report(step: int, loss: Loss) -> None:
+class _Recorder(Listener[Loss]):
+    """Measures, reports, logs and saves, at the steps that ask for it."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        self.plan, self.console, self.options = plan, console, plan.options
+        self.folder = Path(plan.options.output_dir)
+        self.listeners: list[Listener[Loss]] = []
+        self.best = float("inf")
+        self.flops = self.peak = 0.0
+
+    def open(self, result: TrainingResult[Loss]) -> None:
+        """Begin, or go on where ``result`` ends."""
+        step = result.steps
+        self.best = min((loss.nats_per_token for at, loss in result.held_out if at), default=self.best)
+        plan = self.plan
+        self.flops, self.peak = training_flops(plan.model), peak_flops(plan.accelerator)
+        bar = ProgressBar(plan.loop.num_steps, step)
+        self.listeners = [*trackers(self.options, step), bar]
+
+    def close(self) -> None:
+        """Leave everything written."""
+        for listener in self.listeners:
+            listener.close()
+
+    def evaluate(self, sample: int | None = SAMPLE) -> Loss:
+        """The loss of a sample of the held-out text, or of all of it."""
+        plan = self.plan
+        every = (
+            1 if sample is None else max(len(plan.corpus.held_out) // self.options.max_length // sample, 1)
+        )
+        return held_out_loss(
+            plan.model,
+            plan.corpus.held_out,
+            self.options.max_length,
+            every=every,
+            apart=plan.batches.apart,
+            accelerator=plan.accelerator,
+        )
+
+    def logged(self, record: dict) -> None:
+        """Pass it on, with the share of the machine's operations that training uses."""
+        if self.peak:
+            processes = self.plan.accelerator.num_processes
+            used = record["tokens_per_second"] * self.flops / (self.peak * processes)
+            record = {**record, "flop_utilization": used}
+        for listener in self.listeners:
+            listener.logged(record)
+
+    def evaluated(self, step: int, measured: Loss) -> None:
+        """Report, and keep the best model."""
+        for listener in self.listeners:
+            listener.evaluated(step, measured)
         with tqdm.external_write_mode():  # a line of its own above the progress bar
-            console.print(
-                f"step {step:5d}   held-out loss {loss.nats_per_token:.3f} nats/token, "
-                f"{loss.bits_per_byte:.3f} bits/byte"
+            self.console.print(
+                f"step {step:5d}   held-out loss {measured.nats_per_token:.3f} nats/token, "
+                f"{measured.bits_per_byte:.3f} bits/byte"
             )
+        if step and measured.nats_per_token < self.best:
+            self.best = measured.nats_per_token
+            self._save("best.pt")
 
-    result = train(
-        model,
-        map(next_token_batch, batches),
-        evaluate,
-        num_steps=num_steps,
-        learning_rate=learning_rate,
-        max_seconds=max_seconds,
-        log_interval=log_interval,
-        eval_interval=eval_interval,
-        on_evaluation=report,
+    def stepped(self, trainer: Trainer[Loss]) -> None:
+        """Save what is due."""
+        for listener in self.listeners:
+            listener.stepped(trainer)
+        step, epoch = trainer.result.steps, self.plan.batches.steps_per_epoch
+        if step % epoch == 0:
+            self._save(f"epoch_{step // epoch}.pt")
+        steps = self.plan.loop.num_steps
+        interval = self.options.save_interval or min(500, max(steps // 10, 1))
+        if step % interval == 0 and step < steps:
+            states = self.folder / "checkpoints"
+            keep = self.options.keep_checkpoints
+            save_state(states, trainer, self.plan.tokenizer, self.plan.identity, keep)
+
+    def _save(self, name: str) -> None:
+        if self.plan.accelerator.is_main_process:
+            save_pt(self.folder / "checkpoints" / name, self.plan.model, self.plan.tokenizer)
+
+
+def _introduce(plan: Plan, console: Console) -> None:
+    corpus, memory = plan.corpus, plan.model.model.layers[0].mixer.memory
+    console.print(
+        f"[bold]{corpus.name}[/]: {len(corpus.train):,} tokens to train on, "
+        f"{len(corpus.held_out):,} held out; vocabulary {len(plan.tokenizer):,}"
     )
-    save_checkpoint(output_dir, model, tokenizer)
-    final = None if result.interrupted else evaluate(every=1)
-    run = Run(model, tokenizer, result, unigram, bigram, final)
-    info = {
-        "corpus": corpus.name,
-        "options": {
-            "data": data,
-            "max_length": max_length,
-            "batch_size": batch_size,
-            "num_steps": num_steps,
-            "learning_rate": learning_rate,
-            "seed": seed,
-        },
-        "train_tokens": len(train_stream),
-        "held_out_tokens": len(held_out_stream),
-    }
-    write_json(Path(output_dir) / "training_info.json", {**info, **_measured(run)})
+    console.print(f"[bold]model[/]: {plan.model.num_parameters():,} parameters, {memory}")
+    console.print(
+        f"[bold]run[/]: {plan.loop.num_steps:,} steps of {plan.tokens_per_step:,} tokens, "
+        f"{plan.loop.num_steps / plan.batches.steps_per_epoch:.2f} epochs"
+    )
+
+
+def _check_folder(options: TrainOptions) -> None:
+    folder = Path(options.output_dir)
+    states = folder / "checkpoints"
+    found = find_states(states)
+    if options.resume and not found:
+        raise UserError(f"nothing to resume in {states}: leave --resume out, or give the run's --output_dir")
+    there = [name for name in WRITTEN if (folder / name).exists()]
+    if not options.resume and not options.overwrite and (found or there):
+        ways = "go on with it by --resume, begin" if found else "begin"
+        raise UserError(
+            f"{folder} holds {'a run' if found else there[0]}: {ways} anew by --overwrite, "
+            "or choose another --output_dir"
+        )
+
+
+def _keep_batch(trouble: TrainingTrouble, plan: Plan) -> str:
+    process = f"_process_{plan.accelerator.process_index}" if plan.accelerator.num_processes > 1 else ""
+    path = Path(plan.options.output_dir) / f"trouble_step_{trouble.step}{process}.pt"
+    torch.save(trouble.batch, path)
+    kept = find_states(Path(plan.options.output_dir) / "checkpoints")
+    further = f"; --resume goes on from {kept[-1].name}" if kept else ""
+    return (
+        f"{trouble}; its batch is in {path}. Lower --learning_rate, or leave such steps out with "
+        f"--skip_trouble{further}"
+    )
+
+
+def _finish(plan: Plan, trainer: Trainer[Loss], console: Console) -> Run:
+    options, result = plan.options, trainer.result
+    dtype, final = getattr(torch, options.save_dtype), None
+    if not result.interrupted:
+        # What is measured is what is saved.
+        for parameter in plan.model.parameters():
+            parameter.data.copy_(parameter.data.to(dtype))
+        final = _Recorder(plan, console).evaluate(sample=None)
+    if plan.accelerator.is_main_process:
+        save_checkpoint(options.output_dir, plan.model, plan.tokenizer, dtype)
+        write_json(Path(options.output_dir) / "training_info.json", training_info(plan, result, final))
+        write_card(plan, result, final)
+        draw_losses(Path(options.output_dir) / "loss_curve.png", result)
     if final is None:
-        console.print(f"stopped after {result.steps} steps; the checkpoint is in {output_dir}")
-    return run
+        console.print(
+            f"stopped after {result.steps:,} steps; the same command with --resume goes on; "
+            f"all is in {options.output_dir}"
+        )
+    plan.accelerator.wait_for_everyone()
+    return Run(plan.model, plan.tokenizer, plan.corpus, result, final)
 
 
-def _measured(run: Run) -> dict:
-    """The part of ``training_info.json`` that says what came out, and with what."""
+def training_info(plan: Plan, result: TrainingResult[Loss], final: Loss | None) -> dict:
+    """What was done, with what, and what came out: ``training_info.json``."""
     return {
-        "finished": not run.result.interrupted,
-        "num_parameters": run.model.num_parameters(),
-        "held_out_loss": None if run.final is None else run.final._asdict(),
-        "unigram_loss": run.unigram,
-        "bigram_loss": run.bigram,
-        **asdict(run.result),
-        "tokens_per_second": run.result.tokens_per_second,
-        "config": run.model.config.to_dict(),
+        "finished": not result.interrupted,
+        "options": asdict(plan.options),
+        "corpus": plan.corpus.name,
+        "data_fingerprint": plan.corpus.fingerprint,
+        "train_tokens": len(plan.corpus.train),
+        "held_out_tokens": len(plan.corpus.held_out),
+        "num_parameters": plan.model.num_parameters(),
+        "held_out_loss": None if final is None else final._asdict(),
+        **asdict(result),
+        "tokens_per_second": result.tokens_per_second,
+        "peak_memory_bytes": peak_memory(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": commit(),
+        "config": plan.model.config.to_dict(),
         "versions": {
             "hamt": hamt.__version__,
             "torch": torch.__version__,
@@ -182,3 +288,13 @@ def _measured(run: Run) -> dict:
             "python": platform.python_version(),
         },
     }
+
+
+def commit() -> str | None:
+    """The commit of a checkout of HAMT; None for an installed package."""
+    folder = Path(hamt.__file__).parent
+    try:
+        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

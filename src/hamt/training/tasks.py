@@ -3,7 +3,7 @@
 Shape legend: B batch, N tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hamt.cross_entropy import NOT_ASKED
 from hamt.data.blocks import aligned_batch
-from hamt.data.tasks import NOT_ASKED, Task
-from hamt.training.loop import seed_everything, train
+from hamt.data.tasks import Task
+from hamt.training.loop import Listener, LoopOptions, Trainer, seed_everything
 
 # Added to the seed of the training examples; torch's generators on the CPU look at the lower 32 bits only.
 HELD_OUT = 1 << 31
@@ -47,6 +48,7 @@ def train_on_task(
     lengths: tuple[int, int] | None = None,
     num_held_out: int = 256,
     target_accuracy: float | None = None,
+    listeners: Iterable[Listener[float]] = (),
     **options: Any,
 ) -> TaskResult:
     """Train in place on fresh examples at every step.
@@ -61,7 +63,8 @@ def train_on_task(
             them, both included. None is the task's length.
         num_held_out: examples of an evaluation, always the same.
         target_accuracy: end at the first evaluation that reaches it.
-        options: of ``hamt.training.loop.train``: ``num_steps``, ``learning_rate`` and what has a default.
+        listeners: who is told.
+        options: of ``LoopOptions``: ``num_steps``, ``learning_rate`` and what has a default.
 
     Raises:
         ValueError: if the lengths do not fit the task, or the model's vocabulary is too small for it.
@@ -76,13 +79,14 @@ def train_on_task(
             f"got {model.config.vocab_size}"
         )
     batches = _batches(task, batch_size, lengths, seed_everything(seed))
-    result = train(
+    trainer = Trainer(
         model,
-        batches,
         lambda: accuracy(model, task, num_examples=num_held_out, seed=seed + HELD_OUT, batch_size=batch_size),
+        LoopOptions(**options),
         until=lambda right: target_accuracy is not None and right >= target_accuracy,
-        **options,
+        listeners=listeners,
     )
+    result = trainer.train(batches)
     return TaskResult(result.held_out, result.seconds, result.interrupted)
 
 

@@ -1,0 +1,66 @@
+"""The model card that a trained model is saved with."""
+
+from pathlib import Path
+
+from hamt.evaluation.loss import Loss
+from hamt.files import write_text
+from hamt.training.loop import TrainingResult
+from hamt.training.plan import Plan
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- hamt
+---
+
+# {name}
+
+A HAMT language model: its token mixer is a fixed-size holographic memory, so that a token costs the same
+and the state has the same size at any context length.
+
+| | |
+|---|---|
+| parameters | {parameters:,} |
+| memory | {layers} blocks of {memory} |
+| tokenizer | {tokenizer}, {vocab_size:,} tokens |
+| trained on | {corpus}: {train_tokens:,} tokens; {tokens:,} were read in {steps:,} steps |
+| held-out loss | {held_out} |
+| scored | {held_out_tokens:,} held-out tokens, each once, in blocks of {length}, nothing padded |
+
+{before} It knows what stands in that text, and writes in its manner.
+
+```python
+import hamt
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+```
+"""
+
+
+def write_card(plan: Plan, result: TrainingResult[Loss], final: Loss | None) -> None:
+    """Write ``README.md`` to the run's folder."""
+    loss = "not measured, the run was stopped"
+    if final is not None:
+        loss = f"{final.nats_per_token:.3f} nats/token, {final.bits_per_byte:.3f} bits/byte"
+    folder, start = Path(plan.options.output_dir), plan.options.init_from
+    text = CARD.format(
+        name=folder.name,
+        parameters=plan.model.num_parameters(),
+        layers=plan.model.config.num_layers,
+        memory=plan.model.model.layers[0].mixer.memory,
+        tokenizer=plan.options.tokenizer or ("as before" if start else "byte-level BPE"),
+        before=f"It started from {start}." if start else "It has been trained on nothing else.",
+        vocab_size=len(plan.tokenizer),
+        corpus=plan.corpus.name,
+        train_tokens=len(plan.corpus.train),
+        tokens=result.tokens,
+        steps=result.steps,
+        held_out=loss,
+        held_out_tokens=len(plan.corpus.held_out) - 1,
+        length=plan.options.max_length,
+        folder=folder,
+    )
+    write_text(folder / "README.md", text)

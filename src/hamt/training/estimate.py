@@ -1,0 +1,116 @@
+"""What a run will cost, said before it starts: ``hamt train --dry_run``."""
+
+import platform
+import time
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+
+from hamt.model import HAMTForCausalLM
+from hamt.training.plan import Plan
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Bytes for a parameter while training in float32: the weight, its gradient, and the states of the
+# optimiser: one for Muon's matrices, two for AdamW; two is the upper bound.
+BYTES_PER_PARAMETER = 16
+
+
+def training_flops(model: HAMTForCausalLM) -> float:
+    """Floating-point operations of training for one token.
+
+    Six for a parameter (Kaplan et al. 2020, arXiv 2001.08361, appendix B), the head's among them, and those
+    of the memory: decay, write and read of every slot, three times in a training step.
+    """
+    config, weights = model.config, model.num_parameters()
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.hidden_dim
+    assert config.hcm_dim is not None  # filled in when it was made
+    return float(6 * weights + 3 * 6 * config.num_layers * config.num_slots * config.hcm_dim)
+
+
+def peak_flops(accelerator: Accelerator, size: int = 1024, repeats: int = 20) -> float:
+    """Operations a second of a matrix product on this machine, measured: in float32 or the run's precision.
+
+    The faster counts: not every machine is fast in every precision.
+    """
+    if accelerator.device.type != "cpu":
+        size *= 8
+    times = []
+    for dtype in (torch.float32, PRECISIONS.get(accelerator.mixed_precision, torch.float32)):
+        matrix = torch.ones(size, size, dtype=dtype, device=accelerator.device)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()  # waits for a GPU
+            times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def step_seconds(plan: Plan, repeats: int = 2) -> float:
+    """Seconds of one step on this machine, measured on random tokens; the weights stay as they are."""
+    processes = plan.accelerator.num_processes
+    rows = max(plan.options.batch_size // plan.options.micro_batches // processes, 1)
+    model = plan.model.to(plan.accelerator.device)
+    ids = torch.randint(model.config.vocab_size, (rows, plan.batches.length), device=plan.accelerator.device)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        with plan.accelerator.autocast():
+            loss = model(ids, labels=ids, return_logits=False).loss
+        loss.backward()
+        loss.item()  # waits for a GPU
+        model.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - start)
+    return min(times) * plan.options.micro_batches
+
+
+def print_estimate(plan: Plan, console: Console) -> None:
+    """A table of parameters, tokens, steps, operations, memory, disk and time."""
+    parameters, steps = plan.model.num_parameters(), plan.loop.num_steps
+    seconds, memory = step_seconds(plan), parameters * BYTES_PER_PARAMETER
+    rows = {
+        "parameters": f"{parameters:,}",
+        "tokens to train on": f"{len(plan.corpus.train):,}",
+        "steps": f"{steps:,} of {plan.tokens_per_step:,} tokens",
+        "epochs": f"{steps / plan.batches.steps_per_epoch:.2f}",
+        "operations": f"{training_flops(plan.model) * steps * plan.tokens_per_step:.2e}",
+        "memory": f"{memory / 2**30:.2f} GiB for parameters, "
+        f"{(peak_memory() or 0) / 2**30:.2f} GiB at most in one step",
+        "disk": f"{disk_bytes(plan) / 2**30:.2f} GiB",
+        "time on this machine": f"{_duration(seconds * steps)} ({seconds:.2f} s a step, without evaluations)",
+    }
+    table = Table(show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def disk_bytes(plan: Plan) -> int:
+    """Bytes that the run's checkpoints take at most: those to keep, and one more while it is written."""
+    parameters = plan.model.num_parameters()
+    states = (plan.options.keep_checkpoints + 1) * parameters * BYTES_PER_PARAMETER
+    epochs = plan.loop.num_steps // plan.batches.steps_per_epoch
+    return states + (epochs + 3) * 4 * parameters
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} minutes"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 86400:.1f} days"
+
+
+def peak_memory() -> int | None:
+    """Bytes of memory that this process has had at most; None where that cannot be told."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,245 @@
+"""From options to all that a run needs, everything checked before compute is spent."""
+
+import math
+from dataclasses import dataclass, fields
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+from transformers import PreTrainedTokenizerBase
+
+from hamt.checkpoint import load_checkpoint
+from hamt.config import HAMTConfig
+from hamt.data.corpus import Corpus, load_corpus
+from hamt.data.loader import ORDERS, Batches
+from hamt.data.tokenizer import character_tokenizer, load_tokenizer, own_tokenizer
+from hamt.data.tokens import TokenisedCorpus, tokenise
+from hamt.errors import UserError
+from hamt.files import existing, write_folder
+from hamt.model import HAMTForCausalLM
+from hamt.training.loop import LoopOptions
+from hamt.training.optim import OPTIMIZERS, SCHEDULES
+from hamt.training.options import SIZES, TrainOptions
+
+COUNTS = ("max_length", "batch_size", "micro_batches", "tbptt_segments", "num_steps", "max_tokens")
+INTERVALS = ("log_interval", "eval_interval", "save_interval", "keep_checkpoints")
+AT_LEAST = {
+    **dict.fromkeys((*COUNTS, *INTERVALS), 1),
+    **dict.fromkeys(("weight_decay", "seed", "num_workers", "spike"), 0),
+}
+POSITIVE = ("num_epochs", "learning_rate", "max_norm", "max_minutes")
+SHARES = ("warmup", "final_learning_rate")
+CHOICES = {
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "order": ORDERS,
+    "size": tuple(SIZES),
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "save_dtype": ("float32", "bfloat16", "float16"),
+}
+
+
+@dataclass
+class Plan:
+    """A run that is ready to start."""
+
+    options: TrainOptions
+    accelerator: Accelerator
+    corpus: TokenisedCorpus
+    tokenizer: PreTrainedTokenizerBase
+    model: HAMTForCausalLM
+    batches: Batches
+    loop: LoopOptions
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all processes."""
+        return self.options.batch_size * self.batches.length
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What must not change when the run is resumed."""
+        fixed = (
+            "batch_size",
+            "max_length",
+            "order",
+            "documents_flow",
+            "micro_batches",
+            "tbptt_segments",
+            "seed",
+        )
+        return {
+            "data": self.corpus.fingerprint,
+            **{name: getattr(self.model.config, name) for name in HAMTConfig.__annotations__},
+            "optimizer": self.options.optimizer,
+            **{name: getattr(self.options, name) for name in fixed},
+        }
+
+
+def make_plan(options: TrainOptions) -> Plan:
+    """Everything up to the first step.
+
+    Raises:
+        UserError: for anything the user can mend: text, sizes, folders.
+    """
+    _check(options)
+    accelerator = make_accelerator(options.mixed_precision)
+    processes = accelerator.num_processes
+    if options.batch_size % (processes * options.micro_batches):
+        raise UserError(
+            f"--batch_size {options.batch_size} cannot be shared among {processes} processes with "
+            f"{options.micro_batches} micro-batches: "
+            f"make it a multiple of {processes * options.micro_batches}"
+        )
+    # The main process trains the tokenizer and tokenises; the others find both done.
+    with accelerator.main_process_first():
+        # Before a tokenizer is trained: a wrong size should not cost a minute.
+        build_config(**_fields(options), vocab_size=options.vocab_size)
+        check_writable(options.output_dir, make=not options.dry_run)
+        text = load_corpus(
+            options.data,
+            held_out=options.held_out,
+            text_column=options.text_column,
+            streaming=options.streaming,
+        )
+        tokenizer = _tokenizer(options, text)
+        corpus = tokenise(text, tokenizer, options.token_cache, options.max_tokens)
+    if len(corpus.held_out) < 2:
+        raise UserError(f"{options.data} is too short to hold any of it out: give more text, or --held_out")
+    share = options.batch_size // processes
+    batches = Batches(
+        corpus.train,
+        length=options.max_length * options.tbptt_segments,
+        batch_size=options.batch_size,
+        order=options.order,
+        apart=not options.documents_flow and tokenizer.eos_token_id is not None,
+        seed=options.seed,
+        rows=slice(accelerator.process_index * share, (accelerator.process_index + 1) * share),
+    )
+    torch.manual_seed(options.seed)
+    model = _model(options, tokenizer)
+    if options.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    if processes > 1:  # one model, but not one dropout
+        torch.manual_seed(options.seed + accelerator.process_index)
+    return Plan(options, accelerator, corpus, tokenizer, model, batches, _loop(options, batches))
+
+
+def _tokenizer(options: TrainOptions, text: Corpus) -> PreTrainedTokenizerBase:
+    if options.init_from:
+        return load_checkpoint(options.init_from)[1]
+    if options.tokenizer == "characters":
+        return character_tokenizer(text.train)
+    if options.tokenizer not in (None, "none"):
+        return load_tokenizer(options.tokenizer)
+    return own_tokenizer(text, options.vocab_size, options.token_cache)
+
+
+def _model(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> HAMTForCausalLM:
+    if not options.init_from:
+        config = build_config(
+            **_fields(options),
+            vocab_size=len(tokenizer),
+            max_position_embeddings=options.max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return HAMTForCausalLM(config)
+    trained, _ = load_checkpoint(options.init_from)
+    config = build_config(**{**trained.config.to_dict(), **options.architecture()})
+    model = HAMTForCausalLM(config)
+    model.load_state_dict(trained.state_dict())
+    return model
+
+
+def make_accelerator(mixed_precision: str) -> Accelerator:
+    """Device, precision and processes.
+
+    Raises:
+        UserError: if this machine does not have the precision.
+    """
+    on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    if on_cpu and mixed_precision == "fp16":
+        raise UserError("--mixed_precision fp16 needs a GPU: bf16 also works on a CPU")
+    # A second run in one process may want another precision, which Accelerate refuses.
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()
+    # The others wait while the main process tokenises.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    try:
+        return Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[patience])
+    except ValueError as error:
+        raise UserError(f"no --mixed_precision {mixed_precision} here: {error}") from error
+
+
+def build_config(**fields) -> HAMTConfig:
+    """A configuration from options.
+
+    Raises:
+        UserError: if it cannot be built, with what would be right.
+    """
+    try:
+        return HAMTConfig(**fields)
+    except Exception as error:  # ValueError, or what Transformers' type checks raise
+        raise UserError(str(error).splitlines()[-1].strip()) from error
+
+
+def check_writable(folder: str, make: bool) -> None:
+    """Write to ``folder`` now, before compute is spent, or only to the folder it would be made in.
+
+    Raises:
+        UserError: if nothing can be written there.
+    """
+    try:
+        write_folder(folder if make else existing(folder), lambda target: None)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror}); choose another --output_dir"
+        ) from error
+
+
+def _check(options: TrainOptions) -> None:
+    for name, least in AT_LEAST.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"--{name} must be at least {least}; got {value}")
+    for name in POSITIVE:
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} must be positive; got {value}")
+    for name in SHARES:
+        if not 0 <= getattr(options, name) <= 1:
+            raise UserError(f"--{name} must lie in [0, 1]; got {getattr(options, name)}")
+    if options.resume and options.overwrite:
+        raise UserError("--resume goes on with a run, --overwrite begins anew: leave one out")
+    if options.tbptt_segments > 1 and options.order != "contiguous":
+        raise UserError(
+            "--tbptt_segments needs --order contiguous: shuffled blocks have nothing to carry along"
+        )
+    for name, choices in CHOICES.items():
+        value = getattr(options, name)
+        if value is not None and value not in choices:
+            raise UserError(f"--{name} must be one of {', '.join(choices)}; got {value!r}")
+    free = {"dropout", "use_auxiliary_loss", "aux_loss_weight"}
+    fixed = {"size", "tokenizer", *options.architecture()} - free
+    given = sorted(name for name in fixed if getattr(options, name) is not None)
+    if options.init_from and given:
+        raise UserError(f"--init_from brings sizes and tokenizer along: leave --{given[0]} out")
+
+
+def _fields(options: TrainOptions) -> dict:
+    return {**(SIZES[options.size] if options.size else {}), **options.architecture()}
+
+
+def _loop(options: TrainOptions, batches: Batches) -> LoopOptions:
+    steps = options.num_steps or max(math.ceil(options.num_epochs * batches.steps_per_epoch), 1)
+    same = {field.name for field in fields(LoopOptions)} & {field.name for field in fields(TrainOptions)}
+    return LoopOptions(
+        segments=options.tbptt_segments,
+        carry_state=options.order == "contiguous",
+        max_seconds=60 * options.max_minutes if options.max_minutes else math.inf,
+        **{**{name: getattr(options, name) for name in same}, "num_steps": steps},
+    )
