@@ -16,17 +16,18 @@ import subprocess
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from statistics import mean, median, stdev
 
 import yaml
-from runs import names, resolve, run
+from runs import files, names, resolve, run
 from tables import markdown
 
 from hamt.files import write_file, write_json
 
 HERE = Path(__file__).resolve().parent
-SHAKESPEARE = HERE.parents[1] / "shared" / "data" / "tinyshakespeare" / "input.txt"
+DATA = HERE.parents[1] / "shared" / "data"
 
 
 def sweep(options: argparse.Namespace, recipe: dict) -> int:
@@ -77,27 +78,27 @@ def _file(results: Path, name: str) -> Path:
     return results / (name.replace("/", "-") + ".json")
 
 
-def table(results: Path, recipe: dict) -> str:
+def table(results: Path, recipe: dict, tasks: list[str] | None = None) -> str:
     """Markdown: a row for each variant, its figures for each task: mean ± standard error over the seeds."""
+    settings = [(task, recipe["tasks"][task]) for task in tasks or recipe["tasks"]]
     found: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for name, entry in _results(results, recipe).items():
         task, variant, _ = name.split("/")
         found[variant, task].append(entry)
     columns = ["variant"]
-    for task, settings in recipe["tasks"].items():
-        columns += [f"{task}: {COLUMNS[settings['kind']][0]}", "seeds", *COLUMNS[settings["kind"]][1:]]
-    kinds = [settings["kind"] for settings in recipe["tasks"].values()]
+    for task, setting in settings:
+        columns += [f"{task}: {COLUMNS[setting['kind']][0]}", "seeds", *COLUMNS[setting["kind"]][1:]]
     rows = []
     for variant in recipe["variants"]:
-        runs = [found[variant, task] for task in recipe["tasks"]]
-        if any(runs):
-            cells = [cell for column, kind in zip(runs, kinds, strict=True) for cell in _cells(column, kind)]
-            rows.append([variant, *cells])
+        if any(found[variant, task] for task, _ in settings):
+            cells = [_cells(found[variant, task], setting["kind"]) for task, setting in settings]
+            rows.append([variant, *chain.from_iterable(cells)])
     return markdown(columns, rows, text=(0,)) + "\n"
 
 
 COLUMNS = {
     "characters": ("loss", "parameters", "state"),
+    "text": ("loss", "bits/byte", "learning rate", "tokens", "parameters", "without embedding"),
     "recall": ("accuracy", "steps to 0.99", "parameters", "state"),
     "counting": ("accuracy", "median", "best"),
 }
@@ -111,6 +112,11 @@ def _cells(runs: list[dict], kind: str) -> list[str]:
     cells = [f"{mean(figures):.3f}{error}", str(len(runs))]
     if kind == "counting":
         return [*cells, f"{median(figures):.4f}", f"{max(figures):.4f}"]
+    if kind == "text":
+        bits = mean(entry["bits_per_byte"] for entry in runs)
+        counts = (runs[0][name] for name in ("tokens", "num_parameters", "non_embedding_parameters"))
+        rate = runs[0]["spec"]["training"]["learning_rate"]
+        return [*cells, f"{bits:.3f}", str(rate), *(f"{count:,}" for count in counts)]
     if kind == "recall":
         steps = [entry["steps_to_99"] for entry in runs]
         cells.append(", ".join("never" if step is None else str(step) for step in steps))
@@ -123,24 +129,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", type=Path, default=HERE / "ablation.yaml")
     parser.add_argument("--results", type=Path, help="default: docs/results/, by the recipe's name")
-    parser.add_argument("--data", type=Path, default=SHAKESPEARE, help="text of tiny-shakespeare")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the texts")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="these tasks of the recipe")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants, in this order")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--run", metavar="TASK/VARIANT/SEED", help="one run, in this process")
-    parser.add_argument("--table", type=Path, help="write the table of all results there and end")
+    parser.add_argument("--table", type=Path, help="write the table of the results (of --tasks) there")
     options = parser.parse_args()
     options.results = options.results or HERE.parent / "docs" / "results" / options.recipe.stem
     recipe = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
     for what, chosen in (("variants", options.only), ("tasks", options.tasks)):
         if unknown := set(chosen or ()) - set(recipe[what]):
             parser.error(f"no {what} {', '.join(sorted(unknown))}; there are {', '.join(recipe[what])}")
-    kinds = [recipe["tasks"][task]["kind"] for task in options.tasks or recipe["tasks"]]
-    if not options.table and "characters" in kinds and not options.data.exists():
-        parser.error(f"no text {options.data}: give tiny-shakespeare's input.txt with --data")
+    needed = [path for task in options.tasks or recipe["tasks"] for path in files(recipe["tasks"][task])]
+    absent = [str(path) for path in needed if not (options.data / path).exists()]
+    if absent and not options.table:
+        parser.error(f"no {', '.join(absent)} in {options.data}: give the folder with --data")
     if options.table:
-        text = table(options.results, recipe)
+        text = table(options.results, recipe, options.tasks)
         write_file(options.table, lambda file: file.write_text(text, encoding="utf-8"))
     elif options.run:
         result = run(recipe, options.run, options.data)

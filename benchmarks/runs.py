@@ -9,21 +9,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from environment import environment
-from rivals import mlp_width, transformer
+from rivals import mlp_width, non_embedding_parameters, transformer
 from torch import Tensor, nn
 
 from hamt import HAMTConfig, HAMTForCausalLM
-from hamt.data.blocks import next_token_batch, shuffled_blocks
+from hamt.data.corpus import load_corpus
+from hamt.data.loader import Batches
 from hamt.data.tasks import MQAR, ModularCounting, Task
+from hamt.data.tokenizer import load_tokenizer
+from hamt.data.tokens import Split, tokenise
 from hamt.evaluation.loss import held_out_loss
-from hamt.training.loop import seed_everything, train
+from hamt.training.loop import LoopOptions, Trainer, seed_everything
+from hamt.training.plan import make_accelerator
 from hamt.training.tasks import HELD_OUT, accuracy, train_on_task
 
 # Beside the fields of HAMTConfig: whether keys bind, a rival's options, and a constant added to the
 # directions that the delta rule writes in, at initialisation.
 OPTIONS = {"keys": True, "rival": None, "common_direction": 0.0}
+
+SHAKESPEARE = Path("tinyshakespeare/input.txt")  # in the folder of data
 
 # A run is known by every choice that bears on its figure: a default that changes later does not touch it.
 NO_CHOICE = {"vocab_size", "chunk_size", "max_position_embeddings", "use_cache"}
@@ -51,6 +58,12 @@ def names(recipe: dict) -> list[tuple[str, str]]:
     ]
 
 
+def files(settings: dict) -> list[Path]:
+    """What a task of a recipe reads, in the folder of data."""
+    texts = [Path(path) for path in settings["task"].values()] if settings["kind"] == "text" else []
+    return [SHAKESPEARE] if settings["kind"] == "characters" else texts
+
+
 def resolve(recipe: dict, task: str, variant: str) -> dict[str, Any]:
     """What one run consists of: fields of the configuration, training options, and options of ``build``."""
     base = recipe["tasks"][task]
@@ -63,8 +76,8 @@ def resolve(recipe: dict, task: str, variant: str) -> dict[str, Any]:
     training = dict(base["training"])
     for option in training.keys() & changes.keys():
         training[option] = changes.pop(option)
+    more = {"parameters": changes.pop("parameters", base.get("parameters")), "task": base.get("task")}
     config = HAMTConfig(**{**base["config"], **changes})
-    more = {"parameters": base.get("parameters"), "task": base.get("task")}
     fields = {name: getattr(config, name) for name in CHOICES}
     return {**spec, "config": fields, "training": training, **more}
 
@@ -102,34 +115,62 @@ def _hamt(fields: dict, keys: bool) -> HAMTForCausalLM:
     return model
 
 
-def characters(path: Path) -> tuple[Tensor, Tensor, int]:
+def characters(path: Path) -> tuple[Split, Split, int]:
     """nanoGPT's split: ids of the first nine tenths, of the rest, and the size of the vocabulary."""
     text = path.read_text(encoding="utf-8")
     numbers = {character: i for i, character in enumerate(sorted(set(text)))}
-    ids = torch.tensor([numbers[character] for character in text])
+    ids = np.array([numbers[character] for character in text])
     cut = int(0.9 * len(ids))
-    return ids[:cut], ids[cut:], len(numbers)
+    return _split(ids[:cut]), _split(ids[cut:]), len(numbers)
+
+
+def _split(ids: np.ndarray) -> Split:
+    return Split(ids, np.zeros(1, dtype=np.int64), len(ids))
 
 
 def run_characters(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
     """Train on characters; the figure is the loss on all of the validation text, in nats."""
-    training, validation, vocab_size = characters(data)
+    training, validation, vocab_size = characters(data / SHAKESPEARE)
     options = dict(spec["training"])
     length, batch_size = options.pop("length"), options.pop("batch_size")
-    generator = seed_everything(seed)
+    seed_everything(seed)
     model = build(spec, vocab_size)
-    blocks = shuffled_blocks(training, length, batch_size, generator)
-    part = validation[: 40 * length + 1]  # for the curve
-    result = train(
-        model,
-        map(next_token_batch, blocks),
-        lambda: held_out_loss(model, part, len(part), length).nats_per_token,
-        show_progress=False,
-        **options,
+    batches = Batches(training, length=length, batch_size=batch_size, apart=False, seed=seed)
+    part = _split(validation.ids[: 40 * length + 1])  # for the curve
+    trainer = Trainer(
+        model, lambda: held_out_loss(model, part, length).nats_per_token, LoopOptions(**options)
     )
-    final = held_out_loss(model, validation, len(validation), length)
+    result = trainer.train(batches.loader(0, options["num_steps"]))
+    final = held_out_loss(model, validation, length)
     measured = {"tokens": result.tokens, "seconds": result.seconds, "curve": result.held_out}
     return model, {"figure": final.nats_per_token, **measured}
+
+
+def run_text(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
+    """Train on text for ``epochs``, documents flowing; the figure is the validation loss in nats.
+
+    ``every`` scores only each n-th block of the validation text; the curve is the loss of 40 blocks.
+    """
+    files, options = {name: str(data / path) for name, path in spec["task"].items()}, dict(spec["training"])
+    tokenizer = load_tokenizer(files["tokenizer"])
+    corpus = tokenise(load_corpus(files["text"], held_out=files["held_out"]), tokenizer)
+    length, epochs, every = (options.pop(name) for name in ("length", "epochs", "every"))
+    seed_everything(seed)
+    model = build(spec, len(tokenizer))
+    batch_size, accelerator = options.pop("batch_size"), make_accelerator(options.pop("mixed_precision"))
+    batches = Batches(corpus.train, length=length, batch_size=batch_size, apart=False, seed=seed)
+    options["num_steps"] = round(epochs * batches.steps_per_epoch)
+    sample = max(len(corpus.held_out) // length // 40, 1)
+    trainer = Trainer(
+        model,
+        lambda: held_out_loss(model, corpus.held_out, length, every=sample).nats_per_token,
+        LoopOptions(**options),
+        accelerator=accelerator,
+    )
+    result = trainer.train(batches.loader(0, options["num_steps"]))
+    final = held_out_loss(model, corpus.held_out, length, every=every)
+    measured = {"tokens": result.tokens, "seconds": result.seconds, "curve": result.held_out}
+    return model, {"figure": final.nats_per_token, "bits_per_byte": final.bits_per_byte, **measured}
 
 
 def run_recall(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
@@ -152,13 +193,14 @@ def run_counting(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, di
 def _train(task: Task, spec: dict, seed: int) -> tuple[HAMTForCausalLM, dict]:
     seed_everything(seed)
     model = build(spec, task.vocab_size)
-    result = train_on_task(model, task, seed=seed, show_progress=False, **spec["training"])
+    result = train_on_task(model, task, seed=seed, **spec["training"])
     curve = {"curve": result.accuracies, "steps_to_99": result.steps_to_99}
     return model, {"seconds": result.seconds, **curve}
 
 
 KINDS: dict[str, Callable[[dict, int, Path], tuple[HAMTForCausalLM, dict]]] = {
     "characters": run_characters,
+    "text": run_text,
     "recall": run_recall,
     "counting": run_counting,
 }
@@ -178,6 +220,7 @@ def run(recipe: dict, name: str, data: Path) -> dict[str, Any]:
         "seed": int(seed),
         **measured,
         "num_parameters": model.num_parameters(),
+        "non_embedding_parameters": non_embedding_parameters(model),
         "state_floats": None if memory is None else memory.num_heads * memory.num_slots * memory.head_dim,
         "intermediate_dim": model.config.intermediate_dim,
         "spec": spec,

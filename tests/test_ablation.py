@@ -14,9 +14,11 @@ sys.path.insert(0, str(BENCHMARKS))
 import ablate  # noqa: E402
 import runs  # noqa: E402
 
+from hamt.data.tokenizer import train_tokenizer  # noqa: E402
+
 RECIPES = {
     name: yaml.safe_load((BENCHMARKS / f"{name}.yaml").read_text(encoding="utf-8"))
-    for name in ("ablation", "state_tracking")
+    for name in ("ablation", "state_tracking", "wikitext2")
 }
 NAMES = [(name, task, variant) for name, recipe in RECIPES.items() for task, variant in runs.names(recipe)]
 
@@ -37,6 +39,12 @@ tasks:
     config: {hidden_dim: 32, num_layers: 1, num_slots: 2, num_heads: 2}
     task: {modulus: 2, length: 8, test_length: 20}
     training: {batch_size: 2, num_steps: 2, learning_rate: 0.01, lengths: [2, 8]}
+  prose:
+    kind: text
+    config: {hidden_dim: 32, num_layers: 1, num_slots: 2, num_heads: 2}
+    task: {text: a.txt, held_out: b.txt, tokenizer: tokenizer}
+    training:
+      {length: 16, batch_size: 2, epochs: 0.5, every: 1, learning_rate: 0.01, mixed_precision: bf16}
 variants:
   base: {}
   slots-3: {num_slots: 3, text: {num_slots: 4}}
@@ -49,9 +57,10 @@ variants:
 def test_every_run_of_the_recipes_can_be_built_with_the_parameters_it_names(name, task, variant):
     spec = runs.resolve(RECIPES[name], task, variant)
     with torch.device("meta"):
-        model = runs.build({**spec, "common_direction": 0.0}, 65)
+        model = runs.build({**spec, "common_direction": 0.0}, 50257 if name == "wikitext2" else 65)
     if spec["parameters"] and model.config.intermediate_dim > 1:  # else the mixer alone is larger
         unit = 3 * model.config.hidden_dim * model.config.num_layers
+        unit *= 8 if model.config.hidden_dim >= 256 else 1
         assert abs(model.num_parameters() - spec["parameters"]) <= unit
 
 
@@ -95,11 +104,15 @@ def test_a_common_direction_makes_the_writes_of_the_delta_rule_alike():
 
 
 def test_a_sweep_runs_what_is_missing_and_tabulates_it(tmp_path, monkeypatch, capfd):
-    text, recipe = tmp_path / "text.txt", tmp_path / "tiny.yaml"
-    text.write_text("abcdefgh " * 60, encoding="utf-8")
+    recipe = tmp_path / "tiny.yaml"
+    (tmp_path / "tinyshakespeare").mkdir()
+    for name in ("tinyshakespeare/input.txt", "a.txt", "b.txt"):
+        (tmp_path / name).write_text("abcdefgh " * 60, encoding="utf-8")
+    train_tokenizer(["abcdefgh "], 260).save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     recipe.write_text(TINY, encoding="utf-8")
     results = tmp_path / "results"
-    options = ["--recipe", str(recipe), "--results", str(results), "--data", str(text)]
+    options = ["--recipe", str(recipe), "--results", str(results), "--data", str(tmp_path)]
 
     def command(*more: str) -> None:
         monkeypatch.setattr(sys, "argv", ["ablate.py", *options, *more])
@@ -123,6 +136,16 @@ def test_a_sweep_runs_what_is_missing_and_tabulates_it(tmp_path, monkeypatch, ca
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["base", "slots-3", "same", "transformer"]
     assert f"{found['figure']:.3f} | 1 | {found['num_parameters']:,} | 256" in lines[3]
     assert len({line.count("|") for line in lines}) == 1
+    command("--run", "prose/base/0")
+    command("--tasks", "prose", "--table", str(tmp_path / "prose.md"))
+    prose = json.loads((results / "prose-base-0.json").read_text(encoding="utf-8"))
+    assert prose["tokens"] == 6 * 2 * 16  # half of the 12 steps of an epoch
+    (line,) = (tmp_path / "prose.md").read_text(encoding="utf-8").splitlines()[2:]
+    assert f"{prose['figure']:.3f} | 1 | {prose['bits_per_byte']:.3f} | 0.01 | 192 |" in line
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(SystemExit):
+        command("--tasks", "prose")
+    assert "no a.txt in" in capfd.readouterr().err
 
 
 def test_the_table_gives_mean_and_standard_error_over_seeds(tmp_path):
