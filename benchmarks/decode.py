@@ -11,9 +11,10 @@ import json
 from functools import partial
 
 import torch
-from environment import Timing, environment, interleave
 
 from hamt import HAMTCache, HAMTConfig, HAMTModel
+from hamt.environment import environment
+from hamt.evaluation.timing import Timing, interleave
 
 
 @torch.no_grad()

@@ -10,13 +10,13 @@ import argparse
 import json
 from itertools import repeat
 
-from environment import environment, interleave, paired_ratio
-
 from hamt import HAMTConfig, HAMTForCausalLM
 from hamt.data.corpus import load_corpus
 from hamt.data.loader import Batches
 from hamt.data.tokenizer import train_tokenizer
 from hamt.data.tokens import tokenise
+from hamt.environment import environment
+from hamt.evaluation.timing import interleave, paired_ratio
 from hamt.training.loop import LoopOptions, Trainer, seed_everything
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import environment
 from rivals import mlp_width, non_embedding_parameters, transformer
 from torch import Tensor, nn
 
@@ -21,7 +20,8 @@ from hamt.data.loader import Batches
 from hamt.data.tasks import MQAR, ModularCounting, Task
 from hamt.data.tokenizer import load_tokenizer
 from hamt.data.tokens import Split, tokenise
-from hamt.evaluation.loss import held_out_loss
+from hamt.environment import environment
+from hamt.evaluation.loss import Loss, held_out_loss
 from hamt.training.loop import LoopOptions, Trainer, seed_everything
 from hamt.training.plan import make_accelerator
 from hamt.training.tasks import HELD_OUT, accuracy, train_on_task
@@ -131,19 +131,9 @@ def _split(ids: np.ndarray) -> Split:
 def run_characters(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
     """Train on characters; the figure is the loss on all of the validation text, in nats."""
     training, validation, vocab_size = characters(data / SHAKESPEARE)
-    options = dict(spec["training"])
-    length, batch_size = options.pop("length"), options.pop("batch_size")
-    seed_everything(seed)
-    model = build(spec, vocab_size)
-    batches = Batches(training, length=length, batch_size=batch_size, apart=False, seed=seed)
-    part = _split(validation.ids[: 40 * length + 1])  # for the curve
-    trainer = Trainer(
-        model, lambda: held_out_loss(model, part, length).nats_per_token, LoopOptions(**options)
-    )
-    result = trainer.train(batches.loader(0, options["num_steps"]))
-    final = held_out_loss(model, validation, length)
-    measured = {"tokens": result.tokens, "seconds": result.seconds, "curve": result.held_out}
-    return model, {"figure": final.nats_per_token, **measured}
+    part = _split(validation.ids[: 40 * spec["training"]["length"] + 1])
+    model, _, measured = _train_on_text(spec, seed, vocab_size, training, (part, 1), (validation, 1))
+    return model, measured
 
 
 def run_text(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
@@ -151,26 +141,44 @@ def run_text(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
 
     ``every`` scores only each n-th block of the validation text; the curve is the loss of 40 blocks.
     """
-    files, options = {name: str(data / path) for name, path in spec["task"].items()}, dict(spec["training"])
+    files = {name: str(data / path) for name, path in spec["task"].items()}
     tokenizer = load_tokenizer(files["tokenizer"])
     corpus = tokenise(load_corpus(files["text"], held_out=files["held_out"]), tokenizer)
-    length, epochs, every = (options.pop(name) for name in ("length", "epochs", "every"))
+    sample = max(len(corpus.held_out) // spec["training"]["length"] // 40, 1)
+    curve, figure = (corpus.held_out, sample), (corpus.held_out, spec["training"]["every"])
+    model, final, measured = _train_on_text(spec, seed, len(tokenizer), corpus.train, curve, figure)
+    return model, {**measured, "bits_per_byte": final.bits_per_byte}
+
+
+def _train_on_text(
+    spec: dict,
+    seed: int,
+    vocab_size: int,
+    training: Split,
+    curve: tuple[Split, int],
+    figure: tuple[Split, int],
+) -> tuple[HAMTForCausalLM, Loss, dict]:
+    """Train, and measure on a split, every n-th block of it: while training (``curve``) and at the end."""
+    options = dict(spec["training"])
+    length, batch_size = options.pop("length"), options.pop("batch_size")
+    accelerator = make_accelerator(options.pop("mixed_precision", "no"))
+    options.pop("every", None)
     seed_everything(seed)
-    model = build(spec, len(tokenizer))
-    batch_size, accelerator = options.pop("batch_size"), make_accelerator(options.pop("mixed_precision"))
-    batches = Batches(corpus.train, length=length, batch_size=batch_size, apart=False, seed=seed)
-    options["num_steps"] = round(epochs * batches.steps_per_epoch)
-    sample = max(len(corpus.held_out) // length // 40, 1)
+    model = build(spec, vocab_size)
+    batches = Batches(training, length=length, batch_size=batch_size, apart=False, seed=seed)
+    if "epochs" in options:
+        options["num_steps"] = round(options.pop("epochs") * batches.steps_per_epoch)
+
+    def measure(split: Split, every: int) -> Loss:
+        return held_out_loss(model, split, length, every=every)
+
     trainer = Trainer(
-        model,
-        lambda: held_out_loss(model, corpus.held_out, length, every=sample).nats_per_token,
-        LoopOptions(**options),
-        accelerator=accelerator,
+        model, lambda: measure(*curve).nats_per_token, LoopOptions(**options), accelerator=accelerator
     )
     result = trainer.train(batches.loader(0, options["num_steps"]))
-    final = held_out_loss(model, corpus.held_out, length, every=every)
+    final = measure(*figure)
     measured = {"tokens": result.tokens, "seconds": result.seconds, "curve": result.held_out}
-    return model, {"figure": final.nats_per_token, "bits_per_byte": final.bits_per_byte, **measured}
+    return model, final, {"figure": final.nats_per_token, **measured}
 
 
 def run_recall(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:

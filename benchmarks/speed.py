@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from environment import Timing, environment, interleave, paired_ratio, spread
 from rivals import attend, attention_head_dim, count_flops, non_embedding_parameters, transformer
 from tables import markdown
 from torch import Tensor, nn
 
 from hamt import HAMTConfig, HAMTForCausalLM
 from hamt.allocator import keep_freed_memory
+from hamt.environment import environment
+from hamt.evaluation.timing import Timing, interleave, paired_ratio, spread
 from hamt.files import write_json
 from hamt.layers import HAMTLayer
 

@@ -15,7 +15,8 @@ SOURCE = Path(hamt.__file__).parent
 
 # Each layer may import those to its left. Packages (data, evaluation, ...) count as one layer each.
 LAYERS = (
-    {"allocator", "cross_entropy", "errors", "files", "vsa"},
+    {"errors"},
+    {"allocator", "cross_entropy", "environment", "files", "vsa"},
     {"options"},
     {"positions", "scan"},
     {"delta", "fused"},

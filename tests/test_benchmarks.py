@@ -13,6 +13,8 @@ import torch
 from model_inputs import assert_close, gradients, random_ids, tiny_config
 
 from hamt import HAMTConfig, HAMTForCausalLM
+from hamt.environment import environment
+from hamt.evaluation import timing
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 
@@ -24,7 +26,7 @@ def script(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-environment, rivals, speed = script("environment"), script("rivals"), script("speed")
+rivals, speed = script("rivals"), script("speed")
 
 
 def rival(core: str = "sdpa", short_convolution: bool = False, **options) -> HAMTForCausalLM:
@@ -149,7 +151,7 @@ def test_flops_count_the_einsum_of_the_memory():
 
 def test_interleave_shuffles_the_order_and_drops_the_warmup():
     calls: list[str] = []
-    timings = environment.interleave({name: partial(calls.append, name) for name in "abc"}, 20, warmup=1)
+    timings = timing.interleave({name: partial(calls.append, name) for name in "abc"}, 20, warmup=1)
     rounds = ["".join(calls[i : i + 3]) for i in range(0, 63, 3)]
     assert all(sorted(turn) == list("abc") for turn in rounds)
     assert len(set(rounds)) == 6
@@ -158,14 +160,14 @@ def test_interleave_shuffles_the_order_and_drops_the_warmup():
 
 def test_ratios_are_taken_within_a_round():
     """One slow round slows both: the ratio of medians would not see that the ratio never changed."""
-    assert environment.paired_ratio([2, 20, 6], [1, 10, 3]) == (2, 2, 2)
-    assert environment.spread(range(1, 10)) == (3, 5, 7)
-    assert environment.spread([1, 2, 3, 4, 5]) == (1, 3, 5)
-    assert environment.timing(range(1, 10))[:2] == (5, (3, 7))
+    assert timing.paired_ratio([2, 20, 6], [1, 10, 3]) == (2, 2, 2)
+    assert timing.spread(range(1, 10)) == (3, 5, 7)
+    assert timing.spread([1, 2, 3, 4, 5]) == (1, 3, 5)
+    assert timing.timing(range(1, 10))[:2] == (5, (3, 7))
 
 
 def test_header_names_the_machine_and_the_commit():
-    header = environment.environment()
+    header = environment()
     assert all(header[name] for name in ("hamt", "torch", "transformers", "python", "processor", "date"))
     assert header["cores"] >= 1
     assert header["threads"] == torch.get_num_threads()

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hamt.config import HAMTConfig
-from hamt.errors import UserError
+from hamt.errors import UserError, reason
 from hamt.files import write_file, write_folder
 from hamt.model import HAMTForCausalLM
 
@@ -88,8 +88,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[HAMTForCausalLM, PreT
         model = HAMTForCausalLM.from_pretrained(path, local_files_only=True)
         return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # whatever the libraries trip over
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a whole checkpoint ({reason}); give another") from error
+        raise UserError(f"{path} is not a whole checkpoint ({reason(error)}); give another") from error
 
 
 def _load_pt(path: Path) -> tuple[HAMTForCausalLM, PreTrainedTokenizerFast]:

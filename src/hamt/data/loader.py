@@ -17,6 +17,19 @@ from hamt.errors import UserError
 ORDERS = ("shuffled", "contiguous")
 
 
+def batch_at(split: Split, starts: np.ndarray, length: int, apart: bool) -> dict[str, Tensor]:
+    """Arguments of a causal language model for rows (B, N) of a split that begin at ``starts`` (B,).
+
+    ``apart`` numbers their documents (``seq_idx``), so that they do not see each other.
+    """
+    places = starts[:, None] + np.arange(length + 1)
+    batch = next_token_batch(torch.from_numpy(split.ids[places].astype(np.int64)))
+    if apart:
+        documents = np.searchsorted(split.starts, places[:, :-1], side="right")
+        batch["seq_idx"] = torch.from_numpy(documents)
+    return batch
+
+
 class Batches(Sequence[dict[str, Tensor]]):
     """Endless batches of next-token prediction, without padding; item s is the batch of step s.
 
@@ -67,18 +80,13 @@ class Batches(Sequence[dict[str, Tensor]]):
     def __getitem__(self, step: int) -> dict[str, Tensor]:  # type: ignore[override]
         """Arguments of a causal language model: (B, N) each."""
         starts = self._starts(*divmod(step, self.steps_per_epoch))[self.rows]
-        places = starts[:, None] + np.arange(self.length + 1)
-        batch = next_token_batch(torch.from_numpy(self.split.ids[places].astype(np.int64)))
-        if self.apart:
-            documents = np.searchsorted(self.split.starts, places[:, :-1], side="right")
-            batch["seq_idx"] = torch.from_numpy(documents)
-        return batch
+        return batch_at(self.split, starts, self.length, self.apart)
 
     def begins(self, step: int) -> bool:
         """Whether no row of this step goes on from the step before."""
         return self.order == "shuffled" or step % self.steps_per_epoch == 0
 
-    def loader(self, first: int, last: int, num_workers: int = 0, pin_memory: bool = False) -> Iterator[dict]:
+    def loader(self, first: int, last: int, num_workers: int = 0) -> Iterator[dict]:
         """Batches of the steps from ``first`` up to ``last``, made ahead by ``num_workers`` processes."""
         return iter(
             DataLoader(
@@ -86,7 +94,6 @@ class Batches(Sequence[dict[str, Tensor]]):
                 batch_size=None,
                 sampler=range(first, last),
                 num_workers=num_workers,
-                pin_memory=pin_memory,
                 # Else it would draw a seed for its workers from the generator of the model's dropout.
                 generator=torch.Generator(),
             )

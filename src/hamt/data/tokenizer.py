@@ -9,10 +9,10 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hamt.data.cache import kept
 from hamt.data.corpus import Corpus
 from hamt.data.hub import no_network
 from hamt.errors import UserError
-from hamt.files import new_folder, token_cache
 
 LEARNT = 100_000_000
 END_OF_TEXT, PADDING, UNKNOWN = "<|endoftext|>", "<|pad|>", "�"
@@ -41,26 +41,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def own_tokenizer(
     corpus: Corpus, vocab_size: int, cache: str | os.PathLike[str] | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that ``train_tokenizer`` learns from a corpus, kept beside its tokens (``token_cache``).
+    """The tokenizer that ``train_tokenizer`` learns from a corpus, kept beside its tokens.
 
     Raises:
         UserError: as ``train_tokenizer``, and if the folder cannot be written.
     """
     identity = hashlib.sha256(f"{LEARNT} {vocab_size} {corpus.identity}".encode()).hexdigest()[:16]
-    folder = token_cache(cache) / f"tokenizer-{identity}"
-    if not folder.is_dir():
-        tokenizer = train_tokenizer(corpus.train, vocab_size)
 
-        def write(target: Path) -> None:
-            tokenizer.save_pretrained(target)
+    def write(target: Path) -> None:
+        train_tokenizer(corpus.train, vocab_size).save_pretrained(target)
 
-        try:
-            new_folder(folder, write)
-        except OSError as error:
-            raise UserError(
-                f"cannot keep a tokenizer in {folder} ({error.strerror}); name another with --token_cache"
-            ) from error
-    return load_tokenizer(str(folder))
+    return load_tokenizer(str(kept(cache, f"tokenizer-{identity}", write)))
 
 
 def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

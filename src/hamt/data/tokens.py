@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from hamt.data.cache import kept
 from hamt.data.corpus import EVERY, Corpus
-from hamt.errors import UserError
-from hamt.files import new_folder, token_cache
 
 # Characters that are tokenised at a time, so that a file of any size fits into memory.
 PIECE = 1_000_000
@@ -79,20 +78,13 @@ def tokenise(
     described = [LAYOUT, corpus.identity, tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id)]
     described += [] if max_tokens is None else [str(max_tokens)]
     fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
-    folder = token_cache(cache) / fingerprint
-    if not folder.is_dir():
 
-        def write(target: Path) -> None:
-            fewer = None if max_tokens is None else max(max_tokens // EVERY, 1)
-            _write(target, "train", corpus.train, tokenizer, max_tokens)
-            _write(target, "held_out", corpus.held_out, tokenizer, fewer)
+    def write(target: Path) -> None:
+        fewer = None if max_tokens is None else max(max_tokens // EVERY, 1)
+        _write(target, "train", corpus.train, tokenizer, max_tokens)
+        _write(target, "held_out", corpus.held_out, tokenizer, fewer)
 
-        try:
-            new_folder(folder, write)
-        except OSError as error:
-            raise UserError(
-                f"cannot keep tokens in {folder} ({error.strerror}); name another folder with --token_cache"
-            ) from error
+    folder = kept(cache, fingerprint, write)
     return TokenisedCorpus(corpus.name, _read(folder, "train"), _read(folder, "held_out"), fingerprint)
 
 

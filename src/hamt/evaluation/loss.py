@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from hamt.data.loader import batch_at
 from hamt.data.tokens import Split
 
 
@@ -52,11 +53,10 @@ def held_out_loss(
     if rest and (every == 1 or not whole):
         sizes.append((np.array([whole * length]), rest))
     index, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    device = next(model.parameters()).device
     # Total loss and tokens, in float64: a sum over millions of tokens.
     total = torch.zeros(2, dtype=torch.float64)
     for begin, size in sizes[index::count]:
-        total += _score(model, split, begin[:, None] + np.arange(size + 1), apart, device)
+        total += _score(model, batch_at(split, begin, size, apart))
     if accelerator is not None and count > 1:
         total = accelerator.reduce(total.to(accelerator.device), "sum").cpu()
     model.train(was_training)
@@ -64,14 +64,12 @@ def held_out_loss(
     return Loss(nats, nats / math.log(2) * (len(split) - 1) / split.num_bytes)
 
 
-def _score(model: nn.Module, split: Split, places: np.ndarray, apart: bool, device: torch.device) -> Tensor:
-    """Summed loss and number of targets of blocks at ``places`` (B, N + 1)."""
-    block = torch.from_numpy(split.ids[places].astype(np.int64)).to(device)
-    more = {}
-    if apart:
-        documents = np.searchsorted(split.starts, places[:, :-1], side="right")
-        more["seq_idx"] = torch.from_numpy(documents).to(device)
-    logits = model(block[:, :-1], **more).logits
-    target = block[:, 1:]
+def _score(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Summed loss and number of targets of a batch."""
+    device = next(model.parameters()).device
+    batch = {name: x.to(device) for name, x in batch.items()}
+    target = batch.pop("shift_labels")
+    del batch["labels"]
+    logits = model(**batch).logits
     loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
     return torch.tensor([loss.item(), target.numel()], dtype=torch.float64)

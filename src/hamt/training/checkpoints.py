@@ -5,7 +5,6 @@
 removed. So there is a whole one at every moment, whatever kills the run.
 """
 
-import errno
 import os
 import shutil
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from hamt.cache import HAMTCache
-from hamt.errors import UserError
+from hamt.errors import UserError, reason
 from hamt.evaluation.loss import Loss
 from hamt.files import WRITING, existing, new_folder
 from hamt.training.loop import Trainer, TrainingResult
@@ -43,6 +42,9 @@ def save_state(
     ranks = gather_object([_of_process(trainer)])
     if not trainer.accelerator.is_main_process:
         return
+    target = folder / f"step_{step}"
+    if target in find_states(folder):
+        return  # written when this step was done
     state = {
         "identity": identity,
         "model": trainer.model.state_dict(),
@@ -54,19 +56,16 @@ def save_state(
         "processes": ranks,
     }
 
-    def write(target: Path) -> None:
-        trainer.model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-        torch.save(state, target / STATE)
+    def write(fresh: Path) -> None:
+        trainer.model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        torch.save(state, fresh / STATE)
 
-    target = folder / f"step_{step}"
-    if target in find_states(folder):
-        return  # written when this step was done
     try:
         new_folder(target, write)
     except OSError as error:
         raise UserError(
-            f"no checkpoint could be written at step {step} ({_reason(error)}): free space in {folder}, then "
+            f"no checkpoint could be written at step {step} ({reason(error)}): free space in {folder}, then "
             "--resume goes on from the one before"
         ) from error
     for stale in find_states(folder)[:-keep]:
@@ -103,7 +102,7 @@ def load_state(path: str | os.PathLike[str], trainer: Trainer[Loss], identity: d
         state = torch.load(Path(path) / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever it trips over
         before = "--resume takes the one before" if len(find_states(Path(path).parent)) > 1 else "begin anew"
-        raise UserError(f"{path} cannot be read ({_reason(error)}): remove it and {before}") from error
+        raise UserError(f"{path} cannot be read ({reason(error)}): remove it and {before}") from error
     for name, wanted in identity.items():
         there = state["identity"].get(name)
         if there != wanted and name == "data":
@@ -169,9 +168,3 @@ def _to_process(trainer: Trainer[Any], state: dict[str, Any]) -> None:
     trainer.carried = [
         None if saved is None else HAMTCache.from_tensors(saved, device) for saved in state["carried"]
     ]
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno is not None:
-        return os.strerror(error.errno) + (" (the disk is full)" if error.errno == errno.ENOSPC else "")
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -38,7 +38,7 @@ def peak_flops(accelerator: Accelerator, size: int = 1024, repeats: int = 20) ->
     if accelerator.device.type != "cpu":
         size *= 8
     times = []
-    for dtype in (torch.float32, PRECISIONS.get(accelerator.mixed_precision, torch.float32)):
+    for dtype in {torch.float32, PRECISIONS.get(accelerator.mixed_precision, torch.float32)}:
         matrix = torch.ones(size, size, dtype=dtype, device=accelerator.device)
         for _ in range(repeats):
             start = time.perf_counter()

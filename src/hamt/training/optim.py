@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel
@@ -85,8 +84,3 @@ def set_learning_rate(optimizers: Iterable[Optimizer], learning_rate: float) -> 
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-
-
-def gradient_norm(model: nn.Module) -> torch.Tensor:
-    """Norm of all gradients together."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])

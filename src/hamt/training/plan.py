@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -52,6 +53,11 @@ class Plan:
     model: HAMTForCausalLM
     batches: Batches
     loop: LoopOptions
+
+    @property
+    def states(self) -> Path:
+        """Where the checkpoints are."""
+        return Path(self.options.output_dir) / "checkpoints"
 
     @property
     def tokens_per_step(self) -> int:
@@ -104,7 +110,8 @@ def make_plan(options: TrainOptions) -> Plan:
             text_column=options.text_column,
             streaming=options.streaming,
         )
-        tokenizer = _tokenizer(options, text)
+        trained = load_checkpoint(options.init_from) if options.init_from else None
+        tokenizer = trained[1] if trained else _tokenizer(options, text)
         corpus = tokenise(text, tokenizer, options.token_cache, options.max_tokens)
     if len(corpus.held_out) < 2:
         raise UserError(f"{options.data} is too short to hold any of it out: give more text, or --held_out")
@@ -119,7 +126,7 @@ def make_plan(options: TrainOptions) -> Plan:
         rows=slice(accelerator.process_index * share, (accelerator.process_index + 1) * share),
     )
     torch.manual_seed(options.seed)
-    model = _model(options, tokenizer)
+    model = _model(options, tokenizer, trained[0] if trained else None)
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if processes > 1:  # one model, but not one dropout
@@ -128,8 +135,6 @@ def make_plan(options: TrainOptions) -> Plan:
 
 
 def _tokenizer(options: TrainOptions, text: Corpus) -> PreTrainedTokenizerBase:
-    if options.init_from:
-        return load_checkpoint(options.init_from)[1]
     if options.tokenizer == "characters":
         return character_tokenizer(text.train)
     if options.tokenizer not in (None, "none"):
@@ -137,8 +142,10 @@ def _tokenizer(options: TrainOptions, text: Corpus) -> PreTrainedTokenizerBase:
     return own_tokenizer(text, options.vocab_size, options.token_cache)
 
 
-def _model(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> HAMTForCausalLM:
-    if not options.init_from:
+def _model(
+    options: TrainOptions, tokenizer: PreTrainedTokenizerBase, trained: HAMTForCausalLM | None
+) -> HAMTForCausalLM:
+    if trained is None:
         config = build_config(
             **_fields(options),
             vocab_size=len(tokenizer),
@@ -148,7 +155,6 @@ def _model(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> HAMTFor
             pad_token_id=tokenizer.pad_token_id,
         )
         return HAMTForCausalLM(config)
-    trained, _ = load_checkpoint(options.init_from)
     config = build_config(**{**trained.config.to_dict(), **options.architecture()})
     model = HAMTForCausalLM(config)
     model.load_state_dict(trained.state_dict())

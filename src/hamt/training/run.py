@@ -1,26 +1,23 @@
 """A whole run: from options to a trained checkpoint, and everything that tells how it went."""
 
 import json
-import platform
-import subprocess
-import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Console
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-import hamt
 from hamt.checkpoint import save_checkpoint, save_pt
 from hamt.data.tokens import TokenisedCorpus
-from hamt.errors import UserError
+from hamt.environment import environment
+from hamt.errors import UserError, reason
 from hamt.evaluation.loss import Loss, held_out_loss
 from hamt.evaluation.ngrams import ngram_losses
-from hamt.files import write_json
+from hamt.files import write_file, write_json
 from hamt.model import HAMTForCausalLM
 from hamt.training.card import write_card
 from hamt.training.checkpoints import check_space, clear_remains, find_states, load_state, save_state
@@ -65,8 +62,7 @@ def train_model(options: TrainOptions, console: Console) -> Run | None:
     if not main:
         console = Console(quiet=True)
     _introduce(plan, console)
-    states = Path(options.output_dir) / "checkpoints"
-    _check_folder(options)
+    _check_folder(plan)
     check_trackers(options)
     check_space(options.output_dir, disk_bytes(plan))
     if options.dry_run:
@@ -75,27 +71,25 @@ def train_model(options: TrainOptions, console: Console) -> Run | None:
     recorder = _Recorder(plan, console)
     trainer = Trainer(
         plan.model,
-        recorder.evaluate,
+        partial(_measure, plan, SAMPLE),
         plan.loop,
         accelerator=plan.accelerator,
         run=torch.compile(plan.model) if options.compile_model else None,
         listeners=[recorder],
     )
     if options.resume:
-        load_state(find_states(states)[-1], trainer, plan.identity)
+        load_state(find_states(plan.states)[-1], trainer, plan.identity)
         console.print(f"going on after step {trainer.result.steps:,}")
         if trainer.result.steps >= plan.loop.num_steps:
             console.print("nothing is left to do: for more, give more --epochs or --num_steps")
     try:
         if main:
             recorder.open(trainer.result)
-            clear_remains(states, everything=not options.resume)
-        run = _train(plan, trainer, states, console)
-    except TrainingTrouble as trouble:
-        raise UserError(_keep_batch(trouble, plan)) from trouble
+            clear_remains(plan.states, everything=not options.resume)
+        run = _train(plan, trainer, console)
     except OSError as error:
         raise UserError(
-            f"{options.output_dir} cannot be written ({error.strerror or error}): free space, then --resume "
+            f"{options.output_dir} cannot be written ({reason(error)}): free space, then --resume "
             "goes on from the last checkpoint"
         ) from error
     finally:
@@ -103,14 +97,30 @@ def train_model(options: TrainOptions, console: Console) -> Run | None:
     return run if main else None
 
 
-def _train(plan: Plan, trainer: Trainer[Loss], states: Path, console: Console) -> Run:
+def _train(plan: Plan, trainer: Trainer[Loss], console: Console) -> Run:
     begin = trainer.result.steps
     loader = plan.batches.loader(begin, plan.loop.num_steps, plan.options.num_workers)
-    result = trainer.train(loader, plan.batches.begins)
+    try:
+        result = trainer.train(loader, plan.batches.begins)
+    except TrainingTrouble as trouble:
+        raise UserError(_keep_batch(trouble, plan)) from trouble
     if result.steps > begin:
         # A finished run can be gone on with, too: with more steps.
-        save_state(states, trainer, plan.tokenizer, plan.identity, plan.options.keep_checkpoints)
+        _save_state(plan, trainer)
     return _finish(plan, trainer, console)
+
+
+def _save_state(plan: Plan, trainer: Trainer[Loss]) -> None:
+    save_state(plan.states, trainer, plan.tokenizer, plan.identity, plan.options.keep_checkpoints)
+
+
+def _measure(plan: Plan, sample: int | None) -> Loss:
+    """The loss of a sample of about so many blocks of the held-out text, or of all of it."""
+    length, held_out = plan.options.max_length, plan.corpus.held_out
+    every = 1 if sample is None else max(len(held_out) // length // sample, 1)
+    return held_out_loss(
+        plan.model, held_out, length, every=every, apart=plan.batches.apart, accelerator=plan.accelerator
+    )
 
 
 def compare_with_ngrams(run: Run, output_dir: str) -> tuple[float, float]:
@@ -123,11 +133,10 @@ def compare_with_ngrams(run: Run, output_dir: str) -> tuple[float, float]:
 
 
 class _Recorder(Listener[Loss]):
-    """Measures, reports, logs and saves, at the steps that ask for it."""
+    """Reports, logs and saves, at the steps that ask for it."""
 
     def __init__(self, plan: Plan, console: Console) -> None:
         self.plan, self.console, self.options = plan, console, plan.options
-        self.folder = Path(plan.options.output_dir)
         self.listeners: list[Listener[Loss]] = []
         self.best = float("inf")
         self.flops = self.peak = 0.0
@@ -145,21 +154,6 @@ class _Recorder(Listener[Loss]):
         """Leave everything written."""
         for listener in self.listeners:
             listener.close()
-
-    def evaluate(self, sample: int | None = SAMPLE) -> Loss:
-        """The loss of a sample of the held-out text, or of all of it."""
-        plan = self.plan
-        every = (
-            1 if sample is None else max(len(plan.corpus.held_out) // self.options.max_length // sample, 1)
-        )
-        return held_out_loss(
-            plan.model,
-            plan.corpus.held_out,
-            self.options.max_length,
-            every=every,
-            apart=plan.batches.apart,
-            accelerator=plan.accelerator,
-        )
 
     def logged(self, record: dict) -> None:
         """Pass it on, with the share of the machine's operations that training uses."""
@@ -193,13 +187,11 @@ class _Recorder(Listener[Loss]):
         steps = self.plan.loop.num_steps
         interval = self.options.save_interval or min(500, max(steps // 10, 1))
         if step % interval == 0 and step < steps:
-            states = self.folder / "checkpoints"
-            keep = self.options.keep_checkpoints
-            save_state(states, trainer, self.plan.tokenizer, self.plan.identity, keep)
+            _save_state(self.plan, trainer)
 
     def _save(self, name: str) -> None:
         if self.plan.accelerator.is_main_process:
-            save_pt(self.folder / "checkpoints" / name, self.plan.model, self.plan.tokenizer)
+            save_pt(self.plan.states / name, self.plan.model, self.plan.tokenizer)
 
 
 def _introduce(plan: Plan, console: Console) -> None:
@@ -215,17 +207,16 @@ def _introduce(plan: Plan, console: Console) -> None:
     )
 
 
-def _check_folder(options: TrainOptions) -> None:
-    folder = Path(options.output_dir)
-    states = folder / "checkpoints"
+def _check_folder(plan: Plan) -> None:
+    options, states = plan.options, plan.states
     found = find_states(states)
     if options.resume and not found:
         raise UserError(f"nothing to resume in {states}: leave --resume out, or give the run's --output_dir")
-    there = [name for name in WRITTEN if (folder / name).exists()]
+    there = [name for name in WRITTEN if (Path(options.output_dir) / name).exists()]
     if not options.resume and not options.overwrite and (found or there):
         ways = "go on with it by --resume, begin" if found else "begin"
         raise UserError(
-            f"{folder} holds {'a run' if found else there[0]}: {ways} anew by --overwrite, "
+            f"{options.output_dir} holds {'a run' if found else there[0]}: {ways} anew by --overwrite, "
             "or choose another --output_dir"
         )
 
@@ -233,8 +224,8 @@ def _check_folder(options: TrainOptions) -> None:
 def _keep_batch(trouble: TrainingTrouble, plan: Plan) -> str:
     process = f"_process_{plan.accelerator.process_index}" if plan.accelerator.num_processes > 1 else ""
     path = Path(plan.options.output_dir) / f"trouble_step_{trouble.step}{process}.pt"
-    torch.save(trouble.batch, path)
-    kept = find_states(Path(plan.options.output_dir) / "checkpoints")
+    write_file(path, lambda file: torch.save(trouble.batch, file))
+    kept = find_states(plan.states)
     further = f"; --resume goes on from {kept[-1].name}" if kept else ""
     return (
         f"{trouble}; its batch is in {path}. Lower --learning_rate, or leave such steps out with "
@@ -249,7 +240,7 @@ def _finish(plan: Plan, trainer: Trainer[Loss], console: Console) -> Run:
         # What is measured is what is saved.
         for parameter in plan.model.parameters():
             parameter.data.copy_(parameter.data.to(dtype))
-        final = _Recorder(plan, console).evaluate(sample=None)
+        final = _measure(plan, sample=None)
     if plan.accelerator.is_main_process:
         save_checkpoint(options.output_dir, plan.model, plan.tokenizer, dtype)
         write_json(Path(options.output_dir) / "training_info.json", training_info(plan, result, final))
@@ -266,6 +257,7 @@ def _finish(plan: Plan, trainer: Trainer[Loss], console: Console) -> Run:
 
 def training_info(plan: Plan, result: TrainingResult[Loss], final: Loss | None) -> dict:
     """What was done, with what, and what came out: ``training_info.json``."""
+    here = environment()
     return {
         "finished": not result.interrupted,
         "options": asdict(plan.options),
@@ -278,23 +270,8 @@ def training_info(plan: Plan, result: TrainingResult[Loss], final: Loss | None) 
         **asdict(result),
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_bytes": peak_memory(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": commit(),
+        "date": here["date"],
+        "commit": here["commit"],
         "config": plan.model.config.to_dict(),
-        "versions": {
-            "hamt": hamt.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": {name: here[name] for name in ("hamt", "torch", "transformers", "python")},
     }
-
-
-def commit() -> str | None:
-    """The commit of a checkout of HAMT; None for an installed package."""
-    folder = Path(hamt.__file__).parent
-    try:
-        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

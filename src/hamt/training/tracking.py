@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hamt.errors import UserError
+from hamt.errors import UserError, reason
 from hamt.evaluation.loss import Loss
 from hamt.files import write_file, write_text
 from hamt.training.loop import Listener, Trainer, TrainingResult
@@ -129,7 +129,7 @@ class WeightsAndBiases(Listener[Loss]):
             )
         except Exception as error:  # of many kinds: no key, no network
             raise UserError(
-                f"Weights & Biases cannot begin a run ({str(error).splitlines()[0]}): "
+                f"Weights & Biases cannot begin a run ({reason(error)}): "
                 "log in with `wandb login`, or set WANDB_MODE=offline"
             ) from error
 

@@ -1,20 +1,12 @@
-"""What every benchmark shares: where it ran, and an interleaved timer (CPU; nothing is synchronised)."""
+"""An interleaved timer (CPU; nothing is synchronised), and medians with their spread."""
 
 import gc
-import os
-import platform
 import random
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import transformers
-
-import hamt
 
 
 class Spread(NamedTuple):
@@ -31,23 +23,6 @@ class Timing(NamedTuple):
     median_s: float
     quartiles_s: tuple[float, float]
     times_s: list[float]
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine and settings that a figure depends on; call it before the load begins."""
-    return {
-        "hamt": hamt.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "commit": _commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "load_average": list(os.getloadavg()),
-    }
 
 
 def interleave(
@@ -96,29 +71,3 @@ def spread(values: Sequence[float]) -> Spread:
     outer = 0.25 if len(values) >= 7 else 0.0
     quantiles = torch.tensor([outer, 0.5, 1 - outer], dtype=torch.float64)
     return Spread(*torch.tensor(values, dtype=torch.float64).quantile(quantiles).tolist())
-
-
-def _processor() -> str:
-    """The name of the processor, from /proc/cpuinfo where there is one."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of this repository, marked ``-dirty`` if files differ from it; None without git."""
-    try:
-        commit = _git("rev-parse", "HEAD")
-        return f"{commit}-dirty" if _git("status", "--porcelain") else commit
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(*arguments: str) -> str:
-    # Without its optional locks, git only reads.
-    command = ["git", "--no-optional-locks", *arguments]
-    folder = Path(__file__).resolve().parent
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
