@@ -22,8 +22,8 @@ from statistics import mean, median, stdev
 
 import yaml
 from runs import files, names, resolve, run
-from tables import markdown
 
+from hamt.evaluation.tables import markdown
 from hamt.files import write_file, write_json
 
 HERE = Path(__file__).resolve().parent

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from rivals import mlp_width, non_embedding_parameters, transformer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hamt import HAMTConfig, HAMTForCausalLM
 from hamt.data.corpus import load_corpus
@@ -22,6 +22,8 @@ from hamt.data.tokenizer import load_tokenizer
 from hamt.data.tokens import Split, tokenise
 from hamt.environment import environment
 from hamt.evaluation.loss import Loss, held_out_loss
+from hamt.evaluation.rivals import rival
+from hamt.evaluation.transformer import mlp_width, non_embedding_parameters, transformer
 from hamt.training.loop import LoopOptions, Trainer, seed_everything
 from hamt.training.plan import make_accelerator
 from hamt.training.tasks import HELD_OUT, accuracy, train_on_task
@@ -82,13 +84,15 @@ def resolve(recipe: dict, task: str, variant: str) -> dict[str, Any]:
     return {**spec, "config": fields, "training": training, **more}
 
 
-def build(spec: dict[str, Any], vocab_size: int) -> HAMTForCausalLM:
+def build(spec: dict[str, Any], vocab_size: int) -> PreTrainedModel:
     """The model of a run, its MLP as wide as ``parameters`` asks."""
     fields, target = {**spec["config"], "vocab_size": vocab_size}, spec["parameters"]
     if spec["rival"] is not None:
-        return transformer(
-            HAMTConfig(**_matched(fields, True, target)), one_projection=False, **spec["rival"]
-        )
+        options = dict(spec["rival"])
+        if kind := options.pop("kind", None):
+            sizes = {name: fields[name] for name in ("hidden_dim", "num_layers", "vocab_size")}
+            return rival(kind, **sizes, context=spec["training"]["length"], parameters=target)
+        return transformer(HAMTConfig(**_matched(fields, True, target)), one_projection=False, **options)
     model = _hamt(_matched(fields, spec["keys"], target), spec["keys"])
     for block in model.model.layers if spec["common_direction"] else ():
         forget, write, _ = block.mixer.gating.sizes
@@ -128,7 +132,7 @@ def _split(ids: np.ndarray) -> Split:
     return Split(ids, np.zeros(1, dtype=np.int64), len(ids))
 
 
-def run_characters(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
+def run_characters(spec: dict, seed: int, data: Path) -> tuple[PreTrainedModel, dict]:
     """Train on characters; the figure is the loss on all of the validation text, in nats."""
     training, validation, vocab_size = characters(data / SHAKESPEARE)
     part = _split(validation.ids[: 40 * spec["training"]["length"] + 1])
@@ -136,7 +140,7 @@ def run_characters(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, 
     return model, measured
 
 
-def run_text(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
+def run_text(spec: dict, seed: int, data: Path) -> tuple[PreTrainedModel, dict]:
     """Train on text for ``epochs``, documents flowing; the figure is the validation loss in nats.
 
     ``every`` scores only each n-th block of the validation text; the curve is the loss of 40 blocks.
@@ -157,7 +161,7 @@ def _train_on_text(
     training: Split,
     curve: tuple[Split, int],
     figure: tuple[Split, int],
-) -> tuple[HAMTForCausalLM, Loss, dict]:
+) -> tuple[PreTrainedModel, Loss, dict]:
     """Train, and measure on a split, every n-th block of it: while training (``curve``) and at the end."""
     options = dict(spec["training"])
     length, batch_size = options.pop("length"), options.pop("batch_size")
@@ -181,13 +185,13 @@ def _train_on_text(
     return model, final, {"figure": final.nats_per_token, **measured}
 
 
-def run_recall(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
+def run_recall(spec: dict, seed: int, data: Path) -> tuple[PreTrainedModel, dict]:
     """Train on associative recall until nearly all is right; the figure is the accuracy at the end."""
     model, measured = _train(MQAR(**spec["task"]), spec, seed)
     return model, {"figure": measured["curve"][-1][1], **measured}
 
 
-def run_counting(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, dict]:
+def run_counting(spec: dict, seed: int, data: Path) -> tuple[PreTrainedModel, dict]:
     """Train on short rows; the figure is the accuracy beyond their length, in rows several times as long."""
     options = dict(spec["task"])
     longest = options.pop("test_length")
@@ -198,7 +202,7 @@ def run_counting(spec: dict, seed: int, data: Path) -> tuple[HAMTForCausalLM, di
     return model, {"figure": right, **measured}
 
 
-def _train(task: Task, spec: dict, seed: int) -> tuple[HAMTForCausalLM, dict]:
+def _train(task: Task, spec: dict, seed: int) -> tuple[PreTrainedModel, dict]:
     seed_everything(seed)
     model = build(spec, task.vocab_size)
     result = train_on_task(model, task, seed=seed, **spec["training"])
@@ -206,7 +210,7 @@ def _train(task: Task, spec: dict, seed: int) -> tuple[HAMTForCausalLM, dict]:
     return model, {"seconds": result.seconds, **curve}
 
 
-KINDS: dict[str, Callable[[dict, int, Path], tuple[HAMTForCausalLM, dict]]] = {
+KINDS: dict[str, Callable[[dict, int, Path], tuple[PreTrainedModel, dict]]] = {
     "characters": run_characters,
     "text": run_text,
     "recall": run_recall,
@@ -230,7 +234,7 @@ def run(recipe: dict, name: str, data: Path) -> dict[str, Any]:
         "num_parameters": model.num_parameters(),
         "non_embedding_parameters": non_embedding_parameters(model),
         "state_floats": None if memory is None else memory.num_heads * memory.num_slots * memory.head_dim,
-        "intermediate_dim": model.config.intermediate_dim,
+        "intermediate_dim": getattr(model.config, "intermediate_dim", None),
         "spec": spec,
         "wall_seconds": time.time() - start,
         "environment": header,

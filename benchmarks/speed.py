@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from rivals import attend, attention_head_dim, count_flops, non_embedding_parameters, transformer
-from tables import markdown
 from torch import Tensor, nn
 
 from hamt import HAMTConfig, HAMTForCausalLM
 from hamt.allocator import keep_freed_memory
 from hamt.environment import environment
+from hamt.evaluation.flops import count_flops
+from hamt.evaluation.tables import markdown
 from hamt.evaluation.timing import Timing, interleave, paired_ratio, spread
+from hamt.evaluation.transformer import attend, attention_head_dim, non_embedding_parameters, transformer
 from hamt.files import write_json
 from hamt.layers import HAMTLayer
 

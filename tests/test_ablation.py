@@ -58,7 +58,9 @@ def test_every_run_of_the_recipes_can_be_built_with_the_parameters_it_names(name
     spec = runs.resolve(RECIPES[name], task, variant)
     with torch.device("meta"):
         model = runs.build({**spec, "common_direction": 0.0}, 50257 if name == "wikitext2" else 65)
-    if spec["parameters"] and model.config.intermediate_dim > 1:  # else the mixer alone is larger
+    if (spec["rival"] or {}).get("kind"):
+        assert abs(model.num_parameters() / spec["parameters"] - 1) < 0.015
+    elif spec["parameters"] and model.config.intermediate_dim > 1:  # else the mixer alone is larger
         unit = 3 * model.config.hidden_dim * model.config.num_layers
         unit *= 8 if model.config.hidden_dim >= 256 else 1
         assert abs(model.num_parameters() - spec["parameters"]) <= unit

@@ -15,6 +15,8 @@ from model_inputs import assert_close, gradients, random_ids, tiny_config
 from hamt import HAMTConfig, HAMTForCausalLM
 from hamt.environment import environment
 from hamt.evaluation import timing
+from hamt.evaluation import transformer as rivals
+from hamt.evaluation.flops import count_flops
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 
@@ -26,7 +28,7 @@ def script(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-rivals, speed = script("rivals"), script("speed")
+speed = script("speed")
 
 
 def rival(core: str = "sdpa", short_convolution: bool = False, **options) -> HAMTForCausalLM:
@@ -139,14 +141,14 @@ def test_flops_of_attention_are_those_of_its_causal_half():
     found = {}
     for core in ("sdpa", "eager", "none"):
         model = rival(core)
-        found[core] = rivals.count_flops(lambda model=model: model(ids, labels=ids).loss.backward())
+        found[core] = count_flops(lambda model=model: model(ids, labels=ids).loss.backward())
     assert found["eager"] - found["none"] == 3 * layers * 2 * (4 * length**2 * width)
     assert found["sdpa"] - found["none"] == 3 * layers * 2 * (4 * width * length * (length + 1) // 2)
 
 
 def test_flops_count_the_einsum_of_the_memory():
     a, b = torch.randn(3, 4, 5), torch.randn(3, 5, 6)
-    assert rivals.count_flops(lambda: torch.einsum("bij,bjk->bik", a, b)) == 2 * 3 * 4 * 5 * 6
+    assert count_flops(lambda: torch.einsum("bij,bjk->bik", a, b)) == 2 * 3 * 4 * 5 * 6
 
 
 def test_interleave_shuffles_the_order_and_drops_the_warmup():

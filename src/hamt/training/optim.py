@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("cosine", "wsd", "constant")
@@ -29,8 +30,9 @@ def build_optimizers(
         raise ValueError(f"the optimizer must be one of {', '.join(OPTIMIZERS)}; got {kind!r}")
     matrices: list[Tensor] = []
     if kind == "muon":
-        blocks = model.get_decoder().layers
-        matrices = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
+        decoder = model.get_decoder()
+        blocks = decoder.h if hasattr(decoder, "h") else decoder.layers  # h in GPT-2, whose maps are Conv1D
+        matrices = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear | Conv1D)]
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
     adamw = AdamW(

@@ -4,16 +4,16 @@ Shape legend: B batch, N tokens, d hidden_dim, H heads, F features of a head.
 """
 
 import copy
-from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import PreTrainedModel
 
-from hamt import HAMTConfig, HAMTForCausalLM
+from hamt.config import HAMTConfig
 from hamt.layers import ResidualLinear, ShortConvolution
+from hamt.model import HAMTForCausalLM
 
 CORES = ("sdpa", "eager", "none")
 
@@ -179,35 +179,12 @@ def mlp_width(config: HAMTConfig, missing: int) -> int:
     return max(step, step * round(units / step))
 
 
-def non_embedding_parameters(model: HAMTForCausalLM) -> int:
+def non_embedding_parameters(model: PreTrainedModel) -> int:
     """Parameters of the blocks and the final norm, without embedding and head."""
-    backbone = model.model
-    return sum(p.numel() for p in backbone.parameters()) - backbone.embed_tokens.weight.numel()
-
-
-def count_flops(run: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products in one call, forward and backward.
-
-    Causal attention counts as the products on or below the diagonal, backward twice forward: what
-    the mathematics needs, without what a kernel recomputes. Of elementwise work only the
-    recurrence of the memory counts (about 1 % of HAMT's).
-    """
-    aten = torch.ops.aten
-    attention = {  # the kernels of CPU, which torch's counter does not know
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: _causal_flops(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, v, *__, **___: (
-            2 * _causal_flops(q, k, v)
-        ),
+    outside = {
+        x.weight for x in (model.get_input_embeddings(), model.get_output_embeddings()) if x is not None
     }
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def _causal_flops(queries: Sequence[int], keys: Sequence[int], values: Sequence[int]) -> int:
-    """FLOPs of both products on N (N + 1) / 2 of the N² scores, from shapes (B, H, N, F)."""
-    length = queries[2]
-    return sdpa_flop_count(queries, keys, values) * (length + 1) // (2 * length)
+    return model.num_parameters() - sum(weight.numel() for weight in outside)
 
 
 def _assemble(config: HAMTConfig, intermediate_dim: int, options: dict) -> HAMTForCausalLM:
