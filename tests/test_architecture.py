@@ -17,7 +17,7 @@ SOURCE = Path(hamt.__file__).parent
 LAYERS = (
     {"errors"},
     {"allocator", "cross_entropy", "environment", "files", "vsa"},
-    {"options"},
+    {"options", "visualization"},
     {"positions", "scan"},
     {"delta", "fused"},
     {"chunked"},
@@ -31,6 +31,7 @@ LAYERS = (
     {"data"},
     {"evaluation"},
     {"training"},
+    {"recall"},
     {"commands"},
     {"cli"},
 )

@@ -74,12 +74,12 @@ def test_the_identity_changes_with_the_text(tmp_path):
     assert load_corpus(str(path)).identity != first
 
 
-def test_wikitext_lines_are_joined_to_articles():
+def test_wikitext_lines_are_joined_tojoin_articles():
     lines = [" \n", " = One = \n", " text \n", " = = Part = = \n", " more \n", " = Two = \n", " end \n"]
-    from hamt.data.corpus import _articles
+    from hamt.data.corpus import join_articles
 
-    assert [article.split("\n")[0] for article in _articles(lines)] == [" ", " = One = ", " = Two = "]
-    assert "".join(_articles(lines)) == "".join(lines)
+    assert [article.split("\n")[0] for article in join_articles(lines)] == [" ", " = One = ", " = Two = "]
+    assert "".join(join_articles(lines)) == "".join(lines)
 
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):

@@ -17,6 +17,8 @@ COMMANDS = {
         "train a language model on your text, resumable, on one machine or many",
     ),
     "generate": ("hamt.commands.generate", "continue a prompt, token by token"),
+    "evaluate": ("hamt.commands.evaluate", "perplexity, benchmark tasks and samples of a model"),
+    "recall": ("hamt.commands.recall", "what a memory of a given size remembers, beside its rivals"),
 }
 
 

@@ -17,8 +17,14 @@ T = TypeVar("T")
 
 
 def option(default: Any, help: str, *aliases: str) -> Any:
-    """A dataclass field with a default, the line that ``--help`` shows, and other names of its flag."""
-    return field(default=default, metadata={"help": help, "aliases": [f"--{name}" for name in aliases]})
+    """A dataclass field with a default, the line that ``--help`` shows, and other names of its flag.
+
+    A list takes several values (``--seeds 0 1 2``).
+    """
+    metadata = {"help": help, "aliases": [f"--{name}" for name in aliases]}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 class _Parser(HfArgumentParser):

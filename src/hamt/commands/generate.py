@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import TextStreamer, set_seed
@@ -51,21 +52,18 @@ def stream_text(model, tokenizer, prompt: str, options: GenerateOptions) -> None
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
     # A model trained on whole documents knows how one starts: after the end of another.
     ids = ids or [tokenizer.eos_token_id]
-    sampling = (
-        {
-            "do_sample": True,
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "top_k": options.top_k,
-        }
-        if options.temperature > 0
-        else {"do_sample": False}
-    )
     model.generate(
         torch.tensor([ids]),
         max_new_tokens=options.max_new_tokens,
         repetition_penalty=options.repetition_penalty,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        **sampling,
+        **sampling(options.temperature, options.top_p, options.top_k),
     )
     sys.stdout.flush()
+
+
+def sampling(temperature: float, top_p: float = 1.0, top_k: int = 0) -> dict[str, Any]:
+    """Arguments of ``generate``; a temperature of 0 is greedy."""
+    if temperature <= 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}

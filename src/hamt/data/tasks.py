@@ -145,8 +145,8 @@ class MQAR(Task):
 
     def _draw(self, batch_size: int, length: int, generator: torch.Generator) -> TaskBatch:
         pairs, half = self.num_kv_pairs, self.vocab_size // 2
-        keys = 1 + _distinct(half - 1, batch_size, pairs, generator)
-        values = half + _distinct(self.vocab_size - half, batch_size, pairs, generator)
+        keys = 1 + distinct(half - 1, batch_size, pairs, generator)
+        values = half + distinct(self.vocab_size - half, batch_size, pairs, generator)
         slots = torch.arange(1, (length - 2 * pairs) // 2 + 1, device=generator.device)
         chosen = _weighted_distinct(slots ** (self.power_a - 1), batch_size, pairs, generator)
         queries = 2 * pairs + 2 * chosen
@@ -282,7 +282,7 @@ class Parity(ModularCounting):
     modulus: int = field(default=2, init=False)
 
 
-def _distinct(total: int, batch_size: int, count: int, generator: torch.Generator) -> Tensor:
+def distinct(total: int, batch_size: int, count: int, generator: torch.Generator) -> Tensor:
     """Uniform draws from range(total) without replacement, in random order: (B, count).
 
     Floyd's algorithm (Bentley and Floyd 1987, CACM 30(9)): ``count`` steps at any ``total``, where

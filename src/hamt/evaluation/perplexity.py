@@ -21,14 +21,15 @@ from itertools import pairwise
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hamt.cache import HAMTCache
 from hamt.errors import UserError
 from hamt.model import HAMTForCausalLM
 
-SEGMENT = 1024  # tokens that are read at a time where the state is carried along
+SEGMENT = 1024  # tokens that HAMT reads at a time, its state carried along
+LOGITS = 2**27  # that are computed at a time, if a batch has more than one row
 
 
 @dataclass
@@ -81,7 +82,7 @@ class Score:
 
 
 def score_documents(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: Iterable[str],
     *,
@@ -129,7 +130,7 @@ def score_documents(
 
 
 def _windows(
-    model: nn.Module, stream: Tensor, context: int, stride: int, batch_size: int
+    model: PreTrainedModel, stream: Tensor, context: int, stride: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Losses of the tokens that each window is the first to see, and their first position in the window."""
     # (begin, end, first scored) of the inputs; the target of input i is token i + 1.
@@ -143,24 +144,39 @@ def _windows(
     groups = [whole[i : i + batch_size] for i in range(0, len(whole), batch_size)]
     for group in [*groups, *([place] for place in rest)]:
         ids = torch.stack([stream[begin : end + 1] for begin, end, _ in group])
-        losses = _losses(model, ids)
+        losses = np.concatenate([_losses(model, rows) for rows in ids.split(_rows(model, context))])
         for row, (begin, _, scored) in zip(losses, group, strict=True):
             yield row[scored - begin :], scored - begin
 
 
-def _carried(model: nn.Module, stream: Tensor) -> Iterator[tuple[np.ndarray, int]]:
+def _carried(model: PreTrainedModel, stream: Tensor) -> Iterator[tuple[np.ndarray, int]]:
     """Losses of all tokens, each predicted from all before it."""
     if not isinstance(model, HAMTForCausalLM):
         raise UserError("only a HAMT model can carry its state over a text of any length: give a context")
     cache = HAMTCache(model.config.num_layers)
     for begin in range(0, len(stream) - 1, SEGMENT):
         ids = stream[begin : begin + SEGMENT + 1][None]
-        yield _losses(model, ids, past_key_values=cache)[0], begin
+        yield _forward(model, ids, past_key_values=cache)[0], begin
+
+
+def _rows(model: PreTrainedModel, context: int) -> int:
+    """Rows whose logits may be held at once."""
+    length = min(context, SEGMENT) if isinstance(model, HAMTForCausalLM) else context
+    return max(LOGITS // (length * model.config.get_text_config().vocab_size), 1)
+
+
+def _losses(model: PreTrainedModel, ids: Tensor) -> np.ndarray:
+    """Loss of every token but the first of each row, (B, N), in float64; HAMT reads a segment at a time."""
+    length = ids.shape[1] - 1
+    if not isinstance(model, HAMTForCausalLM) or length <= SEGMENT:
+        return _forward(model, ids)
+    cache = HAMTCache(model.config.num_layers)
+    parts = (ids[:, begin : begin + SEGMENT + 1] for begin in range(0, length, SEGMENT))
+    return np.concatenate([_forward(model, part, past_key_values=cache) for part in parts], axis=1)
 
 
 @torch.no_grad()
-def _losses(model: nn.Module, ids: Tensor, **options) -> np.ndarray:
-    """Loss of every token but the first of each row, (B, N), in float64."""
+def _forward(model: PreTrainedModel, ids: Tensor, **options) -> np.ndarray:
     ids = ids.to(next(model.parameters()).device)
     logits = model(ids[:, :-1], **options).logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")

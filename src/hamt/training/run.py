@@ -25,8 +25,9 @@ from hamt.training.estimate import disk_bytes, peak_flops, peak_memory, print_es
 from hamt.training.loop import Listener, Trainer, TrainingResult
 from hamt.training.options import TrainOptions
 from hamt.training.plan import Plan, make_plan
-from hamt.training.tracking import ProgressBar, check_trackers, draw_losses, trackers
+from hamt.training.tracking import ProgressBar, check_trackers, trackers
 from hamt.training.trouble import TrainingTrouble
+from hamt.visualization import save_figure, training_curves
 
 # What a run writes beside its model; a folder that holds one is somebody's.
 WRITTEN = ("config.json", "README.md", "training_info.json", "log.jsonl", "checkpoints")
@@ -245,7 +246,9 @@ def _finish(plan: Plan, trainer: Trainer[Loss], console: Console) -> Run:
         save_checkpoint(options.output_dir, plan.model, plan.tokenizer, dtype)
         write_json(Path(options.output_dir) / "training_info.json", training_info(plan, result, final))
         write_card(plan, result, final)
-        draw_losses(Path(options.output_dir) / "loss_curve.png", result)
+        held_out = [(step, loss.nats_per_token) for step, loss in result.held_out]
+        curves = training_curves(result.train_losses, held_out)
+        save_figure(Path(options.output_dir) / "loss_curve.png", curves)
     if final is None:
         console.print(
             f"stopped after {result.steps:,} steps; the same command with --resume goes on; "

@@ -3,7 +3,7 @@
 Shape legend: B batch, N tokens.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class TaskResult:
 
 def train_on_task(
     model: PreTrainedModel,
-    task: Task,
+    task: Task | Sequence[Task],
     *,
     batch_size: int,
     seed: int,
@@ -55,7 +55,8 @@ def train_on_task(
 
     Args:
         model: a causal language model of Transformers; left in evaluation mode.
-        task: what to learn; evaluated at its own length.
+        task: what to learn, evaluated at its own length; of several, each step draws one, and evaluations are
+            their mean.
         batch_size: B, examples of a step.
         seed: of the training examples and, as everywhere, of the global generator; the held-out
             examples have another.
@@ -71,17 +72,20 @@ def train_on_task(
     """
     if lengths is not None and lengths[0] > lengths[1]:
         raise ValueError(f"lengths must be (shortest, longest); got {lengths}")
-    for length in lengths or ():
-        task.check_length(length)
-    if model.config.vocab_size < task.vocab_size:
-        raise ValueError(
-            f"the model's vocab_size must be at least {task.vocab_size} for {task}; "
-            f"got {model.config.vocab_size}"
-        )
-    batches = _batches(task, batch_size, lengths, seed_everything(seed))
+    tasks = (task,) if isinstance(task, Task) else tuple(task)
+    for one in tasks:
+        for length in lengths or ():
+            one.check_length(length)
+        if model.config.vocab_size < one.vocab_size:
+            raise ValueError(
+                f"the model's vocab_size must be at least {one.vocab_size} for {one}; "
+                f"got {model.config.vocab_size}"
+            )
+    batches = _batches(tasks, batch_size, lengths, seed_everything(seed))
+    drawn = {"num_examples": num_held_out, "seed": seed + HELD_OUT, "batch_size": batch_size}
     trainer = Trainer(
         model,
-        lambda: accuracy(model, task, num_examples=num_held_out, seed=seed + HELD_OUT, batch_size=batch_size),
+        lambda: sum(accuracy(model, one, **drawn) for one in tasks) / len(tasks),
         LoopOptions(**options),
         until=lambda right: target_accuracy is not None and right >= target_accuracy,
         listeners=listeners,
@@ -131,11 +135,13 @@ def accuracy(
 
 
 def _batches(
-    task: Task, batch_size: int, lengths: tuple[int, int] | None, generator: torch.Generator
+    tasks: Sequence[Task], batch_size: int, lengths: tuple[int, int] | None, generator: torch.Generator
 ) -> Iterator[dict[str, Tensor]]:
     """Endless fresh examples as arguments of a model."""
-    length = None
+    index, length = 0, None
     while True:
+        if len(tasks) > 1:
+            index = int(torch.randint(len(tasks), (), generator=generator))
         if lengths is not None:
             length = int(torch.randint(lengths[0], lengths[1] + 1, (), generator=generator))
-        yield aligned_batch(*task.sample(batch_size, generator, length))
+        yield aligned_batch(*tasks[index].sample(batch_size, generator, length))

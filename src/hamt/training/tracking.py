@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from hamt.errors import UserError, reason
 from hamt.evaluation.loss import Loss
-from hamt.files import write_file, write_text
-from hamt.training.loop import Listener, Trainer, TrainingResult
+from hamt.files import write_text
+from hamt.training.loop import Listener, Trainer
 from hamt.training.options import TrainOptions
 
 
@@ -173,23 +173,3 @@ def trackers(options: TrainOptions, step: int) -> list[Listener[Loss]]:
     if options.use_wandb:
         chosen.append(WeightsAndBiases(options))
     return chosen
-
-
-def draw_losses(path: str | os.PathLike[str], result: TrainingResult[Loss]) -> None:
-    """A picture of the losses over the steps, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    if result.train_losses:
-        axes.plot(*zip(*result.train_losses, strict=True), color="#0072B2", linewidth=1, label="training")
-    held_out = [(step, loss.nats_per_token) for step, loss in result.held_out]
-    axes.plot(*zip(*held_out, strict=True), color="#D55E00", marker="o", markersize=4, label="held out")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats/token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    write_file(path, lambda file: figure.savefig(file, dpi=150))
-    pyplot.close(figure)

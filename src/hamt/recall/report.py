@@ -1,0 +1,81 @@
+"""Tables and plots of a sweep: for each model and state the best of its learning rates, over all seeds."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from hamt.evaluation.tables import markdown
+from hamt.visualization import Series, accuracy_against_state
+
+Result = Mapping[str, Any]
+Group = Sequence[Result]
+
+
+def best_groups(results: Iterable[Result]) -> dict[str, dict[str, list[Group]]]:
+    """By task and model, the runs of each state at the learning rate whose mean accuracy is highest."""
+    grids: dict[tuple, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        run = result["run"]
+        model = run["model"] if run["write_rule"] == "gated" else f"{run['model']} ({run['write_rule']})"
+        grids[run["task"], model, run["state"]][run["learning_rate"]].append(result)
+    best: dict[str, dict[str, list[Group]]] = defaultdict(lambda: defaultdict(list))
+    for (task, model, _), rates in sorted(grids.items()):
+        best[task][model].append(max(rates.values(), key=_mean_accuracy))
+    return best
+
+
+def _mean_accuracy(group: Group) -> float:
+    return mean(result["mean_accuracy"] for result in group)
+
+
+def table(results: Iterable[Result]) -> str:
+    """Markdown, a table for each task: accuracies in percent, mean ± standard error over seeds."""
+    parts = []
+    for task, models in best_groups(results).items():
+        tests = next(iter(models.values()))[0][0]["accuracy"]
+        header = ["model", "state floats", "parameters", "learning rate", "seeds", *tests, "mean"]
+        groups = [(model, group) for model, groups in models.items() for group in groups]
+        groups.sort(key=lambda pair: (pair[1][0]["run"]["state"], pair[0]))
+        parts.append(f"## {task}\n\n{markdown(header, [_row(*pair) for pair in groups], text=(0,))}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(model: str, group: Group) -> list[str]:
+    first = group[0]
+    floats = "grows" if first["state_floats"] is None else f"{first['state_floats']:,}"
+    cells = [model, floats, f"{first['parameters']:,}", f"{first['run']['learning_rate']:g}", str(len(group))]
+    cells += [_percent([result["accuracy"][test] for result in group]) for test in first["accuracy"]]
+    return [*cells, _percent([result["mean_accuracy"] for result in group])]
+
+
+def _percent(values: Sequence[float]) -> str:
+    return f"{100 * mean(values):.1f}" + (f" ± {100 * _error(values):.1f}" if len(values) > 1 else "")
+
+
+def _error(values: Sequence[float]) -> float:
+    """Standard error of the mean; 0 of one value."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def figure(results: Iterable[Result]) -> Figure:
+    """Mean accuracy against bytes of state, a panel for each task; models whose state grows are left out."""
+    panels: dict[str, dict[str, Series]] = {}
+    for task, models in best_groups(results).items():
+        panels[task] = {}
+        for model, groups in models.items():
+            fixed = [group for group in groups if group[0]["state_bytes"] is not None]
+            if not fixed:
+                continue
+            values = [[100 * result["mean_accuracy"] for result in group] for group in fixed]
+            middle = [mean(of_group) for of_group in values]
+            errors = [_error(of_group) for of_group in values]
+            panels[task][model] = Series(
+                [group[0]["state_bytes"] for group in fixed],
+                middle,
+                [y - e for y, e in zip(middle, errors, strict=True)],
+                [y + e for y, e in zip(middle, errors, strict=True)],
+            )
+    return accuracy_against_state(panels)

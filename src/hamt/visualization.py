@@ -1,0 +1,144 @@
+"""Plots: numbers in, Matplotlib figures out; colours for colour-blind readers too, units on axes."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hamt.files import write_file
+
+# Okabe and Ito 2008, without yellow.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "osD^vPX"
+
+
+class Series(NamedTuple):
+    """Points of a line, y between ``low`` and ``high`` if they are given."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+def save_figure(path: str | os.PathLike[str], figure: Figure) -> None:
+    """Write a figure as PNG."""
+    write_file(path, lambda file: figure.savefig(file, dpi=150))
+
+
+def panels(count: int, columns: int = 2, size: tuple[float, float] = (5.0, 3.6)) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` axes in rows of at most ``columns``; ``size`` of each in inches."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[count:]:
+        unused.remove()
+    for one in axes[:count]:
+        one.grid(alpha=0.3)
+    return figure, axes[:count]
+
+
+def draw_series(axes: Axes, series: Mapping[str, Series], xlabel: str, ylabel: str) -> None:
+    """Lines with markers, and bars where there are bounds; a legend if there is more than one."""
+    for index, (name, (x, y, low, high)) in enumerate(series.items()):
+        bars = None
+        if low is not None and high is not None:
+            middle = np.asarray(y, dtype=float)
+            bars = np.maximum((middle - np.asarray(low), np.asarray(high) - middle), 0)
+        axes.errorbar(
+            x,
+            y,
+            yerr=bars,
+            label=name,
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=4,
+            linewidth=1.2,
+            capsize=2,
+        )
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    if len(series) > 1:
+        axes.legend(fontsize="small")
+
+
+def training_curves(train: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]]) -> Figure:
+    """Losses in nats per token over the steps, from (step, loss)."""
+    figure, (axes,) = panels(1, size=(7, 4))
+    if train:
+        axes.plot(*zip(*train, strict=True), color=COLOURS[0], linewidth=1, label="training")
+    axes.plot(*zip(*held_out, strict=True), color=COLOURS[1], marker="o", markersize=4, label="held out")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats/token)")
+    axes.legend()
+    return figure
+
+
+def loss_by_position(series: Mapping[str, Series], trained: int | None = None) -> Figure:
+    """Loss in nats per token against the position in the context, on a logarithmic axis.
+
+    ``trained``: the context of training, marked by a line.
+    """
+    figure, (axes,) = panels(1, size=(7, 4))
+    draw_series(axes, series, "position in the context (tokens)", "loss (nats/token)")
+    axes.set_xscale("log", base=2)
+    if trained is not None:
+        axes.axvline(trained, color="black", linestyle=":", linewidth=1)
+        axes.annotate(" training context", (trained, axes.get_ylim()[1]), va="top", fontsize="small")
+    return figure
+
+
+def accuracy_against_state(tasks: Mapping[str, Mapping[str, Series]]) -> Figure:
+    """A panel for each task: accuracy in percent against bytes of state on a logarithmic axis."""
+    figure, all_axes = panels(len(tasks))
+    for axes, (task, series) in zip(all_axes, tasks.items(), strict=True):
+        draw_series(axes, series, "state (bytes)", "accuracy (%)")
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(-3, 103)
+        axes.set_title(task, fontsize="medium")
+    return figure
+
+
+CAPACITY_AXES = {
+    "cosine": ("items superposed", "cosine of retrieved and stored"),
+    "copies": ("copies of an item", "cosine of retrieved and stored"),
+    "slots, equal state": ("slots, S · D = 2,048", "share cleaned up rightly"),
+    "slots, more state": ("slots of D = 512", "share cleaned up rightly"),
+    "convex": ("lag (writes since)", "cosine of retrieved and stored"),
+    "cleanup": ("items / D", "share cleaned up rightly"),
+}
+
+
+def capacity_against_theory(parts: Mapping[str, Mapping[str, tuple[Series, Series]]]) -> Figure:
+    """A panel for each part of ``hamt.evaluation.capacity``: measured points on lines of theory."""
+    figure, all_axes = panels(len(parts), size=(6.0, 4.0))
+    for axes, (part, lines) in zip(all_axes, parts.items(), strict=True):
+        draw_series(axes, {name: measured for name, (measured, _) in lines.items()}, *CAPACITY_AXES[part])
+        for container, (_, theory) in zip(axes.containers, lines.values(), strict=True):
+            container.lines[0].set_linestyle("none")
+            axes.plot(theory.x, theory.y, color=container.lines[0].get_color(), linewidth=1)
+        axes.set_title(f"{part}: points measured (± 3 s.e.), lines theory", fontsize="medium")
+    return figure
+
+
+def scaling(plots: Mapping[str, Mapping[str, Series]], ylabel: str, xlabel: str = "tokens") -> Figure:
+    """A log-log panel for each title; the legend gives the slope fitted to each line."""
+    figure, all_axes = panels(len(plots))
+    for axes, (title, series) in zip(all_axes, plots.items(), strict=True):
+        named = {f"{name} (slope {fitted_slope(s.x, s.y):.2f})": s for name, s in series.items()}
+        draw_series(axes, named, xlabel, ylabel)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(title, fontsize="medium")
+    return figure
+
+
+def fitted_slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Exponent of y = c · x^slope by least squares of the logarithms; NaN with fewer than two points."""
+    if len(x) < 2:
+        return float("nan")
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
