@@ -24,7 +24,7 @@ LAYERS = (
     {"memory"},
     {"losses"},
     {"config", "convolution"},
-    {"layers"},
+    {"layers", "utils"},
     {"cache"},
     {"model"},
     {"checkpoint"},

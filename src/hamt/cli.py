@@ -18,6 +18,8 @@ COMMANDS = {
     ),
     "generate": ("hamt.commands.generate", "continue a prompt, token by token"),
     "evaluate": ("hamt.commands.evaluate", "perplexity, benchmark tasks and samples of a model"),
+    "compare": ("hamt.commands.compare", "a model beside baselines: quality, speed, memory"),
+    "bench": ("hamt.commands.bench", "speed and memory against the length of the context"),
     "recall": ("hamt.commands.recall", "what a memory of a given size remembers, beside its rivals"),
 }
 

@@ -1,21 +1,23 @@
 """``hamt recall``: what a model remembers, beside rivals that have as much to remember with."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from hamt.environment import environment
 from hamt.errors import UserError
+from hamt.evaluation.capacity import capacity_figure, capacity_table, measure_capacity
 from hamt.evaluation.report import describe_environment, write_report
 from hamt.options import option, parse
 from hamt.recall.models import MODELS
 from hamt.recall.report import figure, table
 from hamt.recall.settings import SETTINGS
-from hamt.recall.sweep import Run, sweep
+from hamt.recall.sweep import Run, make_model, sweep
 
 
 @dataclass
@@ -24,7 +26,10 @@ class RecallOptions:
 
     config: str | None = option(None, "a YAML file with any of these options; flags override it")
     tasks: list[str] = option(["mqar"], f"of {', '.join(SETTINGS)}; or all")
-    models: list[str] = option(["hamt", "gated-deltanet", "mamba2"], f"of {', '.join(MODELS)}")
+    models: list[str] = option(
+        ["hamt", "gated-deltanet", "mamba2"],
+        f"of {', '.join(MODELS)}; hamt:num_heads=1,rotation=none changes fields of HAMTConfig",
+    )
     state_sizes: list[int] = option([1280], "floats that a layer carries: state, convolution tails, phases")
     learning_rates: list[float] = option([0.01], "the best of them counts, for each model and size")
     seeds: list[int] = option([0], "one run for each")
@@ -32,8 +37,9 @@ class RecallOptions:
     batch_size: int = option(64, "examples of a step")
     hidden_dim: int = option(64, "width of the models")
     num_layers: int = option(2, "layers of the models")
-    hcm_dim: int | None = option(None, "width of HAMT's memory (2 * hidden_dim)")
-    write_rules: list[str] = option(["gated"], "of HAMT: gated, convex or delta")
+    num_examples: int = option(256, "examples of a test")
+    capacity: bool = option(False, "measure what the memory holds, over theory, and train nothing")
+    quick: bool = option(False, "with --capacity: fewer points")
     workers: int = option(2, "runs at a time, each on one core")
     output_dir: str = option("recall_output", "where runs, tables and plots go; runs that are there are kept")
 
@@ -43,6 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(RecallOptions, arguments, "recall")
     console = Console(soft_wrap=True, highlight=False)
     header = environment()
+    if options.capacity:
+        return _capacity(options, header, console)
     runs, folder = plan(options), Path(options.output_dir)
 
     def told(run: Run, result: dict[str, Any]) -> None:
@@ -59,6 +67,20 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _capacity(options: RecallOptions, header: dict[str, Any], console: Console) -> int:
+    """Write ``capacity.json``, ``capacity.md`` and ``capacity.png``."""
+    console.print("measuring the capacity of the memory")
+    points = measure_capacity(options.quick, options.seeds[0])
+    text = f"# Capacity of the memory\n\n{describe_environment(header)}\n\n{capacity_table(points)}"
+    found = [{**asdict(point), "deviation": point.deviation} for point in points]
+    content = {"environment": header, "options": vars(options), "points": found}
+    figures = {"capacity": capacity_figure(points)}
+    paths = write_report(options.output_dir, "capacity", content, text, figures)
+    console.print(text, markup=False)
+    console.print(f"wrote {', '.join(str(path) for path in paths)}")
+    return 0
+
+
 def plan(options: RecallOptions) -> list[Run]:
     """All runs that the options name, the cheapest comparison first: seed by seed.
 
@@ -66,16 +88,21 @@ def plan(options: RecallOptions) -> list[Run]:
         UserError: for names that there are not.
     """
     tasks = list(SETTINGS) if options.tasks == ["all"] else options.tasks
-    for what, given, known in (("task", tasks, SETTINGS), ("model", options.models, MODELS)):
-        if unknown := [name for name in given if name not in known]:
-            raise UserError(f"no {what} {', '.join(unknown)}; there are {', '.join(known)}")
-    if min(options.num_steps, options.batch_size, options.workers) < 1:
-        raise UserError("--num_steps, --batch_size and --workers must be at least 1")
-    sizes = {"hidden_dim": options.hidden_dim, "num_layers": options.num_layers, "hcm_dim": options.hcm_dim}
+    if unknown := [name for name in tasks if name not in SETTINGS]:
+        raise UserError(f"no task {', '.join(unknown)}; there are {', '.join(SETTINGS)}")
+    if min(options.num_steps, options.batch_size, options.workers, options.num_examples) < 1:
+        raise UserError("--num_steps, --batch_size, --num_examples and --workers must be at least 1")
+    sizes = {name: getattr(options, name) for name in ("hidden_dim", "num_layers", "num_examples")}
     grid = product(options.seeds, tasks, options.learning_rates, options.state_sizes, options.models)
-    runs = []
-    for seed, task, rate, state, model in grid:
-        for rule in options.write_rules if model == "hamt" else ["gated"]:
-            run = Run(task, model, state, rate, seed, options.num_steps, options.batch_size, **sizes)
-            runs.append(Run(**{**vars(run), "write_rule": rule}))
-    return list(dict.fromkeys(runs))
+    runs = [
+        Run(task, model, state, rate, seed, options.num_steps, options.batch_size, **sizes)
+        for seed, task, rate, state, model in grid
+    ]
+    runs = list(dict.fromkeys(runs))
+    try:
+        with torch.device("meta"):  # before hours are spent on the others
+            for run in runs:
+                make_model(run)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return runs

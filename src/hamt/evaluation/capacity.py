@@ -157,30 +157,31 @@ def _slots(point: Point, index: int) -> Tensor | None:
 def points(quick: bool = False) -> Iterator[tuple[Point, int]]:
     """What ``hamt recall --capacity`` measures, each with its number of trials."""
     sizes = (1, 2, 5, 10, 50) if quick else (1, 2, 5, 10, 20, 50, 100)
+    some, many = (50, 200) if quick else (200, 1000)  # trials
     for algebra in ALGEBRAS:
         for items in sizes:
-            yield Point(COSINE, algebra, 1024, items), 200
+            yield Point(COSINE, algebra, 1024, items), some
     for copies in (1, 2, 4, 8):
         for items in (5, 40):
-            yield Point(COPIES, "phasor", 512, items, copies=copies), 200
-            yield Point(COPIES, "phasor", 512, items, slots=copies), 200
+            yield Point(COPIES, "phasor", 512, items, copies=copies), some
+            yield Point(COPIES, "phasor", 512, items, slots=copies), some
     for slots in (1, 2, 4, 8):
         cleanup = {"slots": slots, "spread": True, "candidates": 1000}
-        yield Point(EQUAL_STATE, "phasor", 2048 // slots, 104, **cleanup), 1000
-        yield Point(MORE_STATE, "phasor", 512, 104, **cleanup), 1000
+        yield Point(EQUAL_STATE, "phasor", 2048 // slots, 104, **cleanup), many
+        yield Point(MORE_STATE, "phasor", 512, 104, **cleanup), many
     for gate in (0.05, 0.12, 0.5):
         for lag in (0, 1, 2, 5) if quick else (0, 1, 2, 5, 10, 20, 40):
             # Enough before the item that the start of the memory is forgotten.
             items = lag + 1 + math.ceil(8 / gate)
-            yield Point(CONVEX, "phasor", 1024, items, gate=gate, lag=lag), 200
+            yield Point(CONVEX, "phasor", 1024, items, gate=gate, lag=lag), some
     for dimension in (512,) if quick else (512, 1024, 2048):
         for share in (0.01, 0.02, 0.03, 0.045, 0.07):
             items = max(round(share * dimension), 1)
-            yield Point(CLEANUP, "phasor", dimension, items, candidates=1000), 1000
+            yield Point(CLEANUP, "phasor", dimension, items, candidates=1000), many
     for items in () if quick else (46, 66, 115):
-        yield Point(CLEANUP, "phasor", 2048, items, candidates=50_257), 1000
+        yield Point(CLEANUP, "phasor", 2048, items, candidates=50_257), many
     for algebra in () if quick else ("elementwise", "circular_conv"):
-        yield Point(CLEANUP, algebra, 1024, 46, candidates=1000), 1000
+        yield Point(CLEANUP, algebra, 1024, 46, candidates=1000), many
 
 
 def measure_capacity(

@@ -123,7 +123,7 @@ def gated_deltanet(
         num_hidden_layers=num_layers,
         num_attention_heads=1,
         num_key_value_heads=1,
-        linear_num_key_heads=heads // 2,
+        linear_num_key_heads=max(heads // 2, 1),
         linear_num_value_heads=heads,
         linear_key_head_dim=key_dim,
         linear_value_head_dim=value_dim,
@@ -143,7 +143,7 @@ def gated_deltanet(
         with torch.no_grad():
             layer.linear_attn.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))
         if not mlp_width:
-            layer.mlp = _Nothing()
+            layer.mlp, layer.post_attention_layernorm = _Nothing(), nn.Identity()
     return model
 
 

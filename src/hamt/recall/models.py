@@ -7,8 +7,10 @@ Shape legend: d hidden_dim.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import yaml
 from transformers import PreTrainedModel
 
 from hamt.config import HAMTConfig
@@ -71,24 +73,36 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
 }
 
 
+def _fields(kind: str, named: str) -> dict[str, Any]:
+    """``num_heads=1,rotation=none`` as a dictionary."""
+    pairs = [pair.partition("=") for pair in named.split(",") if pair]
+    unknown = [name for name, _, _ in pairs if kind != "hamt" or name not in HAMTConfig.__annotations__]
+    if unknown:
+        raise ValueError(f"{kind} has no field {', '.join(unknown)}; fields of HAMTConfig follow hamt:")
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
+
+
 def build(
     kind: str, state: int, *, hidden_dim: int, num_layers: int, vocab_size: int, **options
 ) -> PreTrainedModel:
     """The model whose layers carry the number of floats that is nearest to ``state``, without MLPs.
 
     Args:
-        kind: one of ``MODELS``; a transformer's state cannot be chosen.
+        kind: one of ``MODELS``; ``hamt:num_heads=1,rotation=none`` also names fields of ``HAMTConfig``. A
+            transformer's state cannot be chosen.
         state: floats of one layer.
         hidden_dim: d.
         num_layers: mixers.
         vocab_size: tokens.
-        options: of ``HAMTConfig``, for HAMT alone.
+        options: more fields of ``HAMTConfig``, for HAMT alone.
 
     Raises:
         ValueError: if there is no such kind, or its smallest state is much larger.
     """
+    kind, _, named = kind.partition(":")
     if kind not in MODELS:
         raise ValueError(f"no model {kind!r}; there are {', '.join(MODELS)}")
+    options = {**options, **_fields(kind, named)}
     sizes = {"hidden_dim": hidden_dim, "num_layers": num_layers, "vocab_size": vocab_size}
     with torch.device("meta"):
         least, more = (state_floats(MODELS[kind](size, sizes, **options)) for size in (1, 2))

@@ -19,8 +19,7 @@ def best_groups(results: Iterable[Result]) -> dict[str, dict[str, list[Group]]]:
     grids: dict[tuple, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         run = result["run"]
-        model = run["model"] if run["write_rule"] == "gated" else f"{run['model']} ({run['write_rule']})"
-        grids[run["task"], model, run["state"]][run["learning_rate"]].append(result)
+        grids[run["task"], run["model"], run["state"]][run["learning_rate"]].append(result)
     best: dict[str, dict[str, list[Group]]] = defaultdict(lambda: defaultdict(list))
     for (task, model, _), rates in sorted(grids.items()):
         best[task][model].append(max(rates.values(), key=_mean_accuracy))

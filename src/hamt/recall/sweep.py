@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hamt.environment import environment
@@ -18,14 +20,13 @@ from hamt.recall.settings import SETTINGS
 from hamt.training.loop import seed_everything
 from hamt.training.tasks import HELD_OUT, accuracy, train_on_task
 
-NUM_EXAMPLES = 256  # rows of a test
 TOKENS_AT_A_TIME = 65_536  # of a test
 BYTES_PER_FLOAT = 4
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run; ``state`` in floats a layer."""
+    """One training run: ``model`` as for ``build``, ``state`` in floats a layer, rows of a test."""
 
     task: str
     model: str
@@ -36,14 +37,13 @@ class Run:
     batch_size: int = 64
     hidden_dim: int = 64
     num_layers: int = 2
-    hcm_dim: int | None = None
-    write_rule: str = "gated"
+    num_examples: int = 256
 
     @property
     def name(self) -> str:
         """Of its file."""
-        rule = "" if self.write_rule == "gated" else f"-{self.write_rule}"
-        return f"{self.task}-{self.model}{rule}-{self.state}-{self.learning_rate:g}-{self.seed}"
+        model = re.sub(r"[^\w.-]", "_", self.model)
+        return f"{self.task}-{model}-{self.state}-{self.learning_rate:g}-{self.seed}"
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -51,19 +51,29 @@ def describe(run: Run) -> dict[str, Any]:
     return {**asdict(run), "setting": repr(SETTINGS[run.task])}
 
 
-def perform(run: Run) -> dict[str, Any] | None:
-    """Train and test; None if the user stopped it."""
-    logging.set_verbosity_error()  # that a CPU runs reference code is said in the docs
-    setting, header = SETTINGS[run.task], environment()
-    seed_everything(run.seed)
-    model = build(
+def make_model(run: Run) -> PreTrainedModel:
+    """The model of a run.
+
+    Raises:
+        ValueError: if its sizes do not fit together.
+    """
+    setting = SETTINGS[run.task]
+    return build(
         run.model,
         run.state,
         hidden_dim=run.hidden_dim,
         num_layers=run.num_layers,
         vocab_size=setting.vocab_size,
-        **{"hcm_dim": run.hcm_dim, "write_rule": run.write_rule, **setting.hamt},
+        **setting.hamt,
     )
+
+
+def perform(run: Run) -> dict[str, Any] | None:
+    """Train and test; None if the user stopped it."""
+    logging.set_verbosity_error()  # that a CPU runs reference code is said in the docs
+    setting, header = SETTINGS[run.task], environment()
+    seed_everything(run.seed)
+    model = make_model(run)
     options = {
         "batch_size": run.batch_size,
         "num_steps": run.num_steps,
@@ -72,6 +82,7 @@ def perform(run: Run) -> dict[str, Any] | None:
         "eval_interval": max(run.num_steps // 8, 1),
         **setting.training,
     }
+    options["num_held_out"] = run.num_examples
     result = train_on_task(model, setting.train, seed=run.seed, **options)
     if result.interrupted:
         return None
@@ -81,7 +92,7 @@ def perform(run: Run) -> dict[str, Any] | None:
         tests[name] = accuracy(
             model,
             test.task,
-            num_examples=NUM_EXAMPLES,
+            num_examples=run.num_examples,
             seed=run.seed + HELD_OUT,
             length=test.length,
             positions=test.positions,

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from hamt.model import HAMTForCausalLM
 from hamt.training.plan import Plan
+from hamt.utils import hamt_flops
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Bytes for a parameter while training in float32: the weight, its gradient, and the states of the
@@ -20,14 +21,11 @@ BYTES_PER_PARAMETER = 16
 def training_flops(model: HAMTForCausalLM) -> float:
     """Floating-point operations of training for one token.
 
-    Six for a parameter (Kaplan et al. 2020, arXiv 2001.08361, appendix B), the head's among them, and those
-    of the memory: decay, write and read of every slot, three times in a training step.
+    Those of the forward pass in matrix products (two for a parameter, the head's among them) and in the
+    memory, three times: the backward pass takes two (Kaplan et al. 2020, arXiv 2001.08361, appendix B).
     """
-    config, weights = model.config, model.num_parameters()
-    if not config.tie_word_embeddings:
-        weights -= config.vocab_size * config.hidden_dim
-    assert config.hcm_dim is not None  # filled in when it was made
-    return float(6 * weights + 3 * 6 * config.num_layers * config.num_slots * config.hcm_dim)
+    parts = hamt_flops(model.config)
+    return 3 * sum(parts[name] for name in ("projections", "memory", "mlp", "head"))
 
 
 def peak_flops(accelerator: Accelerator, size: int = 1024, repeats: int = 20) -> float:

@@ -1,0 +1,1 @@
+"""Speed and memory of HAMT beside a transformer of the same size, and beside its ceiling."""

@@ -1,0 +1,131 @@
+"""Decoding after long contexts, and memory while long texts are read.
+
+Beside HAMT stands a Llama-type transformer of Transformers with as many parameters, with a cache that has its
+final size from the start (``StaticCache``) and with one that grows (``DynamicCache``). Its cache is filled
+with random numbers: the time of a step does not depend on what it reads.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
+
+from hamt.cache import HAMTCache
+from hamt.evaluation.bench.cases import measure
+from hamt.evaluation.bench.options import BenchOptions
+from hamt.evaluation.peak_memory import cache_bytes, peak_memory_of
+from hamt.evaluation.rivals import rival
+from hamt.model import HAMTForCausalLM
+
+SEGMENT = 1024
+DECODERS = ("hamt", "static", "dynamic")
+
+
+def make_models(options: BenchOptions) -> tuple[HAMTForCausalLM, LlamaForCausalLM]:
+    """HAMT and a Llama with as many parameters, in evaluation mode."""
+    ours = HAMTForCausalLM(options.model_config()).eval()
+    theirs = rival(
+        "llama",
+        hidden_dim=options.hidden_dim,
+        num_layers=options.num_layers,
+        vocab_size=options.vocab_size,
+        context=max((*options.decode_contexts, *options.memory_lengths)) + SEGMENT,
+        parameters=ours.num_parameters(),
+    )
+    return ours, theirs.eval()
+
+
+def key_value_bytes(model: LlamaForCausalLM, length: int, batch: int) -> int:
+    """Bytes of keys and values of ``length`` tokens, in float32."""
+    config = model.config
+    return 2 * 4 * config.num_hidden_layers * config.hidden_size * length * batch
+
+
+def filled(model: LlamaForCausalLM, cache: Cache, length: int, batch: int) -> Cache:
+    """``cache`` with random keys and values of ``length`` tokens."""
+    config = model.config
+    heads = config.num_key_value_heads
+    shape = (batch, heads, length, config.hidden_size // config.num_attention_heads)
+    for layer in range(config.num_hidden_layers):
+        cache.update(torch.randn(shape), torch.randn(shape), layer)
+    return cache
+
+
+# ------------------------------------------------------------------ decoding
+
+
+@torch.no_grad()
+def measure_decoding(options: BenchOptions) -> dict[str, Any]:
+    """A row for every context, with its batch."""
+    ours, theirs = make_models(options)
+    rows = []
+    for length, batch in zip(options.decode_contexts, options.decode_batches, strict=True):
+        token = torch.zeros(batch, 1, dtype=torch.long)
+        state = HAMTCache(ours.config.num_layers)
+        for _ in range(2):  # its cost depends on no context: two segments stand for all
+            ours(torch.randint(options.vocab_size, (batch, 64)), past_key_values=state, logits_to_keep=1)
+        cases: dict[str, Callable[[], object]] = {"hamt": partial(_step, ours, token, state)}
+        sizes, left_out = {"hamt": cache_bytes(state)}, {}
+        needed = key_value_bytes(theirs, length, batch)
+        if needed > options.max_bytes:
+            left_out = dict.fromkeys(DECODERS[1:], f"keys and values would take {needed / 1e9:.1f} GB")
+        else:
+            # Room for the token that is decoded: each step takes the place of the one before.
+            static = filled(theirs, StaticCache(theirs.config, max_cache_len=length + 1), length, batch)
+            cases["static"] = partial(_static_step, theirs, token, static, length)
+            dynamic = filled(theirs, DynamicCache(config=theirs.config), length, batch)
+            cases["dynamic"] = partial(_step, theirs, token, dynamic)
+            sizes |= {"static": cache_bytes(static), "dynamic": cache_bytes(dynamic)}
+        with options.autocast():
+            found = measure(cases, left_out, {}, options.decode_steps, options.warmup)
+        rows.append({"phase": "decode", "length": length, "batch": batch, **found, "cache_bytes": sizes})
+    parameters = {"hamt": ours.num_parameters(), "transformer": theirs.num_parameters()}
+    return {"parameters": parameters, "rows": rows}
+
+
+@torch.no_grad()
+def _step(model: HAMTForCausalLM | LlamaForCausalLM, token: torch.Tensor, cache: Cache) -> None:
+    model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def _static_step(model: LlamaForCausalLM, token: torch.Tensor, cache: Cache, length: int) -> None:
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(length)  # type: ignore[union-attr]
+    _step(model, token, cache)
+
+
+# -------------------------------------------------------------------- memory
+
+
+def measure_memory(options: BenchOptions) -> dict[str, Any]:
+    """A row for every length: bytes at the peak while it is read in segments, and bytes carried along."""
+    ours, theirs = make_models(options)
+    rows = []
+    for length in options.memory_lengths:
+        row: dict[str, Any] = {"length": length, "peak_bytes": {}, "cache_bytes": {}, "left_out": {}}
+        for name, model in (("hamt", ours), ("transformer", theirs)):
+            # Attention reads all keys for every segment: half of the square of the length, 4 d each.
+            work = 2.0 * length * length * options.hidden_dim * options.num_layers
+            if name == "transformer" and work / 5e10 > options.max_seconds:
+                row["left_out"][name] = f"would take about {work / 5e10:.0f} s"
+                continue
+            caches: list[Cache] = []
+            row["peak_bytes"][name] = peak_memory_of(partial(_read, model, length, options, caches))
+            row["cache_bytes"][name] = cache_bytes(caches.pop())
+        rows.append(row)
+    return {"segment": SEGMENT, "rows": rows}
+
+
+@torch.no_grad()
+def _read(
+    model: HAMTForCausalLM | LlamaForCausalLM, length: int, options: BenchOptions, caches: list[Cache]
+) -> None:
+    """Read ``length`` random tokens in segments; the cache goes to ``caches``."""
+    cache: Cache | None = None
+    for begin in range(0, length, SEGMENT):
+        ids = torch.randint(options.vocab_size, (1, min(SEGMENT, length - begin)))
+        cache = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+    assert cache is not None
+    caches.append(cache)

@@ -1,0 +1,221 @@
+"""Recall at equal state: what is counted, what is trained, what is reported."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hamt.cli import main
+from hamt.commands.recall import RecallOptions, plan
+from hamt.data.tasks import MQAR
+from hamt.errors import UserError
+from hamt.evaluation.peak_memory import cache_bytes
+from hamt.recall.models import MODELS, build, state_floats
+from hamt.recall.report import best_groups, figure, table
+from hamt.recall.settings import SETTINGS
+from hamt.recall.sweep import Run, describe, perform, sweep
+
+SIZES = {"hidden_dim": 64, "num_layers": 2, "vocab_size": 40}
+TINY = Run(
+    "mqar", "hamt", 768, 0.01, 0, num_steps=2, batch_size=2, hidden_dim=32, num_layers=1, num_examples=4
+)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"write_rule": "delta"}, {"rotation": "none"}, {"conv_kernel_size": 0}]
+)
+def test_the_state_of_hamt_is_what_its_cache_holds(options):
+    model = build("hamt", 1280, **SIZES, **options).eval()
+    cache = model(torch.zeros(1, 9, dtype=torch.long), use_cache=True).past_key_values
+    positions = 8 * SIZES["num_layers"]  # the count of tokens is not counted
+    assert 4 * state_floats(model) == cache.nbytes - positions == cache_bytes(cache) - positions
+
+
+def test_the_state_of_mamba2_is_what_its_cache_holds_but_for_a_column():
+    model = build("mamba2", 1280, **SIZES).eval()
+    cache = model(torch.zeros(1, 9, dtype=torch.long), use_cache=True).cache_params
+    layer = cache.layers[0]
+    recurrent, inputs = layer.recurrent_states[0], layer.conv_states[0]
+    # The library keeps as many columns as the kernel is wide; one less is needed.
+    needed = recurrent.numel() + inputs[..., 1:].numel()
+    assert state_floats(model) == SIZES["num_layers"] * needed
+
+
+def test_the_state_of_gated_deltanet_is_what_its_mixer_hands_on():
+    model = build("gated-deltanet", 1280, **SIZES).eval()
+    mixer = model.model.layers[0].linear_attn
+    recurrent = mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim
+    tail = (mixer.conv_kernel_size - 1) * mixer.conv1d.in_channels
+    assert state_floats(model) == SIZES["num_layers"] * (recurrent + tail)
+
+
+@pytest.mark.parametrize("state", [768, 1280, 2304])
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "transformer"])
+def test_models_have_the_state_that_is_asked_for(kind, state):
+    options = {"hcm_dim": 64} if kind == "hamt" else {}
+    model = build(kind, state, **SIZES, **options)
+    assert abs(state_floats(model) / (state * SIZES["num_layers"]) - 1) < 0.05
+    ids = torch.randint(40, (2, 8))
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_transformer_has_no_state_of_a_size():
+    assert state_floats(build("transformer", 1, **SIZES)) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "message"),
+    [("nothing", 768, "no model 'nothing'"), ("hamt", 8, "smallest state of hamt")],
+)
+def test_states_that_cannot_be_had_are_refused(kind, state, message):
+    with pytest.raises(ValueError, match=message):
+        build(kind, state, **SIZES)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_can_be_trained_and_tested(name):
+    setting = SETTINGS[name]
+    for task in setting.train:
+        for length in setting.training.get("lengths", (task.length,)):
+            task.check_length(length)
+    for test in setting.tests.values():
+        inputs, targets = test.task.sample(2, torch.Generator().manual_seed(0), test.length)
+        assert inputs.max() < setting.vocab_size
+        assert (targets[:, test.positions or slice(None)] >= 0).any()
+
+
+def test_a_run_is_described_by_all_that_bears_on_it():
+    assert describe(TINY)["setting"] == repr(SETTINGS["mqar"])
+    assert "num_kv_pairs=16" in describe(TINY)["setting"]
+
+
+def test_a_sweep_runs_what_is_missing_once(tmp_path):
+    told = []
+    other = Run(**{**vars(TINY), "model": "gated-deltanet"})
+    found = sweep([TINY, other], tmp_path, 2, lambda run, result: told.append(run))
+    assert set(told) == {TINY, other}
+    assert [one["run"]["model"] for one in found] == ["hamt", "gated-deltanet"]
+    for one in found:
+        assert one["mean_accuracy"] == pytest.approx(sum(one["accuracy"].values()) / len(one["accuracy"]))
+        assert set(one["accuracy"]) == set(SETTINGS["mqar"].tests)
+        assert one["environment"]["threads"] == 1
+    assert sweep([TINY, other], tmp_path, 2, lambda run, result: told.append(run)) == found
+    assert len(told) == 2
+    longer = Run(**{**vars(TINY), "num_steps": 3})  # of the same name: another run
+    sweep([longer], tmp_path, 1, lambda run, result: told.append(run))
+    assert told[2:] == [longer]
+
+
+def test_a_run_depends_on_its_seed_alone():
+    assert perform(TINY)["curve"] == perform(TINY)["curve"]
+    assert perform(TINY)["accuracy"] != perform(Run(**{**vars(TINY), "seed": 1}))["accuracy"]
+
+
+def result(model, state, rate, seed, accuracy):
+    run = {**describe(TINY), "model": model, "state": state, "learning_rate": rate, "seed": seed}
+    tests = {"first": accuracy, "second": accuracy / 2}
+    floats = None if model == "transformer" else 2 * state
+    return {
+        "run": run,
+        "accuracy": tests,
+        "mean_accuracy": 0.75 * accuracy,
+        "parameters": 1234,
+        "state_floats": floats,
+        "state_bytes": floats and 4 * floats,
+    }
+
+
+RESULTS = [
+    result("hamt", 768, 0.01, 0, 0.8),
+    result("hamt", 768, 0.01, 1, 0.6),
+    result("hamt", 768, 0.003, 0, 0.9),
+    result("hamt", 768, 0.003, 1, 0.1),
+    result("mamba2", 768, 0.01, 0, 0.5),
+    result("transformer", 768, 0.01, 0, 1.0),
+]
+
+
+def test_the_best_learning_rate_is_that_of_the_mean_over_seeds():
+    (group,) = best_groups(RESULTS)["mqar"]["hamt"]
+    assert {one["run"]["learning_rate"] for one in group} == {0.01}
+    text = table(RESULTS)
+    assert "| hamt | 1,536 | 1,234 | 0.01 | 2 | 70.0 ± 10.0 | 35.0 ± 5.0 | 52.5 ± 7.5 |" in text
+    assert "| transformer | grows | 1,234 | 0.01 | 1 | 100.0 | 50.0 | 75.0 |" in text
+
+
+def test_the_plot_shows_models_of_fixed_state():
+    (axes,) = figure(RESULTS).axes
+    lines = {container.get_label(): container.lines[0].get_xydata().tolist() for container in axes.containers}
+    assert lines == {"hamt": [[6144, pytest.approx(52.5)]], "mamba2": [[6144, pytest.approx(37.5)]]}
+
+
+def test_the_plan_has_every_combination_once():
+    models = ["hamt", "hamt:write_rule=delta", "mamba2", "mamba2"]
+    runs = plan(RecallOptions(models=models, state_sizes=[768, 1280], seeds=[0, 1]))
+    assert len(runs) == len({run.name for run in runs}) == 3 * 2 * 2
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    assert len(plan(RecallOptions(tasks=["all"], models=["hamt"]))) == len(SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tasks": ["nothing"]},
+        {"models": ["nothing"]},
+        {"models": ["hamt:heads=1"]},
+        {"models": ["mamba2:num_heads=1"]},
+        {"models": ["hamt:num_heads=7"]},
+        {"num_steps": 0},
+        {"state_sizes": [8]},
+    ],
+    ids=str,
+)
+def test_runs_that_cannot_be_are_refused_before_any_is_started(wrong):
+    with pytest.raises(UserError):
+        plan(RecallOptions(**wrong))
+
+
+def test_fields_of_hamt_are_changed_by_name():
+    config = build("hamt:num_heads=1,rotation=none", 768, **SIZES, write_rule="delta").config
+    assert (config.num_heads, config.rotation, config.write_rule) == (1, "none", "delta")
+
+
+def test_the_command_writes_figures_table_and_plot(tmp_path, capsys):
+    options = [
+        "--num_steps",
+        "2",
+        "--batch_size",
+        "2",
+        "--hidden_dim",
+        "32",
+        "--num_layers",
+        "1",
+        "--num_examples",
+        "4",
+    ]
+    assert main(["recall", *options, "--models", "hamt", "--output_dir", str(tmp_path)]) == 0
+    assert "4 pairs, 64 tokens" in capsys.readouterr().out
+    content = json.loads((tmp_path / "recall.json").read_text(encoding="utf-8"))
+    assert content["environment"]["torch"] == torch.__version__
+    assert [one["run"]["model"] for one in content["runs"]] == ["hamt"]
+    assert (tmp_path / "recall.md").read_text(encoding="utf-8").startswith("# Recall at equal state")
+    assert (tmp_path / "recall.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_command_measures_the_capacity(tmp_path, capsys):
+    assert main(["recall", "--capacity", "--quick", "--output_dir", str(tmp_path)]) == 0
+    assert "points lie within 3 standard errors" in capsys.readouterr().out
+    points = json.loads((tmp_path / "capacity.json").read_text(encoding="utf-8"))["points"]
+    assert {point["part"] for point in points} >= {"cosine", "copies", "convex", "cleanup"}
+    assert (tmp_path / "capacity.png").exists()
+
+
+def test_the_recipe_of_the_results_is_the_setting_that_it_says():
+    text = (Path(__file__).parents[1] / "benchmarks" / "recall.yaml").read_text(encoding="utf-8")
+    assert "vocabulary of 256" in " ".join(text.replace("#", " ").split())
+    tasks = [*SETTINGS["mqar"].train, *(test.task for test in SETTINGS["mqar"].tests.values())]
+    assert {task.vocab_size for task in tasks} == {256}
+    assert max(task.num_kv_pairs for task in tasks if isinstance(task, MQAR)) == 32
