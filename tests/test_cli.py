@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hamt.checkpoint import load_checkpoint
 from hamt.cli import COMMANDS, main
+from hamt.commands.compare import CompareOptions
 from hamt.commands.demo import DemoOptions
+from hamt.commands.evaluate import EvaluateOptions
 from hamt.commands.generate import GenerateOptions
 from hamt.commands.quick_train import QuickTrainOptions
 
@@ -51,7 +53,9 @@ def fails(arguments, capsys):
 
 
 def test_names_and_flags_are_pinned():
-    assert list(COMMANDS) == ["demo", "quick-train", "train", "generate"]
+    assert list(COMMANDS) == [
+        "demo", "quick-train", "train", "generate", "evaluate", "compare", "bench", "recall"
+    ]  # fmt: skip
     assert list(DemoOptions.__dataclass_fields__) == [
         "output_dir", "data", "num_steps", "max_minutes", "prompt", "seed"
     ]  # fmt: skip
@@ -69,6 +73,9 @@ def test_names_and_flags_are_pinned():
         "output_dir",
     }
     assert documented <= set(QuickTrainOptions.__dataclass_fields__)
+    documented = {"checkpoint", "test_text", "prompts", "max_new_tokens", "temperature"}
+    assert documented <= set(EvaluateOptions.__dataclass_fields__)
+    assert {"hamt_checkpoint", "baselines", "device"} <= set(CompareOptions.__dataclass_fields__)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -76,7 +83,7 @@ def test_help_of_every_command_shows_its_options(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    assert "--seed" in capsys.readouterr().out
+    assert "--seed" in capsys.readouterr().out  # or --seeds
 
 
 def test_help_without_a_command_lists_them(capsys):

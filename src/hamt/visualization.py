@@ -42,7 +42,9 @@ def panels(count: int, columns: int = 2, size: tuple[float, float] = (5.0, 3.6))
     return figure, axes[:count]
 
 
-def draw_series(axes: Axes, series: Mapping[str, Series], xlabel: str, ylabel: str) -> None:
+def draw_series(
+    axes: Axes, series: Mapping[str, Series], xlabel: str, ylabel: str, linestyle: str = "-"
+) -> None:
     """Lines with markers, and bars where there are bounds; a legend if there is more than one."""
     for index, (name, (x, y, low, high)) in enumerate(series.items()):
         bars = None
@@ -58,6 +60,7 @@ def draw_series(axes: Axes, series: Mapping[str, Series], xlabel: str, ylabel: s
             marker=MARKERS[index % len(MARKERS)],
             markersize=4,
             linewidth=1.2,
+            linestyle=linestyle,
             capsize=2,
         )
     axes.set_xlabel(xlabel)
@@ -117,10 +120,10 @@ def capacity_against_theory(parts: Mapping[str, Mapping[str, tuple[Series, Serie
     """A panel for each part of ``hamt.evaluation.capacity``: measured points on lines of theory."""
     figure, all_axes = panels(len(parts), size=(6.0, 4.0))
     for axes, (part, lines) in zip(all_axes, parts.items(), strict=True):
-        draw_series(axes, {name: measured for name, (measured, _) in lines.items()}, *CAPACITY_AXES[part])
-        for container, (_, theory) in zip(axes.containers, lines.values(), strict=True):
-            container.lines[0].set_linestyle("none")
-            axes.plot(theory.x, theory.y, color=container.lines[0].get_color(), linewidth=1)
+        measured = {name: points for name, (points, _) in lines.items()}
+        draw_series(axes, measured, *CAPACITY_AXES[part], linestyle="none")
+        for index, (_, theory) in enumerate(lines.values()):
+            axes.plot(theory.x, theory.y, color=COLOURS[index % len(COLOURS)], linewidth=1)
         axes.set_title(f"{part}: points measured (± 3 s.e.), lines theory", fontsize="medium")
     return figure
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from transformers.utils import logging
 
 from hamt.checkpoint import PRETRAINED
 from hamt.data.corpus import load_documents
@@ -20,7 +21,7 @@ from hamt.evaluation.report import describe_environment, write_report
 from hamt.evaluation.rivals import RIVALS
 from hamt.evaluation.tables import markdown
 from hamt.options import option, parse
-from hamt.training.rivals import train_rival
+from hamt.training.rivals import read_run, train_rival
 from hamt.visualization import bars
 
 
@@ -53,12 +54,15 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(CompareOptions, arguments, "compare")
     _check(options)
     console = Console(soft_wrap=True, highlight=False)
+    logging.set_verbosity_error()  # reference code is named in the table
     header = environment()
     torch.manual_seed(options.seed)
     name, documents = load_documents(options.data, options.text_column)
     texts = [text[: options.max_characters] for text in islice(documents, options.max_documents)]
     checkpoint = options.hamt_checkpoint or str(PRETRAINED)
     trained = []
+    if options.rivals:
+        read_run(Path(checkpoint))
     for kind in options.rivals:
         console.print(f"training: {kind} (kept in {checkpoint}/rivals)")
         trained.append(str(train_rival(kind, Path(checkpoint))))
@@ -103,6 +107,8 @@ def _check(options: CompareOptions) -> None:
     numbers = [*options.contexts, *options.batch_sizes, options.decode_tokens, options.rounds]
     if min([*numbers, options.context, options.max_documents, options.max_characters]) < 1:
         raise UserError("contexts, batches, tokens, rounds and documents must be at least 1")
+    if unknown := [kind for kind in options.rivals if kind not in RIVALS]:
+        raise UserError(f"no rival {', '.join(unknown)}; there are {', '.join(RIVALS)}")
     if options.device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"no device {options.device} here: use --device cpu")
 
@@ -120,7 +126,7 @@ def _load(names: Sequence[str], device: str, console: Console) -> tuple[dict[str
             missing[name] = str(error)
             console.print(f"left out: {error}", markup=False)
             continue
-        loaded.model.to(device)
+        loaded.model.to(torch.device(device))  # type: ignore[arg-type]
         label = loaded.name if index else f"HAMT ({loaded.name})"
         models[label if label not in models else f"{label} ({name})"] = loaded
     return models, missing

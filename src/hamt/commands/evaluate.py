@@ -244,7 +244,7 @@ def generate(loaded: Loaded, options: EvaluateOptions) -> list[dict[str, Any]]:
             loaded.tokenizer.eos_token_id
         ]
         start = time.perf_counter()
-        output = loaded.model.generate(
+        output = loaded.model.generate(  # type: ignore[operator]
             torch.tensor([tokens]),
             max_new_tokens=options.max_new_tokens,
             pad_token_id=loaded.tokenizer.pad_token_id,

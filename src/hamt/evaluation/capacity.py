@@ -19,6 +19,7 @@ Shape legend: T trials, n items, R copies, S slots, D features of an item, K key
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -166,7 +167,7 @@ def points(quick: bool = False) -> Iterator[tuple[Point, int]]:
             yield Point(COPIES, "phasor", 512, items, copies=copies), some
             yield Point(COPIES, "phasor", 512, items, slots=copies), some
     for slots in (1, 2, 4, 8):
-        cleanup = {"slots": slots, "spread": True, "candidates": 1000}
+        cleanup: dict[str, Any] = {"slots": slots, "spread": True, "candidates": 1000}
         yield Point(EQUAL_STATE, "phasor", 2048 // slots, 104, **cleanup), many
         yield Point(MORE_STATE, "phasor", 512, 104, **cleanup), many
     for gate in (0.05, 0.12, 0.5):

@@ -8,6 +8,7 @@ can be compared, their speed says nothing.
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from transformers import (
 from transformers import initialization as init
 
 from hamt.evaluation.transformer import attention_head_dim
+
+M = TypeVar("M", bound=PreTrainedModel)
 
 EMBEDDING_STD = 0.02
 # On a CPU Transformers has no fast kernels for these.
@@ -186,7 +189,9 @@ def rival(
     return build(**{**sizes, free: units * step})
 
 
-def _initialised(model: PreTrainedModel) -> PreTrainedModel:
+def _initialised(model: M) -> M:
     """Embeddings at HAMT's scale; ``initializer_range`` is that of matrices."""
-    init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    init.normal_(embedding.weight, std=EMBEDDING_STD)
     return model

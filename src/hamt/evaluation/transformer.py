@@ -181,10 +181,9 @@ def mlp_width(config: HAMTConfig, missing: int) -> int:
 
 def non_embedding_parameters(model: PreTrainedModel) -> int:
     """Parameters of the blocks and the final norm, without embedding and head."""
-    outside = {
-        x.weight for x in (model.get_input_embeddings(), model.get_output_embeddings()) if x is not None
-    }
-    return model.num_parameters() - sum(weight.numel() for weight in outside)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    outside = {p for end in ends if end is not None for p in end.parameters()}  # one where they are tied
+    return model.num_parameters() - sum(p.numel() for p in outside)
 
 
 def _assemble(config: HAMTConfig, intermediate_dim: int, options: dict) -> HAMTForCausalLM:

@@ -47,20 +47,20 @@ def state_floats(model: PreTrainedModel) -> int | None:
     raise ValueError(f"the state of a {config.model_type} model is not known")
 
 
-def _hamt(size: int, sizes: dict[str, int], **options) -> PreTrainedModel:
+def _hamt(size: int, sizes: dict[str, Any], **options) -> PreTrainedModel:
     options = {"num_slots": size, "intermediate_dim": 0, **options}
     return HAMTForCausalLM(HAMTConfig(**sizes, **options))
 
 
-def _mamba2(size: int, sizes: dict[str, int], **options) -> PreTrainedModel:
+def _mamba2(size: int, sizes: dict[str, Any], **options) -> PreTrainedModel:
     return mamba2(**sizes, state_size=size)
 
 
-def _gated_deltanet(size: int, sizes: dict[str, int], **options) -> PreTrainedModel:
+def _gated_deltanet(size: int, sizes: dict[str, Any], **options) -> PreTrainedModel:
     return gated_deltanet(**sizes, mlp_width=0, key_dim=size)
 
 
-def _transformer(size: int, sizes: dict[str, int], **options) -> PreTrainedModel:
+def _transformer(size: int, sizes: dict[str, Any], **options) -> PreTrainedModel:
     return transformer(HAMTConfig(**sizes, intermediate_dim=0), short_convolution=True)
 
 

@@ -20,6 +20,24 @@ SAMPLE = 16  # blocks of the held-out text that are scored while training
 INFO = "rival.json"
 
 
+def read_run(checkpoint: Path) -> tuple[TrainOptions, int]:
+    """Options and steps of the run that a checkpoint came out of.
+
+    Raises:
+        UserError: if its record is not there.
+    """
+    record = checkpoint / "training_info.json"
+    try:
+        info = json.loads(record.read_text(encoding="utf-8"))
+        names = {field.name for field in fields(TrainOptions)}
+        options = {name: value for name, value in info["options"].items() if name in names}
+        return TrainOptions(**options), int(info["steps"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--rivals needs {record}, which hamt train writes beside its model: give such a folder"
+        ) from error
+
+
 def train_rival(kind: str, checkpoint: Path, listeners: Iterable[Listener[Loss]] = ()) -> Path:
     """Train it, or find it trained: a Transformers folder in ``checkpoint/rivals/kind``.
 
@@ -32,16 +50,7 @@ def train_rival(kind: str, checkpoint: Path, listeners: Iterable[Listener[Loss]]
     """
     if kind not in RIVALS:
         raise UserError(f"no rival {kind}; there are {', '.join(RIVALS)}")
-    record = checkpoint / "training_info.json"
-    try:
-        info = json.loads(record.read_text(encoding="utf-8"))
-        names = {field.name for field in fields(TrainOptions)}
-        options = TrainOptions(**{name: x for name, x in info["options"].items() if name in names})
-        steps = int(info["steps"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--rivals needs {record}, which hamt train writes beside its model: give such a folder"
-        ) from error
+    options, steps = read_run(checkpoint)
     folder = checkpoint / "rivals" / kind
     described = {"kind": kind, "steps": steps, "options": asdict(options)}
     if _described(folder) == json.loads(json.dumps(described)):

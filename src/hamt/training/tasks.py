@@ -5,6 +5,7 @@ Shape legend: B batch, N tokens.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
@@ -82,10 +83,10 @@ def train_on_task(
                 f"got {model.config.vocab_size}"
             )
     batches = _batches(tasks, batch_size, lengths, seed_everything(seed))
-    drawn = {"num_examples": num_held_out, "seed": seed + HELD_OUT, "batch_size": batch_size}
+    drawn: dict[str, Any] = {"num_examples": num_held_out, "seed": seed + HELD_OUT, "batch_size": batch_size}
     trainer = Trainer(
         model,
-        lambda: sum(accuracy(model, one, **drawn) for one in tasks) / len(tasks),
+        lambda: mean(accuracy(model, one, **drawn) for one in tasks),
         LoopOptions(**options),
         until=lambda right: target_accuracy is not None and right >= target_accuracy,
         listeners=listeners,

@@ -58,7 +58,7 @@ def measure(
     """
     timings = interleave(cases, rounds, warmup)
     matmul = timings.pop("matmul", None)
-    first, *others = timings
+    first, others = next(iter(timings), ""), list(timings)[1:]
     found: dict[str, Any] = {
         "seconds": {name: spread(t.times_s)._asdict() for name, t in timings.items()},
         "ratios": {

@@ -46,8 +46,8 @@ def key_value_bytes(model: LlamaForCausalLM, length: int, batch: int) -> int:
 def filled(model: LlamaForCausalLM, cache: Cache, length: int, batch: int) -> Cache:
     """``cache`` with random keys and values of ``length`` tokens."""
     config = model.config
-    heads = config.num_key_value_heads
-    shape = (batch, heads, length, config.hidden_size // config.num_attention_heads)
+    heads = config.num_attention_heads
+    shape = (batch, heads, length, config.hidden_size // heads)
     for layer in range(config.num_hidden_layers):
         cache.update(torch.randn(shape), torch.randn(shape), layer)
     return cache

@@ -69,7 +69,12 @@ def _core(name: str, config: HAMTConfig, length: int, options: BenchOptions) -> 
     inputs = (items, keys, unbinding_keys, write.sigmoid(), read, nn.functional.logsigmoid(forget))
     assert layer.rotation is not None
     rotation = layer.rotation(keys)
-    return (lambda *x: memory(*x, rotation=rotation)[0]), inputs, ()
+
+    def run(*tensors: Tensor) -> Tensor:
+        items, keys, unbinding_keys, write, read, log_forget = tensors
+        return memory(items, keys, unbinding_keys, write, read, log_forget, rotation=rotation)[0]
+
+    return run, inputs, ()
 
 
 def _sublayer(name: str, config: HAMTConfig, length: int, options: BenchOptions) -> Made:

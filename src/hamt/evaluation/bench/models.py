@@ -5,7 +5,7 @@ by step (``eager``), and beside its ``ceiling``: the transformer without any att
 rotary positions stay.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def measure_models(options: BenchOptions) -> dict[str, Any]:
 
 def _row(
     models: dict[str, HAMTForCausalLM],
-    optimizers: dict[str, torch.optim.Optimizer],
+    optimizers: Mapping[str, torch.optim.Optimizer],
     phase: str,
     ids: Tensor,
     predictor: Predictor,

@@ -1,0 +1,311 @@
+"""hamt evaluate and hamt compare: what they measure, write and refuse."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import TEXT, fails
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hamt import HAMTConfig, HAMTModel
+from hamt.checkpoint import PRETRAINED, load_checkpoint, save_checkpoint, save_pt
+from hamt.cli import main
+from hamt.commands.compare import table
+from hamt.data.tokenizer import train_tokenizer
+from hamt.evaluation.baselines import load_model
+from hamt.evaluation.compare import longest_context, quality, read, speed
+from hamt.evaluation.perplexity import score_documents
+
+WORDS = "one two three four five six seven eight nine ten eleven twelve. " * 30
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([WORDS], 300)
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer, tmp_path_factory):
+    """A HAMT checkpoint, and a Llama in a Transformers folder."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = {"vocab_size": 300, "hidden_dim": 32, "num_layers": 1, "max_position_embeddings": 16}
+    save_checkpoint(root / "ours", HAMTModel(HAMTConfig(**config)), tokenizer)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+        )
+    )
+    llama.save_pretrained(root / "llama")
+    tokenizer.save_pretrained(root / "llama")
+    return root
+
+
+def run(tmp_path, *options):
+    assert main(["evaluate", *options, "--output_dir", str(tmp_path)]) == 0
+    return json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+
+
+# -------------------------------------------------------------------- evaluate
+
+
+def test_a_hamt_model_is_measured_at_several_contexts(folders, tmp_path, capsys):
+    found = run(tmp_path, "--checkpoint", str(folders / "ours"), "--test_text", WORDS)
+    assert [row["context"] for row in found["perplexity"]] == [16, 128, 1024, "carried"]
+    model, tokenizer = load_checkpoint(folders / "ours")
+    for row, context in zip(found["perplexity"], (16, 128, 1024, None), strict=True):
+        score = score_documents(model, tokenizer, [WORDS], context=context)
+        assert row["nats_per_token"] == pytest.approx(score.nats / score.tokens)
+        assert row["token_perplexity"] == pytest.approx(math.exp(row["nats_per_token"]))
+        assert (row["words"], row["bytes"]) == (score.words, len(WORDS))
+        assert row["by_position"]
+    assert "all, the state carried" in capsys.readouterr().out
+    assert (tmp_path / "evaluation.md").read_text(encoding="utf-8").startswith("# ours")
+    assert (tmp_path / "loss_by_position.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (tmp_path / "generation_results.json").exists()
+
+
+def test_context_and_stride_can_be_given_and_other_models_measured(folders, tmp_path):
+    options = ["--checkpoint", str(folders / "llama"), "--test_text", WORDS]
+    found = run(tmp_path, *options, "--context", "20", "--stride", "5")
+    assert [(row["context"], row["stride"]) for row in found["perplexity"]] == [(20, 5)]
+    found = run(tmp_path, *options)
+    assert [row["context"] for row in found["perplexity"]] == [64]
+    found = run(tmp_path, "--checkpoint", str(folders / "ours"), "--test_text", WORDS, "--carry")
+    assert [row["context"] for row in found["perplexity"]] == ["carried"]
+
+
+def test_prompts_are_continued(folders, tmp_path, capsys):
+    options = ["--checkpoint", str(folders / "ours"), "--test_text", WORDS, "--carry", "--seed", "3"]
+    options += ["--prompts", "one two|three", "--max_new_tokens", "4"]
+    run(tmp_path, *options)
+    path = tmp_path / "generation_results.json"
+    first = json.loads(path.read_text(encoding="utf-8"))["samples"]
+    assert [sample["prompt"] for sample in first] == ["one two", "three"]
+    assert all(0 < sample["new_tokens"] <= 4 and sample["tokens_per_second"] > 0 for sample in first)
+    run(tmp_path, *options)
+    again = json.loads(path.read_text(encoding="utf-8"))["samples"]
+    assert [one["continuation"] for one in first] == [one["continuation"] for one in again]
+    assert first[0]["continuation"] in capsys.readouterr().out
+
+
+def test_tasks_of_the_harness_run_on_the_model(folders, tmp_path):
+    pytest.importorskip("lm_eval")
+    pages = " = One = \n \n A page with a few words . \n = Two = \n \n Another 1 @,@ 000 words . \n"
+    (tmp_path / "wiki.raw").write_text(pages, encoding="utf-8")
+    options = ["--checkpoint", str(folders / "ours"), "--test_text", WORDS, "--carry", "--limit", "3"]
+    options += ["--tasks", "hamt_mqar", "hamt_induction", "hamt_passkey", "hamt_wikitext"]
+    found = run(tmp_path, *options, "--task_data", str(tmp_path / "wiki.raw"))["tasks"]
+    assert set(found) == {"hamt_mqar", "hamt_induction", "hamt_passkey", "hamt_wikitext"}
+    assert 0 <= found["hamt_mqar"]["acc"] <= 1
+    assert found["hamt_wikitext"]["word_perplexity"] > 1
+    written = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
+    assert "| hamt_wikitext | bits_per_byte |" in written
+    # The same pages by our own count.
+    model, tokenizer = load_checkpoint(folders / "ours")
+    bits = found["hamt_wikitext"]["bits_per_byte"]
+    assert bits == pytest.approx(_harness_bits(model, tokenizer, pages), rel=1e-4)
+
+
+def _harness_bits(model, tokenizer, pages):
+    """Loss of the detokenised pages over the bytes of the raw ones, as the harness has it."""
+    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+
+    from hamt.data.corpus import join_articles
+
+    raw = list(join_articles(pages.splitlines(keepends=True)))
+    clean = [wikitext_detokenizer({"page": page}) for page in raw]
+    score = score_documents(model, tokenizer, clean, context=2048)
+    return score.nats / sum(len(page.encode()) for page in raw) / math.log(2)
+
+
+def test_lambada_is_asked_from_a_local_file(folders, tmp_path):
+    pytest.importorskip("lm_eval")
+    path = tmp_path / "lambada.jsonl"
+    path.write_text('{"text": "one two three four"}\n{"text": "five six seven"}\n', encoding="utf-8")
+    options = [
+        "--checkpoint",
+        str(folders / "ours"),
+        "--test_text",
+        WORDS,
+        "--carry",
+        "--tasks",
+        "hamt_lambada",
+    ]
+    found = run(tmp_path, *options, "--task_data", str(path))["tasks"]["hamt_lambada"]
+    assert found["perplexity"] > 1
+    assert found["acc"] in (0, 0.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--checkpoint", "nowhere"], "no model 'nowhere'"),
+        (["--checkpoint", "nowhere.gguf"], "give the path of a .gguf file"),
+        (["--data", "nowhere.txt"], "no text nowhere.txt"),
+        (["--carry", "--context", "8"], "leave --context out"),
+        (["--stride", "8"], "--stride needs --context"),
+        (["--test_text", "a b", "--context", "8", "--stride", "9"], "between 1 and the context, 8; got 9"),
+        (["--test_text", ""], "no text to score"),
+        (["--limit", "0"], "--limit must be at least 1"),
+    ],
+)
+def test_mistakes_end_in_one_line(options, message, tmp_path, capsys):
+    assert main(["evaluate", *options, "--output_dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [(["nothing"], "no task nothing"), (["hamt_lambada"], "give it with --task_data")],
+)
+def test_tasks_that_cannot_run_are_refused(tasks, message, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    options = ["--test_text", "a b", "--context", "8", "--tasks", *tasks, "--output_dir", str(tmp_path)]
+    assert main(["evaluate", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_the_harness_the_command_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    options = ["--test_text", "a b", "--context", "8", "--tasks", "wikitext", "--output_dir", str(tmp_path)]
+    assert main(["evaluate", *options]) == 2
+    assert "pip install" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------- compare
+
+
+def test_any_model_is_loaded_by_name(folders, tokenizer, tmp_path):
+    save_pt(tmp_path / "one.pt", load_checkpoint(folders / "ours")[0], tokenizer)
+    for name, kind in (
+        (folders / "ours", "hamt"),
+        (folders / "llama", "llama"),
+        (tmp_path / "one.pt", "hamt"),
+    ):
+        loaded = load_model(str(name))
+        assert loaded.model.config.model_type == kind
+        assert loaded.name == name.stem
+        assert not loaded.model.training
+        assert len(loaded.tokenizer) == len(tokenizer)
+
+
+def test_quality_has_blocks_and_for_hamt_the_carried_state(folders):
+    ours, llama = load_model(str(folders / "ours")), load_model(str(folders / "llama"))
+    assert set(quality(ours, [WORDS], 32, 2)) == {"blocks", "carried"}
+    found = quality(llama, [WORDS], 1000, 2)
+    assert set(found) == {"blocks"}
+    assert found["blocks"]["context"] == longest_context(llama.model) == 64
+    assert longest_context(ours.model) is None
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_where_it_was(folders):
+    ids = torch.randint(300, (2, 9))
+    for name in ("ours", "llama"):
+        model = load_model(str(folders / name)).model
+        cache = read(model, ids[:, :8])
+        parameters = {"past_key_values": cache, "use_cache": True}
+        logits = model(ids[:, 8:], **parameters).logits[:, -1]
+        assert torch.allclose(logits, model(ids).logits[:, -1], atol=1e-4)
+
+
+def test_speed_leaves_out_what_a_model_cannot_do(folders):
+    models = {name: load_model(str(folders / name)).model for name in ("ours", "llama")}
+    rows = speed(models, [8, 100], [1, 2], decode_steps=2, rounds=1, max_seconds=60)
+    assert [(row["phase"], row["length"], row["batch"]) for row in rows] == [
+        (phase, length, batch) for length in (8, 100) for batch in (1, 2) for phase in ("prefill", "decode")
+    ]
+    for found in rows:
+        both = found["length"] == 8
+        assert set(found["seconds"]) == ({"ours", "llama"} if both else {"ours"})
+        assert found["left_out"] == ({} if both else {"llama": "has 64 positions"})
+    assert rows[1]["cache_bytes"]["ours"] == rows[5]["cache_bytes"]["ours"]
+
+
+def test_the_comparison_has_a_column_for_every_model_that_could_be_had(folders, tmp_path, capsys):
+    options = ["--hamt_checkpoint", str(folders / "ours"), "--baselines", str(folders / "llama"), "gpt2"]
+    options += ["--max_documents", "1", "--max_characters", "200", "--contexts", "8", "--batch_sizes", "1"]
+    options += ["--rounds", "1", "--decode_tokens", "2", "--output_dir", str(tmp_path)]
+    assert main(["compare", *options]) == 0
+    out = capsys.readouterr().out
+    content = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    assert list(content["models"]) == ["HAMT (ours)", "llama"]
+    assert list(content["not_available"]) == ["gpt2"]
+    assert "Not available: gpt2" in out
+    assert "|  | HAMT (ours) | llama |" in out
+    for name in ("compare.md", "compare.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    lines = [line for line in table(content).splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {4}
+    assert any(line.startswith("| decode, tokens/s, 1 × 8 |") for line in lines)
+
+
+def test_rivals_are_trained_as_the_checkpoint_was(tmp_path, capsys):
+    folder, text = tmp_path / "run", str(tmp_path / "text.txt")
+    Path(text).write_text(TEXT, encoding="utf-8")
+    sizes = ["--hidden_dim", "64", "--num_layers", "1", "--vocab_size", "300", "--max_length", "16"]
+    assert main(["quick-train", *sizes, "--data", text, "--num_steps", "3", "--output_dir", str(folder)]) == 0
+    options = [
+        "--hamt_checkpoint",
+        str(folder),
+        "--data",
+        text,
+        "--rivals",
+        "llama",
+        "--max_characters",
+        "99",
+    ]
+    options += [
+        "--contexts",
+        "8",
+        "--batch_sizes",
+        "1",
+        "--rounds",
+        "1",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    assert main(["compare", *options]) == 0
+    content = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+    ours, rival = content["models"].values()
+    assert abs(rival["parameters"] / ours["parameters"] - 1) < 0.02
+    info = json.loads((folder / "rivals" / "llama" / "rival.json").read_text(encoding="utf-8"))
+    trained = json.loads((folder / "training_info.json").read_text(encoding="utf-8"))
+    assert (info["steps"], info["tokens"]) == (3, trained["tokens"])
+    stamp = (folder / "rivals" / "llama" / "model.safetensors").stat().st_mtime_ns
+    assert main(["compare", *options]) == 0
+    assert (folder / "rivals" / "llama" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rivals", "rnn"], "no rival rnn; there are gpt2"),
+        (["--hamt_checkpoint", "nowhere"], "no model 'nowhere'"),
+        (["--rounds", "0"], "at least 1"),
+        (["--device", "cuda"], "no device cuda here"),
+    ],
+)
+def test_comparisons_that_cannot_be_are_refused(options, message, tmp_path, capsys):
+    assert message in fails(["compare", *options, "--output_dir", str(tmp_path)], capsys)
+
+
+def test_a_rival_needs_the_record_of_a_run(folders, capsys):
+    assert "which hamt train writes" in fails(
+        ["compare", "--hamt_checkpoint", str(folders / "ours"), "--rivals", "llama"], capsys
+    )
+
+
+def test_the_model_in_the_package_is_the_default():
+    assert load_model(str(PRETRAINED)).name == "sotu"

@@ -1,0 +1,62 @@
+"""Operations by formula, against those that PyTorch counts while a model runs."""
+
+import pytest
+import torch
+from model_inputs import random_ids, tiny_config
+
+from hamt import HAMTConfig, HAMTForCausalLM
+from hamt.evaluation.flops import count_flops
+from hamt.evaluation.transformer import transformer
+from hamt.utils import compute_flops_per_token, hamt_flops, transformer_flops
+
+COUNTED = ("projections", "memory", "mlp", "head")  # what torch counts: the rest is elementwise
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"write_rule": "delta"},
+        {"write_rule": "convex", "num_slots": 3},
+        {"binding_type": "elementwise"},
+        {"binding_type": "circular_conv", "hcm_dim": 48},
+        {"rotation": "data_dependent"},
+        {"use_gating": False, "use_output_gate": False},
+        {"intermediate_dim": 0, "conv_kernel_size": 0, "tie_word_embeddings": False},
+    ],
+    ids=str,
+)
+def test_matrix_products_are_those_that_torch_counts(options):
+    config = tiny_config(**options)
+    model, ids = HAMTForCausalLM(config).eval(), random_ids(1, 24)
+    with torch.no_grad():
+        counted = count_flops(lambda: model(ids))
+    parts = hamt_flops(config)
+    assert sum(parts[name] for name in COUNTED) * 24 == counted
+
+
+def test_matrix_products_of_a_transformer_are_those_that_torch_counts():
+    config = tiny_config(hidden_dim=64)
+    model = transformer(config).eval()  # its MLP is wider, to have as many parameters
+    config.intermediate_dim = model.config.intermediate_dim
+    parts, ids = transformer_flops(config, 33), random_ids(1, 33)
+    with torch.no_grad():
+        counted = count_flops(lambda: model(ids))
+    assert sum(value for name, value in parts.items() if name != "elementwise") * 33 == pytest.approx(counted)
+
+
+def test_attention_grows_with_the_sequence_and_the_memory_does_not():
+    config = HAMTConfig(hidden_dim=512, num_layers=8)
+    short, long = (compute_flops_per_token(config, seq_len=length) for length in (512, 16_384))
+    assert short["hamt_gflops"] == long["hamt_gflops"]
+    assert long["reduction_ratio"] > short["reduction_ratio"]
+    for flops in (short, long):
+        assert flops["reduction_ratio"] == pytest.approx(flops["standard_gflops"] / flops["hamt_gflops"])
+        assert sum(flops["hamt_parts"].values()) == pytest.approx(flops["hamt_gflops"])
+    grown = long["standard_parts"]["attention"] - short["standard_parts"]["attention"]
+    assert grown * 1e9 == pytest.approx(8 * 4 * 512 * (16_384 - 512) / 2)
+
+
+def test_a_sequence_has_tokens():
+    with pytest.raises(ValueError, match="at least 1"):
+        compute_flops_per_token(HAMTConfig(), seq_len=0)
