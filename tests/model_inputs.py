@@ -28,6 +28,7 @@ def tiny_config(**options) -> HAMTConfig:
     A head with random weights may read next to nothing; a small ε would magnify the rounding of that.
     """
     sizes = {"vocab_size": VOCAB, "hidden_dim": 32, "num_layers": 2, "num_slots": 3, "num_heads": 2}
+    options.setdefault("rotation", "none" if options.get("binding_type") == "elementwise" else "constant")
     return HAMTConfig(**{**sizes, "chunk_size": 4, "max_half_life": 64, "rms_norm_eps": 1e-3, **options})
 
 

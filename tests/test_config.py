@@ -60,7 +60,7 @@ def test_defaults_divide_every_documented_size(hidden_dim, hcm_dim, hcm, binding
     assert config.hcm_dim % (2 * config.num_heads) == 0
     assert config.intermediate_dim % 32 == 0
     assert config.intermediate_dim >= 8 * hidden_dim / 3
-    assert config.rotation == ("none" if binding_type == "elementwise" else "constant")
+    assert config.rotation == "none"
 
 
 def test_transformers_names_are_the_same_fields_in_both_directions():

@@ -30,9 +30,9 @@ class HAMTConfig(PreTrainedConfig):
         binding_type: ``phasor``, ``circular_conv`` or ``elementwise`` (see ``hamt.vsa``).
         write_rule: ``gated`` (forget and write gates), ``convex`` (one gate for both) or ``delta``
             (error-correcting, see ``hamt.delta``).
-        rotation: ``constant`` (position keys at many time scales), ``data_dependent`` (each token turns
-            the position by an angle, or sign, of its own: state tracking) or ``none``; None is
-            ``constant`` where the binding has phases, else ``none``.
+        rotation: ``none``, ``constant`` (position keys at many time scales; where the binding has phases)
+            or ``data_dependent`` (each token turns the position by an angle, or sign, of its own: state
+            tracking). What is recalled at a lag that varies loses the phases that turn fast.
         rotation_base: the slowest phase turns by 1 / rotation_base radians a token, the fastest by 1.
         decay_rate: λ of the convex rule, the share forgotten at every token.
         min_half_life: half-life in tokens of the fastest slot at initialisation.
@@ -71,7 +71,7 @@ class HAMTConfig(PreTrainedConfig):
     num_heads: int = 4
     binding_type: str = "phasor"
     write_rule: str = "gated"
-    rotation: str | None = None
+    rotation: str = "none"
     rotation_base: float | int = 10_000.0
     decay_rate: float | int = 0.001
     min_half_life: float | int = 4.0
@@ -101,8 +101,6 @@ class HAMTConfig(PreTrainedConfig):
             self.hcm_dim = 2 * self.hidden_dim
         if self.intermediate_dim is None:
             self.intermediate_dim = -(-8 * self.hidden_dim // 96) * 32
-        if self.rotation is None:
-            self.rotation = "constant" if get_algebra(self.binding_type).has_phase else "none"
         super().__post_init__(**kwargs)
         # ``@strict`` calls it too, on every later save, but wraps the error in a type of its own.
         self.validate_architecture()

@@ -77,7 +77,7 @@ class TrainOptions:
     intermediate_dim: int | None = option(None, "width of the MLP (8/3 * hidden_dim)")
     binding_type: str | None = option(None, "phasor, circular_conv or elementwise (phasor)")
     write_rule: str | None = option(None, "gated, convex or delta (gated)")
-    rotation: str | None = option(None, "none, constant or data_dependent (constant)")
+    rotation: str | None = option(None, "none, constant or data_dependent (none)")
     dropout: float | None = option(None, "dropout (0)")
     use_aux_loss: bool = option(False, "train keys and gates to reconstruct stored items too")
     aux_loss_weight: float | None = option(None, "weight of that loss (0.05)")

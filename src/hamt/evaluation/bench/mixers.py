@@ -67,8 +67,7 @@ def _core(name: str, config: HAMTConfig, length: int, options: BenchOptions) -> 
     keys, unbinding_keys = (algebra.random_keys(*size, memory.key_size) for _ in range(2))
     write, read, forget = (torch.randn(*size, memory.num_slots) for _ in range(3))
     inputs = (items, keys, unbinding_keys, write.sigmoid(), read, nn.functional.logsigmoid(forget))
-    assert layer.rotation is not None
-    rotation = layer.rotation(keys)
+    rotation = None if layer.rotation is None else layer.rotation(keys)
 
     def run(*tensors: Tensor) -> Tensor:
         items, keys, unbinding_keys, write, read, log_forget = tensors
