@@ -108,6 +108,13 @@ def test_what_would_take_too_long_or_too_much_is_named():
     assert "static at N = 16 was not measured: its keys and values would take" in text
 
 
+def test_energy_is_given_where_it_can_be_read(monkeypatch):
+    monkeypatch.setattr(bench_models, "joules", lambda run: 64.0)
+    found = bench_models.measure_models(BenchOptions(**{**TINY, "lengths": [16], "train_lengths": []}))
+    assert all(row["joules_per_token"] == dict.fromkeys(bench_models.MODELS, 2.0) for row in found["rows"])
+    assert "| 2.00e+00 |" in bench_tables({"model": found})
+
+
 def test_attention_is_expected_to_grow_with_the_square():
     predictor = Predictor()
     assert predictor.seconds("x", 64, 1, quadratic=True) == 0

@@ -75,9 +75,9 @@ def test_the_peak_of_a_call_is_what_it_holds_at_once():
     found = peak_memory_of(lambda: [torch.ones(10_000_000) for _ in range(3)])
     if found is None:
         pytest.skip("this system does not tell")
-    assert found == pytest.approx(120e6, rel=0.1)
+    assert found == pytest.approx(120e6, rel=0.25)
     assert peak_memory_of(lambda: [torch.ones(10_000_000).sum() for _ in range(3)]) == pytest.approx(
-        40e6, rel=0.2
+        40e6, rel=0.25
     )
 
 
@@ -88,8 +88,8 @@ def test_cache_bytes_are_keys_values_and_states():
 
 
 def test_energy_is_read_where_there_is_a_counter(tmp_path):
-    assert joules(lambda: None, tmp_path / "none") is None
-    assert joules(lambda: None, tmp_path) is None
+    for nothing in (tmp_path / "none", tmp_path):
+        assert joules(pytest.fail, nothing) is None  # it would not be worth running
     zones = {"intel-rapl:0": 10_000_000, "intel-rapl:1": 990_000_000}
     for name, start in zones.items():
         (tmp_path / name).mkdir()

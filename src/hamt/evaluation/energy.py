@@ -7,13 +7,16 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 def joules(run: Callable[[], object], folder: Path = POWERCAP) -> float | None:
-    """Joules that all packages took while ``run`` ran, whoever used them; None where nothing can be read."""
+    """Joules that all packages took while ``run`` ran, whoever used them.
+
+    None where nothing can be read; then ``run`` does not run.
+    """
     try:
         packages = [zone for zone in sorted(folder.iterdir()) if zone.name.count(":") == 1]
-        before = [_microjoules(zone, "energy_uj") for zone in packages]
-        run()
         if not packages:
             return None
+        before = [_microjoules(zone, "energy_uj") for zone in packages]
+        run()
         after = [_microjoules(zone, "energy_uj") for zone in packages]
         ranges = [_microjoules(zone, "max_energy_range_uj") for zone in packages]
     except (OSError, ValueError):

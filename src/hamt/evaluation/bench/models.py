@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hamt.evaluation.bench.cases import Predictor, batch_of, compiled, eager_bytes, measure, yardstick
 from hamt.evaluation.bench.options import BenchOptions
+from hamt.evaluation.energy import joules
 from hamt.evaluation.flops import count_flops
 from hamt.evaluation.transformer import attention_head_dim, non_embedding_parameters, transformer
 from hamt.model import HAMTForCausalLM
@@ -77,6 +78,9 @@ def _row(
             work[name] = count_flops(_phase(phase, model, model, optimizers[name], ids, options))
     cases["matmul"], work["matmul"] = yardstick(options)
     found = measure(cases, left_out, work, options.rounds, options.warmup)
+    energy = {name: joules(cases[name]) for name in found["seconds"]}
+    if None not in energy.values():
+        found["joules_per_token"] = {name: (used or 0) / ids.numel() for name, used in energy.items()}
     for name in found["seconds"]:
         median = found["seconds"][name]["median"]
         predictor.note(f"{phase} {name}", length, batch, median)

@@ -30,6 +30,8 @@ def _models(part: Mapping[str, Any]) -> str:
     counts = part["parameters"]
     sizes = ", ".join(f"{name} {count['total']:,}" for name, count in counts.items() if name != "eager")
     tables = [f"## Whole models\n\nParameters: {sizes}."]
+    if not any("joules_per_token" in row for row in part["rows"]):
+        tables.append("Joules per token: not measured, this machine has no counter that can be read (RAPL).")
     for phase, rows in _groups(part["rows"], lambda row: row["phase"]).items():
         names = [name for name in counts if any(name in row["seconds"] for row in rows)]
         others = [name for name in names if name != "hamt"]
@@ -37,7 +39,8 @@ def _models(part: Mapping[str, Any]) -> str:
         header += [f"hamt over {name}" for name in others]
         header += ["ceiling over sdpa"] if {"ceiling", "sdpa"} <= {*names} else []
         header += [f"{name} of matmul" for name in ("hamt", "sdpa") if name in names]
-        header += ["hamt J/token"] if any("joules_per_token" in row for row in rows) else []
+        measured = any("joules_per_token" in row for row in rows)
+        header += [f"{name} J/token" for name in ("hamt", "sdpa") if measured]
         lines = []
         for row in rows:
             cells = [f"{row['length']:,}", str(row["batch"])]
@@ -45,8 +48,7 @@ def _models(part: Mapping[str, Any]) -> str:
             cells += [_ratio(row, f"hamt over {name}") for name in others]
             cells += [_quotient(row, "ceiling", "sdpa")] if "ceiling over sdpa" in header else []
             cells += [_share(row, name) for name in ("hamt", "sdpa") if name in names]
-            if "hamt J/token" in header:
-                cells.append(f"{row['joules_per_token']['hamt']:.2e}" if "joules_per_token" in row else "–")
+            cells += [_joules(row, name) for name in ("hamt", "sdpa") if measured]
             lines.append(cells)
         summary = [f"time of {name} ∝ N^{slope:.2f}" for name, slope in slopes(rows).items()]
         if crossing := crossover(rows):
@@ -200,6 +202,11 @@ def _quotient(row: Row, a: str, b: str) -> str:
 def _share(row: Row, name: str) -> str:
     share = row.get("share_of_matmul", {}).get(name)
     return "–" if share is None else f"{share['median']:.0%}"
+
+
+def _joules(row: Row, name: str) -> str:
+    used = row.get("joules_per_token", {}).get(name)
+    return "–" if used is None else f"{used:.2e}"
 
 
 def _megabytes(size: int | None) -> str:
