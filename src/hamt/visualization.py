@@ -23,6 +23,12 @@ class Series(NamedTuple):
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
 
+    @classmethod
+    def with_errors(cls, x: Sequence[float], y: Sequence[float], errors: Sequence[float]) -> "Series":
+        """Points between y - error and y + error."""
+        pairs = list(zip(y, errors, strict=True))
+        return cls(x, y, [value - error for value, error in pairs], [value + error for value, error in pairs])
+
 
 def save_figure(path: str | os.PathLike[str], figure: Figure) -> None:
     """Write a figure as PNG."""

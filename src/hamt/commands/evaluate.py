@@ -178,13 +178,7 @@ def _figures(context: int | None, stride: int | None, score: Score) -> dict[str,
     return {
         "context": "carried" if context is None else context,
         "stride": stride,
-        "nats_per_token": score.nats / score.tokens,
-        "token_perplexity": score.token_perplexity,
-        "word_perplexity": score.word_perplexity,
-        "bits_per_byte": score.bits_per_byte,
-        "tokens": score.tokens,
-        "words": score.words,
-        "bytes": score.num_bytes,
+        **score.figures(),
         "by_position": score.mean_by_position(edges),
     }
 

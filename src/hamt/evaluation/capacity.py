@@ -229,11 +229,9 @@ def capacity_figure(found: list[Point]) -> Figure:
 
 def _series(pairs: list[tuple[float, Point]]) -> tuple[Series, Series]:
     x = [place for place, _ in pairs]
-    middle = [point.measured for _, point in pairs]
+    measured = [point.measured for _, point in pairs]
     errors = [3 * point.standard_error for _, point in pairs]
-    low = [y - e for y, e in zip(middle, errors, strict=True)]
-    high = [y + e for y, e in zip(middle, errors, strict=True)]
-    return Series(x, middle, low, high), Series(x, [point.theory for _, point in pairs])
+    return Series.with_errors(x, measured, errors), Series(x, [point.theory for _, point in pairs])
 
 
 # What a line of each panel is called, and where a point lies on it.

@@ -15,7 +15,7 @@ from hamt.cache import HAMTCache
 from hamt.evaluation.baselines import Loaded
 from hamt.evaluation.bench.cases import Predictor, measure
 from hamt.evaluation.peak_memory import cache_bytes, peak_memory_of
-from hamt.evaluation.perplexity import Score, score_documents
+from hamt.evaluation.perplexity import score_documents
 from hamt.model import HAMTForCausalLM
 
 # Model types that Transformers runs as reference code on a CPU.
@@ -33,29 +33,12 @@ def quality(
     loaded: Loaded, documents: Iterable[str], context: int, batch_size: int
 ) -> dict[str, dict[str, Any]]:
     """Perplexities in blocks of ``context``, and with the state carried where there is one."""
-    limit = longest_context(loaded.model) or context
-    contexts = {"blocks": min(context, limit)}
-    found = {}
-    for name, size in contexts.items():
-        found[name] = _figures(size, _score(loaded, documents, size, batch_size))
+    score = partial(score_documents, loaded.model, loaded.tokenizer, documents, batch_size=batch_size)
+    block = min(context, longest_context(loaded.model) or context)
+    found: dict[str, dict[str, Any]] = {"blocks": {"context": block, **score(context=block).figures()}}
     if isinstance(loaded.model, HAMTForCausalLM):
-        found["carried"] = _figures(None, _score(loaded, documents, None, batch_size))
+        found["carried"] = {"context": None, **score(context=None).figures()}
     return found
-
-
-def _score(loaded: Loaded, documents: Iterable[str], context: int | None, batch_size: int) -> Score:
-    return score_documents(loaded.model, loaded.tokenizer, documents, context=context, batch_size=batch_size)
-
-
-def _figures(context: int | None, score: Score) -> dict[str, Any]:
-    return {
-        "context": context,
-        "nats_per_token": score.nats / score.tokens,
-        "token_perplexity": score.token_perplexity,
-        "word_perplexity": score.word_perplexity,
-        "bits_per_byte": score.bits_per_byte,
-        "tokens": score.tokens,
-    }
 
 
 def speed(

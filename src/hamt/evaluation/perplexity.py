@@ -61,6 +61,18 @@ class Score:
         """Loss in bits per byte of UTF-8; comparable between tokenizers."""
         return self.nats / self.num_bytes / math.log(2)
 
+    def figures(self) -> dict[str, float]:
+        """All of them, as they are written to files."""
+        return {
+            "nats_per_token": self.nats / self.tokens,
+            "token_perplexity": self.token_perplexity,
+            "word_perplexity": self.word_perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+            "words": self.words,
+            "bytes": self.num_bytes,
+        }
+
     def mean_by_position(self, edges: Iterable[int]) -> list[tuple[int, int, float]]:
         """(first, last + 1, mean loss in nats per token) of the positions between ``edges``."""
         found = []

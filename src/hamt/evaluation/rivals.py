@@ -82,13 +82,18 @@ def mamba2(
     context: int = 0,
     state_size: int = 64,
     head_dim: int = 32,
+    expand: int = 2,
 ) -> Mamba2ForCausalLM:
-    """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060); any ``context`` will do."""
+    """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060), its heads ``expand`` times as wide as the model.
+
+    Any ``context`` will do.
+    """
     config = Mamba2Config(
         vocab_size=vocab_size,
         hidden_size=hidden_dim,
         num_hidden_layers=num_layers,
-        num_heads=2 * hidden_dim // head_dim,
+        expand=expand,
+        num_heads=expand * hidden_dim // head_dim,
         head_dim=head_dim,
         state_size=state_size,
         n_groups=1,

@@ -53,7 +53,8 @@ def _hamt(size: int, sizes: dict[str, Any], **options) -> PreTrainedModel:
 
 
 def _mamba2(size: int, sizes: dict[str, Any], **options) -> PreTrainedModel:
-    return mamba2(**sizes, state_size=size)
+    # As wide as the model: then more of its state tells keys apart, as recall needs.
+    return mamba2(**sizes, state_size=size, expand=1)
 
 
 def _gated_deltanet(size: int, sizes: dict[str, Any], **options) -> PreTrainedModel:

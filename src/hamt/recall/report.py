@@ -69,12 +69,7 @@ def figure(results: Iterable[Result]) -> Figure:
             if not fixed:
                 continue
             values = [[100 * result["mean_accuracy"] for result in group] for group in fixed]
-            middle = [mean(of_group) for of_group in values]
-            errors = [_error(of_group) for of_group in values]
-            panels[task][model] = Series(
-                [group[0]["state_bytes"] for group in fixed],
-                middle,
-                [y - e for y, e in zip(middle, errors, strict=True)],
-                [y + e for y, e in zip(middle, errors, strict=True)],
-            )
+            sizes = [group[0]["state_bytes"] for group in fixed]
+            means, errors = [mean(one) for one in values], [_error(one) for one in values]
+            panels[task][model] = Series.with_errors(sizes, means, errors)
     return accuracy_against_state(panels)
