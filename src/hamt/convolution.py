@@ -32,7 +32,7 @@ class ShortConvolution(nn.Module):
         """
         batch, length, width = inputs.shape
         reach = self.kernel_size - 1
-        order, end = None, torch.full((batch, 1), length, device=inputs.device)
+        order, end = None, None
         if mask is not None:
             # Real tokens move together, padding behind them.
             padding = mask.eq(0)
@@ -43,9 +43,12 @@ class ShortConvolution(nn.Module):
         window = torch.cat((tail, inputs), dim=1)
         documents = None if documents is None else F.pad(documents, (reach, 0))
         # A compiler finds the passes by itself, and warns of autograd functions.
-        convolve = _taps if torch.compiler.is_compiling() else _Taps.apply
-        output = convolve(window, self.weight.to(inputs.dtype), documents)
+        plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        output = (_taps if plain else _Taps.apply)(window, self.weight.to(inputs.dtype), documents)
+        if end is None and documents is None:
+            return output, window[:, length:].clone()  # a view would keep the whole sequence
         # The new tail: the last real tokens, those of an earlier document as zeros.
+        end = torch.full((batch, 1), length, device=inputs.device) if end is None else end
         index = end + torch.arange(reach, device=inputs.device)
         tail = _take(window, index)
         if documents is not None:

@@ -106,12 +106,14 @@ def fused_scan(
     tensors = (lifted, keys, unbinding_keys, write, read, log_forget, beta, positions)
     inputs = [None if x is None else x.to(wide) for x in tensors]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, memory))
-    output, memory, _ = _scan(*inputs, reset, memory, algebra.has_phase, keep)
+    # A decoding step spends more time on its way through the dispatcher than in the operator.
+    step = tokens[1] == 1 and not keep and type(lifted) is Tensor and not torch.compiler.is_compiling()
+    run = _forward if step else _scan
+    output, memory, _ = run(*inputs, reset, memory, algebra.has_phase, keep)
     return output.to(lifted.dtype), memory
 
 
-@torch.library.custom_op("hamt::scan", mutates_args=(), device_types="cpu")
-def _scan(
+def _forward(
     x: Tensor,
     k: Tensor,
     u: Tensor,
@@ -131,6 +133,9 @@ def _scan(
     checkpoints = _checkpoints(x, memory, keep)
     _call("forward", x.dtype, sizes, inputs, [final, output, checkpoints if keep else None])
     return output, final, checkpoints
+
+
+_scan = torch.library.custom_op("hamt::scan", _forward, mutates_args=(), device_types="cpu")
 
 
 @_scan.register_fake
