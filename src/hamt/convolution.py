@@ -32,7 +32,8 @@ class ShortConvolution(nn.Module):
         """
         batch, length, width = inputs.shape
         reach = self.kernel_size - 1
-        order, end = None, None
+        order: Tensor | None = None
+        end: Tensor | None = None
         if mask is not None:
             # Real tokens move together, padding behind them.
             padding = mask.eq(0)
