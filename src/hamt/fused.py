@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def fused_scan(
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, memory))
     # A decoding step spends more time on its way through the dispatcher than in the operator.
     step = tokens[1] == 1 and not keep and type(lifted) is Tensor and not torch.compiler.is_compiling()
-    run = _forward if step else _scan
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = _forward if step else _scan
     output, memory, _ = run(*inputs, reset, memory, algebra.has_phase, keep)
     return output.to(lifted.dtype), memory
 
