@@ -14,6 +14,7 @@ from hamt.evaluation.bench.cases import Predictor, eager_bytes, measure
 from hamt.evaluation.bench.decode import filled, make_models, measure_decoding, measure_memory
 from hamt.evaluation.bench.mixers import measure_mixers
 from hamt.evaluation.bench.report import bench_figures, bench_tables, crossover, slopes
+from hamt.evaluation.timing import timing
 from hamt.visualization import fitted_slope
 
 TINY = {
@@ -124,12 +125,33 @@ def test_attention_is_expected_to_grow_with_the_square():
     assert eager_bytes(16, 2, 3) == 3 * 4 * 2 * 3 * 256
 
 
-def test_the_yardstick_is_no_row():
-    work = {"a": 10.0, "matmul": 5.0}
-    found = measure({"a": lambda: None, "matmul": lambda: None}, {}, work, 3, 0)
-    assert list(found["seconds"]) == ["a"]
-    times = found["share_of_matmul"]["a"]
-    assert times["low"] <= times["median"] <= times["high"]
+def test_shares_are_of_the_yardstick_which_is_no_row(monkeypatch):
+    times = {"a": [1.0, 4.0], "matmul": [2.0, 2.0]}
+    found = {name: timing(values) for name, values in times.items()}
+    monkeypatch.setattr("hamt.evaluation.bench.cases.interleave", lambda *arguments: found)
+    measured = measure({}, {}, {"a": 10.0, "matmul": 20.0}, 2, 0)
+    assert list(measured["seconds"]) == ["a"]
+    # Half of the work in half of the time, then in twice the time.
+    assert (measured["share_of_matmul"]["a"]["high"], measured["share_of_matmul"]["a"]["low"]) == (1.0, 0.25)
+
+
+def test_cells_of_the_tables_by_hand():
+    three = {"low": 0.5, "median": 1.0, "high": 2.0}
+    found = {
+        "phase": "train",
+        "length": 100,
+        "batch": 3,
+        "seconds": {"hamt": three, "sdpa": three, "ceiling": three},
+        "ratios": {"hamt over sdpa": three, "hamt over ceiling": three},
+        "times_s": {"hamt": [1.0], "sdpa": [6.0], "ceiling": [2.0]},
+        "share_of_matmul": {"hamt": three},
+        "left_out": {"eager": "scores would take too much memory"},
+    }
+    counts = {name: {"total": 9} for name in ("hamt", "sdpa", "eager", "ceiling")}
+    text = bench_tables({"model": {"parameters": counts, "rows": [found]}})
+    cells = "100 | 3 | 300 | 300 | 300 | 1.00× (0.50–2.00) | 1.00× (0.50–2.00) | 3.00× (3.00–3.00) | 100% | –"
+    assert f"| {cells} |" in text
+    assert "eager at N = 100 was not measured: its scores would take too much memory." in text
 
 
 @torch.no_grad()
@@ -176,6 +198,18 @@ def test_tables_and_plots(result):
     assert [axes.get_title() for axes in figures["model_time"].axes] == ["train", "forward", "prefill"]
 
 
+def test_bfloat16_is_measured_in_all_parts():
+    options = BenchOptions(**{**TINY, "dtype": "bfloat16"})
+    narrow = measure_decoding(options)["rows"][0]
+    assert set(narrow["seconds"]) == {"hamt", "static", "dynamic"}
+    wide = measure_decoding(BenchOptions(**TINY))["rows"][0]
+    assert 2 * narrow["cache_bytes"]["dynamic"] == wide["cache_bytes"]["dynamic"]
+    rows = {dtype: measure_memory(BenchOptions(**{**TINY, "dtype": dtype}))["rows"][0] for dtype in
+            ("float32", "bfloat16")}  # fmt: skip
+    sizes = {dtype: row["cache_bytes"]["transformer"] for dtype, row in rows.items()}
+    assert sizes["float32"] == 2 * sizes["bfloat16"]
+
+
 def test_the_command_writes_figures_tables_and_plots(tmp_path, capsys):
     options = [f"--{name}={value}" for name, value in TINY.items() if not isinstance(value, list)]
     for name, values in TINY.items():
@@ -196,6 +230,8 @@ def test_the_command_writes_figures_tables_and_plots(tmp_path, capsys):
         (["--dtype", "int8"], "float32 or bfloat16"),
         (["--decode_batches", "1"], "one number for each"),
         (["--rounds", "0"], "at least 1"),
+        (["--matmul_size", "0"], "at least 1"),
+        (["--hidden_dim", "100"], "multiple of 32; got 100"),
     ],
 )
 def test_mistakes_end_in_one_line(options, message, capsys):
@@ -210,7 +246,7 @@ def test_quick_leaves_what_was_given(tmp_path, monkeypatch):
     monkeypatch.setattr("hamt.commands.bench.MEASURES", {"memory": lambda options: seen.append(options)})
     monkeypatch.setattr("hamt.commands.bench.bench_tables", lambda result: "")
     monkeypatch.setattr("hamt.commands.bench.bench_figures", lambda result: {})
-    arguments = ["--quick", "--parts", "memory", "--rounds", "4", "--output_dir", str(tmp_path)]
+    arguments = ["--quick", "--parts", "memory", "--rounds", "5", "--output_dir", str(tmp_path)]
     assert main(["bench", *arguments]) == 0
-    assert seen[0].rounds == 4
+    assert seen[0].rounds == 5  # the default, but asked for
     assert seen[0].hidden_dim == 128

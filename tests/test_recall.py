@@ -109,6 +109,20 @@ def test_a_sweep_runs_what_is_missing_once(tmp_path):
     assert told[2:] == [longer]
 
 
+def test_a_run_that_diverges_counts_as_nothing_learned():
+    found = perform(Run(**{**vars(TINY), "learning_rate": 1e30, "num_steps": 6}))
+    assert found["diverged"]
+    assert found["mean_accuracy"] == 0
+    assert set(found["accuracy"]) == set(SETTINGS["mqar"].tests)
+    assert perform(TINY)["diverged"] is None
+
+
+def test_a_default_that_changes_makes_another_run(monkeypatch):
+    before = describe(TINY)
+    monkeypatch.setattr("hamt.recall.sweep.make_model", lambda run: build("hamt", 768, **SIZES))
+    assert describe(TINY) != before
+
+
 def test_a_run_depends_on_its_seed_alone():
     assert perform(TINY)["curve"] == perform(TINY)["curve"]
     assert perform(TINY)["accuracy"] != perform(Run(**{**vars(TINY), "seed": 1}))["accuracy"]
@@ -168,6 +182,8 @@ def test_the_plan_has_every_combination_once():
         {"models": ["hamt:heads=1"]},
         {"models": ["mamba2:num_heads=1"]},
         {"models": ["hamt:num_heads=7"]},
+        {"models": ["hamt:num_heads=abc"]},
+        {"models": ["hamt:num_slots=4"]},
         {"num_steps": 0},
         {"state_sizes": [8]},
     ],

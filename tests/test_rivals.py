@@ -34,6 +34,14 @@ def test_parameters_are_matched_at_the_same_width(kind, sizes):
 
 
 @pytest.mark.parametrize("kind", RIVALS)
+@pytest.mark.parametrize("width", [32, 100, 136, 160])
+def test_rivals_have_any_width_that_hamt_has(kind, width):
+    model, _ = make(kind, hidden_dim=width)
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    assert model(ids, labels=ids).loss.isfinite()
+
+
+@pytest.mark.parametrize("kind", RIVALS)
 def test_rivals_start_out_knowing_nothing_and_learn(kind):
     model, _ = make(kind)
     ids = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from hamt.errors import reason
+from hamt.errors import UserError, reason
 
 WRITING = ".writing-"  # what a folder is called that is being written
 
@@ -101,6 +101,20 @@ def existing(folder: str | os.PathLike[str]) -> Path:
     while not there.exists():
         there = there.parent
     return there
+
+
+def check_writable(folder: str, make: bool) -> None:
+    """Write to ``folder`` now, before compute is spent, or only to the folder it would be made in.
+
+    Raises:
+        UserError: if nothing can be written there.
+    """
+    try:
+        write_folder(folder if make else existing(folder), lambda target: None)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror}); choose another --output_dir"
+        ) from error
 
 
 def _sync(path: Path) -> None:

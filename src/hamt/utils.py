@@ -36,6 +36,7 @@ def hamt_flops(config: HAMTConfig) -> dict[str, float]:
     lift = 2.5 * big * math.log2(big // heads) if algebra.name == "circular_conv" else 0.0
     binding = 2 * bind + 3 * lift + (4 * keys if algebra.has_phase else 2 * keys)  # lift twice, lower once
     elementwise = 2 * d * config.conv_kernel_size * (config.conv_kernel_size > 1)
+    elementwise += 3 * keys * (config.rotation != "none")  # positions, and their composition with both keys
     elementwise += (
         3 * gates + 4 * big + 3 * big * config.use_output_gate
     )  # gates, norm of a head, output gate

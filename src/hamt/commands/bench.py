@@ -1,11 +1,13 @@
 """``hamt bench``: speed and memory against the length of the context."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from hamt.allocator import keep_freed_memory
+from hamt.config import HAMTConfig
 from hamt.environment import environment
 from hamt.errors import UserError
 from hamt.evaluation.bench.decode import measure_decoding, measure_memory
@@ -14,6 +16,9 @@ from hamt.evaluation.bench.models import measure_models
 from hamt.evaluation.bench.options import PARTS, QUICK, BenchOptions
 from hamt.evaluation.bench.report import bench_figures, bench_tables
 from hamt.evaluation.report import describe_environment, write_report
+from hamt.evaluation.transformer import transformer
+from hamt.files import check_writable
+from hamt.model import HAMTForCausalLM
 from hamt.options import parse
 from hamt.utils import compute_flops_per_token
 
@@ -27,13 +32,11 @@ MEASURES = {
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, and write ``bench.json``, ``bench.md`` and log-log plots."""
+    if "--quick" in arguments:  # before what the user asks for, which counts
+        arguments = [*_flags(QUICK), *arguments]
     options = parse(BenchOptions, arguments, "bench")
-    if options.quick:
-        defaults = BenchOptions()
-        for name, value in QUICK.items():
-            if getattr(options, name) == getattr(defaults, name):
-                setattr(options, name, value)
     _check(options)
+    check_writable(options.output_dir, make=True)
     console = Console(soft_wrap=True, highlight=False)
     header = {**environment(), "keeps_freed_memory": keep_freed_memory()}
     torch.manual_seed(options.seed)
@@ -53,6 +56,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _flags(values: dict[str, Any]) -> list[str]:
+    """Options as they stand on a command line."""
+    found: list[str] = []
+    for name, value in values.items():
+        found += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return found
+
+
 def _check(options: BenchOptions) -> None:
     if unknown := [part for part in options.parts if part not in PARTS]:
         raise UserError(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
@@ -60,6 +71,15 @@ def _check(options: BenchOptions) -> None:
         raise UserError(f"--dtype must be float32 or bfloat16; got {options.dtype}")
     if len(options.decode_contexts) != len(options.decode_batches):
         raise UserError("--decode_batches must give one number for each of --decode_contexts")
+    sizes = ("hidden_dim", "num_layers", "vocab_size", "mixer_dim", "matmul_size", "step_tokens", "rounds")
     numbers = [*options.lengths, *options.train_lengths, *options.decode_contexts, *options.decode_batches]
-    if min([*numbers, *options.memory_lengths, options.rounds, options.decode_steps], default=1) < 1:
-        raise UserError("lengths, batches and rounds must be at least 1")
+    numbers += [*options.memory_lengths, options.decode_steps, *(getattr(options, name) for name in sizes)]
+    if min(numbers) < 1:
+        raise UserError("lengths, batches, sizes and rounds must be at least 1")
+    try:
+        with torch.device("meta"):  # before minutes are spent on the other parts
+            for width in (options.hidden_dim, options.mixer_dim):
+                config = HAMTConfig(hidden_dim=width, num_layers=1, vocab_size=options.vocab_size)
+                HAMTForCausalLM(config), transformer(config)
+    except Exception as error:  # ValueError, or what Transformers' type checks raise
+        raise UserError(str(error).splitlines()[-1].strip()) from error

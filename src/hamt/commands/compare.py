@@ -14,12 +14,13 @@ from transformers.utils import logging
 from hamt.checkpoint import PRETRAINED
 from hamt.data.corpus import load_documents
 from hamt.environment import environment
-from hamt.errors import UserError
+from hamt.errors import UserError, reason
 from hamt.evaluation.baselines import Loaded, load_model
-from hamt.evaluation.compare import REFERENCE_CODE, prefill_memory, quality, speed
+from hamt.evaluation.compare import REFERENCE_CODE, longest_context, prefill_memory, quality, speed
 from hamt.evaluation.report import describe_environment, write_report
 from hamt.evaluation.rivals import RIVALS
-from hamt.evaluation.tables import markdown
+from hamt.evaluation.tables import markdown, megabytes, number
+from hamt.files import check_writable
 from hamt.options import option, parse
 from hamt.training.rivals import read_run, train_rival
 from hamt.visualization import bars
@@ -64,18 +65,26 @@ def main(arguments: Sequence[str]) -> int:
     if options.rivals:
         read_run(Path(checkpoint))
     for kind in options.rivals:
-        console.print(f"training: {kind} (kept in {checkpoint}/rivals)")
+        console.print(f"training: {kind} (kept in {checkpoint}/rivals)", markup=False)
         trained.append(str(train_rival(kind, Path(checkpoint))))
     models, missing = _load([checkpoint, *trained, *options.baselines], options.device, console)
+    limits = (longest_context(loaded.model) for loaded in models.values())
+    block = min(options.context, *(limit for limit in limits if limit is not None), options.context)
     rows: dict[str, dict[str, Any]] = {}
-    for label, loaded in models.items():
+    for label, loaded in list(models.items()):
         console.print(f"scoring: {label}")
-        rows[label] = {
-            "parameters": loaded.model.num_parameters(),
-            "vocabulary": len(loaded.tokenizer),
-            "perplexity": quality(loaded, texts, options.context, batch_size=4),
-            "reference_code": loaded.model.config.model_type in REFERENCE_CODE,
-        }
+        try:
+            rows[label] = {
+                "parameters": loaded.model.num_parameters(),
+                "vocabulary": loaded.model.config.get_text_config().vocab_size,
+                "perplexity": quality(loaded, texts, block, batch_size=4),
+                "reference_code": loaded.model.config.model_type in REFERENCE_CODE,
+            }
+        except Exception as error:  # whatever a foreign model trips over costs no other column
+            if not rows:
+                raise
+            missing[label] = reason(error)
+            del models[label]
     console.print("timing")
     bare = {label: loaded.model for label, loaded in models.items()}
     timings = speed(
@@ -86,7 +95,9 @@ def main(arguments: Sequence[str]) -> int:
         rounds=options.rounds,
         max_seconds=options.max_seconds,
     )
-    memory = prefill_memory(bare, max(options.contexts))
+    longest = max(options.contexts)
+    able = {name: model for name, model in bare.items() if not _left_out(timings, name, longest)}
+    memory = prefill_memory(able, longest)
     result = {
         "environment": header,
         "options": vars(options),
@@ -94,7 +105,7 @@ def main(arguments: Sequence[str]) -> int:
         "models": rows,
         "not_available": missing,
         "speed": timings,
-        "peak_bytes": {"context": max(options.contexts), **memory},
+        "peak_bytes": {"context": longest, **memory},
     }
     text = f"# Comparison\n\n{describe_environment(header)}\n\n{table(result)}\n"
     paths = write_report(options.output_dir, "compare", result, text, {"compare": figure(result)})
@@ -103,7 +114,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _left_out(timings: list[dict[str, Any]], name: str, length: int) -> bool:
+    """Whether no batch of so many tokens could be read."""
+    rows = [row for row in timings if row["phase"] == "prefill" and row["length"] == length]
+    return all(name in row["left_out"] for row in rows)
+
+
 def _check(options: CompareOptions) -> None:
+    check_writable(options.output_dir, make=True)
     numbers = [*options.contexts, *options.batch_sizes, options.decode_tokens, options.rounds]
     if min([*numbers, options.context, options.max_documents, options.max_characters]) < 1:
         raise UserError("contexts, batches, tokens, rounds and documents must be at least 1")
@@ -145,8 +163,8 @@ def table(result: dict[str, Any]) -> str:
         ["parameters", *(f"{row['parameters']:,}" for row in models.values())],
         ["vocabulary", *(f"{row['vocabulary']:,}" for row in models.values())],
         ["tokens of a block", *(f"{one['context']:,}" for one in blocks.values())],
-        ["perplexity by token", *(f"{one['token_perplexity']:,.2f}" for one in blocks.values())],
-        ["perplexity by word", *(f"{one['word_perplexity']:,.2f}" for one in blocks.values())],
+        ["perplexity by token", *(number(one["token_perplexity"]) for one in blocks.values())],
+        ["perplexity by word", *(number(one["word_perplexity"]) for one in blocks.values())],
         ["bits/byte", *(f"{one['bits_per_byte']:.4f}" for one in blocks.values())],
         [
             "bits/byte, state carried",
@@ -158,15 +176,16 @@ def table(result: dict[str, Any]) -> str:
         lines.append([what, *(_rate(row, name) for name in models)])
         if row["phase"] == "decode":
             what = f"state or cache, MB, {row['batch']} × {row['length']:,}"
-            lines.append([what, *(_megabytes(row["cache_bytes"].get(name)) for name in models)])
+            lines.append([what, *(megabytes(row["cache_bytes"].get(name)) for name in models)])
     peak = result["peak_bytes"]
     what = f"prefill, peak MB, 1 × {peak['context']:,}"
-    lines.append([what, *(_megabytes(peak.get(name)) for name in models)])
+    lines.append([what, *(megabytes(peak.get(name)) for name in models)])
     heads = [f"{name} (speed unoptimised)" if name in unoptimised else name for name in models]
     notes = [
         f"Text: {result['text']}; in blocks, each token once, nothing padded; by word: words between white "
         "space. Perplexities by token depend on the tokenizer: compare bits/byte. Speed: medians of "
-        "interleaved rounds, in brackets from the slowest to the fastest. Peak: beyond the weights."
+        "interleaved rounds, in brackets the slowest and the fastest (from 7 rounds on quartiles). Peak: "
+        "beyond the weights."
     ]
     if unoptimised:
         notes.append("Speed unoptimised: on a CPU Transformers runs this architecture as reference code.")
@@ -186,10 +205,6 @@ def _rate(row: dict[str, Any], name: str) -> str:
     tokens = row["batch"] * (row["steps"] if row["phase"] == "decode" else row["length"])
     low, middle, high = (tokens / row["seconds"][name][which] for which in ("high", "median", "low"))
     return f"{middle:,.0f} ({low:,.0f}–{high:,.0f})"
-
-
-def _megabytes(size: int | None) -> str:
-    return "–" if size is None else f"{size / 1e6:,.2f}"
 
 
 def figure(result: dict[str, Any]) -> Figure:

@@ -17,11 +17,12 @@ from hamt.data.corpus import load_documents
 from hamt.environment import environment
 from hamt.errors import UserError
 from hamt.evaluation.baselines import Loaded, load_model
-from hamt.evaluation.harness import run_tasks
-from hamt.evaluation.perplexity import Score, score_documents
+from hamt.evaluation.compare import longest_context
+from hamt.evaluation.harness import check_tasks, run_tasks
+from hamt.evaluation.perplexity import Score, score_documents, start_token
 from hamt.evaluation.report import describe_environment, write_report
-from hamt.evaluation.tables import markdown
-from hamt.files import write_json
+from hamt.evaluation.tables import markdown, number
+from hamt.files import check_writable, write_json
 from hamt.model import HAMTForCausalLM
 from hamt.options import option, parse
 from hamt.visualization import Series, loss_by_position
@@ -65,10 +66,16 @@ def main(arguments: Sequence[str]) -> int:
     """Measure, and write ``evaluation.json``, ``evaluation.md``, a plot, and ``generation_results.json``."""
     options = parse(EvaluateOptions, arguments, "evaluate")
     _check(options)
+    check_writable(options.output_dir, make=True)
+    if options.tasks:
+        check_tasks(options.tasks)  # before an hour is spent on the text
     console = Console(soft_wrap=True, highlight=False)
     header = environment()
     loaded = load_model(options.checkpoint or str(PRETRAINED))
     model = loaded.model
+    limit = longest_context(model)
+    if limit is not None and (options.context or 0) > limit:
+        raise UserError(f"{loaded.name} has {limit:,} positions: give --context {limit} or less")
     console.print(f"{loaded.name}: {model.num_parameters():,} parameters")
     name, documents = _documents(options)
     scores = _scores(loaded, documents, options) if documents is not None else []
@@ -87,6 +94,8 @@ def main(arguments: Sequence[str]) -> int:
     text += f"{describe_environment(header)}\n"
     if scores:
         text += f"\n{_perplexity_table(scores)}\n"
+    figures = {"loss_by_position": _figure(scores, model)} if scores else {}
+    paths = write_report(options.output_dir, "evaluation", content, text, figures)
     if options.tasks:
         context = options.context or (2048 if isinstance(model, HAMTForCausalLM) else None)
         content["tasks"] = run_tasks(
@@ -99,8 +108,7 @@ def main(arguments: Sequence[str]) -> int:
             batch_size=options.batch_size,
         )
         text += f"\n{_task_table(content['tasks'])}\n"
-    figures = {"loss_by_position": _figure(scores, model)} if scores else {}
-    paths = write_report(options.output_dir, "evaluation", content, text, figures)
+        paths = write_report(options.output_dir, "evaluation", content, text, figures)
     console.print(text, markup=False)
     if options.prompts is not None:
         samples = generate(loaded, options)
@@ -117,10 +125,18 @@ def _check(options: EvaluateOptions) -> None:
         raise UserError("--carry sees all of the text: leave --context out")
     if options.stride is not None and options.context is None:
         raise UserError("--stride needs --context, the tokens that a prediction sees")
-    for name in ("batch_size", "max_new_tokens", "limit", "max_documents", "context"):
+    for name in ("batch_size", "max_new_tokens", "limit", "max_documents", "context", "stride"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1; got {value}")
+
+    if options.temperature < 0:
+        raise UserError(f"--temperature must be 0 or more; got {options.temperature}")
+    for text in (options.test_text, options.prompts):
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError as error:
+            raise UserError("--test_text and --prompts must be UTF-8") from error
 
 
 def _documents(options: EvaluateOptions) -> tuple[str, Iterable[str] | None]:
@@ -198,8 +214,8 @@ def _perplexity_table(scores: Sequence[tuple[int | None, int | None, Score]]) ->
             "all, the state carried" if context is None else f"{context:,}",
             f"{stride:,}" if stride else "–",
             f"{score.nats / score.tokens:.4f}",
-            f"{score.token_perplexity:,.2f}",
-            f"{score.word_perplexity:,.2f}",
+            number(score.token_perplexity),
+            number(score.word_perplexity),
             f"{score.bits_per_byte:.4f}",
             f"{score.tokens:,}",
         ]
@@ -240,9 +256,8 @@ def generate(loaded: Loaded, options: EvaluateOptions) -> list[dict[str, Any]]:
     set_seed(options.seed)
     samples = []
     for prompt in (options.prompts or "").split("|"):
-        tokens = loaded.tokenizer(prompt, add_special_tokens=False).input_ids or [
-            loaded.tokenizer.eos_token_id
-        ]
+        tokens = loaded.tokenizer(prompt, add_special_tokens=False).input_ids
+        tokens = tokens or [start_token(loaded.tokenizer)]
         start = time.perf_counter()
         output = loaded.model.generate(  # type: ignore[operator]
             torch.tensor([tokens]),

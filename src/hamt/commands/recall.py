@@ -13,6 +13,7 @@ from hamt.environment import environment
 from hamt.errors import UserError
 from hamt.evaluation.capacity import capacity_figure, capacity_table, measure_capacity
 from hamt.evaluation.report import describe_environment, write_report
+from hamt.files import check_writable
 from hamt.options import option, parse
 from hamt.recall.models import MODELS
 from hamt.recall.report import figure, table
@@ -47,6 +48,7 @@ class RecallOptions:
 def main(arguments: Sequence[str]) -> int:
     """Run what is missing, and write ``recall.json``, ``recall.md`` and ``recall.png``."""
     options = parse(RecallOptions, arguments, "recall")
+    check_writable(options.output_dir, make=True)
     console = Console(soft_wrap=True, highlight=False)
     header = environment()
     if options.capacity:
@@ -103,6 +105,6 @@ def plan(options: RecallOptions) -> list[Run]:
         with torch.device("meta"):  # before hours are spent on the others
             for run in runs:
                 make_model(run)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    except Exception as error:  # ValueError, or what Transformers' type checks raise
+        raise UserError(str(error).splitlines()[-1].strip()) from error
     return runs

@@ -32,8 +32,9 @@ def load_model(name: str) -> Loaded:
         UserError: if it cannot be had.
     """
     path = Path(name)
+    label = path.stem if path.suffix in (".pt", ".gguf") else path.name
     if path.suffix == ".pt" or _is_hamt(path):
-        return Loaded(*load_checkpoint(path), path.stem)
+        return Loaded(*load_checkpoint(path), label)
     gguf = {}
     where, local = name, path.exists()
     if path.suffix == ".gguf":
@@ -50,7 +51,7 @@ def load_model(name: str) -> Loaded:
         raise UserError(
             f"no model {name!r} ({reason}): give a folder, a .pt or .gguf file, or a name on the hub"
         ) from error
-    return Loaded(model.eval(), tokenizer, path.stem)
+    return Loaded(model.eval(), tokenizer, label)
 
 
 def _is_hamt(folder: Path) -> bool:

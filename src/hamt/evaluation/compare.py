@@ -4,7 +4,7 @@ Shape legend: B rows, N tokens of context.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hamt.cache import HAMTCache
+from hamt.errors import reason
 from hamt.evaluation.baselines import Loaded
 from hamt.evaluation.bench.cases import Predictor, measure
 from hamt.evaluation.peak_memory import cache_bytes, peak_memory_of
@@ -34,15 +35,14 @@ def quality(
 ) -> dict[str, dict[str, Any]]:
     """Perplexities in blocks of ``context``, and with the state carried where there is one."""
     score = partial(score_documents, loaded.model, loaded.tokenizer, documents, batch_size=batch_size)
-    block = min(context, longest_context(loaded.model) or context)
-    found: dict[str, dict[str, Any]] = {"blocks": {"context": block, **score(context=block).figures()}}
+    found: dict[str, dict[str, Any]] = {"blocks": {"context": context, **score(context=context).figures()}}
     if isinstance(loaded.model, HAMTForCausalLM):
         found["carried"] = {"context": None, **score(context=None).figures()}
     return found
 
 
 def speed(
-    models: dict[str, PreTrainedModel],
+    models: Mapping[str, PreTrainedModel],
     contexts: Sequence[int],
     batch_sizes: Sequence[int],
     *,
@@ -50,62 +50,71 @@ def speed(
     rounds: int,
     max_seconds: float,
 ) -> list[dict[str, Any]]:
-    """A row for prefill and one for decoding at every context and batch size, all models interleaved."""
+    """A row for prefill and one for decoding at every context and batch size, all models interleaved.
+
+    A model that cannot read so many tokens, or would take more than ``max_seconds``, is in ``left_out``.
+    """
     rows, predictor = [], Predictor()
     for length in contexts:
         for batch in batch_sizes:
-            left_out, fit = {}, {}
+            left_out: dict[str, str] = {}
+            cases: dict[str, Callable[[], object]] = {}
             for name, model in models.items():
-                limit = longest_context(model)
-                seconds = predictor.seconds(name, length, batch, quadratic=True)
-                if limit is not None and length + decode_steps * (rounds + 1) > limit:
-                    left_out[name] = f"has {limit:,} positions"
-                elif seconds > max_seconds:
+                seconds = predictor.seconds(name, length, batch, longest_context(model) is not None)
+                if seconds > max_seconds:
                     left_out[name] = f"would take about {seconds:.0f} s"
-                else:
-                    fit[name] = model
-            if not fit:
-                continue
-            ids = {
-                name: torch.randint(model.config.get_text_config().vocab_size, (batch, length))
-                for name, model in fit.items()
-            }
-            prefills = {name: partial(read, model, ids[name]) for name, model in fit.items()}
-            found = measure(prefills, left_out, {}, rounds, 1)
-            for name in fit:
+                    continue
+                ids = torch.randint(_vocabulary(model), (batch, length)).to(model.device)
+                cases[name] = partial(read, model, ids)
+                try:
+                    cases[name]()
+                except Exception as error:  # of many kinds: no positions for so many, no memory
+                    del cases[name]
+                    left_out[name] = f"cannot read so many tokens: {reason(error)}"
+            found = measure(cases, left_out, {}, rounds, 0)
+            for name in cases:
                 predictor.note(name, length, batch, found["seconds"][name]["median"])
             rows.append({"phase": "prefill", "length": length, "batch": batch, **found})
-            rows.append(_decoding(fit, ids, left_out, decode_steps, rounds))
+            fit = {name: models[name] for name in cases}
+            rows.append(_decoding(fit, length, batch, left_out, decode_steps, rounds))
     return rows
 
 
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size
+
+
 def _decoding(
-    models: dict[str, PreTrainedModel],
-    ids: dict[str, torch.Tensor],
-    left_out: dict[str, str],
+    models: Mapping[str, PreTrainedModel],
+    length: int,
+    batch: int,
+    left_out: Mapping[str, str],
     steps: int,
     rounds: int,
 ) -> dict[str, Any]:
+    """The context grows by ``steps`` in every round."""
     cases: dict[str, Callable[[], object]] = {}
     sizes: dict[str, int] = {}
     left_out = dict(left_out)
     for name, model in models.items():
-        cache = read(model, ids[name])
+        limit = longest_context(model)
+        if limit is not None and _learned_positions(model) and length + steps * (rounds + 1) > limit:
+            left_out[name] = f"has {limit:,} positions"
+            continue
+        cache = read(model, torch.randint(_vocabulary(model), (batch, length)).to(model.device))
         if cache is None:
             left_out[name] = "has no cache that works"
         else:
             sizes[name] = cache_bytes(cache)
-            cases[name] = partial(_decode, model, len(ids[name]), cache, steps)
-    batch, length = next(iter(ids.values())).shape
+            cases[name] = partial(_decode, model, batch, cache, steps)
     found = measure(cases, left_out, {}, rounds, 1)
-    return {
-        "phase": "decode",
-        "length": length,
-        "batch": batch,
-        "steps": steps,
-        **found,
-        "cache_bytes": sizes,
-    }
+    shape = {"phase": "decode", "length": length, "batch": batch, "steps": steps}
+    return {**shape, **found, "cache_bytes": sizes}
+
+
+def _learned_positions(model: PreTrainedModel) -> bool:
+    """Whether a position beyond the last is an error: not with rotary ones."""
+    return getattr(model.config, "rope_parameters", None) is None
 
 
 @torch.no_grad()
@@ -119,21 +128,19 @@ def read(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> Any:
         model(ids, logits_to_keep=1)
         return None
     given = {} if cache is None else {name: cache}
-    return getattr(model(ids, use_cache=True, logits_to_keep=1, **given), name)
+    return getattr(model(ids, use_cache=True, logits_to_keep=1, **given), name, None)
 
 
 def _decode(model: PreTrainedModel, batch: int, cache: Any, steps: int) -> None:
-    token = torch.zeros(batch, 1, dtype=torch.long)
+    token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
     for _ in range(steps):
         read(model, token, cache)
 
 
-def prefill_memory(models: dict[str, PreTrainedModel], length: int) -> dict[str, int | None]:
+def prefill_memory(models: Mapping[str, PreTrainedModel], length: int) -> dict[str, int | None]:
     """Bytes at the peak of reading ``length`` tokens, beyond the weights; None where it cannot be told."""
     found = {}
     for name, model in models.items():
-        limit = longest_context(model)
-        if limit is None or length <= limit:
-            ids = torch.zeros(1, length, dtype=torch.long)
-            found[name] = peak_memory_of(partial(read, model, ids))
+        ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
+        found[name] = peak_memory_of(partial(read, model, ids), model.device.type)
     return found

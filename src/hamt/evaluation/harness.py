@@ -12,6 +12,29 @@ from hamt.errors import UserError, reason
 LOCAL_TASKS = Path(__file__).parent / "lm_eval_tasks"
 
 
+def check_tasks(tasks: Sequence[str], task_data: str | None = None) -> Any:
+    """The harness's manager of tasks, which has all of these.
+
+    Raises:
+        UserError: if the harness is not installed, or there is no such task.
+    """
+    try:
+        import lm_eval  # noqa: F401
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            f"--tasks needs lm-evaluation-harness ({error}): pip install 'lm-eval[hf]'"
+        ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=str(LOCAL_TASKS), metadata={"task_data": task_data})
+    if unknown := [name for name in tasks if name not in manager.all_tasks]:
+        raise UserError(
+            f"no task {', '.join(unknown)}; beside those of lm-evaluation-harness (`lm_eval ls tasks`) there "
+            f"are {', '.join(sorted(path.stem for path in LOCAL_TASKS.glob('*.yaml')))}"
+        )
+    return manager
+
+
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -37,21 +60,10 @@ def run_tasks(
     Raises:
         UserError: if the harness is not installed, or a task cannot be run.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError(
-            f"--tasks needs lm-evaluation-harness ({error}): pip install 'lm-eval[hf]'"
-        ) from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=str(LOCAL_TASKS), metadata={"task_data": task_data})
-    if unknown := [name for name in tasks if name not in manager.all_tasks]:
-        raise UserError(
-            f"no task {', '.join(unknown)}; beside those of lm-evaluation-harness (`lm_eval ls tasks`) there "
-            f"are {', '.join(sorted(path.stem for path in LOCAL_TASKS.glob('*.yaml')))}"
-        )
+    manager = check_tasks(tasks, task_data)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context)
     try:
         found = simple_evaluate(harness, tasks=list(tasks), limit=limit, task_manager=manager)

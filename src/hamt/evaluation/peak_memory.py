@@ -12,13 +12,13 @@ from torch import Tensor
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_memory_of(run: Callable[[], object]) -> int | None:
+def peak_memory_of(run: Callable[[], object], device: str = "cpu") -> int | None:
     """Bytes of memory at the peak of ``run``, beyond those in use before; None where that cannot be told.
 
     On a GPU what PyTorch has allocated there, else the pages of this process that are in memory (Linux).
     """
     gc.collect()
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()

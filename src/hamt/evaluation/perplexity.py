@@ -49,24 +49,25 @@ class Score:
     @property
     def token_perplexity(self) -> float:
         """exp of the mean loss of a token; depends on the tokenizer."""
-        return math.exp(self.nats / self.tokens)
+        return _exp(self.nats / self.tokens)
 
     @property
     def word_perplexity(self) -> float:
         """exp of the loss per word between white space, as lm-evaluation-harness counts words."""
-        return math.exp(self.nats / self.words)
+        return _exp(self.nats / self.words)
 
     @property
     def bits_per_byte(self) -> float:
         """Loss in bits per byte of UTF-8; comparable between tokenizers."""
         return self.nats / self.num_bytes / math.log(2)
 
-    def figures(self) -> dict[str, float]:
-        """All of them, as they are written to files."""
+    def figures(self) -> dict[str, float | None]:
+        """All of them, as they are written to files; None is a perplexity without a number for it."""
+        by_token, by_word = self.token_perplexity, self.word_perplexity
         return {
             "nats_per_token": self.nats / self.tokens,
-            "token_perplexity": self.token_perplexity,
-            "word_perplexity": self.word_perplexity,
+            "token_perplexity": by_token if math.isfinite(by_token) else None,
+            "word_perplexity": by_word if math.isfinite(by_word) else None,
             "bits_per_byte": self.bits_per_byte,
             "tokens": self.tokens,
             "words": self.words,
@@ -93,6 +94,23 @@ class Score:
         self.by_position[first_position:end] += np.stack((losses, np.ones_like(losses)), axis=1)
 
 
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands before a text: the token that begins one (bos), or the one that ends the one before (eos).
+
+    Raises:
+        UserError: if the tokenizer has neither.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise UserError("the tokenizer has no token that begins a text (bos or eos): give another model")
+    return start
+
+
+def _exp(nats: float) -> float:
+    """Infinite where there is no such number: a text without spaces is one word."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
 def score_documents(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -117,9 +135,7 @@ def score_documents(
     """
     if context is not None and not 1 <= (stride or context) <= context:
         raise UserError(f"the stride must lie between 1 and the context, {context}; got {stride}")
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise UserError("the tokenizer has no token that begins a text (bos or eos): give another")
+    start = start_token(tokenizer)
     score, was_training = Score(), model.training
     model.eval()
     for text in documents:

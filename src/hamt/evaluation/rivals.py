@@ -43,7 +43,7 @@ def gpt2(
         n_positions=context,
         n_embd=hidden_dim,
         n_layer=num_layers,
-        n_head=hidden_dim // attention_head_dim(hidden_dim),
+        n_head=hidden_dim // head_size(hidden_dim, attention_head_dim(hidden_dim)),
         n_inner=mlp_width,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
@@ -65,7 +65,7 @@ def llama(
         hidden_size=hidden_dim,
         intermediate_size=mlp_width,
         num_hidden_layers=num_layers,
-        num_attention_heads=hidden_dim // attention_head_dim(hidden_dim),
+        num_attention_heads=hidden_dim // head_size(hidden_dim, attention_head_dim(hidden_dim)),
         tie_word_embeddings=True,
         initializer_range=hidden_dim**-0.5,
         bos_token_id=None,
@@ -88,6 +88,7 @@ def mamba2(
 
     Any ``context`` will do.
     """
+    head_dim = head_size(expand * hidden_dim, head_dim)
     config = Mamba2Config(
         vocab_size=vocab_size,
         hidden_size=hidden_dim,
@@ -119,9 +120,11 @@ def gated_deltanet(
 ) -> Qwen3NextForCausalLM:
     """Gated DeltaNet (Yang et al. 2025, arXiv 2412.06464) as in Qwen3-Next, in all blocks, with dense MLPs.
 
-    Values of all heads are as wide as the model; each key head serves two of them. Without attention layers
-    the library's cache for it does not work, so it has none. ``mlp_width`` 0 leaves the MLPs out.
+    Values of all heads are as wide as the model; each key head serves two of them (one, if they are odd).
+    Without attention layers the library's cache for it does not work, so it has none. ``mlp_width`` 0 leaves
+    the MLPs out.
     """
+    value_dim = head_size(hidden_dim, value_dim)
     heads = hidden_dim // value_dim
     config = Qwen3NextConfig(
         vocab_size=vocab_size,
@@ -131,7 +134,7 @@ def gated_deltanet(
         num_hidden_layers=num_layers,
         num_attention_heads=1,
         num_key_value_heads=1,
-        linear_num_key_heads=max(heads // 2, 1),
+        linear_num_key_heads=heads // 2 if heads % 2 == 0 else heads,
         linear_num_value_heads=heads,
         linear_key_head_dim=key_dim,
         linear_value_head_dim=value_dim,
@@ -153,6 +156,14 @@ def gated_deltanet(
         if not mlp_width:
             layer.mlp, layer.post_attention_layernorm = _Nothing(), nn.Identity()
     return model
+
+
+def head_size(width: int, wanted: int) -> int:
+    """The even divisor of ``width`` that is nearest to ``wanted``."""
+    sizes = [size for size in range(2, width + 1, 2) if width % size == 0]
+    if not sizes:
+        raise ValueError(f"the width must be even; got {width}")
+    return min(sizes, key=lambda size: abs(size - wanted))
 
 
 class _Nothing(nn.Module):

@@ -1,5 +1,6 @@
 """Markdown tables."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -7,3 +8,13 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text: Sequenc
     """A table; columns not in ``text`` are aligned to the right."""
     rule = ["---" if column in text else "---:" for column in range(len(header))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """With so many digits behind the point; a dash where there is none."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
+
+
+def megabytes(size: int | None) -> str:
+    """Bytes in units of 10⁶; a dash where there are none."""
+    return number(None if size is None else size / 1e6)

@@ -1,4 +1,4 @@
-"""An interleaved timer (CPU; nothing is synchronised), and medians with their spread."""
+"""An interleaved timer, and medians with their spread."""
 
 import gc
 import random
@@ -47,6 +47,8 @@ def interleave(
                 gc.collect()
                 start = time.perf_counter()
                 callables[name]()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 seconds = time.perf_counter() - start
                 if turn >= 0:
                     times[name].append(seconds)

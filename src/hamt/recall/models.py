@@ -77,9 +77,12 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
 def _fields(kind: str, named: str) -> dict[str, Any]:
     """``num_heads=1,rotation=none`` as a dictionary."""
     pairs = [pair.partition("=") for pair in named.split(",") if pair]
-    unknown = [name for name, _, _ in pairs if kind != "hamt" or name not in HAMTConfig.__annotations__]
-    if unknown:
-        raise ValueError(f"{kind} has no field {', '.join(unknown)}; fields of HAMTConfig follow hamt:")
+    free = set(HAMTConfig.__annotations__) - {"num_slots", "hidden_dim", "num_layers", "vocab_size"}
+    if unknown := [name for name, _, _ in pairs if kind != "hamt" or name not in free]:
+        raise ValueError(
+            f"{kind} has no field {', '.join(unknown)} to choose: hamt: is followed by fields of HAMTConfig, "
+            "but for the sizes and num_slots, which the state size decides"
+        )
     return {name: yaml.safe_load(value) for name, _, value in pairs}
 
 

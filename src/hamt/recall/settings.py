@@ -65,7 +65,6 @@ def _counting(task: Task) -> Setting:
         },
         hamt={
             "rotation": "data_dependent",
-            "intermediate_dim": 128,
             "min_half_life": 1000,
             "max_half_life": 100_000,
         },

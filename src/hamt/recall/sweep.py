@@ -3,13 +3,15 @@
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -18,7 +20,8 @@ from hamt.files import write_json
 from hamt.recall.models import build, state_floats
 from hamt.recall.settings import SETTINGS
 from hamt.training.loop import seed_everything
-from hamt.training.tasks import HELD_OUT, accuracy, train_on_task
+from hamt.training.tasks import HELD_OUT, TaskResult, accuracy, train_on_task
+from hamt.training.trouble import TrainingTrouble
 
 TOKENS_AT_A_TIME = 65_536  # of a test
 BYTES_PER_FLOAT = 4
@@ -48,7 +51,10 @@ class Run:
 
 def describe(run: Run) -> dict[str, Any]:
     """All that bears on the result of a run; one whose file says the same is not run again."""
-    return {**asdict(run), "setting": repr(SETTINGS[run.task])}
+    with torch.device("meta"):
+        config = make_model(run).config.to_dict()
+    config.pop("transformers_version", None)
+    return {**asdict(run), "setting": repr(SETTINGS[run.task]), "config": config}
 
 
 def make_model(run: Run) -> PreTrainedModel:
@@ -83,11 +89,15 @@ def perform(run: Run) -> dict[str, Any] | None:
         **setting.training,
     }
     options["num_held_out"] = run.num_examples
-    result = train_on_task(model, setting.train, seed=run.seed, **options)
+    tests, diverged = dict.fromkeys(setting.tests, 0.0), None
+    result = TaskResult([], 0.0, interrupted=False)
+    try:
+        result = train_on_task(model, setting.train, seed=run.seed, **options)
+    except TrainingTrouble as trouble:  # it counts as nothing learned, and costs no other run
+        diverged = str(trouble)
     if result.interrupted:
         return None
-    tests = {}
-    for name, test in setting.tests.items():
+    for name, test in setting.tests.items() if diverged is None else ():
         length = test.length or test.task.length
         tests[name] = accuracy(
             model,
@@ -103,6 +113,7 @@ def perform(run: Run) -> dict[str, Any] | None:
         "run": describe(run),
         "accuracy": tests,
         "mean_accuracy": sum(tests.values()) / len(tests),
+        "diverged": diverged,
         "curve": result.accuracies,
         "steps_to_99": result.steps_to_99,
         "parameters": model.num_parameters(),
@@ -128,7 +139,9 @@ def sweep(
     missing = [run for run in runs if _read(folder, run) is None]
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that start now
-    pool = ProcessPoolExecutor(max(min(workers, len(missing)), 1), mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        max(min(workers, len(missing)), 1), mp_context=get_context("spawn"), initializer=_end_with_parent
+    )
     try:
         waiting = {pool.submit(perform, run): run for run in missing}
         for future in as_completed(waiting):
@@ -144,6 +157,18 @@ def sweep(
             os.environ["OMP_NUM_THREADS"] = threads
     found = (_read(folder, run) for run in runs)
     return [result for result in found if result is not None]
+
+
+def _end_with_parent() -> None:
+    """Leave no process behind if the one that started it is killed."""
+    parent = parent_process()
+    if parent is not None:
+
+        def wait() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def _file(folder: Path, run: Run) -> Path:

@@ -18,7 +18,7 @@ from hamt.data.loader import ORDERS, Batches
 from hamt.data.tokenizer import character_tokenizer, load_tokenizer, own_tokenizer
 from hamt.data.tokens import TokenisedCorpus, tokenise
 from hamt.errors import UserError
-from hamt.files import existing, write_folder
+from hamt.files import check_writable
 from hamt.model import HAMTForCausalLM
 from hamt.training.loop import LoopOptions
 from hamt.training.optim import OPTIMIZERS, SCHEDULES
@@ -191,20 +191,6 @@ def build_config(**fields) -> HAMTConfig:
         return HAMTConfig(**fields)
     except Exception as error:  # ValueError, or what Transformers' type checks raise
         raise UserError(str(error).splitlines()[-1].strip()) from error
-
-
-def check_writable(folder: str, make: bool) -> None:
-    """Write to ``folder`` now, before compute is spent, or only to the folder it would be made in.
-
-    Raises:
-        UserError: if nothing can be written there.
-    """
-    try:
-        write_folder(folder if make else existing(folder), lambda target: None)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder} ({error.strerror}); choose another --output_dir"
-        ) from error
 
 
 def _check(options: TrainOptions) -> None:

@@ -20,8 +20,8 @@ SAMPLE = 16  # blocks of the held-out text that are scored while training
 INFO = "rival.json"
 
 
-def read_run(checkpoint: Path) -> tuple[TrainOptions, int]:
-    """Options and steps of the run that a checkpoint came out of.
+def read_run(checkpoint: Path) -> tuple[TrainOptions, int, str]:
+    """Options, steps and tokens (their fingerprint) of the run that a checkpoint came out of.
 
     Raises:
         UserError: if its record is not there.
@@ -31,7 +31,7 @@ def read_run(checkpoint: Path) -> tuple[TrainOptions, int]:
         info = json.loads(record.read_text(encoding="utf-8"))
         names = {field.name for field in fields(TrainOptions)}
         options = {name: value for name, value in info["options"].items() if name in names}
-        return TrainOptions(**options), int(info["steps"])
+        return TrainOptions(**options), int(info["steps"]), info["data_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--rivals needs {record}, which hamt train writes beside its model: give such a folder"
@@ -50,13 +50,15 @@ def train_rival(kind: str, checkpoint: Path, listeners: Iterable[Listener[Loss]]
     """
     if kind not in RIVALS:
         raise UserError(f"no rival {kind}; there are {', '.join(RIVALS)}")
-    options, steps = read_run(checkpoint)
+    options, steps, fingerprint = read_run(checkpoint)
     folder = checkpoint / "rivals" / kind
-    described = {"kind": kind, "steps": steps, "options": asdict(options)}
+    described = {"kind": kind, "steps": steps, "options": asdict(options), "fingerprint": fingerprint}
     if _described(folder) == json.loads(json.dumps(described)):
         return folder
     with TemporaryDirectory() as scratch:  # the plan asks for a folder of its own
         plan = make_plan(replace(options, output_dir=scratch, resume=False, overwrite=True))
+    if plan.corpus.fingerprint != fingerprint:
+        raise UserError(f"{options.data} has changed since {checkpoint} was trained on it: train again first")
     seed_everything(options.seed)
     model = rival(
         kind,
@@ -69,7 +71,7 @@ def train_rival(kind: str, checkpoint: Path, listeners: Iterable[Listener[Loss]]
     batches = Batches(
         plan.corpus.train,
         length=options.max_length,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size * options.tbptt_segments,  # as many tokens: it has no state to carry
         order="shuffled",
         apart=False,
         seed=options.seed,
@@ -103,4 +105,4 @@ def _described(folder: Path) -> dict | None:
         info = json.loads((folder / INFO).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return {name: info.get(name) for name in ("kind", "steps", "options")}
+    return {name: info.get(name) for name in ("kind", "steps", "options", "fingerprint")}

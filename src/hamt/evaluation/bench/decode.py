@@ -34,22 +34,26 @@ def make_models(options: BenchOptions) -> tuple[HAMTForCausalLM, LlamaForCausalL
         context=max((*options.decode_contexts, *options.memory_lengths)) + SEGMENT,
         parameters=ours.num_parameters(),
     )
-    return ours, theirs.eval()
+    # The weights themselves are narrow, as is usual for inference; StaticCache does not work under autocast.
+    dtype = getattr(torch, options.dtype)
+    return ours.to(dtype), theirs.eval().to(dtype)
 
 
-def key_value_bytes(model: LlamaForCausalLM, length: int, batch: int) -> int:
-    """Bytes of keys and values of ``length`` tokens, in float32."""
+def key_value_bytes(model: LlamaForCausalLM, length: int, batch: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of ``length`` tokens."""
     config = model.config
-    return 2 * 4 * config.num_hidden_layers * config.hidden_size * length * batch
+    return 2 * dtype.itemsize * config.num_hidden_layers * config.hidden_size * length * batch
 
 
-def filled(model: LlamaForCausalLM, cache: Cache, length: int, batch: int) -> Cache:
+def filled(
+    model: LlamaForCausalLM, cache: Cache, length: int, batch: int, dtype: torch.dtype = torch.float32
+) -> Cache:
     """``cache`` with random keys and values of ``length`` tokens."""
     config = model.config
     heads = config.num_attention_heads
     shape = (batch, heads, length, config.hidden_size // heads)
     for layer in range(config.num_hidden_layers):
-        cache.update(torch.randn(shape), torch.randn(shape), layer)
+        cache.update(torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype), layer)
     return cache
 
 
@@ -60,7 +64,7 @@ def filled(model: LlamaForCausalLM, cache: Cache, length: int, batch: int) -> Ca
 def measure_decoding(options: BenchOptions) -> dict[str, Any]:
     """A row for every context, with its batch."""
     ours, theirs = make_models(options)
-    rows = []
+    rows, dtype = [], getattr(torch, options.dtype)
     for length, batch in zip(options.decode_contexts, options.decode_batches, strict=True):
         token = torch.zeros(batch, 1, dtype=torch.long)
         state = HAMTCache(ours.config.num_layers)
@@ -68,18 +72,19 @@ def measure_decoding(options: BenchOptions) -> dict[str, Any]:
             ours(torch.randint(options.vocab_size, (batch, 64)), past_key_values=state, logits_to_keep=1)
         cases: dict[str, Callable[[], object]] = {"hamt": partial(_step, ours, token, state)}
         sizes, left_out = {"hamt": cache_bytes(state)}, {}
-        needed = key_value_bytes(theirs, length, batch)
+        needed = key_value_bytes(theirs, length, batch, dtype)
         if needed > options.max_bytes:
             left_out = dict.fromkeys(DECODERS[1:], f"keys and values would take {needed / 1e9:.1f} GB")
         else:
             # Room for the token that is decoded: each step takes the place of the one before.
-            static = filled(theirs, StaticCache(theirs.config, max_cache_len=length + 1), length, batch)
+            static = filled(
+                theirs, StaticCache(theirs.config, max_cache_len=length + 1), length, batch, dtype
+            )
             cases["static"] = partial(_static_step, theirs, token, static, length)
-            dynamic = filled(theirs, DynamicCache(config=theirs.config), length, batch)
+            dynamic = filled(theirs, DynamicCache(config=theirs.config), length, batch, dtype)
             cases["dynamic"] = partial(_step, theirs, token, dynamic)
             sizes |= {"static": cache_bytes(static), "dynamic": cache_bytes(dynamic)}
-        with options.autocast():
-            found = measure(cases, left_out, {}, options.decode_steps, options.warmup)
+        found = measure(cases, left_out, {}, options.decode_steps, options.warmup)
         rows.append({"phase": "decode", "length": length, "batch": batch, **found, "cache_bytes": sizes})
     parameters = {"hamt": ours.num_parameters(), "transformer": theirs.num_parameters()}
     return {"parameters": parameters, "rows": rows}
@@ -103,6 +108,8 @@ def measure_memory(options: BenchOptions) -> dict[str, Any]:
     """A row for every length: bytes at the peak while it is read in segments, and bytes carried along."""
     ours, theirs = make_models(options)
     rows = []
+    for model in (ours, theirs):  # what a first call makes once is nobody's peak
+        _read(model, SEGMENT, options, [])
     for length in options.memory_lengths:
         row: dict[str, Any] = {"length": length, "peak_bytes": {}, "cache_bytes": {}, "left_out": {}}
         for name, model in (("hamt", ours), ("transformer", theirs)):

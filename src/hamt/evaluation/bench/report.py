@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from hamt.evaluation.tables import markdown
+from hamt.evaluation.tables import markdown, megabytes
 from hamt.visualization import Series, fitted_slope, scaling
 
 Row = Mapping[str, Any]
@@ -85,7 +85,7 @@ def _decoding(part: Mapping[str, Any]) -> str:
         [f"{row['length']:,}", str(row["batch"])]
         + [_decoded(row, name) for name in ("hamt", "static", "dynamic")]
         + [_ratio(row, f"hamt over {name}") for name in ("static", "dynamic")]
-        + [_megabytes(row["cache_bytes"].get(name)) for name in ("hamt", "static")]
+        + [megabytes(row["cache_bytes"].get(name)) for name in ("hamt", "static")]
         for row in part["rows"]
     ]
     table = markdown(header, lines, text=())
@@ -97,7 +97,7 @@ def _memory(part: Mapping[str, Any]) -> str:
     header = ["N", *(f"{name}, {what} MB" for name in names for what in ("carried", "peak"))]
     lines = [
         [f"{row['length']:,}"]
-        + [_megabytes(row[what].get(name)) for name in names for what in ("cache_bytes", "peak_bytes")]
+        + [megabytes(row[what].get(name)) for name in names for what in ("cache_bytes", "peak_bytes")]
         for row in part["rows"]
     ]
     what = f"N tokens read in segments of {part['segment']:,}; the peak is without the weights."
@@ -207,10 +207,6 @@ def _share(row: Row, name: str) -> str:
 def _joules(row: Row, name: str) -> str:
     used = row.get("joules_per_token", {}).get(name)
     return "–" if used is None else f"{used:.2e}"
-
-
-def _megabytes(size: int | None) -> str:
-    return "–" if size is None else f"{size / 1e6:,.2f}"
 
 
 def _notes(rows: Iterable[Row]) -> str:
