@@ -1,12 +1,6 @@
-"""The benchmarks: rivals that differ from HAMT in the mixer alone, and a complete report."""
+"""What benchmarks stand on: a rival that differs from HAMT in the mixer alone, counted work, fair timing."""
 
-import importlib
-import json
-import math
-import sys
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -17,18 +11,6 @@ from hamt.environment import environment
 from hamt.evaluation import timing
 from hamt.evaluation import transformer as rivals
 from hamt.evaluation.flops import count_flops
-
-SCRIPTS = Path(__file__).parent.parent / "benchmarks"
-
-
-def script(name: str) -> ModuleType:
-    """A script of ``benchmarks/``, imported as its siblings import it."""
-    if str(SCRIPTS) not in sys.path:
-        sys.path.append(str(SCRIPTS))
-    return importlib.import_module(name)
-
-
-speed = script("speed")
 
 
 def rival(core: str = "sdpa", short_convolution: bool = False, **options) -> HAMTForCausalLM:
@@ -174,56 +156,3 @@ def test_header_names_the_machine_and_the_commit():
     assert header["cores"] >= 1
     assert header["threads"] == torch.get_num_threads()
     assert {"commit", "omp_wait_policy", "load_average"} <= header.keys()
-
-
-@pytest.fixture(scope="module")
-def result() -> dict:
-    models = {"hidden_dim": 32, "num_layers": 1, "vocab_size": 64, "step_tokens": 32, "matmul_size": 64}
-    sizes = {**models, "mixer_length": 32, "mixer_dim": 32, "rounds": 1}
-    options = [f"--{name}={value}" for name, value in sizes.items()]
-    return speed.run(speed.parse([*options, "--lengths", "16", "32"]))
-
-
-def numbers(value) -> list[float]:
-    """All numbers in a nested JSON value."""
-    if isinstance(value, dict):
-        return [x for item in value.values() for x in numbers(item)]
-    if isinstance(value, list):
-        return [x for item in value for x in numbers(item)]
-    return [value] if isinstance(value, int | float) else []
-
-
-def test_speed_reports_every_case(result):
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-    cases = [(row["length"], row["batch"], row["phase"]) for row in result["model"]["rows"]]
-    assert cases == [(16, 2, "train"), (16, 2, "prefill"), (32, 1, "train"), (32, 1, "prefill")]
-    cases = [(row["level"], row["pass"]) for row in result["mixer"]["rows"]]
-    assert cases == [(level, kind) for level in ("core", "sublayer") for kind in speed.PASSES]
-    found = [x for part in ("model", "mixer") for row in result[part]["rows"] for x in numbers(row)]
-    assert all(math.isfinite(x) and x > 0 for x in found)
-
-
-def test_speed_counts_more_work_in_training_and_less_without_a_core(result):
-    for train, prefill in zip(*[iter(result["model"]["rows"])] * 2, strict=True):
-        for name in speed.MODELS:
-            assert train["flops"][name] > 2 * prefill["flops"][name]
-        assert train["flops"]["ceiling"] < train["flops"]["transformer"]
-
-
-def test_ratios_are_throughputs(result):
-    """More tokens a second than the transformer is a ratio above 1."""
-    for row in result["model"]["rows"]:
-        rate = {name: row["tokens_per_s"][name]["median"] for name in speed.MODELS}
-        for a, b in speed.RATIOS:
-            assert row[f"{a}_over_{b}"]["median"] == pytest.approx(rate[a] / rate[b])
-    for row in result["mixer"]["rows"]:
-        times = {name: row["milliseconds"][name]["median"] for name in speed.MIXERS}
-        for name in ("eager", "sdpa"):
-            assert row[f"hamt_over_{name}"]["median"] == pytest.approx(times[name] / times["hamt"])
-
-
-def test_table_has_a_value_in_every_cell(result):
-    lines = [line for line in speed.table(result).splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert [len(row) for row in rows] == [12] * 6 + [7] * 6
-    assert all(cell and "nan" not in cell and "inf" not in cell for row in rows for cell in row)
