@@ -160,6 +160,12 @@ def test_the_best_learning_rate_is_that_of_the_mean_over_seeds():
     assert "| transformer | grows | 1,234 | 0.01 | 1 | 100.0 | 50.0 | 75.0 |" in text
 
 
+def test_a_rate_with_fewer_seeds_is_not_the_best():
+    lucky = result("hamt", 768, 0.1, 0, 1.0)
+    (group,) = best_groups([*RESULTS, lucky])["mqar"]["hamt"]
+    assert len(group) == 2
+
+
 def test_the_plot_shows_models_of_fixed_state():
     (axes,) = figure(RESULTS).axes
     lines = {container.get_label(): container.lines[0].get_xydata().tolist() for container in axes.containers}

@@ -22,7 +22,8 @@ def best_groups(results: Iterable[Result]) -> dict[str, dict[str, list[Group]]]:
         grids[run["task"], run["model"], run["state"]][run["learning_rate"]].append(result)
     best: dict[str, dict[str, list[Group]]] = defaultdict(lambda: defaultdict(list))
     for (task, model, _), rates in sorted(grids.items()):
-        best[task][model].append(max(rates.values(), key=_mean_accuracy))
+        # While a sweep is under way a rate with one lucky seed must not beat one with three.
+        best[task][model].append(max(rates.values(), key=lambda group: (len(group), _mean_accuracy(group))))
     return best
 
 
