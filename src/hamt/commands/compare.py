@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         trained.append(str(train_rival(kind, Path(checkpoint))))
     models, missing = _load([checkpoint, *trained, *options.baselines], options.device, console)
     limits = (longest_context(loaded.model) for loaded in models.values())
-    block = min(options.context, *(limit for limit in limits if limit is not None), options.context)
+    block = min([options.context, *(limit for limit in limits if limit is not None)])
     rows: dict[str, dict[str, Any]] = {}
     for label, loaded in list(models.items()):
         console.print(f"scoring: {label}")

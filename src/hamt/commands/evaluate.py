@@ -28,7 +28,7 @@ from hamt.options import option, parse
 from hamt.visualization import Series, loss_by_position
 
 MULTIPLES = (1, 8, 64)  # of the training context that HAMT is measured at
-UNLIMITED = 10**9
+INTERVALS = [0, *(2**power for power in range(4, 31))]  # of positions, of doubling length
 
 
 @dataclass
@@ -129,7 +129,6 @@ def _check(options: EvaluateOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1; got {value}")
-
     if options.temperature < 0:
         raise UserError(f"--temperature must be 0 or more; got {options.temperature}")
     for text in (options.test_text, options.prompts):
@@ -190,12 +189,11 @@ def _context(model: torch.nn.Module) -> int:
 
 
 def _figures(context: int | None, stride: int | None, score: Score) -> dict[str, Any]:
-    edges = [0, *(2**power for power in range(4, 31))]
     return {
         "context": "carried" if context is None else context,
         "stride": stride,
         **score.figures(),
-        "by_position": score.mean_by_position(edges),
+        "by_position": score.mean_by_position(INTERVALS),
     }
 
 
@@ -227,7 +225,7 @@ def _perplexity_table(scores: Sequence[tuple[int | None, int | None, Score]]) ->
 def _figure(scores: Sequence[tuple[int | None, int | None, Score]], model: torch.nn.Module):
     """The longest context's losses by position, in intervals of doubling length."""
     context, _, score = scores[-1]
-    intervals = score.mean_by_position([0, *(2**power for power in range(4, 31))])
+    intervals = score.mean_by_position(INTERVALS)
     name = "state carried" if context is None else f"context {context:,}"
     series = Series([(low + high) / 2 for low, high, _ in intervals], [loss for *_, loss in intervals])
     return loss_by_position({name: series}, trained=_context(model))

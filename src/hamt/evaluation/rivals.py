@@ -30,8 +30,6 @@ from hamt.evaluation.transformer import attention_head_dim
 M = TypeVar("M", bound=PreTrainedModel)
 
 EMBEDDING_STD = 0.02
-# On a CPU Transformers has no fast kernels for these.
-UNOPTIMISED = ("mamba2", "gated-deltanet")
 
 
 def gpt2(

@@ -66,10 +66,7 @@ def _mixers(part: Mapping[str, Any]) -> str:
         header = ["N", *(f"{name} ms" for name in names), *(f"hamt over {name}" for name in names[1:])]
         lines = [
             [f"{row['length']:,}"]
-            + [
-                f"{1e3 * row['seconds'][name]['median']:.2f}" if name in row["seconds"] else "–"
-                for name in names
-            ]
+            + [_milliseconds(row, name) for name in names]
             + [_ratio(row, f"hamt over {name}") for name in names[1:]]
             for row in rows
         ]
