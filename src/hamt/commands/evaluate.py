@@ -67,8 +67,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(EvaluateOptions, arguments, "evaluate")
     _check(options)
     check_writable(options.output_dir, make=True)
-    if options.tasks:
-        check_tasks(options.tasks)  # before an hour is spent on the text
+    # Before an hour is spent on the text.
+    manager = check_tasks(options.tasks, options.task_data) if options.tasks else None
     console = Console(soft_wrap=True, highlight=False)
     header = environment()
     loaded = load_model(options.checkpoint or str(PRETRAINED))
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
             options.tasks,
             context=context,
             limit=options.limit,
-            task_data=options.task_data,
+            manager=manager,
             batch_size=options.batch_size,
         )
         text += f"\n{_task_table(content['tasks'])}\n"

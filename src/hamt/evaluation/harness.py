@@ -13,7 +13,7 @@ LOCAL_TASKS = Path(__file__).parent / "lm_eval_tasks"
 
 
 def check_tasks(tasks: Sequence[str], task_data: str | None = None) -> Any:
-    """The harness's manager of tasks, which has all of these.
+    """The harness's manager of tasks, which has all of these; ``task_data`` is the file of one that needs it.
 
     Raises:
         UserError: if the harness is not installed, or there is no such task.
@@ -42,7 +42,7 @@ def run_tasks(
     *,
     context: int | None = None,
     limit: int | None = None,
-    task_data: str | None = None,
+    manager: Any,
     batch_size: int = 8,
 ) -> dict[str, dict[str, Any]]:
     """Run tasks through the harness's ``hf`` model; the metrics of each, by name.
@@ -54,13 +54,12 @@ def run_tasks(
             ``hamt_passkey``.
         context: tokens that the model sees at most; None is what its configuration says.
         limit: documents of a task at most.
-        task_data: the file of a task that needs one.
+        manager: what ``check_tasks`` returned for them.
         batch_size: rows at a time.
 
     Raises:
-        UserError: if the harness is not installed, or a task cannot be run.
+        UserError: if a task cannot be run.
     """
-    manager = check_tasks(tasks, task_data)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
