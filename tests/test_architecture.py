@@ -16,8 +16,8 @@ SOURCE = Path(hamt.__file__).parent
 # Each layer may import those to its left. Packages (data, evaluation, ...) count as one layer each.
 LAYERS = (
     {"errors"},
-    {"allocator", "cross_entropy", "environment", "files", "vsa"},
-    {"options", "visualization"},
+    {"allocator", "environment", "files", "linear", "vsa"},
+    {"cross_entropy", "options", "visualization"},
     {"positions", "scan"},
     {"delta", "fused"},
     {"chunked"},
@@ -92,7 +92,8 @@ def test_no_circle_of_imports():
 
 
 @pytest.mark.parametrize(
-    "name", ["vsa", "positions", "scan", "delta", "fused", "chunked", "memory", "losses", "cross_entropy"]
+    "name",
+    ["vsa", "positions", "scan", "delta", "fused", "chunked", "memory", "losses", "linear", "cross_entropy"],
 )
 def test_the_memory_knows_nothing_of_models(name):
     """It takes tensors and numbers: no configuration, no Transformers."""

@@ -27,9 +27,12 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``hamt COMMAND OPTIONS``; returns the exit code: 0, or 2 for a mistake of the user."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # Threads that spin while they wait starve each other on a busy machine: a training step took 22 s
-    # instead of 0.5. Sleeping costs 25 % on an idle one (docs/LOG.md). Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin while they wait starve each other on a busy machine (a training step took 22 s instead
+    # of 0.5); those that sleep at once double a decoding step on an idle one. So they spin for some
+    # microseconds, where the library can be told so (docs/LOG.md). Read when torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     keep_freed_memory()
     try:
         if not arguments or arguments[0] in ("-h", "--help"):

@@ -4,10 +4,10 @@ Shape legend: B batch, N tokens, d hidden size, V vocabulary, T = B · N.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import LinearCrossEntropyOptions
+
+from hamt.linear import linear
 
 NOT_ASKED = -100  # the target where no loss is wanted, as everywhere in PyTorch and Transformers
 # Tokens whose logits exist at a time, and whose logits are worked on at a time.
@@ -31,43 +31,40 @@ def next_token_loss(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     hidden, weight, asked = hidden_states.flatten(0, 1).to(dtype), weight.to(dtype), targets.flatten()
     with torch.autocast(device, enabled=False):
-        if dtype in (torch.bfloat16, torch.float16):
-            total = _half(hidden, weight, asked)
-        else:
-            options = LinearCrossEntropyOptions(batch_chunk_size=TOKENS, chunking_method=None)
-            total = F.linear_cross_entropy(hidden, weight, asked, reduction="sum", options=options)
+        total = _summed(hidden, weight, asked)
     return total / (targets.ne(NOT_ASKED).sum() if num_items is None else num_items)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of (T, d) and a head (V, d) in half precision, with float32 between the products.
+    """Summed cross-entropy of (T, d) and a head (V, d), with float32 at least between the products.
 
-    The function of PyTorch sums the loss in half precision, where thousands of tokens lose their digits or
-    overflow, and on a CPU takes three times as long (docs/LOG.md).
+    ``F.linear_cross_entropy`` sums the loss of half precision in half precision, where thousands of tokens
+    lose their digits or overflow, and on a CPU takes two to three times as long (docs/LOG.md).
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        total = torch.zeros((), device=hidden.device)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros(weight.shape, device=hidden.device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), device=hidden.device, dtype=wide)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
         # Only a CPU has a cache that a few rows fit into; a GPU wants large pieces.
         tokens, rows = (TOKENS, ROWS) if hidden.device.type == "cpu" else (4 * TOKENS, 4 * TOKENS)
         for begin in range(0, len(hidden), tokens):
             part = slice(begin, begin + tokens)
             asked = targets[part].ne(NOT_ASKED)[:, None]
-            target, asked = targets[part, None].where(asked, 0), asked.float()
-            logits = hidden[part] @ weight.T
-            # A few tokens at a time, so that their float32 logits stay in the processor's cache.
+            target, asked = targets[part, None].where(asked, 0), asked.to(wide)
+            logits = linear(hidden[part], weight)
+            # A few tokens at a time, so that their wide logits stay in the processor's cache.
             for tile, index, scale in zip(*(x.split(rows) for x in (logits, target, asked)), strict=True):
-                share = tile.float()
+                share = tile.to(wide)
                 wanted, largest = share.gather(1, index), share.amax(dim=1, keepdim=True)
                 share = share.sub_(largest).exp_()
                 partition = share.sum(dim=1, keepdim=True)
                 total += ((partition.log() + largest - wanted) * scale).sum()
                 # d loss / d logits = softmax - one at the target.
                 tile.copy_(share.mul_(scale / partition).scatter_add_(1, index, -scale))
-            grad_hidden[part] = logits @ weight
-            grad_weight += logits.T @ hidden[part]
+            grad_hidden[part] = linear(logits, weight.T)
+            grad_weight += linear(hidden[part].T, logits.T).T
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
         return total
@@ -80,4 +77,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 # Its loop would be unrolled by a compiler.
-_half = torch.compiler.disable(_LinearCrossEntropy.apply)
+_summed = torch.compiler.disable(_LinearCrossEntropy.apply)

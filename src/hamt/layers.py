@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hamt.config import HAMTConfig
 from hamt.convolution import ShortConvolution
+from hamt.linear import Linear, linear
 from hamt.losses import reconstruction_loss
 from hamt.memory import HolographicMemory, MemoryState
 from hamt.positions import number_documents
@@ -52,7 +53,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(inputs, self.normalized_shape, self.weight.to(inputs.dtype), self.eps)
 
 
-class ResidualLinear(nn.Linear):
+class ResidualLinear(Linear):
     """A linear map into the residual stream, initialised the smaller the deeper the model."""
 
 
@@ -90,7 +91,7 @@ class GatingNetwork(nn.Module):
             if self.weight is None:
                 logits = bias.expand(*conditioned.shape[:-1], -1)
             else:
-                logits = F.linear(conditioned.to(wide), self.weight.to(wide), bias)
+                logits = linear(conditioned.to(wide), self.weight.to(wide), bias)
         forget, write, beta = logits.split(self.sizes, dim=-1)
         heads = (self.config.num_heads, -1)
         log_forget = F.logsigmoid(forget.unflatten(-1, heads)) if self.sizes[0] else None
@@ -125,8 +126,8 @@ class RetrievalHead(nn.Module):
         super().__init__()
         self.algebra = algebra
         self.num_heads = config.num_heads
-        self.key_proj = nn.Linear(config.hidden_dim, config.num_heads * key_size, bias=False)
-        self.read_proj = nn.Linear(config.hidden_dim, config.num_heads * config.num_slots, bias=False)
+        self.key_proj = Linear(config.hidden_dim, config.num_heads * key_size, bias=False)
+        self.read_proj = Linear(config.hidden_dim, config.num_heads * config.num_slots, bias=False)
         self.read_bias = nn.Parameter(torch.empty(config.num_heads * config.num_slots))
 
     def forward(self, conditioned: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +162,7 @@ class Rotation(nn.Module):
             return self.algebra.key(base)[None, None, None]
         # As for the gates: errors of a bfloat16 angle would add up from token to token.
         with torch.autocast(conditioned.device.type, enabled=False):
-            turn = F.linear(conditioned.to(wide), self.weight.to(wide))
+            turn = linear(conditioned.to(wide), self.weight.to(wide))
         return self.algebra.key(turn.unflatten(-1, (self.config.num_heads, -1)) + base)
 
 
@@ -183,14 +184,14 @@ class HAMTLayer(nn.Module):
         )
         width, memory = config.hidden_dim, self.memory
         self.conv = ShortConvolution(width, config.conv_kernel_size) if config.conv_kernel_size > 1 else None
-        self.item_proj = nn.Linear(width, config.hcm_dim, bias=False)
-        self.key_proj = nn.Linear(width, config.num_heads * memory.key_size, bias=False)
+        self.item_proj = Linear(width, config.hcm_dim, bias=False)
+        self.key_proj = Linear(width, config.num_heads * memory.key_size, bias=False)
         self.gating = GatingNetwork(config)
         self.retrieval = RetrievalHead(config, memory.algebra, memory.key_size)
         rotates = config.rotation != "none"
         self.rotation = Rotation(config, memory.algebra, memory.key_size) if rotates else None
         self.norm = RMSNorm(memory.head_dim, eps=config.rms_norm_eps)
-        self.gate_proj = nn.Linear(width, config.hcm_dim, bias=False) if config.use_output_gate else None
+        self.gate_proj = Linear(width, config.hcm_dim, bias=False) if config.use_output_gate else None
         self.output_proj = ResidualLinear(config.hcm_dim, width, bias=False)
 
     def forward(

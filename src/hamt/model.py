@@ -30,6 +30,7 @@ from hamt.layers import (
     Rotation,
     ShortConvolution,
 )
+from hamt.linear import Linear
 
 
 @dataclass
@@ -52,8 +53,8 @@ class HAMTMLP(nn.Module):
     def __init__(self, config: HAMTConfig) -> None:
         super().__init__()
         assert config.intermediate_dim is not None  # HAMTConfig fills it in
-        self.gate_proj = nn.Linear(config.hidden_dim, config.intermediate_dim, bias=False)
-        self.up_proj = nn.Linear(config.hidden_dim, config.intermediate_dim, bias=False)
+        self.gate_proj = Linear(config.hidden_dim, config.intermediate_dim, bias=False)
+        self.up_proj = Linear(config.hidden_dim, config.intermediate_dim, bias=False)
         self.down_proj = ResidualLinear(config.intermediate_dim, config.hidden_dim, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -219,7 +220,7 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
     def __init__(self, config: HAMTConfig) -> None:
         super().__init__(config)
         self.model = HAMTBackbone(config)
-        self.lm_head = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_dim, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

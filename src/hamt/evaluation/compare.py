@@ -137,8 +137,8 @@ def _decode(model: PreTrainedModel, batch: int, cache: Any, steps: int) -> None:
         read(model, token, cache)
 
 
-def prefill_memory(models: Mapping[str, PreTrainedModel], length: int) -> dict[str, int | None]:
-    """Bytes at the peak of reading ``length`` tokens, beyond the weights; None where it cannot be told."""
+def prefill_memory(models: Mapping[str, PreTrainedModel], length: int) -> dict[str, int]:
+    """Bytes of tensors at the peak of reading ``length`` tokens, beyond the weights."""
     found = {}
     for name, model in models.items():
         ids = torch.zeros(1, length, dtype=torch.long, device=model.device)

@@ -1,21 +1,19 @@
-"""Memory that a call needs beyond what the process already has, and bytes of what a model carries along."""
+"""Memory that a call needs beyond what there is before, and bytes of what a model carries along."""
 
-import ctypes
 import gc
+import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
+def peak_memory_of(run: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes of the tensors that PyTorch holds at once at the peak of ``run``, beyond those from before.
 
-def peak_memory_of(run: Callable[[], object], device: str = "cpu") -> int | None:
-    """Bytes of memory at the peak of ``run``, beyond those in use before; None where that cannot be told.
-
-    On a GPU what PyTorch has allocated there, else the pages of this process that are in memory (Linux).
+    Not the pages of the process: what of its freed memory the C library uses again is half chance.
     """
     gc.collect()
     if device == "cuda":
@@ -23,19 +21,17 @@ def peak_memory_of(run: Callable[[], object], device: str = "cpu") -> int | None
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that is kept would hide what is used again
-        CLEAR.write_text("5", encoding="ascii")  # the peak is counted anew (man 5 proc)
-        before = _kilobytes("VmRSS")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler tells when it starts and stops otherwise
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-        return 1024 * (_kilobytes("VmHWM") - before)
-    except (OSError, AttributeError, TypeError):
-        return None
-
-
-def _kilobytes(name: str) -> int:
-    lines = STATUS.read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1])
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def cache_bytes(cache: Any) -> int:

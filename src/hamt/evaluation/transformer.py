@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hamt.config import HAMTConfig
 from hamt.layers import ResidualLinear, ShortConvolution
+from hamt.linear import Linear
 from hamt.model import HAMTForCausalLM
 
 CORES = ("sdpa", "eager", "none")
@@ -55,7 +56,7 @@ class RotaryAttention(nn.Module):
         self.core, self.rotation_base = core, float(config.rotation_base)
         self.conv = ShortConvolution(width, config.conv_kernel_size) if short_convolution else None
         parts = 1 if one_projection else 3
-        self.qkv_proj = nn.ModuleList(nn.Linear(width, 3 * width // parts, bias=False) for _ in range(parts))
+        self.qkv_proj = nn.ModuleList(Linear(width, 3 * width // parts, bias=False) for _ in range(parts))
         self.output_proj = ResidualLinear(width, width, bias=False)
 
     def forward(

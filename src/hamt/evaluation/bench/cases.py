@@ -7,6 +7,7 @@ import torch
 
 from hamt.evaluation.bench.options import BenchOptions
 from hamt.evaluation.timing import interleave, paired_ratio, spread
+from hamt.linear import linear
 
 # How many score matrices eager attention holds at once: the scores, masked, and their softmax.
 EAGER_MATRICES = 3
@@ -82,7 +83,7 @@ def measure(
 def yardstick(options: BenchOptions) -> tuple[Callable[[], object], float]:
     """A square matrix product in float32, and its operations."""
     square = torch.randn(2, options.matmul_size, options.matmul_size)
-    return (lambda: square[0] @ square[1]), 2.0 * options.matmul_size**3
+    return (lambda: linear(square[0], square[1])), 2.0 * options.matmul_size**3
 
 
 def compiled(run: Callable, options: BenchOptions) -> Callable:

@@ -70,7 +70,8 @@ def measure_decoding(options: BenchOptions) -> dict[str, Any]:
         state = HAMTCache(ours.config.num_layers)
         for _ in range(2):  # its cost depends on no context: two segments stand for all
             ours(torch.randint(options.vocab_size, (batch, 64)), past_key_values=state, logits_to_keep=1)
-        cases: dict[str, Callable[[], object]] = {"hamt": partial(_step, ours, token, state)}
+        steps = options.decode_tokens
+        cases: dict[str, Callable[[], object]] = {"hamt": partial(_decode, ours, token, state, steps)}
         sizes, left_out = {"hamt": cache_bytes(state)}, {}
         needed = key_value_bytes(theirs, length, batch, dtype)
         if needed > options.max_bytes:
@@ -80,25 +81,31 @@ def measure_decoding(options: BenchOptions) -> dict[str, Any]:
             static = filled(
                 theirs, StaticCache(theirs.config, max_cache_len=length + 1), length, batch, dtype
             )
-            cases["static"] = partial(_static_step, theirs, token, static, length)
+            cases["static"] = partial(_decode, theirs, token, static, steps, length)
             dynamic = filled(theirs, DynamicCache(config=theirs.config), length, batch, dtype)
-            cases["dynamic"] = partial(_step, theirs, token, dynamic)
+            cases["dynamic"] = partial(_decode, theirs, token, dynamic, steps)
             sizes |= {"static": cache_bytes(static), "dynamic": cache_bytes(dynamic)}
-        found = measure(cases, left_out, {}, options.decode_steps, options.warmup)
-        rows.append({"phase": "decode", "length": length, "batch": batch, **found, "cache_bytes": sizes})
+        found = measure(cases, left_out, {}, -(-options.decode_steps // steps), options.warmup)
+        shape = {"phase": "decode", "length": length, "batch": batch, "steps": steps}
+        rows.append({**shape, **found, "cache_bytes": sizes})
     parameters = {"hamt": ours.num_parameters(), "transformer": theirs.num_parameters()}
     return {"parameters": parameters, "rows": rows}
 
 
 @torch.no_grad()
-def _step(model: HAMTForCausalLM | LlamaForCausalLM, token: torch.Tensor, cache: Cache) -> None:
-    model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-
-def _static_step(model: LlamaForCausalLM, token: torch.Tensor, cache: Cache, length: int) -> None:
-    for layer in cache.layers:
-        layer.cumulative_length.fill_(length)  # type: ignore[union-attr]
-    _step(model, token, cache)
+def _decode(
+    model: HAMTForCausalLM | LlamaForCausalLM,
+    token: torch.Tensor,
+    cache: Cache,
+    steps: int,
+    length: int | None = None,
+) -> None:
+    """Decode ``steps`` tokens, after ``length`` of a static cache each."""
+    for _ in range(steps):
+        if length is not None:
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(length)  # type: ignore[union-attr]
+        model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 # -------------------------------------------------------------------- memory

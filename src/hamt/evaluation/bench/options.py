@@ -26,7 +26,8 @@ class BenchOptions:
     mixer_dim: int = option(512, "width of a mixer measured by itself")
     decode_contexts: list[int] = option([2048, 8192, 32768], "tokens before the one that is decoded")
     decode_batches: list[int] = option([16, 16, 4], "rows, one number for each of these contexts")
-    decode_steps: int = option(20, "measured decoding steps")
+    decode_steps: int = option(96, "measured decoding steps, at least")
+    decode_tokens: int = option(8, "steps that a model takes before it is the turn of another")
     memory_lengths: list[int] = option([1024, 4096, 16384, 65536], "tokens read in segments of 1,024")
     rounds: int = option(5, "measured rounds, all rivals in each")
     warmup: int = option(1, "rounds before them")
@@ -63,7 +64,7 @@ QUICK = {
     "mixer_dim": 256,
     "decode_contexts": [512, 2048],
     "decode_batches": [4, 4],
-    "decode_steps": 10,
+    "decode_steps": 24,
     "memory_lengths": [1024, 8192],
     "rounds": 3,
     "max_seconds": 5.0,

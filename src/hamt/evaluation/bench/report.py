@@ -175,7 +175,9 @@ def _rate(row: Row, name: str) -> str:
 
 
 def _decoded(row: Row, name: str) -> str:
-    return f"{row['batch'] / row['seconds'][name]['median']:,.1f}" if name in row["seconds"] else "–"
+    if name not in row["seconds"]:
+        return "–"
+    return f"{row['batch'] * row['steps'] / row['seconds'][name]['median']:,.1f}"
 
 
 def _milliseconds(row: Row, name: str) -> str:
