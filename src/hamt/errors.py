@@ -2,10 +2,25 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
     """Something only the user can mend; its message is one line that says what to do."""
+
+
+@contextmanager
+def mistakes_of_the_user() -> Iterator[None]:
+    """What configurations and models refuse in here is a mistake of the user, told in its last line.
+
+    Raises:
+        UserError: for any exception.
+    """
+    try:
+        yield
+    except Exception as error:  # ValueError, or what Transformers' type checks raise: those end in the reason
+        raise UserError(str(error).splitlines()[-1].strip()) from error
 
 
 def reason(error: BaseException) -> str:

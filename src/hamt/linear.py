@@ -49,7 +49,7 @@ def _suits(inputs: Tensor, weight: Tensor) -> bool:
         _PRODUCT is not None
         and inputs.dtype is weight.dtype is torch.float32
         and inputs.device.type == weight.device.type == "cpu"
-        and (size >= LARGE or inputs.numel() * len(weight) >= WORK)
+        and (size >= LARGE or inputs.numel() * weight.shape[0] >= WORK)
         and inputs.numel() > 0
         and inputs.shape[-1] == weight.shape[1]
         # Not what stands for other tensors, as those of torch.func do.
@@ -83,7 +83,7 @@ _linear = torch.library.custom_op("hamt::linear", _product, mutates_args=(), dev
 
 @_linear.register_fake
 def _(inputs, weight, bias):
-    return inputs.new_empty(*inputs.shape[:-1], len(weight))
+    return inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from hamt.allocator import keep_freed_memory
 from hamt.config import HAMTConfig
 from hamt.environment import environment
-from hamt.errors import UserError
+from hamt.errors import UserError, mistakes_of_the_user
 from hamt.evaluation.bench.decode import measure_decoding, measure_memory
 from hamt.evaluation.bench.mixers import measure_mixers
 from hamt.evaluation.bench.models import measure_models
@@ -71,15 +71,13 @@ def _check(options: BenchOptions) -> None:
         raise UserError(f"--dtype must be float32 or bfloat16; got {options.dtype}")
     if len(options.decode_contexts) != len(options.decode_batches):
         raise UserError("--decode_batches must give one number for each of --decode_contexts")
-    sizes = ("hidden_dim", "num_layers", "vocab_size", "mixer_dim", "matmul_size", "step_tokens", "rounds")
+    sizes = ["hidden_dim", "num_layers", "vocab_size", "mixer_dim", "matmul_size", "step_tokens", "rounds"]
+    sizes += ["decode_steps", "decode_tokens"]
     numbers = [*options.lengths, *options.train_lengths, *options.decode_contexts, *options.decode_batches]
-    numbers += [*options.memory_lengths, options.decode_steps, *(getattr(options, name) for name in sizes)]
+    numbers += [*options.memory_lengths, *(getattr(options, name) for name in sizes)]
     if min(numbers) < 1:
         raise UserError("lengths, batches, sizes and rounds must be at least 1")
-    try:
-        with torch.device("meta"):  # before minutes are spent on the other parts
-            for width in (options.hidden_dim, options.mixer_dim):
-                config = HAMTConfig(hidden_dim=width, num_layers=1, vocab_size=options.vocab_size)
-                HAMTForCausalLM(config), transformer(config)
-    except Exception as error:  # ValueError, or what Transformers' type checks raise
-        raise UserError(str(error).splitlines()[-1].strip()) from error
+    with mistakes_of_the_user(), torch.device("meta"):  # before minutes are spent on the other parts
+        for width in (options.hidden_dim, options.mixer_dim):
+            config = HAMTConfig(hidden_dim=width, num_layers=1, vocab_size=options.vocab_size)
+            HAMTForCausalLM(config), transformer(config)

@@ -1,6 +1,6 @@
 """``hamt compare``: a model beside baselines, in one table."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -68,25 +68,9 @@ def main(arguments: Sequence[str]) -> int:
         console.print(f"training: {kind} (kept in {checkpoint}/rivals)", markup=False)
         trained.append(str(train_rival(kind, Path(checkpoint))))
     models, missing = _load([checkpoint, *trained, *options.baselines], options.device, console)
-    limits = (longest_context(loaded.model) for loaded in models.values())
-    block = min([options.context, *(limit for limit in limits if limit is not None)])
-    rows: dict[str, dict[str, Any]] = {}
-    for label, loaded in list(models.items()):
-        console.print(f"scoring: {label}")
-        try:
-            rows[label] = {
-                "parameters": loaded.model.num_parameters(),
-                "vocabulary": loaded.model.config.get_text_config().vocab_size,
-                "perplexity": quality(loaded, texts, block, batch_size=4),
-                "reference_code": loaded.model.config.model_type in REFERENCE_CODE,
-            }
-        except Exception as error:  # whatever a foreign model trips over costs no other column
-            if not rows:
-                raise
-            missing[label] = reason(error)
-            del models[label]
+    rows = _score(models, missing, texts, options.context, console)
     console.print("timing")
-    bare = {label: loaded.model for label, loaded in models.items()}
+    bare = {label: models[label].model for label in rows}
     timings = speed(
         bare,
         options.contexts,
@@ -148,6 +132,33 @@ def _load(names: Sequence[str], device: str, console: Console) -> tuple[dict[str
         label = loaded.name if index else f"HAMT ({loaded.name})"
         models[label if label not in models else f"{label} ({name})"] = loaded
     return models, missing
+
+
+def _score(
+    models: Mapping[str, Loaded],
+    missing: dict[str, str],
+    texts: Sequence[str],
+    context: int,
+    console: Console,
+) -> dict[str, dict[str, Any]]:
+    """Size and quality by label; a model that fails is named in ``missing`` instead."""
+    limits = (longest_context(loaded.model) for loaded in models.values())
+    block = min([context, *(limit for limit in limits if limit is not None)])
+    rows: dict[str, dict[str, Any]] = {}
+    for label, loaded in models.items():
+        console.print(f"scoring: {label}")
+        try:
+            rows[label] = {
+                "parameters": loaded.model.num_parameters(),
+                "vocabulary": loaded.model.config.get_text_config().vocab_size,
+                "perplexity": quality(loaded, texts, block, batch_size=4),
+                "reference_code": loaded.model.config.model_type in REFERENCE_CODE,
+            }
+        except Exception as error:  # whatever a foreign model trips over costs no other column
+            if not rows:
+                raise
+            missing[label] = reason(error)
+    return rows
 
 
 # ---------------------------------------------------------------------- report

@@ -1,7 +1,7 @@
 """``hamt evaluate``: perplexity, benchmark tasks and samples of one model."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -79,34 +79,12 @@ def main(arguments: Sequence[str]) -> int:
     console.print(f"{loaded.name}: {model.num_parameters():,} parameters")
     name, documents = _documents(options)
     scores = _scores(loaded, documents, options) if documents is not None else []
-    content: dict[str, Any] = {
-        "environment": header,
-        "options": vars(options),
-        "model": loaded.name,
-        "parameters": model.num_parameters(),
-        "tokenizer": f"{type(loaded.tokenizer).__name__}, {len(loaded.tokenizer):,} tokens",
-        "text": name,
-        "perplexity": [_figures(*row) for row in scores],
-    }
-    text = (
-        f"# {loaded.name}\n\n{model.num_parameters():,} parameters; {content['tokenizer']}; text: {name}.\n"
-    )
-    text += f"{describe_environment(header)}\n"
-    if scores:
-        text += f"\n{_perplexity_table(scores)}\n"
     figures = {"loss_by_position": _figure(scores, model)} if scores else {}
+    content = _content(loaded, options, header, name, scores)
+    text = f"{_heading(content)}\n\n{_perplexity_table(scores)}\n" if scores else f"{_heading(content)}\n"
     paths = write_report(options.output_dir, "evaluation", content, text, figures)
-    if options.tasks:
-        context = options.context or (2048 if isinstance(model, HAMTForCausalLM) else None)
-        content["tasks"] = run_tasks(
-            model,
-            loaded.tokenizer,
-            options.tasks,
-            context=context,
-            limit=options.limit,
-            manager=manager,
-            batch_size=options.batch_size,
-        )
+    if options.tasks:  # takes longest: what is there is written before
+        content["tasks"] = _run_tasks(loaded, options, manager)
         text += f"\n{_task_table(content['tasks'])}\n"
         paths = write_report(options.output_dir, "evaluation", content, text, figures)
     console.print(text, markup=False)
@@ -136,6 +114,42 @@ def _check(options: EvaluateOptions) -> None:
             (text or "").encode()
         except UnicodeEncodeError as error:
             raise UserError("--test_text and --prompts must be UTF-8") from error
+
+
+def _content(
+    loaded: Loaded,
+    options: EvaluateOptions,
+    header: dict[str, Any],
+    text: str,
+    scores: Sequence[tuple[int | None, int | None, Score]],
+) -> dict[str, Any]:
+    """What ``evaluation.json`` holds before any task has run."""
+    return {
+        "environment": header,
+        "options": vars(options),
+        "model": loaded.name,
+        "parameters": loaded.model.num_parameters(),
+        "tokenizer": f"{type(loaded.tokenizer).__name__}, {len(loaded.tokenizer):,} tokens",
+        "text": text,
+        "perplexity": [_figures(*row) for row in scores],
+    }
+
+
+def _heading(content: Mapping[str, Any]) -> str:
+    what = f"{content['parameters']:,} parameters; {content['tokenizer']}; text: {content['text']}."
+    return f"# {content['model']}\n\n{what}\n{describe_environment(content['environment'])}"
+
+
+def _run_tasks(loaded: Loaded, options: EvaluateOptions, manager: Any) -> dict[str, Any]:
+    return run_tasks(
+        loaded.model,
+        loaded.tokenizer,
+        options.tasks,
+        context=options.context or (2048 if isinstance(loaded.model, HAMTForCausalLM) else None),
+        limit=options.limit,
+        manager=manager,
+        batch_size=options.batch_size,
+    )
 
 
 def _documents(options: EvaluateOptions) -> tuple[str, Iterable[str] | None]:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from hamt.environment import environment
-from hamt.errors import UserError
+from hamt.errors import UserError, mistakes_of_the_user
 from hamt.evaluation.capacity import capacity_figure, capacity_table, measure_capacity
 from hamt.evaluation.report import describe_environment, write_report
 from hamt.files import check_writable
@@ -101,10 +101,7 @@ def plan(options: RecallOptions) -> list[Run]:
         for seed, task, rate, state, model in grid
     ]
     runs = list(dict.fromkeys(runs))
-    try:
-        with torch.device("meta"):  # before hours are spent on the others
-            for run in runs:
-                make_model(run)
-    except Exception as error:  # ValueError, or what Transformers' type checks raise
-        raise UserError(str(error).splitlines()[-1].strip()) from error
+    with mistakes_of_the_user(), torch.device("meta"):  # before hours are spent on the others
+        for run in runs:
+            make_model(run)
     return runs

@@ -17,7 +17,7 @@ from hamt.data.corpus import Corpus, load_corpus
 from hamt.data.loader import ORDERS, Batches
 from hamt.data.tokenizer import character_tokenizer, load_tokenizer, own_tokenizer
 from hamt.data.tokens import TokenisedCorpus, tokenise
-from hamt.errors import UserError
+from hamt.errors import UserError, mistakes_of_the_user
 from hamt.files import check_writable
 from hamt.model import HAMTForCausalLM
 from hamt.training.loop import LoopOptions
@@ -187,10 +187,8 @@ def build_config(**fields) -> HAMTConfig:
     Raises:
         UserError: if it cannot be built, with what would be right.
     """
-    try:
+    with mistakes_of_the_user():
         return HAMTConfig(**fields)
-    except Exception as error:  # ValueError, or what Transformers' type checks raise
-        raise UserError(str(error).splitlines()[-1].strip()) from error
 
 
 def _check(options: TrainOptions) -> None:
