@@ -11,6 +11,7 @@ from hamt.evaluation.tables import markdown, megabytes
 from hamt.visualization import Series, fitted_slope, scaling
 
 Row = Mapping[str, Any]
+Column = tuple[str, Callable[[Row], str]]  # what stands above it, and its cell for a row
 
 
 def bench_tables(result: Mapping[str, Any]) -> str:
@@ -34,28 +35,18 @@ def _models(part: Mapping[str, Any]) -> str:
         tables.append("Joules per token: not measured, this machine has no counter that can be read (RAPL).")
     for phase, rows in _groups(part["rows"], lambda row: row["phase"]).items():
         names = [name for name in counts if any(name in row["seconds"] for row in rows)]
-        others = [name for name in names if name != "hamt"]
-        header = ["N", "batch", *(f"{name} tokens/s" for name in names)]
-        header += [f"hamt over {name}" for name in others]
-        header += ["ceiling over sdpa"] if {"ceiling", "sdpa"} <= {*names} else []
-        header += [f"{name} of matmul" for name in ("hamt", "sdpa") if name in names]
-        measured = any("joules_per_token" in row for row in rows)
-        header += [f"{name} J/token" for name in ("hamt", "sdpa") if measured]
-        lines = []
-        for row in rows:
-            cells = [f"{row['length']:,}", str(row["batch"])]
-            cells += [_rate(row, name) for name in names]
-            cells += [_ratio(row, f"hamt over {name}") for name in others]
-            cells += [_quotient(row, "ceiling", "sdpa")] if "ceiling over sdpa" in header else []
-            cells += [_share(row, name) for name in ("hamt", "sdpa") if name in names]
-            cells += [_joules(row, name) for name in ("hamt", "sdpa") if measured]
-            lines.append(cells)
+        columns = [_column("N", _length), _column("batch", _batch)]
+        columns += [_column(f"{name} tokens/s", _rate, name) for name in names]
+        columns += _ratios(name for name in names if name != "hamt")
+        if {"ceiling", "sdpa"} <= {*names}:
+            columns.append(_column("ceiling over sdpa", _quotient, "ceiling", "sdpa"))
+        columns += [_column(f"{name} of matmul", _share, name) for name in ("hamt", "sdpa") if name in names]
+        if any("joules_per_token" in row for row in rows):
+            columns += [_column(f"{name} J/token", _joules, name) for name in ("hamt", "sdpa")]
         summary = [f"time of {name} ∝ N^{slope:.2f}" for name, slope in slopes(rows).items()]
         if crossing := crossover(rows):
             summary.append(f"HAMT overtakes sdpa at about N = {crossing:,.0f}")
-        tables.append(
-            f"### {phase}\n\n{markdown(header, lines, text=())}\n\n{'; '.join(summary)}.{_notes(rows)}"
-        )
+        tables.append(f"### {phase}\n\n{_table(columns, rows)}\n\n{'; '.join(summary)}.{_notes(rows)}")
     return "\n\n".join(tables)
 
 
@@ -63,42 +54,36 @@ def _mixers(part: Mapping[str, Any]) -> str:
     tables = [f"## One mixer, d = {part['hidden_dim']}\n\n{part['memory']} against {part['attention']}."]
     for title, rows in _groups(part["rows"], lambda row: f"{row['level']}, {row['phase']}").items():
         names = [name for name in ("hamt", "sdpa", "eager") if any(name in row["seconds"] for row in rows)]
-        header = ["N", *(f"{name} ms" for name in names), *(f"hamt over {name}" for name in names[1:])]
-        lines = [
-            [f"{row['length']:,}"]
-            + [_milliseconds(row, name) for name in names]
-            + [_ratio(row, f"hamt over {name}") for name in names[1:]]
-            for row in rows
-        ]
-        tables.append(f"### {title}\n\n{markdown(header, lines, text=())}{_notes(rows)}")
+        columns = [_column("N", _length), *(_column(f"{name} ms", _milliseconds, name) for name in names)]
+        columns += _ratios(names[1:])
+        tables.append(f"### {title}\n\n{_table(columns, rows)}{_notes(rows)}")
     return "\n\n".join(tables)
 
 
 def _decoding(part: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{name} {count:,}" for name, count in part["parameters"].items())
-    header = ["context", "batch", "hamt tokens/s", "static cache", "growing cache", "hamt over static"]
-    header += ["hamt over growing", "hamt state MB", "keys and values MB"]
-    lines = [
-        [f"{row['length']:,}", str(row["batch"])]
-        + [_decoded(row, name) for name in ("hamt", "static", "dynamic")]
-        + [_ratio(row, f"hamt over {name}") for name in ("static", "dynamic")]
-        + [megabytes(row["cache_bytes"].get(name)) for name in ("hamt", "static")]
-        for row in part["rows"]
+    columns = [
+        _column("context", _length),
+        _column("batch", _batch),
+        _column("hamt tokens/s", _decoded, "hamt"),
+        _column("static cache", _decoded, "static"),
+        _column("growing cache", _decoded, "dynamic"),
+        _column("hamt over static", _ratio, "hamt over static"),
+        _column("hamt over growing", _ratio, "hamt over dynamic"),
+        _column("hamt state MB", _megabytes, "cache_bytes", "hamt"),
+        _column("keys and values MB", _megabytes, "cache_bytes", "static"),
     ]
-    table = markdown(header, lines, text=())
+    table = _table(columns, part["rows"])
     return f"## Decoding\n\nParameters: {counts}.\n\n{table}{_notes(part['rows'])}"
 
 
 def _memory(part: Mapping[str, Any]) -> str:
-    names = ("hamt", "transformer")
-    header = ["N", *(f"{name}, {what} MB" for name in names for what in ("carried", "peak"))]
-    lines = [
-        [f"{row['length']:,}"]
-        + [megabytes(row[what].get(name)) for name in names for what in ("cache_bytes", "peak_bytes")]
-        for row in part["rows"]
-    ]
+    columns = [_column("N", _length)]
+    for name in ("hamt", "transformer"):
+        columns.append(_column(f"{name}, carried MB", _megabytes, "cache_bytes", name))
+        columns.append(_column(f"{name}, peak MB", _megabytes, "peak_bytes", name))
     what = f"N tokens read in segments of {part['segment']:,}; the peak is without the weights."
-    return f"## Memory\n\n{what}\n\n{markdown(header, lines, text=())}{_notes(part['rows'])}"
+    return f"## Memory\n\n{what}\n\n{_table(columns, part['rows'])}{_notes(part['rows'])}"
 
 
 def slopes(rows: Sequence[Row]) -> dict[str, float]:
@@ -166,6 +151,34 @@ def _series(rows: Sequence[Row]) -> dict[str, Series]:
         )
         found[name] = Series([row["length"] for row in with_it], middle, low, high)
     return found
+
+
+# ----------------------------------------------------------------------- cells
+
+
+def _column(title: str, cell: Callable[..., str], *arguments: str) -> Column:
+    return title, lambda row: cell(row, *arguments)
+
+
+def _ratios(names: Iterable[str]) -> list[Column]:
+    return [_column(f"hamt over {name}", _ratio, f"hamt over {name}") for name in names]
+
+
+def _table(columns: Sequence[Column], rows: Iterable[Row]) -> str:
+    lines = [[cell(row) for _, cell in columns] for row in rows]
+    return markdown([title for title, _ in columns], lines, text=())
+
+
+def _length(row: Row) -> str:
+    return f"{row['length']:,}"
+
+
+def _batch(row: Row) -> str:
+    return str(row["batch"])
+
+
+def _megabytes(row: Row, what: str, name: str) -> str:
+    return megabytes(row[what].get(name))
 
 
 def _rate(row: Row, name: str) -> str:
