@@ -46,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), device=hidden.device, dtype=wide)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
+        grad_hidden, grad_weight = torch.empty_like(hidden), weight.new_zeros(weight.T.shape, dtype=wide)
         # Only a CPU has a cache that a few rows fit into; a GPU wants large pieces.
         tokens, rows = (TOKENS, ROWS) if hidden.device.type == "cpu" else (4 * TOKENS, 4 * TOKENS)
         for begin in range(0, len(hidden), tokens):
@@ -64,8 +64,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # d loss / d logits = softmax - one at the target.
                 tile.copy_(share.mul_(scale / partition).scatter_add_(1, index, -scale))
             grad_hidden[part] = linear(logits, weight.T)
-            grad_weight += linear(hidden[part].T, logits.T).T
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            grad_weight += linear(hidden[part].T, logits.T)
+        ctx.save_for_backward(grad_hidden, grad_weight.T)
         ctx.dtype = weight.dtype
         return total
 
