@@ -107,6 +107,10 @@ def accuracy_against_state(tasks: Mapping[str, Mapping[str, Series]]) -> Figure:
     for axes, (task, series) in zip(all_axes, tasks.items(), strict=True):
         draw_series(axes, series, "state (bytes)", "accuracy (%)")
         axes.set_xscale("log", base=2)
+        # Powers of two lie beside the sizes that were measured.
+        measured = max((one.x for one in series.values()), key=len, default=[])
+        axes.set_xticks(measured, [f"{size:,.0f}" for size in measured])
+        axes.minorticks_off()
         axes.set_ylim(-3, 103)
         axes.set_title(task, fontsize="medium")
     return figure
