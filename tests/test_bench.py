@@ -152,6 +152,18 @@ def test_cells_of_the_tables_by_hand():
     cells = "100 | 3 | 300 | 300 | 300 | 1.00× (0.50–2.00) | 1.00× (0.50–2.00) | 3.00× (3.00–3.00) | 100% | –"
     assert f"| {cells} |" in text
     assert "eager at N = 100 was not measured: its scores would take too much memory." in text
+    decoded = {
+        "phase": "decode",
+        "length": 100,
+        "batch": 3,
+        "steps": 4,
+        "seconds": {"hamt": three, "static": {"median": 6.0}},
+        "ratios": {"hamt over static": three},
+        "cache_bytes": {"hamt": 1_500_000},
+        "left_out": {},
+    }
+    text = bench_tables({"decode": {"parameters": {"hamt": 9}, "rows": [decoded]}})
+    assert "| 100 | 3 | 12.0 | 2.0 | – | 1.00× (0.50–2.00) | – | 1.50 | – |" in text
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hamt import HAMTConfig
 from hamt.checkpoint import load_checkpoint
 from hamt.cli import COMMANDS, main
 from hamt.commands.compare import CompareOptions
@@ -19,6 +20,7 @@ from hamt.commands.demo import DemoOptions
 from hamt.commands.evaluate import EvaluateOptions
 from hamt.commands.generate import GenerateOptions
 from hamt.commands.quick_train import QuickTrainOptions
+from hamt.errors import UserError, mistakes_of_the_user
 
 ROOT = Path(__file__).parent.parent
 TEXT = "".join(
@@ -169,6 +171,29 @@ def test_demo_trains_compares_and_writes(text, tmp_path, capsys):
 def test_mistakes_end_in_one_line_that_says_what_to_do(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in fails(arguments, capsys)
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_waiting_threads_spin_a_little_unless_the_user_says_otherwise(given):
+    code = "import sys; sys.argv = ['-m', 'hamt.cli']; sys.orig_argv = ['python', *sys.argv]\n"
+    code += "from hamt.cli import main; assert 'torch' not in sys.modules; main(['--help'])\n"
+    code += "import os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**kept, **given})
+    expected = {"": "PASSIVE 10000", "OMP_WAIT_POLICY": "ACTIVE None", "GOMP_SPINCOUNT": "PASSIVE 7"}
+    assert done.stdout.splitlines()[-1] == expected["".join(given)]
+
+
+def test_only_refused_values_are_mistakes_of_the_user():
+    with pytest.raises(UserError, match=r"^the reason$"), mistakes_of_the_user():
+        raise ValueError("in a field:\n   the reason\n")
+    with pytest.raises(UserError, match=r"^ValueError$"), mistakes_of_the_user():
+        raise ValueError
+    with pytest.raises(UserError, match="hidden_dim"), mistakes_of_the_user():
+        HAMTConfig(hidden_dim="wide")
+    with pytest.raises(AttributeError), mistakes_of_the_user():
+        raise AttributeError("a mistake of ours")
 
 
 def test_an_empty_text_is_refused(tmp_path, capsys):

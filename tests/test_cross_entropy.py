@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from hamt.cross_entropy import NOT_ASKED, TOKENS, next_token_loss
 
@@ -67,3 +68,31 @@ def test_large_logits_are_no_trouble():
         )
     assert loss.isfinite()
     assert all(x.isfinite().all() for x in gradients)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_does_not_learn_costs_nothing(frozen):
+    hidden, weight, targets = problem(50)
+    leaves = {"hidden": hidden, "weight": weight}
+    learning = next(tensor for name, tensor in leaves.items() if name != frozen).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        next_token_loss(hidden, weight, targets).backward()
+    product = 2 * targets.numel() * weight.numel()
+    assert counter.get_total_flops() == 2 * product
+    assert learning.grad is not None
+    assert leaves[frozen].grad is None
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        loss = next_token_loss(hidden, weight, targets)
+    assert counter.get_total_flops() == product
+    assert not loss.requires_grad
+
+
+def test_float64_is_summed_in_float64():
+    hidden, weight, targets = problem(40)
+    hidden, weight = hidden.double(), weight.double()
+    logits = (hidden @ weight.T).flatten(0, 1)
+    expected = F.cross_entropy(logits, targets.flatten(), ignore_index=NOT_ASKED)
+    assert next_token_loss(hidden, weight, targets).item() == pytest.approx(expected.item(), rel=1e-13)
+    leaves = hidden[:, :4].clone().requires_grad_(), weight[:20, :].clone().requires_grad_()
+    few = targets[:, -4:] % 20
+    assert torch.autograd.gradcheck(lambda h, w: next_token_loss(h, w, few), leaves)

@@ -10,6 +10,8 @@ from hamt import HAMTConfig, HAMTModel
 from hamt.linear import LARGE, WORK, Linear, linear
 
 FEATURES, OUTPUTS = 384, 512
+# PyTorch's own, when it first differentiates forwards.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 
 @pytest.fixture
@@ -19,9 +21,12 @@ def product(monkeypatch):
         pytest.skip("this PyTorch has no such operator")
     original, shapes = hamt.linear._PRODUCT, []
 
-    def counted(inputs, *others):
+    def counted(inputs, weight, bias, *others):
         shapes.append(tuple(inputs.shape))
-        return original(inputs, *others)
+        # What it is slow with, and what it reads wrongly.
+        assert weight.is_contiguous() or weight.T.is_contiguous()
+        assert bias is None or (bias.is_contiguous() and bias.shape == weight.shape[:1])
+        return original(inputs, weight, bias, *others)
 
     monkeypatch.setattr(hamt.linear, "_PRODUCT", counted)
     return shapes
@@ -58,10 +63,19 @@ WEIGHTS = {
 @pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
 def test_any_layout_gives_the_product(inputs, weight, bias, product):
+    found = linear(inputs, weight, bias)
+    torch.testing.assert_close(found, F.linear(inputs, weight, bias), rtol=1e-4, atol=1e-3)
+    assert len(product) == 1
+    assert found.add_(1).is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(FEATURES,), (90, FEATURES), (3, 30, FEATURES)])
+def test_outputs_may_be_changed_in_place(shape):
+    weight, inputs = random(OUTPUTS, FEATURES).requires_grad_(), random(*shape)
+    linear(inputs, weight).add_(1).mul_(2).sum().backward()
     torch.testing.assert_close(
-        linear(inputs, weight, bias), F.linear(inputs, weight, bias), rtol=1e-4, atol=1e-3
+        weight.grad, 2 * inputs.reshape(-1, FEATURES).sum(0).expand(OUTPUTS, -1), rtol=1e-4, atol=1e-3
     )
-    assert product == [tuple(inputs.shape)]
 
 
 def test_gradients_and_their_gradients_are_those_of_the_product(product):
@@ -87,9 +101,52 @@ def test_only_gradients_that_are_asked_for_are_computed(product):
     assert weight.grad.is_contiguous()
 
 
+@pytest.mark.parametrize("learning", range(3))
+def test_each_can_learn_alone(learning, product):
+    leaves = [random(90, FEATURES), random(OUTPUTS, FEATURES), random(OUTPUTS)]
+    leaves[learning].requires_grad_()
+    found = torch.autograd.grad(linear(*leaves).tanh().sum(), leaves[learning])
+    expected = torch.autograd.grad(F.linear(*leaves).tanh().sum(), leaves[learning])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    assert len(product) == (1 if learning == 2 else 2)
+
+
+def test_gradients_of_any_layout_are_fast(product):
+    """The layout of what flows back decides that of an operand; ``product`` asserts that it is a good one."""
+    weight, inputs = random(OUTPUTS, FEATURES).requires_grad_(), random(90, FEATURES).requires_grad_()
+    linear(inputs, weight).sum().backward()  # a number, expanded
+    torch.cat((linear(inputs, weight), linear(inputs, weight)), dim=1).square().sum().backward()
+    linear(inputs, weight).view(90, -1, 2)[..., 0].square().sum().backward()
+    assert len(product) == 12
+
+
+def test_numbers_of_rows_are_few(product):
+    weight, seen = random(OUTPUTS, FEATURES), set()
+    for rows in range(1, 2000, 7):
+        inputs = random(rows, FEATURES)
+        torch.testing.assert_close(linear(inputs, weight), F.linear(inputs, weight), rtol=1e-4, atol=1e-3)
+        padded = product[-1][0]
+        assert rows <= padded <= 1.125 * rows
+        seen.add(padded)
+    assert len(seen) <= 72  # 16, and 8 for each power of two up to 2,048
+
+
 def left_to_pytorch():
     large, small = random(OUTPUTS, FEATURES), random(8, 16)
     tokens = random(4, FEATURES)
+    bias = random(OUTPUTS)
+    yield "a bias for all rows", lambda: linear(tokens, large, random(4, OUTPUTS))
+    yield "narrow", lambda: linear(random(4096, 2048), random(1, 2048))
+    yield "few rows to learn from", lambda: linear(tokens, large.clone().requires_grad_())
+    yield "a vector for a matrix", lambda: linear(tokens, large[0])
+    yield "jvp", lambda: torch.func.jvp(lambda x: linear(x, large, bias), (tokens,), (tokens,))
+
+    def dual():
+        with torch.autograd.forward_ad.dual_level():
+            both = torch.autograd.forward_ad.make_dual(tokens, tokens)
+            assert torch.autograd.forward_ad.unpack_dual(linear(both, large)).tangent is not None
+
+    yield "forward mode", dual
     yield "small", lambda: linear(random(4, 16), small)
     yield "float64", lambda: linear(tokens.double(), large.double())
     yield "bfloat16", lambda: linear(tokens.bfloat16(), large.bfloat16())
@@ -125,18 +182,24 @@ def test_shapes_that_do_not_fit_are_refused_as_by_pytorch():
 
 
 def test_operations_are_counted():
+    inputs, weight = random(3, 30, FEATURES), random(OUTPUTS, FEATURES)
     with FlopCounterMode(display=False) as counter:
-        linear(random(3, 7, FEATURES), random(OUTPUTS, FEATURES))
-    assert counter.get_total_flops() == 2 * 21 * FEATURES * OUTPUTS
+        linear(inputs, weight)
+    # Rows are padded, from 90 to 96.
+    assert counter.get_total_flops() == 2 * 96 * FEATURES * OUTPUTS
+    with FlopCounterMode(display=False) as counter:
+        linear(inputs.requires_grad_(), weight.requires_grad_()).sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * 90 + 96) * FEATURES * OUTPUTS
 
 
-def test_a_model_computes_the_same_without_it():
+def test_a_model_computes_the_same_without_it(product):
     torch.manual_seed(0)
     model = HAMTModel(HAMTConfig(hidden_dim=256, num_layers=1, vocab_size=1000)).eval()
     assert all(type(module) is not torch.nn.Linear for module in model.modules())
     ids = torch.randint(1000, (2, 20))
     with torch.no_grad(), without_onednn():
         expected = model(ids).logits
+    assert not product
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
@@ -154,3 +217,25 @@ def test_compiled_it_is_the_same(product):
     for found, wanted in zip(derivatives(compiled), expected, strict=True):
         torch.testing.assert_close(found, wanted)
     assert len(product) == 3
+
+
+def test_compiled_forward_mode_is_right():
+    torch._dynamo.reset()
+    weight, tokens = random(OUTPUTS, FEATURES), random(40, FEATURES)
+
+    def tangent(x):
+        return torch.func.jvp(lambda y: linear(y, weight), (x,), (x,))[1]
+
+    torch.testing.assert_close(torch.compile(tangent, backend="aot_eager")(tokens), tangent(tokens))
+
+
+def test_compiled_for_any_number_of_rows():
+    torch._dynamo.reset()
+    layer = Linear(FEATURES, OUTPUTS)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (90, 133, 257):
+        inputs = random(rows, FEATURES).requires_grad_()
+        found = torch.autograd.grad(compiled(inputs).tanh().sum(), [inputs, *layer.parameters()])
+        expected = torch.autograd.grad(layer(inputs).tanh().sum(), [inputs, *layer.parameters()])
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from hamt import HAMTConfig, HAMTForCausalLM
 from hamt.evaluation.energy import joules
 from hamt.evaluation.peak_memory import cache_bytes, peak_memory_of
+from hamt.evaluation.products import share_products
 from hamt.evaluation.rivals import RIVALS, rival
 from hamt.evaluation.transformer import non_embedding_parameters
 from hamt.training.optim import build_optimizers
@@ -71,6 +75,21 @@ def test_gated_deltanet_remembers_from_the_start():
         decay = torch.exp(-mixer.A_log.exp() * torch.nn.functional.softplus(mixer.dt_bias))
         assert (decay > 0.15).all()
         assert mixer.dt_bias.max() < -2
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_sharing_products_changes_nothing_but_who_computes_them(kind, tmp_path):
+    torch.manual_seed(0)
+    model, _ = make(kind, hidden_dim=256)
+    ids = torch.randint(SIZES["vocab_size"], (2, 30))
+    model.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    maps = [module for module in plain.modules() if isinstance(module, nn.Linear | Conv1D)]
+    with torch.no_grad():
+        expected = plain(ids).logits
+        share_products(plain)
+        torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert not {type(module) for module in maps} & {nn.Linear, Conv1D}
 
 
 def test_there_are_no_other_rivals():

@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``hamt COMMAND OPTIONS``; returns the exit code: 0, or 2 for a mistake of the user."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     # Threads that spin while they wait starve each other on a busy machine (a training step took 22 s instead
-    # of 0.5); those that sleep at once double a decoding step on an idle one. So they spin for some
-    # microseconds, where the library can be told so (docs/LOG.md). Read when torch is imported.
+    # of 0.5); with those that sleep at once a decoding step takes up to 1.7 times as long on an idle one. So
+    # they spin for some microseconds, where the library can be told so (docs/LOG.md). Read with torch.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

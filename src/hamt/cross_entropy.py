@@ -31,7 +31,7 @@ def next_token_loss(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     hidden, weight, asked = hidden_states.flatten(0, 1).to(dtype), weight.to(dtype), targets.flatten()
     with torch.autocast(device, enabled=False):
-        total = _summed(hidden, weight, asked)
+        total = _summed(hidden, weight, asked, torch.is_grad_enabled())
     return total / (targets.ne(NOT_ASKED).sum() if num_items is None else num_items)
 
 
@@ -39,14 +39,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of (T, d) and a head (V, d), with float32 at least between the products.
 
     ``F.linear_cross_entropy`` sums the loss of half precision in half precision, where thousands of tokens
-    lose their digits or overflow, and on a CPU takes two to three times as long (docs/LOG.md).
+    lose their digits or overflow, and on a CPU takes up to three times as long (docs/LOG.md).
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, learns: bool) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), device=hidden.device, dtype=wide)
-        grad_hidden, grad_weight = torch.empty_like(hidden), weight.new_zeros(weight.T.shape, dtype=wide)
+        grad_hidden = torch.empty_like(hidden) if learns and ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if learns and ctx.needs_input_grad[1]:
+            grad_weight = weight.new_zeros(weight.T.shape, dtype=wide)
         # Only a CPU has a cache that a few rows fit into; a GPU wants large pieces.
         tokens, rows = (TOKENS, ROWS) if hidden.device.type == "cpu" else (4 * TOKENS, 4 * TOKENS)
         for begin in range(0, len(hidden), tokens):
@@ -61,19 +64,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 share = share.sub_(largest).exp_()
                 partition = share.sum(dim=1, keepdim=True)
                 total += ((partition.log() + largest - wanted) * scale).sum()
-                # d loss / d logits = softmax - one at the target.
-                tile.copy_(share.mul_(scale / partition).scatter_add_(1, index, -scale))
-            grad_hidden[part] = linear(logits, weight.T)
-            grad_weight += linear(hidden[part].T, logits.T)
-        ctx.save_for_backward(grad_hidden, grad_weight.T)
+                if learns:  # d loss / d logits = softmax - one at the target
+                    tile.copy_(share.mul_(scale / partition).scatter_add_(1, index, -scale))
+            if grad_hidden is not None:
+                grad_hidden[part] = linear(logits, weight.T)
+            if grad_weight is not None:
+                grad_weight += linear(hidden[part].T, logits.T)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.T)
         ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, (grad_weight * grad).to(ctx.dtype), None
+        return (
+            None if grad_hidden is None else grad_hidden * grad,
+            None if grad_weight is None else (grad_weight * grad).to(ctx.dtype),
+            None,
+            None,
+        )
 
 
 # Its loop would be unrolled by a compiler.

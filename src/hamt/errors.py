@@ -12,15 +12,19 @@ class UserError(Exception):
 
 @contextmanager
 def mistakes_of_the_user() -> Iterator[None]:
-    """What configurations and models refuse in here is a mistake of the user, told in its last line.
+    """Values that configurations and models refuse in here are a mistake of the user.
 
     Raises:
-        UserError: for any exception.
+        UserError: for a ValueError, and for what Transformers' type checks raise, with its last line: there
+            the reason stands.
     """
+    from huggingface_hub.errors import StrictDataclassError  # the command's help does not wait for it
+
     try:
         yield
-    except Exception as error:  # ValueError, or what Transformers' type checks raise: those end in the reason
-        raise UserError(str(error).splitlines()[-1].strip()) from error
+    except (ValueError, StrictDataclassError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(lines[-1].strip()) from error
 
 
 def reason(error: BaseException) -> str:

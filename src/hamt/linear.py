@@ -3,7 +3,9 @@
 PyTorch leaves float32 products on x86 to MKL, which does not use all of a processor that is not Intel's,
 and which packs the whole matrix for a handful of tokens. oneDNN, which PyTorch brings along and uses for
 bfloat16, does neither: large products take half as long on the AMD processor that HAMT was measured on, and
-a decoding step two thirds (docs/LOG.md).
+those of a decoding step two thirds (docs/LOG.md).
+
+Shape legend: I inputs and O outputs of a map, T rows.
 """
 
 import math
@@ -11,12 +13,16 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-# Private, but what torch.compile has made of linear maps for years; without it all is as PyTorch does it.
+# Private: what torch.compile makes of maps with constant weights. Without it all is as PyTorch does it.
 _PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-# A matrix below LARGE is left to MKL unless there are many rows: a call of oneDNN costs 10 µs more.
-LARGE, WORK = 2**17, 2**22
+# Below, MKL is as fast or faster: operations of a product, numbers of a matrix for a few rows, its sides.
+WORK, LARGE, NARROW = 2**22, 2**17, 16
+# oneDNN makes code for each number of rows, whose memory is not given back: rows come in so many numbers
+# between a power of two and the next.
+STEPS = 8
 
 
 class Linear(nn.Linear):
@@ -32,52 +38,70 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     ``torch.backends.mkldnn.enabled = False`` leaves everything to PyTorch.
     """
-    if not _suits(inputs, weight):
-        return F.linear(inputs, weight, bias)
-    learns = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (inputs, weight, bias)
+    learns = torch.is_grad_enabled() and (
+        inputs.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
+    if not _suits(inputs, weight, bias, learns):
+        return F.linear(inputs, weight, bias)
     # A decoding step would spend as much time on its way through the dispatcher as in small products.
     product = _linear if learns or torch.compiler.is_compiling() else _product
     return product(inputs, weight, bias)
 
 
-def _suits(inputs: Tensor, weight: Tensor) -> bool:
+def _suits(inputs: Tensor, weight: Tensor, bias: Tensor | None, learns: bool) -> bool:
     """Whether oneDNN is there for these tensors, and faster."""
-    size = weight.numel()
     return (
         _PRODUCT is not None
-        and inputs.dtype is weight.dtype is torch.float32
-        and inputs.device.type == weight.device.type == "cpu"
-        and (size >= LARGE or inputs.numel() * weight.shape[0] >= WORK)
+        and weight.ndim == 2
+        and inputs.ndim > 0
+        and (inputs.numel() * weight.shape[0] >= WORK or (weight.numel() >= LARGE and not learns))
+        and min(weight.shape) >= NARROW
         and inputs.numel() > 0
         and inputs.shape[-1] == weight.shape[1]
-        # Not what stands for other tensors, as those of torch.func do.
-        and (torch.compiler.is_compiling() or _plain(inputs, weight))
+        and _plain(inputs)
+        and _plain(weight)
+        and (bias is None or (_plain(bias) and bias.shape == weight.shape[:1]))
         and not torch.is_autocast_enabled("cpu")
-        and _enabled()
+        # Transformations of functions want operators that they know.
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the question
-def _enabled() -> bool:
-    return torch._C._get_mkldnn_enabled()
-
-
-def _plain(inputs: Tensor, weight: Tensor) -> bool:
+def _plain(x: Tensor) -> bool:
+    """Whether a tensor is what the operator takes it for: numbers in memory, not what stands for them."""
     return (
-        type(inputs) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
+        x.dtype is torch.float32
+        and x.is_cpu
+        and type(x) in (Tensor, nn.Parameter)
+        and x.layout is torch.strided
+        and not x.is_nested
     )
 
 
 def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    assert _PRODUCT is not None
-    return _PRODUCT(inputs, weight, bias, "none", [], "")
+    if _PRODUCT is None or not torch._C._get_mkldnn_enabled():
+        return F.linear(inputs, weight, bias)
+    rows = inputs.reshape(-1, weight.shape[1])
+    # Any other layout is multiplied by reference code, a thousand times as slow.
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    output = _PRODUCT(_padded(rows), weight, bias, "none", [], "")[: len(rows)]
+    # To autograd this is no view: it may be changed in place.
+    return torch.ops.aten._unsafe_view.default(output, [*inputs.shape[:-1], weight.shape[0]])
 
 
-# The operator itself has no gradient, and what compilers make of it wants constant weights.
+def _padded(rows: Tensor) -> Tensor:
+    """(T, I) with rows of zeros behind, to one of a few numbers of rows."""
+    count = rows.shape[0]
+    if not isinstance(count, int) or count <= 2 * STEPS:  # a symbol, while a compiler traces gradients
+        return rows
+    step = 2 ** ((count - 1).bit_length() - 1) // STEPS
+    return rows if count % step == 0 else F.pad(rows, (0, 0, 0, -count % step))
+
+
+# The operator has no gradient of its own.
 _linear = torch.library.custom_op("hamt::linear", _product, mutates_args=(), device_types="cpu")
 
 
@@ -87,18 +111,21 @@ def _(inputs, weight, bias):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:2])
+    rows, weight, _ = inputs
+    needed = ctx.needs_input_grad
+    ctx.save_for_backward(rows if needed[1] else None, weight if needed[0] else None)
 
 
 def _backward(ctx, grad):
     inputs, weight = ctx.saved_tensors
-    rows, needed = grad.flatten(0, -2), ctx.needs_input_grad
-    return (
-        _linear(grad, weight.T, None) if needed[0] else None,
+    rows, needed = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
+    grad_weight = None
+    if needed[1]:
         # The other way round, (rows.T, inputs.T), is slower for a large O.
-        _linear(inputs.flatten(0, -2).T, rows.T, None).T if needed[1] else None,
-        rows.sum(0) if needed[2] else None,
-    )
+        rows_in = _padded(inputs.reshape(-1, inputs.shape[-1]))
+        grad_weight = _linear(rows_in.T, _padded(rows).T, None).T
+    grad_inputs = _linear(grad, weight.T, None) if needed[0] else None
+    return grad_inputs, grad_weight, rows.sum(0) if needed[2] else None
 
 
 _linear.register_autograd(_backward, setup_context=_setup_context)
@@ -109,4 +136,6 @@ def _flops(inputs, weight, *_, out_shape=None, **__) -> int:
     return 2 * math.prod(inputs) * weight[0]
 
 
-register_flop_formula([op for op in (_PRODUCT, torch.ops.hamt.linear) if op is not None])(_flops)
+for _operator in (_PRODUCT, torch.ops.hamt.linear):
+    if _operator is not None and _operator not in flop_registry:
+        register_flop_formula(_operator)(_flops)

@@ -11,6 +11,7 @@ from hamt.checkpoint import load_checkpoint
 from hamt.config import HAMTConfig
 from hamt.data.hub import no_network
 from hamt.errors import UserError
+from hamt.evaluation.products import share_products
 
 
 class Loaded(NamedTuple):
@@ -51,6 +52,7 @@ def load_model(name: str) -> Loaded:
         raise UserError(
             f"no model {name!r} ({reason}): give a folder, a .pt or .gguf file, or a name on the hub"
         ) from error
+    share_products(model)
     return Loaded(model.eval(), tokenizer, label)
 
 

@@ -13,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 def peak_memory_of(run: Callable[[], object], device: str = "cpu") -> int:
     """Bytes of the tensors that PyTorch holds at once at the peak of ``run``, beyond those from before.
 
-    Not the pages of the process: what of its freed memory the C library uses again is half chance.
+    Not the pages of the process: what of its freed memory the C library uses again is half chance. ``device``
+    is ``cpu`` or ``cuda``. Every operation of ``run`` is recorded: hundreds of thousands take minutes.
     """
     gc.collect()
     if device == "cuda":

@@ -25,8 +25,8 @@ from transformers import (
 )
 from transformers import initialization as init
 
+from hamt.evaluation.products import share_products
 from hamt.evaluation.transformer import attention_head_dim
-from hamt.linear import Linear
 
 M = TypeVar("M", bound=PreTrainedModel)
 
@@ -205,11 +205,9 @@ def rival(
 
 
 def _initialised(model: M) -> M:
-    """Embeddings at HAMT's scale (``initializer_range`` is that of matrices), products by its library."""
+    """Embeddings at HAMT's scale; ``initializer_range`` is that of matrices."""
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     init.normal_(embedding.weight, std=EMBEDDING_STD)
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = Linear
+    share_products(model)
     return model
