@@ -36,3 +36,22 @@ def test_a_block_that_was_freed_comes_back_without_page_faults():
 def test_other_c_libraries_are_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert not allocator.keep_freed_memory()
+    allocator.return_freed_memory()
+
+
+RESIDENT = """
+import numpy as np
+from hamt.allocator import keep_freed_memory, return_freed_memory
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 // 2**20
+keep_freed_memory()
+np.ones(2**23)  # 64 MB, freed at once
+kept = resident()
+return_freed_memory()
+print(kept - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_can_be_given_back():
+    run = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
+    assert int(run.stdout) > 50

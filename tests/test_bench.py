@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hamt.cli import main
+from hamt.commands import bench as bench_command
 from hamt.commands.bench import BenchOptions
 from hamt.evaluation.bench import models as bench_models
 from hamt.evaluation.bench.cases import Predictor, eager_bytes, measure
@@ -34,14 +35,20 @@ TINY = {
 }
 
 
+def last(parts):
+    """What a measurement has in the end."""
+    *_, found = parts
+    return found
+
+
 @pytest.fixture(scope="module")
 def result():
     options = BenchOptions(**TINY)
     found = {
-        "model": bench_models.measure_models(options),
-        "mixer": measure_mixers(options),
-        "decode": measure_decoding(options),
-        "memory": measure_memory(options),
+        "model": last(bench_models.measure_models(options)),
+        "mixer": last(measure_mixers(options)),
+        "decode": last(measure_decoding(options)),
+        "memory": last(measure_memory(options)),
     }
     return json.loads(json.dumps(found, allow_nan=False))
 
@@ -61,6 +68,17 @@ def test_every_case_is_there(result):
     times = [t for part in ("model", "mixer", "decode") for row in result[part]["rows"]
              for values in row["times_s"].values() for t in values]  # fmt: skip
     assert all(math.isfinite(t) and t > 0 for t in times)
+
+
+def test_what_was_measured_before_a_failure_is_written(tmp_path, monkeypatch):
+    def failing(options):
+        yield {"rows": [{"phase": "train", "length": 8}]}
+        raise MemoryError
+
+    monkeypatch.setitem(bench_command.MEASURES, "model", failing)
+    with pytest.raises(MemoryError):
+        main(["bench", "--parts", "model", "--output_dir", str(tmp_path)])
+    assert json.loads((tmp_path / "bench.json").read_text())["model"]["rows"][0]["length"] == 8
 
 
 def test_parameters_are_matched(result):
@@ -97,12 +115,12 @@ def test_the_state_stays_and_keys_and_values_grow(result):
 
 def test_what_would_take_too_long_or_too_much_is_named():
     options = BenchOptions(**{**TINY, "max_bytes": 1000, "max_seconds": 1e-9})
-    rows = bench_models.measure_models(options)["rows"]
+    rows = last(bench_models.measure_models(options))["rows"]
     assert "eager" in rows[0]["left_out"]  # memory is known at once, time from the second context on
     assert "sdpa" not in rows[0]["left_out"]
     assert rows[-1]["left_out"]["sdpa"].startswith("would take about")
     assert rows[-1]["seconds"] == {}
-    decoding = measure_decoding(options)
+    decoding = last(measure_decoding(options))
     assert "keys and values" in decoding["rows"][0]["left_out"]["static"]
     assert decoding["rows"][0]["seconds"].keys() == {"hamt"}
     text = bench_tables({"decode": decoding})
@@ -111,7 +129,7 @@ def test_what_would_take_too_long_or_too_much_is_named():
 
 def test_energy_is_given_where_it_can_be_read(monkeypatch):
     monkeypatch.setattr(bench_models, "joules", lambda run: 64.0)
-    found = bench_models.measure_models(BenchOptions(**{**TINY, "lengths": [16], "train_lengths": []}))
+    found = last(bench_models.measure_models(BenchOptions(**{**TINY, "lengths": [16], "train_lengths": []})))
     assert all(row["joules_per_token"] == dict.fromkeys(bench_models.MODELS, 2.0) for row in found["rows"])
     assert "| 2.00e+00 |" in bench_tables({"model": found})
 
@@ -212,11 +230,11 @@ def test_tables_and_plots(result):
 
 def test_bfloat16_is_measured_in_all_parts():
     options = BenchOptions(**{**TINY, "dtype": "bfloat16"})
-    narrow = measure_decoding(options)["rows"][0]
+    narrow = last(measure_decoding(options))["rows"][0]
     assert set(narrow["seconds"]) == {"hamt", "static", "dynamic"}
-    wide = measure_decoding(BenchOptions(**TINY))["rows"][0]
+    wide = last(measure_decoding(BenchOptions(**TINY)))["rows"][0]
     assert 2 * narrow["cache_bytes"]["dynamic"] == wide["cache_bytes"]["dynamic"]
-    rows = {dtype: measure_memory(BenchOptions(**{**TINY, "dtype": dtype}))["rows"][0] for dtype in
+    rows = {dtype: last(measure_memory(BenchOptions(**{**TINY, "dtype": dtype})))["rows"][0] for dtype in
             ("float32", "bfloat16")}  # fmt: skip
     sizes = {dtype: row["cache_bytes"]["transformer"] for dtype, row in rows.items()}
     assert sizes["float32"] == 2 * sizes["bfloat16"]
@@ -255,7 +273,7 @@ def test_mistakes_end_in_one_line(options, message, capsys):
 
 def test_quick_leaves_what_was_given(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("hamt.commands.bench.MEASURES", {"memory": lambda options: seen.append(options)})
+    monkeypatch.setattr("hamt.commands.bench.MEASURES", {"memory": lambda options: seen.append(options) or ()})
     monkeypatch.setattr("hamt.commands.bench.bench_tables", lambda result: "")
     monkeypatch.setattr("hamt.commands.bench.bench_figures", lambda result: {})
     arguments = ["--quick", "--parts", "memory", "--rounds", "5", "--output_dir", str(tmp_path)]

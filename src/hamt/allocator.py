@@ -1,6 +1,7 @@
 """How the C library hands out memory."""
 
 import ctypes
+from typing import Any
 
 # Numbers of <malloc.h>: free memory to keep (-1: all of it), and the most blocks to map one by one.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -16,8 +17,20 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it worked.
     """
+    mallopt = _function("mallopt")
+    return mallopt is not None and bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))
+
+
+def return_freed_memory() -> None:
+    """Give what was kept back to the system, once; other C libraries do as they like."""
+    malloc_trim = _function("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _function(name: str) -> Any:
+    """A function of the C library, None where it has no such one."""
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):  # TypeError: Windows
-        return False
-    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))
+        return None

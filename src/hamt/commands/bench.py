@@ -1,6 +1,7 @@
 """``hamt bench``: speed and memory against the length of the context."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from hamt.evaluation.bench.options import PARTS, QUICK, BenchOptions
 from hamt.evaluation.bench.report import bench_figures, bench_tables
 from hamt.evaluation.report import describe_environment, write_report
 from hamt.evaluation.transformer import transformer
-from hamt.files import check_writable
+from hamt.files import check_writable, write_json
 from hamt.model import HAMTForCausalLM
 from hamt.options import parse
 from hamt.utils import compute_flops_per_token
@@ -46,10 +47,13 @@ def main(arguments: Sequence[str]) -> int:
     }
     for part in options.parts:
         console.print(f"measuring: {part}")
-        result[part] = MEASURES[part](options)
-    text = (
-        f"# Speed and memory\n\n{describe_environment(header)} {options.dtype}.\n\n{bench_tables(result)}\n"
-    )
+        for found in MEASURES[part](options):
+            result[part] = found
+            write_json(Path(options.output_dir) / "bench.json", result)  # a machine may fail within hours
+            row = found["rows"][-1]
+            console.print(f"  {row.get('level', '')} {row['phase']} at {row['length']:,}")
+    heading = f"# Speed and memory\n\n{describe_environment(header)} {options.dtype}."
+    text = f"{heading}\n\n{bench_tables(result)}\n"
     paths = write_report(options.output_dir, "bench", result, text, bench_figures(result))
     console.print(text, markup=False)
     console.print(f"wrote {', '.join(str(path) for path in paths)}")

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from hamt.allocator import return_freed_memory
 from hamt.evaluation.bench.options import BenchOptions
 from hamt.evaluation.timing import interleave, paired_ratio, spread
 from hamt.linear import linear
@@ -57,6 +58,7 @@ def measure(
         Per case seconds (median and quartiles), operations a second and as a share of the yardstick; speeds
         of the first case over each other one; what was left out.
     """
+    return_freed_memory()  # what was kept of other cases may be more than these can spare
     timings = interleave(cases, rounds, warmup)
     matmul = timings.pop("matmul", None)
     first, others = next(iter(timings), ""), list(timings)[1:]

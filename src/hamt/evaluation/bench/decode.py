@@ -5,7 +5,7 @@ final size from the start (``StaticCache``) and with one that grows (``DynamicCa
 with random numbers: the time of a step does not depend on what it reads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -61,9 +61,10 @@ def filled(
 
 
 @torch.no_grad()
-def measure_decoding(options: BenchOptions) -> dict[str, Any]:
-    """A row for every context, with its batch."""
+def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
+    """All rows so far, after each one: one for every context, with its batch."""
     ours, theirs = make_models(options)
+    parameters = {"hamt": ours.num_parameters(), "transformer": theirs.num_parameters()}
     rows, dtype = [], getattr(torch, options.dtype)
     for length, batch in zip(options.decode_contexts, options.decode_batches, strict=True):
         token = torch.zeros(batch, 1, dtype=torch.long)
@@ -88,8 +89,7 @@ def measure_decoding(options: BenchOptions) -> dict[str, Any]:
         found = measure(cases, left_out, {}, -(-options.decode_steps // steps), options.warmup)
         shape = {"phase": "decode", "length": length, "batch": batch, "steps": steps}
         rows.append({**shape, **found, "cache_bytes": sizes})
-    parameters = {"hamt": ours.num_parameters(), "transformer": theirs.num_parameters()}
-    return {"parameters": parameters, "rows": rows}
+        yield {"parameters": parameters, "rows": rows}
 
 
 @torch.no_grad()
@@ -111,14 +111,15 @@ def _decode(
 # -------------------------------------------------------------------- memory
 
 
-def measure_memory(options: BenchOptions) -> dict[str, Any]:
-    """A row for every length: bytes at the peak while it is read in segments, and bytes carried along."""
+def measure_memory(options: BenchOptions) -> Iterator[dict[str, Any]]:
+    """All rows so far: for every length bytes at the peak while it is read in segments, and bytes carried."""
     ours, theirs = make_models(options)
     rows = []
     for model in (ours, theirs):  # what a first call makes once is nobody's peak
         _read(model, SEGMENT, options, [])
     for length in options.memory_lengths:
-        row: dict[str, Any] = {"length": length, "peak_bytes": {}, "cache_bytes": {}, "left_out": {}}
+        row: dict[str, Any] = {"phase": "memory", "length": length, "left_out": {}}
+        row |= {"peak_bytes": {}, "cache_bytes": {}}
         for name, model in (("hamt", ours), ("transformer", theirs)):
             # Attention reads all keys for every segment: half of the square of the length, 4 d each.
             work = 2.0 * length * length * options.hidden_dim * options.num_layers
@@ -129,7 +130,7 @@ def measure_memory(options: BenchOptions) -> dict[str, Any]:
             row["peak_bytes"][name] = peak_memory_of(partial(_read, model, length, options, caches))
             row["cache_bytes"][name] = cache_bytes(caches.pop())
         rows.append(row)
-    return {"segment": SEGMENT, "rows": rows}
+        yield {"segment": SEGMENT, "rows": rows}
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """One token mixer by itself: the bare memory against bare attention, and both with their projections."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ LEVELS = ("core", "sublayer")
 PASSES = ("forward", "forward+backward")
 
 
-def measure_mixers(options: BenchOptions) -> dict[str, Any]:
-    """A row for every level, pass and context; one layer, one row of tokens."""
+def measure_mixers(options: BenchOptions) -> Iterator[dict[str, Any]]:
+    """All rows so far, after each one: for every level, pass and context; one layer, one row of tokens."""
     width = options.mixer_dim
     config = HAMTConfig(hidden_dim=width, num_layers=1, vocab_size=1)
     rows, predictor = [], Predictor()
     heads = width // attention_head_dim(width)
+    memory = f"{config.num_heads} heads × {config.num_slots} slots, D = {config.hcm_dim}"
+    attention = f"{heads} heads × {attention_head_dim(width)}"
     for length in options.lengths:
         for level in LEVELS:
             make = _core if level == "core" else _sublayer
@@ -44,9 +46,7 @@ def measure_mixers(options: BenchOptions) -> dict[str, Any]:
                     median = found["seconds"][name]["median"]
                     predictor.note(f"{level} {kind} {name}", length, 1, median)
                 rows.append({"level": level, "phase": kind, "length": length, "batch": 1, **found})
-    memory = f"{config.num_heads} heads × {config.num_slots} slots, D = {config.hcm_dim}"
-    attention = f"{heads} heads × {attention_head_dim(width)}"
-    return {"hidden_dim": width, "memory": memory, "attention": attention, "rows": rows}
+                yield {"hidden_dim": width, "memory": memory, "attention": attention, "rows": rows}
 
 
 Made = tuple[Callable[..., Tensor], Sequence[Tensor], Sequence[Tensor]]

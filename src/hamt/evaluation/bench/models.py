@@ -5,7 +5,7 @@ by step (``eager``), and beside its ``ceiling``: the transformer without any att
 rotary positions stay.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ MODELS = ("hamt", "sdpa", "eager", "ceiling")
 PHASES = ("train", "forward", "prefill")
 
 
-def measure_models(options: BenchOptions) -> dict[str, Any]:
-    """A row for every phase and context."""
+def measure_models(options: BenchOptions) -> Iterator[dict[str, Any]]:
+    """All rows so far, after each one: a row for every phase and context."""
     config = options.model_config()
     models = {
         "hamt": HAMTForCausalLM(config),
@@ -34,6 +34,10 @@ def measure_models(options: BenchOptions) -> dict[str, Any]:
     optimizers = {
         name: torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) for name, model in models.items()
     }
+    parameters = {
+        name: {"non_embedding": non_embedding_parameters(model), "total": model.num_parameters()}
+        for name, model in models.items()
+    }
     predictor, rows = Predictor(), []
     for length in options.lengths:
         if options.compile:
@@ -43,13 +47,7 @@ def measure_models(options: BenchOptions) -> dict[str, Any]:
             if phase == "train" and length not in options.train_lengths:
                 continue
             rows.append(_row(models, optimizers, phase, ids, predictor, options))
-    return {
-        "parameters": {
-            name: {"non_embedding": non_embedding_parameters(model), "total": model.num_parameters()}
-            for name, model in models.items()
-        },
-        "rows": rows,
-    }
+            yield {"parameters": parameters, "rows": rows}
 
 
 def _row(
