@@ -273,7 +273,7 @@ def test_mistakes_end_in_one_line(options, message, capsys):
 
 def test_quick_leaves_what_was_given(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("hamt.commands.bench.MEASURES", {"memory": lambda options: seen.append(options) or ()})
+    monkeypatch.setattr(bench_command, "MEASURES", {"memory": lambda options: seen.append(options) or ()})
     monkeypatch.setattr("hamt.commands.bench.bench_tables", lambda result: "")
     monkeypatch.setattr("hamt.commands.bench.bench_figures", lambda result: {})
     arguments = ["--quick", "--parts", "memory", "--rounds", "5", "--output_dir", str(tmp_path)]
