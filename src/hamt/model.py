@@ -19,17 +19,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hamt.cache import HAMTCache
 from hamt.config import HAMTConfig
+from hamt.convolution import ShortConvolution
 from hamt.cross_entropy import NOT_ASKED, next_token_loss
-from hamt.layers import (
-    GatingNetwork,
-    HAMTLayer,
-    LayerState,
-    ResidualLinear,
-    RetrievalHead,
-    RMSNorm,
-    Rotation,
-    ShortConvolution,
-)
+from hamt.layers import GatingNetwork, HAMTLayer, LayerState, ResidualLinear, RetrievalHead, RMSNorm, Rotation
 from hamt.linear import Linear
 
 

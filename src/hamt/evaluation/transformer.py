@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hamt.config import HAMTConfig
-from hamt.layers import ResidualLinear, ShortConvolution
+from hamt.convolution import ShortConvolution
+from hamt.layers import ResidualLinear
 from hamt.linear import Linear
 from hamt.model import HAMTForCausalLM
 
