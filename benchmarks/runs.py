@@ -24,8 +24,8 @@ from hamt.environment import environment
 from hamt.evaluation.loss import Loss, held_out_loss
 from hamt.evaluation.rivals import rival
 from hamt.evaluation.transformer import mlp_width, non_embedding_parameters, transformer
+from hamt.training.accelerator import make_accelerator
 from hamt.training.loop import LoopOptions, Trainer, seed_everything
-from hamt.training.plan import make_accelerator
 from hamt.training.tasks import HELD_OUT, accuracy, train_on_task
 
 # Beside the fields of HAMTConfig: whether keys bind, a rival's options, and a constant added to the

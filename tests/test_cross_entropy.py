@@ -48,6 +48,14 @@ def test_loss_and_gradients_are_those_of_all_logits(length, dtype):
         assert ((gradient - wanted).norm() / wanted.norm()).item() < 2 * tolerance
 
 
+def test_autocast_leaves_double_precision_alone_as_in_every_product():
+    hidden, weight, targets = (x.double() if x.is_floating_point() else x for x in problem(50))
+    expected = next_token_loss(hidden, weight, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(hidden, weight).dtype == torch.float64
+        torch.testing.assert_close(next_token_loss(hidden, weight, targets), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("enabled", [False, True])
 def test_shares_of_a_step_add_up(enabled):
     hidden, weight, targets = problem(50)

@@ -380,6 +380,15 @@ def test_the_state_is_carried_from_step_to_step_without_gradients():
     assert not any(x.requires_grad for x in trainer.carried[0].to_tensors().values())
 
 
+def test_a_run_is_in_float32_whatever_ran_before_it(model):
+    AcceleratorState._reset_state()
+    Accelerator(mixed_precision="bf16", cpu=True)
+    trainer = Trainer(model, lambda: None, LoopOptions(num_steps=1, learning_rate=1e-2))
+    assert trainer.accelerator.mixed_precision == "no"
+    with trainer.accelerator.autocast():
+        assert not torch.is_autocast_enabled("cpu")
+
+
 # ------------------------------------------------------------------------ trouble
 
 

@@ -28,7 +28,9 @@ def next_token_loss(
         num_items: what the sum is divided by; None is the number of targets.
     """
     device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    dtype = hidden_states.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(device)
     hidden, weight, asked = hidden_states.flatten(0, 1).to(dtype), weight.to(dtype), targets.flatten()
     with torch.autocast(device, enabled=False):
         total = _summed(hidden, weight, asked, torch.is_grad_enabled())

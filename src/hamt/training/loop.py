@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from hamt.cache import HAMTCache
 from hamt.cross_entropy import NOT_ASKED
 from hamt.data.blocks import Batch, split_columns, split_rows
+from hamt.training.accelerator import make_accelerator
 from hamt.training.interrupt import deferred_interrupt
 from hamt.training.optim import build_optimizers, learning_rate_scale, set_learning_rate
 from hamt.training.trouble import LossSpikes, TrainingTrouble
@@ -140,7 +141,7 @@ class Trainer(Generic[T]):
         until: Callable[[T], bool] = lambda measured: False,
         listeners: Iterable[Listener[T]] = (),
     ) -> None:
-        self.accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
+        self.accelerator = accelerator or make_accelerator(on_cpu=model.device.type == "cpu")
         self.model, self.evaluate, self.options = model, evaluate, options
         self.until, self.listeners = until, list(listeners)
         optimizers = build_optimizers(

@@ -2,13 +2,10 @@
 
 import math
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedTokenizerBase
 
 from hamt.checkpoint import load_checkpoint
@@ -20,6 +17,7 @@ from hamt.data.tokens import TokenisedCorpus, tokenise
 from hamt.errors import UserError, mistakes_of_the_user
 from hamt.files import check_writable
 from hamt.model import HAMTForCausalLM
+from hamt.training.accelerator import make_accelerator
 from hamt.training.loop import LoopOptions
 from hamt.training.optim import OPTIMIZERS, SCHEDULES
 from hamt.training.options import SIZES, TrainOptions
@@ -159,26 +157,6 @@ def _model(
     model = HAMTForCausalLM(config)
     model.load_state_dict(trained.state_dict())
     return model
-
-
-def make_accelerator(mixed_precision: str) -> Accelerator:
-    """Device, precision and processes.
-
-    Raises:
-        UserError: if this machine does not have the precision.
-    """
-    on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
-    if on_cpu and mixed_precision == "fp16":
-        raise UserError("--mixed_precision fp16 needs a GPU: bf16 also works on a CPU")
-    # A second run in one process may want another precision, which Accelerate refuses.
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
-        AcceleratorState._reset_state()
-    # The others wait while the main process tokenises.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-    try:
-        return Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[patience])
-    except ValueError as error:
-        raise UserError(f"no --mixed_precision {mixed_precision} here: {error}") from error
 
 
 def build_config(**fields) -> HAMTConfig:
