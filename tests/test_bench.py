@@ -180,7 +180,9 @@ def test_cells_of_the_tables_by_hand():
         "cache_bytes": {"hamt": 1_500_000},
         "left_out": {},
     }
-    text = bench_tables({"decode": {"parameters": {"hamt": 9}, "rows": [decoded]}})
+    text = bench_tables(
+        {"decode": {"parameters": {"hamt": 9}, "packed_bytes": {"hamt": 0}, "rows": [decoded]}}
+    )
     assert "| 100 | 3 | 12.0 | 2.0 | – | 1.00× (0.50–2.00) | – | 1.50 | – |" in text
 
 

@@ -1,5 +1,6 @@
 """What benchmarks stand on: a rival that differs from HAMT in the mixer alone, counted work, fair timing."""
 
+import time
 from functools import partial
 
 import pytest
@@ -140,6 +141,15 @@ def test_interleave_shuffles_the_order_and_drops_the_warmup():
     assert all(sorted(turn) == list("abc") for turn in rounds)
     assert len(set(rounds)) == 6
     assert [len(timings[name].times_s) for name in "abc"] == [20] * 3
+
+
+def test_short_calls_are_measured_more_often():
+    brief = timing.interleave({"a": lambda: None}, 3, least=10.0)
+    assert len(brief["a"].times_s) == timing.MOST_ROUNDS, "a second of nothing would take all day"
+    nap = partial(time.sleep, 0.02)
+    napping = timing.interleave({"a": nap, "b": nap}, 2, least=0.15)
+    assert 3 <= len(napping["a"].times_s) == len(napping["b"].times_s) <= 4
+    assert len(timing.interleave({"a": lambda: None}, 40, least=10.0)["a"].times_s) == 40
 
 
 def test_ratios_are_taken_within_a_round():

@@ -15,9 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # Private: what torch.compile makes of maps with constant weights. Without it all is as PyTorch does it.
 _PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+# By matrix: its version and its place when it was packed, and the same matrix in oneDNN's own layout.
+_PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # Below, MKL is as fast or faster: operations of a product, numbers of a matrix for a few rows, its sides.
 WORK, LARGE, NARROW = 2**22, 2**17, 16
 # oneDNN makes code for each number of rows, whose memory is not given back: rows come in so many numbers
@@ -31,6 +35,49 @@ class Linear(nn.Linear):
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         return linear(inputs, self.weight, self.bias)
+
+
+def pack_weights(model: nn.Module) -> int:
+    """Keep the large matrices of a model in oneDNN's own layout, too: decoding on a CPU gets faster.
+
+    A step of 16 rows through 20M parameters spends 3.4 ms on its products instead of 6.0 (docs/LOG.md). The
+    matrices are in memory twice until the model goes; what is packed is not saved or copied with it. A matrix
+    that changes is used as it is then, until it is packed again; a change by way of ``.data`` is not noticed.
+
+    Args:
+        model: its ``Linear`` maps in float32 on a CPU; all else is left alone, as is everything where
+            PyTorch has no oneDNN.
+
+    Returns:
+        Bytes that it takes.
+    """
+    taken = 0
+    for module in model.modules():
+        weight = module.weight if isinstance(module, Linear) else None
+        if weight is None or not _packable(weight):
+            continue
+        with torch.no_grad():
+            packed = _PACK(weight.detach())  # type: ignore[misc]
+        _PACKED[weight] = (weight._version, weight.data_ptr(), packed)
+        taken += weight.nbytes
+    return taken
+
+
+def _packable(weight: Tensor) -> bool:
+    return (
+        None not in (_PRODUCT, _PACK)
+        and torch._C._get_mkldnn_enabled()
+        and _plain(weight)
+        and not weight.is_inference()  # whose changes are not counted
+        and weight.numel() >= LARGE
+        and min(weight.shape) >= NARROW
+    )
+
+
+def _packed(weight: Tensor) -> Tensor | None:
+    """What was packed of a matrix that is still the same."""
+    version, place, packed = _PACKED.get(weight, (None, None, None))
+    return packed if version == weight._version and place == weight.data_ptr() else None
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -83,11 +130,12 @@ def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _PRODUCT is None or not torch._C._get_mkldnn_enabled():
         return F.linear(inputs, weight, bias)
     rows = inputs.reshape(-1, weight.shape[1])
+    matrix = _packed(weight) if _PACKED and not weight.is_inference() else None
     # Any other layout is multiplied by reference code, a thousand times as slow.
-    if not (weight.is_contiguous() or weight.T.is_contiguous()):
-        weight = weight.contiguous()
+    if matrix is None:
+        matrix = weight if weight.is_contiguous() or weight.T.is_contiguous() else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    output = _PRODUCT(_padded(rows), weight, bias, "none", [], "")[: len(rows)]
+    output = _PRODUCT(_padded(rows), matrix, bias, "none", [], "")[: len(rows)]
     # To autograd this is no view: it may be changed in place.
     return torch.ops.aten._unsafe_view.default(output, [*inputs.shape[:-1], weight.shape[0]])
 

@@ -142,7 +142,9 @@ def scaling(plots: Mapping[str, Mapping[str, Series]], ylabel: str, xlabel: str 
     """A log-log panel for each title; the legend gives the slope fitted to each line."""
     figure, all_axes = panels(len(plots))
     for axes, (title, series) in zip(all_axes, plots.items(), strict=True):
-        named = {f"{name} (slope {fitted_slope(s.x, s.y):.2f})": s for name, s in series.items()}
+        # A flat line has slope 0.00, not -0.00.
+        slopes = {name: round(fitted_slope(s.x, s.y), 2) + 0.0 for name, s in series.items()}
+        named = {f"{name} (slope {slopes[name]:.2f})": s for name, s in series.items()}
         draw_series(axes, named, xlabel, ylabel)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

@@ -10,6 +10,7 @@ from transformers import TextStreamer, set_seed
 
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.errors import UserError
+from hamt.linear import pack_weights
 from hamt.options import option, parse
 
 
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     if not options.repetition_penalty > 0:
         raise UserError(f"--repetition_penalty must be positive; got {options.repetition_penalty}")
     model, tokenizer = load_checkpoint(PRETRAINED if options.checkpoint is None else options.checkpoint)
+    pack_weights(model)
     if options.seed is not None:
         set_seed(options.seed)
     stream_text(model, tokenizer, options.prompt or "", options)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+MOST_ROUNDS = 31
+
 
 class Spread(NamedTuple):
     """A median between its quartiles; of fewer than 7 values, between the smallest and the largest."""
@@ -26,7 +28,7 @@ class Timing(NamedTuple):
 
 
 def interleave(
-    callables: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+    callables: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, least: float = 0.0
 ) -> dict[str, Timing]:
     """Time all callables in every round, so that whatever else the machine does meets all alike.
 
@@ -36,13 +38,18 @@ def interleave(
         callables: what to time, by name.
         rounds: measured rounds, each in another order.
         warmup: rounds before them, not measured.
+        least: seconds; where all rounds take less there are more, up to ``MOST_ROUNDS``: whatever else the
+            machine does would be most of a short call.
     """
     names, order = list(callables), random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     gc.freeze()  # what is alive now is not looked at again: a collection costs a third of a second otherwise
     try:
-        for turn in range(-warmup, rounds):
+        measured = 0.0
+        for turn in range(-warmup, max(rounds, MOST_ROUNDS)):
+            if turn >= rounds and measured >= least:
+                break
             for name in order.sample(names, len(names)):
                 gc.collect()
                 start = time.perf_counter()
@@ -52,6 +59,7 @@ def interleave(
                 seconds = time.perf_counter() - start
                 if turn >= 0:
                     times[name].append(seconds)
+                    measured += seconds
     finally:
         gc.unfreeze()
     return {name: timing(values) for name, values in times.items()}

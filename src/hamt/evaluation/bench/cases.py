@@ -12,6 +12,7 @@ from hamt.linear import linear
 
 # How many score matrices eager attention holds at once: the scores, masked, and their softmax.
 EAGER_MATRICES = 3
+LEAST = 0.5  # seconds of all measured calls together, before the rounds end
 
 
 class Predictor:
@@ -51,7 +52,7 @@ def measure(
         cases: by name; ``matmul`` is the yardstick, which is no row of its own.
         left_out: why a case is not among them, by name.
         work: floating-point operations of a call, by name.
-        rounds: measured rounds.
+        rounds: measured rounds, at least.
         warmup: rounds before them.
 
     Returns:
@@ -59,7 +60,7 @@ def measure(
         of the first case over each other one; what was left out.
     """
     return_freed_memory()  # what was kept of other cases may be more than these can spare
-    timings = interleave(cases, rounds, warmup)
+    timings = interleave(cases, rounds, warmup, LEAST)
     matmul = timings.pop("matmul", None)
     first, others = next(iter(timings), ""), list(timings)[1:]
     found: dict[str, Any] = {

@@ -1,8 +1,9 @@
 """Decoding after long contexts, and memory while long texts are read.
 
 Beside HAMT stands a Llama-type transformer of Transformers with as many parameters, with a cache that has its
-final size from the start (``StaticCache``) and with one that grows (``DynamicCache``). Its cache is filled
-with random numbers: the time of a step does not depend on what it reads.
+final size from the start (``StaticCache``) and with one that grows (``DynamicCache``). Its cache is filled with
+random numbers: the time of a step does not depend on what it reads. The large matrices of both are packed where
+that exists (``hamt.linear.pack_weights``).
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from hamt.evaluation.bench.cases import measure
 from hamt.evaluation.bench.options import BenchOptions
 from hamt.evaluation.peak_memory import cache_bytes, peak_memory_of
 from hamt.evaluation.rivals import rival
+from hamt.linear import pack_weights
 from hamt.model import HAMTForCausalLM
 
 SEGMENT = 1024
@@ -64,6 +66,7 @@ def filled(
 def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
     """All rows so far, after each one: one for every context, with its batch."""
     ours, theirs = make_models(options)
+    packed = {"hamt": pack_weights(ours), "transformer": pack_weights(theirs)}
     parameters = {"hamt": ours.num_parameters(), "transformer": theirs.num_parameters()}
     rows, dtype = [], getattr(torch, options.dtype)
     for length, batch in zip(options.decode_contexts, options.decode_batches, strict=True):
@@ -89,7 +92,7 @@ def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
         found = measure(cases, left_out, {}, -(-options.decode_steps // steps), options.warmup)
         shape = {"phase": "decode", "length": length, "batch": batch, "steps": steps}
         rows.append({**shape, **found, "cache_bytes": sizes})
-        yield {"parameters": parameters, "rows": rows}
+        yield {"parameters": parameters, "packed_bytes": packed, "rows": rows}
 
 
 @torch.no_grad()

@@ -74,7 +74,8 @@ def _decoding(part: Mapping[str, Any]) -> str:
         _column("keys and values MB", _megabytes, "cache_bytes", "static"),
     ]
     table = _table(columns, part["rows"])
-    return f"## Decoding\n\nParameters: {counts}.\n\n{table}{_notes(part['rows'])}"
+    packed = "; their large matrices packed" if any(part["packed_bytes"].values()) else ""
+    return f"## Decoding\n\nParameters: {counts}{packed}.\n\n{table}{_notes(part['rows'])}"
 
 
 def _memory(part: Mapping[str, Any]) -> str:
