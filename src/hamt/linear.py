@@ -129,13 +129,16 @@ def _plain(x: Tensor) -> bool:
 def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _PRODUCT is None or not torch._C._get_mkldnn_enabled():
         return F.linear(inputs, weight, bias)
-    rows = inputs.reshape(-1, weight.shape[1])
     matrix = _packed(weight) if _PACKED and not weight.is_inference() else None
     # Any other layout is multiplied by reference code, a thousand times as slow.
     if matrix is None:
         matrix = weight if weight.is_contiguous() or weight.T.is_contiguous() else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    output = _PRODUCT(_padded(rows), matrix, bias, "none", [], "")[: len(rows)]
+    rows = inputs.reshape(-1, weight.shape[1])
+    padded = _padded(rows)
+    if padded is rows and inputs.ndim > 1:  # a decoding step has no time to lose
+        return _PRODUCT(inputs, matrix, bias, "none", [], "")
+    output = _PRODUCT(padded, matrix, bias, "none", [], "")[: len(rows)]
     # To autograd this is no view: it may be changed in place.
     return torch.ops.aten._unsafe_view.default(output, [*inputs.shape[:-1], weight.shape[0]])
 

@@ -1,9 +1,9 @@
 """Decoding after long contexts, and memory while long texts are read.
 
 Beside HAMT stands a Llama-type transformer of Transformers with as many parameters, with a cache that has its
-final size from the start (``StaticCache``) and with one that grows (``DynamicCache``). Its cache is filled with
-random numbers: the time of a step does not depend on what it reads. The large matrices of both are packed where
-that exists (``hamt.linear.pack_weights``).
+final size from the start (``StaticCache``) and with one that grows (``DynamicCache``). Its cache is filled
+with random numbers: the time of a step does not depend on what it reads. The large matrices of both are
+packed where that exists (``hamt.linear.pack_weights``).
 """
 
 from collections.abc import Callable, Iterator
