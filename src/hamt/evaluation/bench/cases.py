@@ -45,6 +45,7 @@ def measure(
     work: Mapping[str, float],
     rounds: int,
     warmup: int,
+    least: float = LEAST,
 ) -> dict[str, Any]:
     """Time the cases in one interleaved run.
 
@@ -54,13 +55,14 @@ def measure(
         work: floating-point operations of a call, by name.
         rounds: measured rounds, at least.
         warmup: rounds before them.
+        least: seconds to be measured, in more rounds if need be; 0 where every call adds to a context.
 
     Returns:
         Per case seconds (median and quartiles), operations a second and as a share of the yardstick; speeds
         of the first case over each other one; what was left out.
     """
     return_freed_memory()  # what was kept of other cases may be more than these can spare
-    timings = interleave(cases, rounds, warmup, LEAST)
+    timings = interleave(cases, rounds, warmup, least)
     matmul = timings.pop("matmul", None)
     first, others = next(iter(timings), ""), list(timings)[1:]
     found: dict[str, Any] = {

@@ -89,7 +89,7 @@ def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
             dynamic = filled(theirs, DynamicCache(config=theirs.config), length, batch, dtype)
             cases["dynamic"] = partial(_decode, theirs, token, dynamic, steps)
             sizes |= {"static": cache_bytes(static), "dynamic": cache_bytes(dynamic)}
-        found = measure(cases, left_out, {}, -(-options.decode_steps // steps), options.warmup)
+        found = measure(cases, left_out, {}, -(-options.decode_steps // steps), options.warmup, least=0)
         shape = {"phase": "decode", "length": length, "batch": batch, "steps": steps}
         rows.append({**shape, **found, "cache_bytes": sizes})
         yield {"parameters": parameters, "packed_bytes": packed, "rows": rows}
