@@ -32,6 +32,8 @@ LAYERS = (
     {"evaluation"},
     {"training"},
     {"recall"},
+    {"analysis"},
+    {"explorer"},
     {"commands"},
     {"cli"},
 )

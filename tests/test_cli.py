@@ -56,7 +56,8 @@ def fails(arguments, capsys):
 
 def test_names_and_flags_are_pinned():
     assert list(COMMANDS) == [
-        "demo", "quick-train", "train", "generate", "evaluate", "compare", "bench", "recall"
+        "demo", "quick-train", "train", "generate", "evaluate", "compare", "bench", "recall", "analyze",
+        "explore",
     ]  # fmt: skip
     assert list(DemoOptions.__dataclass_fields__) == [
         "output_dir", "data", "num_steps", "max_minutes", "prompt", "seed"
@@ -85,7 +86,9 @@ def test_help_of_every_command_shows_its_options(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    assert "--seed" in capsys.readouterr().out  # or --seeds
+    shown = capsys.readouterr().out
+    assert f"usage: hamt {command}" in shown
+    assert shown.count("(default: ") >= 3
 
 
 def test_help_without_a_command_lists_them(capsys):
@@ -241,7 +244,15 @@ def test_ctrl_c_leaves_a_usable_checkpoint(text, tmp_path):
     assert model(torch.tensor([tokenizer("Line 3").input_ids])).logits.isfinite().all()
 
 
-def test_demo_script_of_the_documents_is_the_demo_command():
-    command = [sys.executable, str(ROOT / "experiments" / "demo.py"), "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "usage: hamt demo" in result.stdout
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [
+        ("experiments/demo.py", "demo"),
+        ("experiments/advanced_analysis.py", "analyze"),
+        ("src/hamt/visualization.py", "analyze"),
+    ],
+)
+def test_scripts_of_the_documents_are_commands(script, command):
+    arguments = [sys.executable, str(ROOT / script), "--help"]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True)
+    assert f"usage: hamt {command}" in result.stdout

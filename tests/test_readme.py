@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_example_prints_the_output_beside_it(capsys):
@@ -16,3 +17,11 @@ def test_the_example_prints_the_output_beside_it(capsys):
     assert len(numbers) == 6
     # The last digit may differ with the order of sums on another processor.
     assert all(abs(float(a) - float(b)) < 0.002 for a, b in zip(printed, numbers, strict=True))
+
+
+def test_the_example_of_the_analysis_runs(capsys):
+    page = (ROOT / "docs" / "analysis.md").read_text(encoding="utf-8")
+    names: dict = {}
+    exec(compile(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1), "analysis.md", "exec"), names)
+    assert abs(names["shares"].sum() - 1).max() < 1e-4
+    assert "tensor" in capsys.readouterr().out

@@ -21,6 +21,8 @@ COMMANDS = {
     "compare": ("hamt.commands.compare", "a model beside baselines: quality, speed, memory"),
     "bench": ("hamt.commands.bench", "speed and memory against the length of the context"),
     "recall": ("hamt.commands.recall", "what a memory of a given size remembers, beside its rivals"),
+    "analyze": ("hamt.commands.analyze", "what a model's memories hold and do with a text, as pictures"),
+    "explore": ("hamt.commands.explore", "look into a model's memories in the browser"),
 }
 
 

@@ -1,18 +1,26 @@
-"""Plots: numbers in, Matplotlib figures out; colours for colour-blind readers too, units on axes."""
+"""Plots: numbers in, Matplotlib figures out; colours for colour-blind readers too, units on axes.
+
+``python src/hamt/visualization.py`` is ``hamt analyze --demo``.
+"""
 
 import os
-from collections.abc import Mapping, Sequence
+import runpy
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from hamt.files import write_file
 
 # Okabe and Ito 2008, without yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX"
+SEQUENTIAL, DIVERGING = "cividis", "PuOr"  # both made for colour-blind readers
 
 
 class Series(NamedTuple):
@@ -174,3 +182,119 @@ def bars(names: Sequence[str], plots: Mapping[str, Sequence[float]]) -> Figure:
                 axes.annotate(text, (value, place), va="center", fontsize="small")
         axes.margins(x=0.2)
     return figure
+
+
+# ------------------------------------------------------------ inside a memory
+
+
+def memory_evolution(layers: Mapping[str, tuple[Sequence[int], np.ndarray]]) -> Figure:
+    """A panel for each layer: norms (T, R) of its R slots, not normalised, after T numbers of tokens."""
+    figure, all_axes = panels(len(layers), size=(6.0, 3.4))
+    for axes, (title, (times, norms)) in zip(all_axes, layers.items(), strict=True):
+        axes.grid(visible=False)
+        rows = np.arange(norms.shape[1])
+        mesh = axes.pcolormesh(times, rows, norms.T, shading="nearest", cmap=SEQUENTIAL, vmin=0)
+        figure.colorbar(mesh, ax=axes, label="norm of the slot")
+        axes.set_xlabel("tokens read")
+        axes.set_ylabel("slot, by half-life")
+        axes.set_title(title, fontsize="medium")
+    return figure
+
+
+def slot_heatmaps(
+    maps: Mapping[str, np.ndarray], rows: Sequence[str], logarithmic: Collection[str] = ()
+) -> Figure:
+    """A panel for each title: a value for each slot (columns) of each head (``rows``).
+
+    Titles name the unit. Values of both signs are drawn around zero; those of titles in ``logarithmic`` are
+    positive and drawn on a logarithmic scale.
+    """
+    figure, all_axes = panels(len(maps), size=(5.0, 1.2 + 0.22 * len(rows)))
+    for axes, (title, values) in zip(all_axes, maps.items(), strict=True):
+        axes.grid(visible=False)
+        signed = bool(values.min() < 0)
+        extreme = float(np.abs(values).max()) or 1.0
+        norm: Normalize = Normalize(-extreme if signed else 0.0, extreme)
+        if title in logarithmic:
+            norm = LogNorm(values.min(), values.max())
+        image = axes.imshow(values, aspect="auto", cmap=DIVERGING if signed else SEQUENTIAL, norm=norm)
+        figure.colorbar(image, ax=axes)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_yticks(range(len(rows)), rows, fontsize="small")
+        axes.set_xlabel("slot")
+        axes.set_title(title, fontsize="medium")
+    return figure
+
+
+def retrieval_similarity(layers: Mapping[str, tuple[Series, Series]]) -> Figure:
+    """A panel for each layer: cosines of what is read back with what was stored, against the lag in tokens.
+
+    Of each pair the first is under the right key, the second under a wrong one.
+    """
+    figure, all_axes = panels(len(layers))
+    for axes, (title, (right, wrong)) in zip(all_axes, layers.items(), strict=True):
+        # One more, so that the lag 0 has a place on a logarithmic axis.
+        shifted = {
+            name: Series([lag + 1 for lag in one.x], one.y)
+            for name, one in {"its own key": right, "keys of other tokens": wrong}.items()
+        }
+        draw_series(
+            axes, shifted, "tokens since it was written, itself included", "cosine with what was stored"
+        )
+        axes.set_xscale("log", base=2)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_title(title, fontsize="medium")
+    return figure
+
+
+def contribution_matrix(shares: np.ndarray, tokens: Sequence[str], title: str) -> Figure:
+    """Shares (N, N) of the read-out at each token (rows) that come from each token (columns).
+
+    The counterpart of an attention map; a share is negative where a position speaks against the rest.
+    """
+    side = min(max(0.16 * len(tokens), 4.5), 14.0)
+    figure, (axes,) = panels(1, size=(side + 1.5, side))
+    axes.grid(visible=False)
+    extreme = float(np.quantile(np.abs(shares[shares != 0]), 0.99)) if shares.any() else 1.0
+    image = axes.imshow(shares, cmap=DIVERGING, vmin=-extreme, vmax=extreme)
+    figure.colorbar(image, ax=axes, label="share of the read-out", shrink=0.7)
+    axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6)
+    axes.set_yticks(range(len(tokens)), tokens, fontsize=6)
+    axes.set_xlabel("written by the token")
+    axes.set_ylabel("read by the token")
+    axes.set_title(title, fontsize="medium")
+    return figure
+
+
+def gates_over_text(tokens: Sequence[str], layers: Mapping[str, np.ndarray]) -> Figure:
+    """A line for each layer: the mean write gate (N,) at each token of a text."""
+    figure, (axes,) = panels(1, size=(min(max(0.16 * len(tokens), 6.0), 16.0), 3.4))
+    for index, (name, values) in enumerate(layers.items()):
+        axes.plot(values, color=COLOURS[index % len(COLOURS)], linewidth=1, label=name)
+    axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6)
+    axes.set_xlabel("token")
+    axes.set_ylabel("mean write gate")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small", ncols=4)
+    return figure
+
+
+def contributions_of_answers(added: np.ndarray, queries: Sequence[int], values: Sequence[int]) -> Figure:
+    """What each position adds to the logits of right answers (Q, N); rings where the answers were given."""
+    figure, (axes,) = panels(1, size=(9.0, 1.2 + 0.25 * len(added)))
+    axes.grid(visible=False)
+    extreme = float(np.abs(added).max()) or 1.0
+    image = axes.imshow(added, aspect="auto", cmap=DIVERGING, vmin=-extreme, vmax=extreme)
+    figure.colorbar(image, ax=axes, label="added to the logit of the answer")
+    axes.plot(values, range(len(values)), "o", markersize=9, markerfacecolor="none", color=COLOURS[2])
+    axes.set_yticks(range(len(queries)), [str(query) for query in queries], fontsize="small")
+    axes.set_xlabel("position that contributes; rings: where the value was given")
+    axes.set_ylabel("query at position")
+    return figure
+
+
+if __name__ == "__main__":
+    # Python has put the folder of this file first: what is called hamt.data is not a module "data".
+    sys.path.pop(0)
+    sys.argv = ["hamt", "analyze", "--demo", *sys.argv[1:]]
+    runpy.run_module("hamt.cli", run_name="__main__")

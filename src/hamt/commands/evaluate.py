@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from transformers import set_seed
 
+from hamt.analysis.report import slot_evolution
+from hamt.analysis.survey import survey
 from hamt.checkpoint import PRETRAINED
 from hamt.commands.generate import sampling
 from hamt.data.corpus import load_documents
@@ -27,6 +30,7 @@ from hamt.model import HAMTForCausalLM
 from hamt.options import option, parse
 from hamt.visualization import Series, loss_by_position
 
+PICTURED = 1024  # tokens of the text that the picture of the memory shows
 MULTIPLES = (1, 8, 64)  # of the training context that HAMT is measured at
 INTERVALS = [0, *(2**power for power in range(4, 31))]  # of positions, of doubling length
 
@@ -80,6 +84,8 @@ def main(arguments: Sequence[str]) -> int:
     name, documents = _documents(options)
     scores = _scores(loaded, documents, options) if documents is not None else []
     figures = {"loss_by_position": _figure(scores, model)} if scores else {}
+    if scores and isinstance(model, HAMTForCausalLM):
+        figures["memory_analysis"] = _memory(model, loaded.tokenizer, documents)
     content = _content(loaded, options, header, name, scores)
     text = f"{_heading(content)}\n\n{_perplexity_table(scores)}\n" if scores else f"{_heading(content)}\n"
     paths = write_report(options.output_dir, "evaluation", content, text, figures)
@@ -243,6 +249,13 @@ def _figure(scores: Sequence[tuple[int | None, int | None, Score]], model: torch
     name = "state carried" if context is None else f"context {context:,}"
     series = Series([(low + high) / 2 for low, high, _ in intervals], [loss for *_, loss in intervals])
     return loss_by_position({name: series}, trained=_context(model))
+
+
+def _memory(model: HAMTForCausalLM, tokenizer: Any, documents: Iterable[str] | None) -> Figure:
+    """The slots of every layer while the beginning of the text is read."""
+    text = next(iter(documents or [""]))
+    ids = tokenizer(text, add_special_tokens=False).input_ids[:PICTURED] or [start_token(tokenizer)]
+    return slot_evolution(survey(model, torch.tensor([ids])))
 
 
 # ------------------------------------------------------------ tasks and samples

@@ -1,0 +1,96 @@
+"""Train on associative recall, and see from where the right answers come: docs/results/sources.
+
+venv/bin/python benchmarks/sources.py
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from hamt.analysis.contributions import logit_contributions
+from hamt.analysis.record import record
+from hamt.analysis.sources import recall_sources
+from hamt.environment import environment
+from hamt.evaluation.report import describe_environment, write_report
+from hamt.evaluation.tables import markdown
+from hamt.model import HAMTForCausalLM
+from hamt.recall.models import build
+from hamt.recall.settings import SETTINGS
+from hamt.training.loop import seed_everything
+from hamt.training.tasks import HELD_OUT, train_on_task
+from hamt.visualization import contributions_of_answers
+
+SETTING = SETTINGS["mqar"]
+EXAMPLES = 64
+
+
+def trained(options: argparse.Namespace) -> HAMTForCausalLM:
+    """A model of docs/results/recall, from the folder it was saved in, or trained."""
+    folder = options.output_dir / "model"
+    if (folder / "config.json").exists():
+        return HAMTForCausalLM.from_pretrained(folder).eval()
+    seed_everything(options.seed)
+    sizes = {"hidden_dim": 64, "num_layers": 2, "vocab_size": SETTING.vocab_size}
+    model = build("hamt:hcm_dim=64,num_heads=1,rotation=none", options.state, **sizes)
+    train_on_task(
+        model,
+        SETTING.train,
+        seed=options.seed,
+        batch_size=64,
+        num_steps=options.num_steps,
+        learning_rate=options.learning_rate,
+        final_learning_rate=0.1,
+        eval_interval=max(options.num_steps // 8, 1),
+    )
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def picture(model: HAMTForCausalLM, seed: int):
+    """The contributions to the right answers of one example."""
+    task = SETTING.tests["16 pairs, 64 tokens"].task
+    inputs, targets = task.sample(1, torch.Generator().manual_seed(seed))
+    queries = (targets[0] >= 0).nonzero()[:, 0]
+    recording = record(model, inputs)
+    added = logit_contributions(model, recording, queries.tolist(), targets[:, queries])[0]
+    values = [1 + 2 * inputs[0, 1:32:2].tolist().index(int(v)) for v in targets[0, queries]]
+    return contributions_of_answers(added.numpy(), queries.tolist(), values)
+
+
+def main() -> None:
+    """Train, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--num_steps", type=int, default=3000)
+    parser.add_argument("--learning_rate", type=float, default=0.01)
+    parser.add_argument("--state", type=int, default=2304, help="floats a layer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("docs/results/sources"))
+    options = parser.parse_args()
+    header, model, seed = environment(), trained(options), options.seed + HELD_OUT
+    found = {
+        name: recall_sources(model, test.task, EXAMPLES, seed, test.length)
+        for name, test in SETTING.tests.items()
+    }
+    header_row = ["test", "answers", "right", "source is the value", "within the convolution", "by chance"]
+    rows = [
+        [
+            name,
+            f"{one['queries']:,}",
+            *(f"{100 * one[key]:.1f} %" for key in ("accuracy", "exact", "hits", "chance")),
+        ]
+        for name, one in found.items()
+    ]
+    table = markdown(header_row, rows, text=(0,))
+    text = f"# From where answers come\n\n{describe_environment(header)}\n\n{table}"
+    content = {
+        "environment": header,
+        "options": {k: str(v) for k, v in vars(options).items()},
+        "tests": found,
+    }
+    write_report(options.output_dir, "sources", content, text, {"sources": picture(model, seed)})
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

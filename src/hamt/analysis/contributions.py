@@ -1,0 +1,167 @@
+"""From where a read-out comes: the exact share of every earlier position, keys and gates held fixed.
+
+With the keys and gates that were recorded, the memory is linear in the items and in the state before
+them, under every write rule:
+
+    y_t = Σ_{j≤t} c_tj · (u_t ⊛ p_t)⁻¹ ⊛ (k_j ⊛ p_j) ⊛ v_j + (u_t ⊛ p_t)⁻¹ ⊛ Σ_s b_t[s] · M_0[s]
+
+The coefficients follow from the adjoint of the recurrence, from t backwards: λ = r_t, and for j = t, t-1, ...
+
+    gated, convex   c_tj = Σ_s λ[s] w_j[s]               λ ← α_j ⊙ λ
+    delta           c_tj = β_j Σ_s λ[s] ŵ_j[s]           λ ← α_j ⊙ (λ - ŵ_j c_tj)
+
+until b_t = λ. Under the delta rule this is what the triangular solve of ``hamt.delta`` gives, one row
+at a time.
+
+With a short convolution an item is a mixture of its token and the few before it: a position is then not
+exactly a token.
+
+Shape legend: B batch, N tokens, Q queries, H heads, S slots, F features, d hidden_dim, D = H · F.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hamt.analysis.record import Recording, Trace
+from hamt.model import HAMTForCausalLM
+
+
+class Coefficients(NamedTuple):
+    """``tokens`` c (B, Q, H, N), zero after the query; ``initial`` b (B, Q, H, S)."""
+
+    tokens: Tensor
+    initial: Tensor
+
+
+class Contributions(NamedTuple):
+    """Inner products with a direction, of the part of each position: ``tokens`` (B, Q, H, N);
+
+    ``initial`` (B, Q, H), of the part of the state before the first token.
+    """
+
+    tokens: Tensor
+    initial: Tensor
+
+    def sum(self) -> Tensor:
+        """Of the whole read-out, (B, Q, H)."""
+        return self.tokens.sum(dim=-1) + self.initial
+
+
+@torch.no_grad()
+def coefficients(trace: Trace, queries: Sequence[int]) -> Coefficients:
+    """What each bound item weighs in the read-outs at ``queries``.
+
+    Raises:
+        ValueError: if a query is not a position of the trace.
+    """
+    batch, length, heads, _ = trace.write.shape
+    at = _positions(queries, length)
+    order = at.argsort(descending=True)
+    waiting = at[order].tolist()
+    # Rows of later queries come first: those already under way are a prefix, and no step touches the others.
+    weight = trace.read[:, at[order]]
+    tokens = trace.write.new_zeros(batch, len(at), heads, length)
+    kept = trace.log_forget.exp()
+    under_way = 0
+    for j in range(length - 1, -1, -1):
+        while under_way < len(waiting) and waiting[under_way] >= j:
+            under_way += 1
+        if not under_way:
+            continue
+        adjoint, write = weight[:, :under_way], trace.write[:, j, None]
+        share = (adjoint * write).sum(dim=-1)
+        if trace.beta is not None:
+            share = share * trace.beta[:, j, None]
+            adjoint.sub_(write * share[..., None])
+        tokens[:, :under_way, :, j] = share
+        adjoint.mul_(kept[:, j, None])
+    back = order.argsort()
+    return Coefficients(tokens[:, back], weight[:, back])
+
+
+@torch.no_grad()
+def contributions(trace: Trace, queries: Sequence[int], directions: Tensor | None = None) -> Contributions:
+    """Signed contributions of all positions to the read-outs at ``queries``, measured along ``directions``.
+
+    Args:
+        trace: of one layer.
+        queries: Q positions.
+        directions: (B, Q, H, F), lowered, as ``trace.output``; None is y / |y|², along which the
+            contributions are shares that sum to 1.
+
+    Returns:
+        Contributions that sum to ⟨y_t, direction⟩ for every query and head.
+    """
+    at = _positions(queries, trace.items.shape[1])
+    algebra, wide = trace.memory.algebra, trace.items.dtype
+    if directions is None:
+        output = trace.output[:, at].to(wide)
+        directions = output / output.square().sum(dim=-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+    weight = coefficients(trace, queries)
+    # Keys are isometries: ⟨u⁻¹ ⊛ x, a⟩ = ⟨x, u ⊛ a⟩, one product for all pairs.
+    sought = algebra.bind(algebra.lift(directions.to(wide)), trace.unbinding_keys[:, at])
+    bound = algebra.bind(trace.items, trace.keys)
+    tokens = weight.tokens * torch.einsum("bqhf,bjhf->bqhj", sought, bound)
+    initial = torch.einsum("bqhs,bhsf,bqhf->bqh", weight.initial, trace.before.memory, sought)
+    return Contributions(tokens, initial)
+
+
+@torch.no_grad()
+def logit_directions(
+    model: HAMTForCausalLM, recording: Recording, layer: int, queries: Sequence[int], targets: Tensor
+) -> Tensor:
+    """The directions in which read-outs raise the logits of ``targets``, on the way past all later layers.
+
+    The norms and the output gate are held at what they were, so that ⟨y_t, direction⟩ summed over heads is
+    exactly what the layer adds to the residual stream, as the last norm and the head turn it into a logit
+    (direct logit attribution, Elhage et al. 2021, A Mathematical Framework for Transformer Circuits). What
+    later layers make of it is not part.
+
+    Args:
+        model: that was recorded.
+        recording: with this layer.
+        layer: index.
+        queries: Q positions that predict.
+        targets: (B, Q) tokens.
+
+    Returns:
+        (B, Q, H, F).
+    """
+    trace, mixer = recording.traces[layer], model.model.layers[layer].mixer
+    at = _positions(queries, trace.items.shape[1])
+    wide = trace.items.dtype
+    direction = model.lm_head.weight[targets].to(wide) * _scale(model.model.norm, recording.final[:, at])
+    direction = direction @ mixer.output_proj.weight.to(wide)
+    if trace.gate is not None:
+        direction = direction * trace.gate[:, at].to(wide)
+    heads = trace.items.shape[2]
+    return direction.unflatten(-1, (heads, -1)) * _scale(mixer.norm, trace.output[:, at])
+
+
+def logit_contributions(
+    model: HAMTForCausalLM, recording: Recording, queries: Sequence[int], targets: Tensor
+) -> Tensor:
+    """What each position adds to the logits of ``targets`` (B, Q), over all layers and heads: (B, Q, N)."""
+    added = []
+    for layer, trace in recording.traces.items():
+        directions = logit_directions(model, recording, layer, queries, targets)
+        added.append(contributions(trace, queries, directions).tokens.sum(dim=2))
+    return torch.stack(added).sum(dim=0)
+
+
+def _scale(norm: torch.nn.RMSNorm, inputs: Tensor) -> Tensor:
+    """What an RMSNorm multiplies its inputs by."""
+    wide = torch.promote_types(inputs.dtype, torch.float32)
+    square = inputs.to(wide).square().mean(dim=-1, keepdim=True)
+    eps = torch.finfo(wide).eps if norm.eps is None else norm.eps
+    return norm.weight.to(wide) * torch.rsqrt(square + eps)
+
+
+def _positions(queries: Sequence[int], length: int) -> Tensor:
+    at = torch.as_tensor(queries, dtype=torch.long)
+    if at.ndim != 1 or not at.numel() or at.min() < 0 or at.max() >= length:
+        raise ValueError(f"queries must be positions from 0 to {length - 1}; got {list(queries)}")
+    return at

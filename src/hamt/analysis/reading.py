@@ -1,0 +1,145 @@
+"""Asking a memory what it holds: unbind its state with the key of an earlier token, and look what comes out.
+
+Every answer stands beside the level that chance would give: n directions in F dimensions that have nothing
+to do with what is sought have cosines of standard deviation 1/√F with it, and the largest of them is known
+(``largest_by_chance``); keys whose entries are permuted show it for the items and keys that are there.
+
+With a short convolution an item is a mixture of its token and the few before it: a position is then not
+exactly a token.
+
+Shape legend: B batch, N tokens, H heads, S slots, F features, T times, L lags.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hamt.analysis.record import Trace
+
+ORDERS = 100  # of the entries of a key, that the level of chance is drawn from
+OTHERS = 4  # wrong keys for each item of a retrieval by lag
+
+
+class Reading(NamedTuple):
+    """What comes out under a key.
+
+    ``positions`` and ``cosines`` of the nearest stored items, best first; ``stored`` the cosine with the
+    item that was bound to this key, and ``rank`` how many items are nearer (0: it is found); ``theory`` and
+    ``permuted``, the largest cosine that chance gives: with random directions, and under the same key with
+    its entries in another order (mean over 100 orders).
+    """
+
+    positions: list[int]
+    cosines: list[float]
+    stored: float
+    rank: int
+    theory: float
+    permuted: float
+
+
+@torch.no_grad()
+def read_memory(
+    trace: Trace, after: int, token: int, head: int, slot: int | None = None, row: int = 0, count: int = 8
+) -> Reading:
+    """Unbind the memory with the binding key of an earlier token, and find the nearest stored items.
+
+    Args:
+        trace: of one layer.
+        after: the state after this position.
+        token: position whose key is used, at most ``after``.
+        head: index.
+        slot: index; None mixes the slots as the read-out at ``after`` does.
+        row: of the batch.
+        count: items to name.
+
+    Raises:
+        ValueError: if an index is out of range.
+    """
+    length, heads, slots = trace.write.shape[1:]
+    limits = {
+        "after": (after, length),
+        "token": (token, after + 1),
+        "head": (head, heads),
+        "slot": (slot or 0, slots),
+    }
+    for name, (index, limit) in limits.items():
+        if not 0 <= index < limit:
+            raise ValueError(f"{name} must lie from 0 to {limit - 1}; got {index}")
+    (state,) = trace.states([after + 1])
+    held = state[row, head]
+    held = held[slot] if slot is not None else trace.read[row, after, head] @ held
+    keys, items = trace.keys[row, : after + 1, head], trace.items[row, : after + 1, head]
+    generator = torch.Generator().manual_seed(0)
+    orders = torch.rand(ORDERS, keys.shape[-1], generator=generator).argsort(dim=-1)
+    wrong = trace.memory.algebra.key(keys[token, orders])
+    found = trace.memory.algebra.unbind(held, torch.cat((keys[None, token], wrong)))
+    found = F.normalize(found, dim=-1)
+    cosines = found @ F.normalize(items, dim=-1).T
+    best = cosines[0].topk(min(count, len(items)))
+    return Reading(
+        best.indices.tolist(),
+        best.values.tolist(),
+        cosines[0, token].item(),
+        int((cosines[0] > cosines[0, token]).sum()),
+        largest_by_chance(len(items), items.shape[-1]),
+        cosines[1:].amax(dim=1).mean().item(),
+    )
+
+
+def largest_by_chance(count: int, features: int) -> float:
+    """Expected largest cosine of ``count`` random directions in ``features`` dimensions with another one.
+
+    That of the largest of as many normal numbers of variance 1 / features, to a percent (Blom 1958,
+    Statistical Estimates and Transformed Beta-Variables; with the constant π/8 of Elfving 1947).
+    """
+    quantile = (count - math.pi / 8) / (count - math.pi / 4 + 1)
+    return NormalDist().inv_cdf(quantile) / math.sqrt(features)
+
+
+class Retrieval(NamedTuple):
+    """Cosines of what a memory gives back with what it was given, by lag (L,), averaged over times and heads.
+
+    ``right`` under the key of the token, ``wrong`` under keys of other tokens.
+    """
+
+    lags: list[int]
+    right: Tensor
+    wrong: Tensor
+
+
+@torch.no_grad()
+def retrieval_by_lag(trace: Trace, times: Sequence[int], states: Tensor, lags: Sequence[int]) -> Retrieval:
+    """How well an item can be read back some tokens after it was written; lag 0 is the fidelity of a write.
+
+    Each item is read from the slots in the proportions in which it was written, ŵ_j = w_j / |w_j|, as in
+    ``hamt.losses.reconstruction_loss``.
+
+    Args:
+        trace: of one layer.
+        times: T positions after which it is read.
+        states: the memory at each, (B, T, H, S, F).
+        lags: in tokens; those that reach beyond the first token at every time are left out.
+    """
+    algebra, now = trace.memory.algebra, torch.tensor(times)[:, None]
+    tokens = now - torch.tensor(lags)
+    there = (tokens >= 0) & (now > 0)  # a first token has no other beside it
+    tokens = tokens.clamp(min=0)
+    shares = F.normalize(trace.write, dim=-1)[:, tokens]
+    held = torch.einsum("btlhs,bthsf->btlhf", shares, states)[:, :, :, None]
+    others = (torch.linspace(0, 1, OTHERS) * now).long()[:, None].expand(-1, len(lags), -1)
+    others = others.where(
+        others != tokens[..., None], (others + now[..., None] // 2 + 1) % (now[..., None] + 1)
+    )
+    means = []
+    for positions in (tokens[..., None], others):
+        found = algebra.unbind(held, trace.keys[:, positions])
+        cosine = F.cosine_similarity(found, trace.items[:, tokens, None], dim=-1).mean(dim=(0, 3, 4))
+        means.append((cosine * there).sum(dim=0) / there.sum(dim=0))
+    measured = there.any(dim=0)
+    right, wrong = (mean[measured] for mean in means)
+    return Retrieval([lag for lag, known in zip(lags, measured.tolist(), strict=True) if known], right, wrong)

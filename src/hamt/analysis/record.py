@@ -1,0 +1,251 @@
+"""What the memories of a model do with a text, recorded without changing it.
+
+Shape legend: B batch, N tokens, H heads, S slots, F features of an item, K key size, d hidden_dim,
+D = H · F hcm_dim.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hamt.cache import HAMTCache
+from hamt.layers import HAMTLayer
+from hamt.memory import HolographicMemory, MemoryState
+from hamt.model import HAMTForCausalLM
+from hamt.positions import accumulate_positions
+
+SEGMENT = 1024  # tokens of a long text that are read at a time
+
+
+class Trace(NamedTuple):
+    """One run of one memory over N tokens of one document: equations (1) to (4) of ``hamt.memory``.
+
+    ``memory`` itself; ``items`` v (B, N, H, F), lifted; ``keys`` k ⊛ p and ``unbinding_keys`` u ⊛ p
+    (B, N, H, K), positions in them; gates ``write`` w, ``read`` r and ``log_forget`` log α (B, N, H, S) as
+    the recurrence uses them; ``beta`` (B, N, H) under the delta rule; ``before`` and ``after``, the state;
+    ``output`` y (B, N, H, F); ``turn`` (H, K) the mean over the tokens of the rotation's size, in radians or
+    the share of signs that flip, or None; ``gate`` (B, N, D) the output gate SiLU(W_g x), or None.
+    """
+
+    memory: HolographicMemory
+    items: Tensor
+    keys: Tensor
+    unbinding_keys: Tensor
+    write: Tensor
+    read: Tensor
+    log_forget: Tensor
+    beta: Tensor | None
+    before: MemoryState
+    after: MemoryState
+    output: Tensor
+    turn: Tensor | None = None
+    gate: Tensor | None = None
+
+    def states(self, ends: Iterable[int]) -> Iterator[Tensor]:
+        """The memory (B, H, S, F) after the first n tokens, for every n of ``ends`` in rising order."""
+        state, begin = MemoryState(self.before.memory), 0
+        # Positions are in the keys; log α is resolved, as the gated rule takes it.
+        memory = self.memory
+        rule = "delta" if self.beta is not None else "gated"
+        plain = HolographicMemory(
+            memory.num_heads * memory.head_dim,
+            memory.num_slots,
+            memory.num_heads,
+            "elementwise" if memory.algebra.name == "elementwise" else "phasor",
+            rule,
+            chunk_size=memory.chunk_size,
+        )
+        for end in ends:
+            if end > begin:
+                part = slice(begin, end)
+                _, state = plain(
+                    self.items[:, part],
+                    self.keys[:, part],
+                    self.unbinding_keys[:, part],
+                    self.write[:, part],
+                    self.read[:, part],
+                    self.log_forget[:, part],
+                    None if self.beta is None else self.beta[:, part],
+                    initial_state=state,
+                )
+                begin = end
+            yield state.memory
+
+
+@dataclass
+class Recording:
+    """Traces by layer, and the hidden states (B, N, d) that enter the last norm."""
+
+    traces: dict[int, Trace]
+    final: Tensor
+
+
+@contextmanager
+def observe(
+    model: HAMTForCausalLM, observer: Callable[[int, Trace], None], layers: Sequence[int] | None = None
+) -> Iterator[None]:
+    """Tell ``observer`` of every run of the memories of ``layers`` (None: all), in the order of layers.
+
+    What is observed is what is computed: results do not change. Only for one document without padding.
+    """
+    blocks = model.model.layers
+    with ExitStack() as stack:
+        for index in range(len(blocks)) if layers is None else layers:
+            stack.enter_context(_observed(blocks[index].mixer, index, observer))
+        yield
+
+
+@contextmanager
+def _observed(mixer: HAMTLayer, index: int, observer: Callable[[int, Trace], None]) -> Iterator[None]:
+    memory, pending = mixer.memory, []
+
+    def run(*tensors: Tensor, **options: Any) -> tuple[Tensor, MemoryState]:
+        output, state = memory(*tensors, **options)  # type: ignore[arg-type]
+        pending.append(_trace(memory, tensors, options, output, state))
+        return output, state
+
+    def gated(module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
+        pending[-1] = pending[-1]._replace(gate=F.silu(output))
+
+    def done(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        observer(index, pending.pop())
+
+    hooks = [mixer.register_forward_hook(done)]
+    if mixer.gate_proj is not None:
+        hooks.append(mixer.gate_proj.register_forward_hook(gated))
+    try:
+        with rerouted(mixer, run):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def rerouted(mixer: HAMTLayer, run: Callable[..., tuple[Tensor, MemoryState]]) -> Iterator[None]:
+    """Let ``run`` be called in the place of a layer's memory, which goes back to its place afterwards."""
+    memory = mixer.memory
+    mixer.memory = _Rerouted(memory, run)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        mixer.memory = memory
+
+
+class _Rerouted:
+    """A memory whose runs go through ``run``; all else is the memory's."""
+
+    def __init__(self, memory: HolographicMemory, run: Callable) -> None:
+        self._memory, self._run = memory, run
+
+    def __call__(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, MemoryState]:
+        return self._run(*tensors, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._memory, name)
+
+
+def _trace(
+    memory: HolographicMemory,
+    tensors: tuple[Tensor, ...],
+    options: dict[str, Any],
+    output: Tensor,
+    after: MemoryState,
+) -> Trace:
+    items, keys, unbinding_keys, write, read = tensors
+    if options["mask"] is not None or options["seq_idx"] is not None:
+        raise ValueError("one document without padding can be recorded: leave attention_mask and seq_idx out")
+    wide = torch.promote_types(items.dtype, torch.float32)
+    before = options["initial_state"] or memory.initial_state(len(items), wide, items.device)
+    rotation, beta, turn = options["rotation"], options["beta"], None
+    if rotation is not None:
+        size = rotation.abs() if memory.algebra.has_phase else rotation < 0
+        turn = size.to(wide).mean(dim=(0, 1)).expand(memory.num_heads, -1)
+        positions, _ = accumulate_positions(
+            memory.algebra, rotation, before.phase, None, None, None, *items.shape[:2]
+        )
+        keys = memory.algebra.compose(keys, positions)
+        unbinding_keys = memory.algebra.compose(unbinding_keys, positions)
+    return Trace(
+        memory,
+        memory.algebra.lift(items).to(wide),
+        keys,
+        unbinding_keys,
+        write.to(wide),
+        read.to(wide),
+        memory.resolve_log_forget(write, options["log_forget"], beta, wide),
+        None if beta is None else beta.to(wide),
+        before,
+        after,
+        output,
+        turn,
+    )
+
+
+@torch.no_grad()
+def read_text(
+    model: HAMTForCausalLM, input_ids: Tensor, cache: HAMTCache | None = None, segment: int = SEGMENT
+) -> Iterator[Tensor]:
+    """Read a text (B, N) in segments, the state carried, and yield what enters the last norm (B, ·, d)."""
+    cache = HAMTCache(len(model.model.layers)) if cache is None else cache
+    entering: list[Tensor] = []
+    hook = model.model.norm.register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0]))
+    try:
+        for part in input_ids.split(segment, dim=1) if input_ids.shape[1] else ():
+            model.model(part, past_key_values=cache)
+            yield entering.pop()
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def record(
+    model: HAMTForCausalLM,
+    input_ids: Tensor,
+    layers: Sequence[int] | None = None,
+    cache: HAMTCache | None = None,
+    segment: int = SEGMENT,
+) -> Recording:
+    """Everything that the memories of ``layers`` (None: all) see and say while a text is read.
+
+    Args:
+        model: in evaluation mode, as ``from_pretrained`` gives it; not changed.
+        input_ids: (B, N) tokens of texts without padding.
+        layers: which; one layer of a text of 16,384 tokens takes some 16,384 · (4 D + 4 H · S) · 4 bytes.
+        cache: the state to go on from; it is updated. None starts with an empty memory.
+        segment: tokens that are read at a time; changes nothing but the memory that is needed.
+
+    Raises:
+        ValueError: if the text is empty.
+    """
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise ValueError(
+            f"input_ids must be (batch, tokens) with at least one token; got {tuple(input_ids.shape)}"
+        )
+    found: dict[int, list[Trace]] = {}
+    with observe(model, lambda index, trace: found.setdefault(index, []).append(trace), layers):
+        final = torch.cat(list(read_text(model, input_ids, cache, segment)), dim=1)
+    return Recording({index: _joined(parts) for index, parts in found.items()}, final)
+
+
+def _joined(parts: Sequence[Trace]) -> Trace:
+    """One trace of consecutive ones."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def joined(name: str) -> Any:
+        tensors = [getattr(part, name) for part in parts]
+        return None if tensors[0] is None else torch.cat(tensors, dim=1)
+
+    sequences = ("items", "keys", "unbinding_keys", "write", "read", "log_forget", "beta", "output", "gate")
+    turns = [(part.items.shape[1], part.turn) for part in parts if part.turn is not None]
+    turn = None
+    if turns:  # the mean over all tokens
+        total = torch.stack([length * one for length, one in turns]).sum(dim=0)
+        turn = total / sum(length for length, _ in turns)
+    return parts[0]._replace(after=parts[-1].after, turn=turn, **{name: joined(name) for name in sequences})

@@ -1,0 +1,84 @@
+"""Does a model that recalls read from where it should? Contributions, on a task whose answers are known.
+
+Shape legend: N tokens, Q queries.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from statistics import mean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hamt.analysis.contributions import logit_contributions
+from hamt.analysis.record import record
+from hamt.cross_entropy import NOT_ASKED
+from hamt.data.tasks import MQAR
+from hamt.model import HAMTForCausalLM
+
+
+class Answer(NamedTuple):
+    """One query: where it stands, where the value it asks for was given, what was said, from where."""
+
+    query: int
+    value: int
+    right: bool
+    source: int
+
+
+def recall_sources(
+    model: HAMTForCausalLM, task: MQAR, num_examples: int, seed: int, length: int | None = None
+) -> dict[str, Any]:
+    """From where the right answers of associative recall come.
+
+    The source of an answer is the position that adds most to its logit (``logit_contributions``). The
+    short convolution mixes a token into the ``conv_kernel_size`` - 1 positions after it; a source that near
+    to the value that was asked for is a hit.
+
+    Returns:
+        ``examples``, ``queries``, ``accuracy``; of the right answers the shares of ``hits``, of ``exact``
+        ones and, by ``chance``, of hits if positions up to the query were drawn at random; ``reach`` of the
+        convolution; ``distances``, how often a source lies so many positions behind the value.
+
+    Raises:
+        ValueError: if no answer is right: there is nothing to look for.
+    """
+    reach = model.config.conv_kernel_size - 1
+    inputs, targets = task.sample(num_examples, torch.Generator().manual_seed(seed), length)
+    answers = [
+        answer
+        for tokens, asked in zip(inputs, targets, strict=True)
+        for answer in _answers(model, tokens, asked, task.num_kv_pairs)
+    ]
+    right = [answer for answer in answers if answer.right]
+    if not right:
+        raise ValueError("the model has no answer right: train it on the task first")
+    distances = [answer.source - answer.value for answer in right]
+    # Positions that count as hits, of all those up to the query.
+    windows = [(min(a.value + reach, a.query) - max(a.value - reach, 0) + 1) / (a.query + 1) for a in right]
+    return {
+        "examples": num_examples,
+        "queries": len(answers),
+        "accuracy": len(right) / len(answers),
+        "hits": mean(abs(distance) <= reach for distance in distances),
+        "exact": mean(distance == 0 for distance in distances),
+        "chance": mean(windows),
+        "reach": reach,
+        "distances": dict(sorted(Counter(distances).items())),
+    }
+
+
+@torch.no_grad()
+def _answers(model: HAMTForCausalLM, tokens: Tensor, targets: Tensor, pairs: int) -> Iterator[Answer]:
+    """All queries of one row (N,)."""
+    queries = (targets != NOT_ASKED).nonzero()[:, 0]
+    wanted = targets[queries]
+    recording = record(model, tokens[None])
+    said = model.lm_head(model.model.norm(recording.final[0, queries])).argmax(dim=-1)
+    sources = logit_contributions(model, recording, queries.tolist(), wanted[None])[0].argmax(dim=-1)
+    for query, value, word, source in zip(
+        *(x.tolist() for x in (queries, wanted, said, sources)), strict=True
+    ):
+        place = 1 + 2 * tokens[1 : 2 * pairs : 2].tolist().index(value)
+        yield Answer(query, place, word == value, source)

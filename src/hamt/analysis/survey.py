@@ -1,0 +1,146 @@
+"""Figures of every layer, head and slot over a text of any length, in memory that grows with its gates only.
+
+Shape legend: B batch, N tokens, T times, H heads, S slots, F features, K key size.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hamt.analysis.reading import Retrieval, retrieval_by_lag
+from hamt.analysis.record import SEGMENT, Trace, observe, read_text
+from hamt.model import HAMTForCausalLM
+
+LAGS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+TIMES = 16  # states of a segment that are looked at
+DEAD = 0.01  # of an even share of what is written or read
+
+
+@dataclass
+class LayerSurvey:
+    """What one layer did with a text.
+
+    ``write``, ``read``, ``keep`` (α) (B, N, H, S), gates of each token; ``times`` (T,) tokens read, at which
+    ``norms`` (B, T, H, S) are the Euclidean norms of the slots, not normalised, and ``rank`` (B, T, H) the
+    effective ranks of the heads; ``written`` (B, N, H) the norms of what was written; ``retrieval`` by lag,
+    within the last whole segment; ``turn`` (H, K) the mean size of the rotation (see ``Trace``), or None.
+    """
+
+    write: Tensor
+    read: Tensor
+    keep: Tensor
+    written: Tensor
+    times: list[int]
+    norms: Tensor
+    rank: Tensor
+    retrieval: Retrieval
+    turn: Tensor | None
+
+    def half_lives(self) -> Tensor:
+        """Tokens after which half of what a slot held is left, by its mean gates: (H, S)."""
+        return math.log(2) / -self.keep.log().mean(dim=(0, 1)).clamp(max=-1e-12)
+
+    def write_share(self) -> Tensor:
+        """The share of a head's writing that goes to each slot, by |w| · |x|: (H, S), rows sum to 1."""
+        mass = (self.write.abs() * self.written[..., None]).sum(dim=(0, 1))
+        return mass / mass.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+
+    def read_share(self) -> Tensor:
+        """The share of a head's reading that comes from each slot, by |r| · |M|: (H, S), rows sum to 1."""
+        at = torch.tensor(self.times) - 1
+        mass = (self.read[:, at].abs() * self.norms).sum(dim=(0, 1))
+        return mass / mass.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+
+    def dead(self) -> list[tuple[int, int]]:
+        """(head, slot) that get, or give, less than a hundredth of an even share."""
+        least = DEAD / self.write.shape[-1]
+        idle = (self.write_share() < least) | (self.read_share() < least)
+        return [(int(h), int(s)) for h, s in idle.nonzero()]
+
+
+def effective_slots(share: Tensor) -> Tensor:
+    """Slots that are as good as in use, exp of the entropy of the shares: (..., S) -> (...), from 1 to S."""
+    return torch.special.entr(share).sum(dim=-1).exp()
+
+
+def effective_rank(memory: Tensor) -> Tensor:
+    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007): (..., S, F) -> (...).
+
+    An empty memory has rank 0.
+    """
+    # The eigenvalues of S × S are the squares of the singular values, at a fraction of the cost.
+    wide = memory.double()
+    values = torch.linalg.eigvalsh(wide @ wide.mT).clamp(min=0).sqrt()
+    total = values.sum(dim=-1, keepdim=True)
+    rank = effective_slots(values / total.clamp(min=torch.finfo(values.dtype).tiny))
+    return rank.where(total[..., 0] > 0, 0.0).to(memory.dtype)
+
+
+@dataclass
+class _Gathered:
+    """Parts of the survey of one layer, segment by segment."""
+
+    traces: list[tuple[Tensor, ...]] = field(default_factory=list)
+    times: list[int] = field(default_factory=list)
+    states: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    retrieval: Retrieval | None = None
+    seen: int = 0
+    longest: int = 0
+    turn: Tensor | None = None
+
+
+@torch.no_grad()
+def survey(
+    model: HAMTForCausalLM,
+    input_ids: Tensor,
+    layers: Sequence[int] | None = None,
+    times: int = TIMES,
+    segment: int = SEGMENT,
+) -> dict[int, LayerSurvey]:
+    """Read a text (B, N) and measure every layer of ``layers`` (None: all).
+
+    Args:
+        model: in evaluation mode; not changed.
+        input_ids: (B, N) tokens of texts without padding.
+        layers: indices.
+        times: how many states of each segment are looked at.
+        segment: tokens read at a time; items and keys of one segment of one layer are in memory at once.
+    """
+    gathered: dict[int, _Gathered] = {}
+
+    def gather(index: int, trace: Trace) -> None:
+        _gather(gathered.setdefault(index, _Gathered()), trace, times)
+
+    with observe(model, gather, layers):
+        for _ in read_text(model, input_ids, segment=segment):
+            pass
+    return {index: _finish(parts) for index, parts in gathered.items()}
+
+
+def _gather(found: _Gathered, trace: Trace, times: int) -> None:
+    length = trace.items.shape[1]
+    ends = sorted({round(end) for end in torch.linspace(1, length, min(times, length)).tolist()})
+    states = torch.stack(list(trace.states(ends)), dim=1)
+    found.states.append((states.norm(dim=-1), effective_rank(states)))
+    found.times += [found.seen + end for end in ends]
+    written = trace.items.norm(dim=-1)
+    if trace.beta is not None:
+        written = written * trace.beta
+    found.traces.append((trace.write, trace.read, trace.log_forget.exp(), written))
+    if length >= found.longest:  # items of one segment cannot be asked for in another
+        found.longest = length
+        found.retrieval = retrieval_by_lag(trace, [end - 1 for end in ends], states, LAGS)
+    if trace.turn is not None:
+        sum_before = 0 if found.turn is None else found.turn * found.seen
+        found.turn = (sum_before + trace.turn * length) / (found.seen + length)
+    found.seen += length
+
+
+def _finish(found: _Gathered) -> LayerSurvey:
+    write, read, keep, written = (torch.cat(parts, dim=1) for parts in zip(*found.traces, strict=True))
+    norms, rank = (torch.cat(parts, dim=1) for parts in zip(*found.states, strict=True))
+    assert found.retrieval is not None
+    return LayerSurvey(write, read, keep, written, found.times, norms, rank, found.retrieval, found.turn)

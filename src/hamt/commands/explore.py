@@ -1,0 +1,43 @@
+"""``hamt explore``: a local web page to look into a model's memories."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from hamt.checkpoint import PRETRAINED, load_checkpoint
+from hamt.errors import UserError
+from hamt.explorer.session import Explorer
+from hamt.options import option, parse
+
+
+@dataclass
+class ExploreOptions:
+    """Look into a model's memories in the browser: read, click a token, scrub through time, let it write."""
+
+    checkpoint: str | None = option(None, "a checkpoint folder, or a .pt file; none is the model in HAMT")
+    host: str = option("127.0.0.1", "the address to serve at; any but the default lets others in")
+    port: int | None = option(None, "the port; none is the first free one from 7860 on")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve the page until Ctrl-C."""
+    options = parse(ExploreOptions, arguments, "explore")
+    if options.port is not None and not 0 < options.port < 65536:
+        raise UserError(f"--port must lie from 1 to 65535; got {options.port}")
+    # Read when Gradio is imported: nothing is told to anybody.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        from hamt.explorer.app import build_app, launch
+    except ImportError as error:
+        raise UserError('hamt explore needs Gradio: pip install "hamt[explore]"') from error
+    model, tokenizer = load_checkpoint(PRETRAINED if options.checkpoint is None else options.checkpoint)
+    app = build_app(Explorer(model, tokenizer), options.checkpoint or "The model in HAMT")
+    try:
+        _, address, _ = launch(app, options.host, options.port, block=False)
+    except OSError as error:
+        raise UserError(f"cannot serve at {options.host}, port {options.port}: {error}") from error
+    Console(soft_wrap=True, highlight=False).print(f"Open {address} in a browser; Ctrl-C ends it.")
+    app.block_thread()
+    return 0

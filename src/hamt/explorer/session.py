@@ -1,0 +1,165 @@
+"""What the page asks of a model, without the page.
+
+Shape legend: L layers, N tokens, T times, H heads, S slots.
+"""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from hamt.analysis.contributions import contributions
+from hamt.analysis.reading import largest_by_chance
+from hamt.analysis.record import Recording, record
+from hamt.analysis.report import token_texts
+from hamt.cache import HAMTCache
+from hamt.errors import UserError
+from hamt.model import HAMTForCausalLM
+
+MAX_TOKENS = 2048  # of a text; a page with more words would be slow to draw
+TIMES = 128  # states that can be scrubbed through
+NAMED = 6  # sources and items that are listed
+
+
+@dataclass
+class View:
+    """A text that was read.
+
+    ``tokens`` as text; ``write`` (L, N) mean write gates; ``times`` numbers of tokens at which ``norms``
+    (T, L, H, S) were taken; ``left_out`` tokens of the text before the first one shown.
+    """
+
+    recording: Recording
+    tokens: list[str]
+    write: np.ndarray
+    times: list[int]
+    norms: np.ndarray
+    left_out: int
+
+
+class Source(NamedTuple):
+    """A position and its share of a read-out; -1 is what came before the first."""
+
+    position: int
+    share: float
+
+
+class Retrieved(NamedTuple):
+    """What one token read: ``shares`` (N,) of all positions and the largest as ``sources``;
+
+    ``items``, the stored items that the read-out of ``head`` is most like, with cosines, and the largest
+    that ``chance`` would give.
+    """
+
+    shares: np.ndarray
+    sources: list[Source]
+    head: int
+    items: list[tuple[int, float]]
+    chance: float
+
+
+class Written(NamedTuple):
+    """A text as far as it is written, and the norms (L, H, S) of the slots after its last token."""
+
+    text: str
+    new_tokens: int
+    norms: np.ndarray
+
+
+class Explorer:
+    """One model, asked by one visitor at a time."""
+
+    def __init__(self, model: HAMTForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        # Recording watches the modules of the model itself.
+        self._lock = threading.Lock()
+
+    def read(self, text: str | None) -> View:
+        """Read a text, the last ``MAX_TOKENS`` of it.
+
+        Raises:
+            UserError: if there is nothing to read.
+        """
+        ids = self.tokenizer(text or "", add_special_tokens=False).input_ids
+        if not ids:
+            raise UserError("there is no text yet: type some, or take one of the examples")
+        kept = torch.tensor(ids[-MAX_TOKENS:])
+        with self._lock:
+            recording = record(self.model, kept[None])
+        times = sorted({round(end) for end in np.linspace(1, len(kept), min(TIMES, len(kept)))})
+        traces = recording.traces.values()
+        norms = [torch.stack([state[0].norm(dim=-1) for state in trace.states(times)]) for trace in traces]
+        write = torch.stack([trace.write[0].abs().mean(dim=(1, 2)) for trace in traces])
+        return View(
+            recording,
+            token_texts(self.tokenizer, kept),
+            write.numpy(),
+            times,
+            torch.stack(norms, dim=1).numpy(),
+            len(ids) - len(kept),
+        )
+
+    def retrieve(self, view: View, layer: int, token: int) -> Retrieved:
+        """What a token read from the memory of a layer, and from where; heads by what they contribute."""
+        trace = view.recording.traces[layer]
+        parts = contributions(trace, [token])
+        shares = parts.tokens[0, 0].mean(dim=0)
+        best = shares.topk(min(NAMED, token + 1))
+        sources = [
+            Source(position, share)
+            for position, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            if share > 0
+        ]
+        # The read-out of each head, beside the items it holds; the head that is most like one of them.
+        stored = torch.nn.functional.normalize(trace.items[0, : token + 1], dim=-1)
+        asked = torch.nn.functional.normalize(
+            trace.memory.algebra.lift(trace.output[0, token]).to(stored), dim=-1
+        )
+        cosines = torch.einsum("nhf,hf->hn", stored, asked)
+        head = int(cosines.amax(dim=1).argmax())
+        nearest = cosines[head].topk(min(NAMED, token + 1))
+        return Retrieved(
+            shares.numpy(),
+            sources,
+            head,
+            list(zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)),
+            largest_by_chance(token + 1, stored.shape[-1]),
+        )
+
+    @torch.no_grad()
+    def write(
+        self, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int | None = None
+    ) -> Iterator[Written]:
+        """Continue a prompt token by token; a temperature of 0 is greedy, an empty prompt a new document."""
+        ids = self.tokenizer(prompt, add_special_tokens=False).input_ids or [self.tokenizer.eos_token_id]
+        generator = torch.Generator()
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        warpers = LogitsProcessorList([TopPLogitsWarper(float(top_p))] if top_p < 1 else [])
+        if temperature > 0:
+            warpers.insert(0, TemperatureLogitsWarper(float(temperature)))
+        cache = HAMTCache(len(self.model.model.layers))
+        new: list[int] = []
+        part = torch.tensor([ids])
+        for _ in range(max_new_tokens):
+            with self._lock:
+                logits = self.model(part, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+            if temperature > 0:
+                weights = warpers(part, logits).softmax(dim=-1)  # type: ignore[arg-type]
+                part = torch.multinomial(weights, 1, generator=generator)
+            else:
+                part = logits.argmax(dim=-1, keepdim=True)
+            new.append(int(part))
+            if new[-1] == self.tokenizer.eos_token_id:
+                break
+            norms = [state.memory.memory[0].norm(dim=-1) for state in cache.states if state is not None]
+            text = str(self.tokenizer.decode(new, skip_special_tokens=True))
+            yield Written(text, len(new), torch.stack(norms).numpy())
