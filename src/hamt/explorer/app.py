@@ -1,5 +1,6 @@
 """The page: Gradio components around ``Explorer``."""
 
+import html
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,95 +22,108 @@ NOTHING = "<p class='note'>Click a token of the text to see what it read from th
 def build_app(explorer: Explorer, name: str) -> gr.Blocks:
     """All of the page; nothing of it comes from elsewhere."""
     layers = list(range(len(explorer.model.model.layers)))
+    page = _Page(explorer)
     with gr.Blocks(title="HAMT: inside the memory", analytics_enabled=False) as app:
         gr.Markdown(f"# Inside the memory\n{name}: {explorer.model.num_parameters():,} parameters.")
-        view = gr.State(None)
         with gr.Tab("Read"):
-            text = gr.Textbox(label="Text", lines=4, value=EXAMPLES[0], elem_id="text")
-            with gr.Row():
-                read = gr.Button("Read", variant="primary", elem_id="read")
-                layer = gr.Dropdown(layers, value=layers[-1], label="Layer", elem_id="layer")
-            gr.Examples([[one] for one in EXAMPLES], [text])
-            status = gr.Markdown(elem_id="status")
-            tokens = gr.HighlightedText(
-                label="Tokens: the darker, the more strongly written. Click one.",
-                color_map={"": "white"},
-                elem_id="tokens",
-                interactive=False,
-            )
-            with gr.Row():
-                found = gr.HTML(NOTHING, elem_id="found")
-                with gr.Column():
-                    time = gr.Slider(
-                        1,
-                        2,
-                        value=1,
-                        step=1,
-                        label="Moment: the memory after so much of the text",
-                        elem_id="time",
-                    )
-                    slots = gr.HTML(elem_id="slots")
+            _reading_tab(app, page, layers)
         with gr.Tab("Write"):
-            prompt = gr.Textbox(label="Prompt", lines=2, value="The state of the Union is", elem_id="prompt")
-            with gr.Row():
-                temperature = gr.Slider(0, 2, value=0.8, step=0.05, label="Temperature (0 is greedy)")
-                top_p = gr.Slider(0.05, 1, value=0.95, step=0.05, label="Top-p")
-                count = gr.Slider(1, 400, value=80, step=1, label="Tokens to write", elem_id="count")
-                shown = gr.Dropdown(layers, value=layers[-1], label="Layer")
-            with gr.Row():
-                write = gr.Button("Write", variant="primary", elem_id="write")
-                stop = gr.Button("Stop", elem_id="stop")
-            written = gr.Textbox(label="Continuation", lines=6, interactive=False, elem_id="written")
-            live = gr.HTML(elem_id="live")
-
-        def on_read(content: str, index: int) -> list[Any]:
-            try:
-                got = explorer.read(content)
-            except UserError as error:
-                return [
-                    None,
-                    f"**{str(error).capitalize()}.**",
-                    [],
-                    NOTHING,
-                    gr.Slider(interactive=False),
-                    "",
-                ]
-            last = len(got.times)
-            slider = gr.Slider(1, max(last, 2), value=last, step=1, interactive=last > 1)
-            return [got, _status(got), _tokens(got, index), NOTHING, slider, _slots(got, index, last)]
-
-        def on_layer(got: View | None, index: int, position: int) -> list[Any]:
-            if got is None:
-                return [[], NOTHING, ""]
-            return [_tokens(got, index), NOTHING, _slots(got, index, position)]
-
-        def on_click(got: View | None, index: int, event: gr.SelectData) -> str:
-            if got is None:
-                return NOTHING
-            return retrieved_lists(
-                got, explorer.retrieve(got, index, int(event.index)), index, int(event.index)
-            )
-
-        def on_time(got: View | None, index: int, position: int) -> str:
-            return "" if got is None else _slots(got, index, position)
-
-        def on_write(start: str, number: int, heat: float, p: float, index: int) -> Iterator[list[Any]]:
-            largest = 0.0
-            yield [start, "<p class='note'>Reading the prompt …</p>"]
-            for one in explorer.write(start, int(number), heat, p):
-                largest = max(largest, float(one.norms[index].max()))
-                caption = f"Layer {index} after {one.new_tokens} new tokens."
-                yield [start + one.text, slot_grid(one.norms[index], largest, caption)]
-
-        outputs = [view, status, tokens, found, time, slots]
-        for event in (read.click, text.submit, app.load):
-            event(on_read, [text, layer], outputs, show_progress="minimal")
-        layer.change(on_layer, [view, layer, time], [tokens, found, slots], show_progress="hidden")
-        tokens.select(on_click, [view, layer], found, show_progress="hidden")
-        time.change(on_time, [view, layer, time], slots, show_progress="hidden")
-        writing = write.click(on_write, [prompt, count, temperature, top_p, shown], [written, live])
-        stop.click(None, None, None, cancels=[writing])
+            _writing_tab(page, layers)
     return app
+
+
+def _reading_tab(app: gr.Blocks, page: "_Page", layers: list[int]) -> None:
+    view = gr.State(None)
+    text = gr.Textbox(label="Text", lines=4, value=EXAMPLES[0], elem_id="text")
+    with gr.Row():
+        read = gr.Button("Read", variant="primary", elem_id="read")
+        layer = gr.Dropdown(layers, value=layers[-1], label="Layer", elem_id="layer")
+    gr.Examples([[one] for one in EXAMPLES], [text])
+    status = gr.Markdown(elem_id="status")
+    tokens = gr.HighlightedText(
+        label="Tokens: the darker, the more strongly written. Click one.",
+        color_map={"": "white"},
+        elem_id="tokens",
+        interactive=False,
+    )
+    with gr.Row():
+        found = gr.HTML(NOTHING, elem_id="found")
+        with gr.Column():
+            label = "Moment: the memory after so much of the text"
+            time = gr.Slider(1, 2, value=1, step=1, label=label, elem_id="time")
+            slots = gr.HTML(elem_id="slots")
+    outputs = [view, status, tokens, found, time, slots]
+    for event in (read.click, text.submit, app.load):
+        event(page.read, [text, layer], outputs, show_progress="minimal")
+    layer.change(page.turn_to_layer, [view, layer, time], [tokens, found, slots], show_progress="hidden")
+    tokens.select(page.retrieve, [view, layer], found, show_progress="hidden")
+    time.change(page.slots, [view, layer, time], slots, show_progress="hidden")
+
+
+def _writing_tab(page: "_Page", layers: list[int]) -> None:
+    prompt = gr.Textbox(label="Prompt", lines=2, value="The state of the Union is", elem_id="prompt")
+    with gr.Row():
+        temperature = gr.Slider(0, 2, value=0.8, step=0.05, label="Temperature (0 is greedy)")
+        top_p = gr.Slider(0.05, 1, value=0.95, step=0.05, label="Top-p")
+        count = gr.Slider(1, 400, value=80, step=1, label="Tokens to write", elem_id="count")
+        layer = gr.Dropdown(layers, value=layers[-1], label="Layer")
+    with gr.Row():
+        write = gr.Button("Write", variant="primary", elem_id="write")
+        stop = gr.Button("Stop", elem_id="stop")
+    written = gr.Textbox(label="Continuation", lines=6, interactive=False, elem_id="written")
+    live = gr.HTML(elem_id="live")
+    writing = write.click(page.write, [prompt, count, temperature, top_p, layer], [written, live])
+    stop.click(None, None, None, cancels=[writing])
+
+
+class _Page:
+    """What happens on the page; of everything a visitor may give there is an answer."""
+
+    def __init__(self, explorer: Explorer) -> None:
+        self.explorer = explorer
+
+    def read(self, text: str | None, layer: int) -> list[Any]:
+        try:
+            view = self.explorer.read(text)
+        except UserError as error:
+            return [None, f"**{_sentence(error)}**", [], NOTHING, gr.Slider(interactive=False), ""]
+        last = len(view.times)
+        slider = gr.Slider(1, max(last, 2), value=last, step=1, interactive=last > 1)
+        return [view, _status(view), _tokens(view, layer), NOTHING, slider, self.slots(view, layer, last)]
+
+    def turn_to_layer(self, view: View | None, layer: int, moment: int) -> list[Any]:
+        if view is None:
+            return [[], NOTHING, ""]
+        return [_tokens(view, layer), NOTHING, self.slots(view, layer, moment)]
+
+    def retrieve(self, view: View | None, layer: int, event: gr.SelectData) -> str:
+        if view is None:
+            return NOTHING
+        token = int(event.index)
+        return retrieved_lists(view, self.explorer.retrieve(view, layer, token), layer, token)
+
+    def slots(self, view: View | None, layer: int, moment: int) -> str:
+        if view is None:
+            return ""
+        index = int(np.clip(moment, 1, len(view.times))) - 1
+        count = view.times[index]
+        caption = f"Layer {layer} after {count:,} tokens, the last “{view.tokens[count - 1]}”."
+        if len(view.tokens) > TIMES:
+            caption += f" {TIMES} moments of the text can be chosen."
+        return slot_grid(view.norms[index, layer], float(view.norms[:, layer].max()), caption)
+
+    def write(
+        self, prompt: str | None, count: int, temperature: float, top_p: float, layer: int
+    ) -> Iterator[list[Any]]:
+        prompt, largest = prompt or "", 0.0
+        yield [prompt, "<p class='note'>Reading the prompt …</p>"]
+        try:
+            for one in self.explorer.write(prompt, int(count), temperature, top_p):
+                largest = max(largest, float(one.norms[layer].max()))
+                caption = f"Layer {layer} after {one.new_tokens} new tokens."
+                yield [prompt + one.text, slot_grid(one.norms[layer], largest, caption)]
+        except UserError as error:
+            yield [prompt, f"<p class='note'>{html.escape(_sentence(error))}</p>"]
 
 
 def launch(app: gr.Blocks, host: str, port: int | None, block: bool = True) -> Any:
@@ -128,28 +142,20 @@ def launch(app: gr.Blocks, host: str, port: int | None, block: bool = True) -> A
     )
 
 
+def _sentence(error: UserError) -> str:
+    said = str(error)
+    return f"{said[:1].upper()}{said[1:]}."
+
+
 def _status(view: View) -> str:
-    left_out = (
-        f" The first {view.left_out:,} were left out: {MAX_TOKENS:,} are shown at most."
-        if view.left_out
-        else ""
-    )
-    return f"{len(view.tokens):,} tokens read.{left_out}"
+    status = f"{len(view.tokens):,} tokens read."
+    if view.left_out:
+        status += f" The first {view.left_out:,} were left out: {MAX_TOKENS:,} are shown at most."
+    return status
 
 
 def _tokens(view: View, layer: int) -> list[tuple[str, float]]:
+    """Tokens with their write gates, from 0 for the weakest to 1."""
     write = view.write[layer]
-    low, high = float(write.min()), float(write.max())
-    return [
-        (token, (float(w) - low) / ((high - low) or 1.0)) for token, w in zip(view.tokens, write, strict=True)
-    ]
-
-
-def _slots(view: View, layer: int, position: int) -> str:
-    index = int(np.clip(position, 1, len(view.times))) - 1
-    count = view.times[index]
-    word = view.tokens[count - 1]
-    caption = f"Layer {layer} after {count:,} tokens, the last “{word}”."
-    if len(view.tokens) > TIMES:
-        caption += f" {TIMES} moments of the text can be chosen."
-    return slot_grid(view.norms[index, layer], float(view.norms[:, layer].max()), caption)
+    shares = (write - write.min()) / (np.ptp(write) or 1.0)
+    return list(zip(view.tokens, shares.tolist(), strict=True))

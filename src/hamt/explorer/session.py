@@ -23,6 +23,7 @@ from hamt.analysis.record import Recording, record
 from hamt.analysis.report import token_texts
 from hamt.cache import HAMTCache
 from hamt.errors import UserError
+from hamt.evaluation.perplexity import start_token
 from hamt.model import HAMTForCausalLM
 
 MAX_TOKENS = 2048  # of a text; a page with more words would be slow to draw
@@ -140,7 +141,7 @@ class Explorer:
         self, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int | None = None
     ) -> Iterator[Written]:
         """Continue a prompt token by token; a temperature of 0 is greedy, an empty prompt a new document."""
-        ids = self.tokenizer(prompt, add_special_tokens=False).input_ids or [self.tokenizer.eos_token_id]
+        ids = self.tokenizer(prompt, add_special_tokens=False).input_ids or [start_token(self.tokenizer)]
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
         warpers = LogitsProcessorList([TopPLogitsWarper(float(top_p))] if top_p < 1 else [])
