@@ -209,6 +209,11 @@ def test_the_command_writes_figures_pictures_and_a_page(tmp_path, capsys):
     assert {"commit", "torch"} <= results["environment"].keys()
     assert len(layer["half_life_tokens"]) == len(layer["loss_without"]) == 4
     assert layer["retrieval"]["lag"][0] == 0
+    asked = layer["held"]
+    assert [row["back"] for row in asked] == [0, 1, 2, 4, 8, 16, 32, 64]
+    assert asked[0]["cosine"] > 0.8 > asked[0]["chance_theory"]
+    assert asked[0]["rank"] == 0
+    assert asked[0]["nearest"][0] == {"token": asked[0]["token"], "back": 0, "cosine": asked[0]["cosine"]}
     pictures = {path.stem for path in tmp_path.glob("*.png")}
     assert {"memory_evolution", "slots", "retrieval", "gates", "contributions_layer_3"} <= pictures
     page = (tmp_path / "dashboard.html").read_text()

@@ -21,6 +21,7 @@ def dashboard(analysis: Analysis, heading: str, captions: Mapping[str, str]) -> 
         "tokens": analysis.tokens,
         "sources": {str(layer): rows for layer, rows in analysis.sources.items()},
         "write": {str(layer): row for layer, row in analysis.write.items()},
+        "held": {index: layer["held"] for index, layer in layers.items()},
     }
     pictures = "\n".join(
         f'<figure><img alt="{html.escape(name)}" src="{_embedded(figure)}">'

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hamt.analysis.contributions import contributions
-from hamt.analysis.record import read_text, record
+from hamt.analysis.reading import read_memory
+from hamt.analysis.record import Trace, read_text, record
 from hamt.analysis.silencing import loss_without_slots
 from hamt.analysis.survey import LayerSurvey, effective_slots, survey
 from hamt.cache import HAMTCache
@@ -33,6 +34,8 @@ TRACED = 256  # tokens at the end of a text whose read-outs are traced to their 
 SILENCED = 256  # tokens at its start whose loss is measured without each slot
 PICTURED = 64  # tokens at the end that pictures name one by one
 SOURCES = 8  # positions named for each read-out
+ASKED = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # tokens back from the end whose keys are asked
+NEAREST = 4  # items named for each of them
 
 
 @dataclass
@@ -60,9 +63,14 @@ def analyse(
     surveys = survey(model, input_ids[None])
     loss, rises = loss_without_slots(model, input_ids[:SILENCED], None if silence else [])
     tokens = token_texts(tokenizer, input_ids[-TRACED:])
-    shares = trace_shares(model, input_ids)
+    traces = _last_traces(model, input_ids)
+    shares = {index: trace_shares(trace) for index, trace in traces.items()}
     layers = {
-        str(index): {**layer_figures(one), **({"loss_without": _plain(rises[index])} if silence else {})}
+        str(index): {
+            **layer_figures(one),
+            "held": what_is_held(traces[index], tokens),
+            **({"loss_without": _plain(rises[index])} if silence else {}),
+        }
         for index, one in surveys.items()
     }
     results = {"tokens": len(input_ids), "loss_of_the_start": loss, "layers": layers}
@@ -93,16 +101,50 @@ def layer_figures(found: LayerSurvey) -> dict[str, Any]:
     }
 
 
-def trace_shares(model: HAMTForCausalLM, input_ids: Tensor) -> dict[int, np.ndarray]:
-    """Shares (Q, H, N + 1) of the last read-outs by position, the last column what came before, by layer."""
-    begin = max(len(input_ids) - TRACED, 0)
-    found, cache = {}, HAMTCache(len(model.model.layers))
+def _last_traces(model: HAMTForCausalLM, input_ids: Tensor) -> dict[int, Trace]:
+    """All layers over the last tokens of a text, what came before in their first state."""
+    begin, cache = max(len(input_ids) - TRACED, 0), HAMTCache(len(model.model.layers))
     for _ in read_text(model, input_ids[None, :begin], cache):
         pass
-    recording = record(model, input_ids[None, begin:], cache=cache)
-    for index, trace in recording.traces.items():
-        shares = contributions(trace, range(trace.items.shape[1]))
-        found[index] = torch.cat((shares.tokens[0], shares.initial[0][..., None]), dim=-1).float().numpy()
+    return record(model, input_ids[None, begin:], cache=cache).traces
+
+
+def trace_shares(trace: Trace) -> np.ndarray:
+    """Shares (N, H, N + 1) of every read-out by position, the last column what came before."""
+    shares = contributions(trace, range(trace.items.shape[1]))
+    return torch.cat((shares.tokens[0], shares.initial[0][..., None]), dim=-1).float().numpy()
+
+
+def what_is_held(trace: Trace, tokens: Sequence[str]) -> list[dict[str, Any]]:
+    """What the memory after the text gives back under the keys of some of its tokens.
+
+    For each token that is asked for: of all heads the one that gives back most, the cosine with what was
+    written and its rank among all items, the cosines that chance gives, and the nearest items.
+    """
+    last, heads = len(tokens) - 1, trace.items.shape[2]
+    found = []
+    for back in ASKED:
+        if back > last:
+            break
+        readings = [read_memory(trace, last, last - back, head, count=NEAREST) for head in range(heads)]
+        head = max(range(heads), key=lambda head: readings[head].stored)
+        best = readings[head]
+        nearest = [
+            {"token": tokens[position], "back": last - position, "cosine": round(cosine, 4)}
+            for position, cosine in zip(best.positions, best.cosines, strict=True)
+        ]
+        found.append(
+            {
+                "token": tokens[last - back],
+                "back": back,
+                "head": head,
+                "cosine": round(best.stored, 4),
+                "rank": best.rank,
+                "chance_theory": round(best.theory, 4),
+                "chance_permuted": round(best.permuted, 4),
+                "nearest": nearest,
+            }
+        )
     return found
 
 
