@@ -1,5 +1,6 @@
 """The page in a real browser, and what it asks of a model."""
 
+import copy
 import os
 import shutil
 import signal
@@ -11,7 +12,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
+from hamt.analysis.reading import largest_by_chance
+from hamt.analysis.record import SEGMENT
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.cli import main
 from hamt.errors import UserError
@@ -37,7 +41,7 @@ def test_a_text_is_read_token_by_token(explorer):
     assert view.times == list(range(1, len(view.tokens) + 1))
     assert view.norms.shape == (len(view.tokens), 4, 4, 16)
     assert view.left_out == 0
-    last = view.recording.traces[2].after.memory[0].norm(dim=-1)
+    last = view.traces[2].after.memory[0].norm(dim=-1)
     np.testing.assert_allclose(view.norms[-1, 2], last, rtol=1e-4)
 
 
@@ -49,7 +53,7 @@ def test_what_a_token_read_adds_up_and_comes_from_before_it(explorer):
         assert all(0 <= position <= 6 and share > 0 for position, share in found.sources)
         assert [share for _, share in found.sources] == sorted((s for _, s in found.sources), reverse=True)
         assert all(0 <= position <= 6 and -1 <= cosine <= 1.0001 for position, cosine in found.items)
-        assert 0 < found.chance < 1
+        assert found.chance == pytest.approx(largest_by_chance(7 * 4, 64))
     first = explorer.retrieve(view, 0, 0)
     assert first.sources == [(0, pytest.approx(1, abs=1e-5))]
 
@@ -89,6 +93,30 @@ def test_writing_is_what_generate_writes_and_shows_the_state(explorer):
     sampled = [list(explorer.write("A", 8, 1.2, 0.9, seed=seed))[-1].text for seed in (0, 0, 1)]
     assert sampled[0] == sampled[1] != sampled[2]
     assert list(explorer.write("", 3, 1, 1))[-1].new_tokens == 3
+
+
+def test_the_end_of_a_document_is_told(explorer):
+    ids = explorer.tokenizer("The state of the Union").input_ids
+    first = int(explorer.model(torch.tensor([ids])).logits[0, -1].argmax())
+    tokenizer = copy.copy(explorer.tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first)
+    (only,) = Explorer(explorer.model, tokenizer).write("The state of the Union", 5, 0, 1)
+    assert only.ended
+    assert only.new_tokens == 1
+
+
+def test_a_long_prompt_is_read_in_segments(explorer):
+    prompt = SPEECH * 70  # more than one segment
+    ids = explorer.tokenizer(prompt, return_tensors="pt").input_ids
+    assert ids.shape[1] > SEGMENT
+    expected = explorer.model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :]
+    *_, last = explorer.write(prompt, 3, 0, 1)
+    assert last.text == explorer.tokenizer.decode(expected)
+
+
+def test_characters_that_are_none_are_refused(explorer):
+    with pytest.raises(UserError, match="characters that are none"):
+        explorer.read("half \ud83d a smile")
 
 
 def test_visitors_do_not_meet_in_the_model(explorer):

@@ -287,7 +287,7 @@ def replaced(layer, weight):
 CHANGES = {
     "in place": lambda layer, weight: layer.weight.copy_(weight),
     "loaded": lambda layer, weight: layer.load_state_dict({**layer.state_dict(), "weight": weight}),
-    "by .data": replaced,
+    "replaced through .data": replaced,
     "another parameter": lambda layer, weight: setattr(layer, "weight", torch.nn.Parameter(weight)),
 }
 

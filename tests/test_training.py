@@ -20,6 +20,7 @@ from hamt.data.blocks import aligned_batch, next_token_batch
 from hamt.data.tokens import Split
 from hamt.evaluation.loss import Loss, held_out_loss
 from hamt.evaluation.ngrams import ngram_losses
+from hamt.training.accelerator import make_accelerator
 from hamt.training.loop import Listener, LoopOptions, Trainer
 from hamt.training.optim import build_optimizers, learning_rate_scale
 from hamt.training.tracking import ProgressBar
@@ -388,6 +389,15 @@ def test_a_run_is_in_float32_whatever_ran_before_it(model):
     assert trainer.accelerator.mixed_precision == "no"
     with trainer.accelerator.autocast():
         assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_run_is_where_it_is_wanted_whatever_ran_before_it(monkeypatch):
+    """As in a notebook that tries something on the CPU first: a second device, here a pretended one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    make_accelerator(on_cpu=True)
+    assert AcceleratorState().device.type == "cpu"
+    AcceleratorState().device = torch.device("meta")
+    assert make_accelerator(on_cpu=True).device.type == "cpu"
 
 
 # ------------------------------------------------------------------------ trouble

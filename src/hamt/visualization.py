@@ -3,10 +3,13 @@
 ``python src/hamt/visualization.py`` is ``hamt analyze --demo``.
 """
 
+import io
 import os
 import runpy
 import sys
+import warnings
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +43,22 @@ class Series(NamedTuple):
 
 def save_figure(path: str | os.PathLike[str], figure: Figure) -> None:
     """Write a figure as PNG."""
-    write_file(path, lambda file: figure.savefig(file, dpi=150))
+    content = as_png(figure)
+
+    def write(file: Path) -> None:
+        file.write_bytes(content)
+
+    write_file(path, write)
+
+
+def as_png(figure: Figure, dpi: int = 150) -> bytes:
+    """A figure as the content of a PNG file."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # Tokens may be written in any script; what the font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
 
 
 def panels(count: int, columns: int = 2, size: tuple[float, float] = (5.0, 3.6)) -> tuple[Figure, list[Axes]]:
@@ -258,8 +276,9 @@ def contribution_matrix(shares: np.ndarray, tokens: Sequence[str], title: str) -
     extreme = float(np.quantile(np.abs(shares[shares != 0]), 0.99)) if shares.any() else 1.0
     image = axes.imshow(shares, cmap=DIVERGING, vmin=-extreme, vmax=extreme)
     figure.colorbar(image, ax=axes, label="share of the read-out", shrink=0.7)
-    axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6)
-    axes.set_yticks(range(len(tokens)), tokens, fontsize=6)
+    # Tokens are no formulas, whatever dollars are among them.
+    axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6, parse_math=False)
+    axes.set_yticks(range(len(tokens)), tokens, fontsize=6, parse_math=False)
     axes.set_xlabel("written by the token")
     axes.set_ylabel("read by the token")
     axes.set_title(title, fontsize="medium")
@@ -271,7 +290,7 @@ def gates_over_text(tokens: Sequence[str], layers: Mapping[str, np.ndarray]) -> 
     figure, (axes,) = panels(1, size=(min(max(0.16 * len(tokens), 6.0), 16.0), 3.4))
     for index, (name, values) in enumerate(layers.items()):
         axes.plot(values, color=COLOURS[index % len(COLOURS)], linewidth=1, label=name)
-    axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6)
+    axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6, parse_math=False)
     axes.set_xlabel("token")
     axes.set_ylabel("mean write gate")
     axes.set_ylim(bottom=0)

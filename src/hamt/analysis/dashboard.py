@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import json
 from collections.abc import Mapping
 from importlib.resources import files
@@ -11,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from hamt.analysis.report import Analysis
+from hamt.visualization import as_png
 
 
 def dashboard(analysis: Analysis, heading: str, captions: Mapping[str, str]) -> str:
@@ -59,6 +59,4 @@ def _mean(values: list[float]) -> str:
 
 
 def _embedded(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(as_png(figure, dpi=110)).decode()

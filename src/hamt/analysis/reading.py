@@ -125,13 +125,14 @@ def retrieval_by_lag(trace: Trace, times: Sequence[int], states: Tensor, lags: S
         states: the memory at each, (B, T, H, S, F).
         lags: in tokens; those that reach beyond the first token at every time are left out.
     """
-    algebra, now = trace.memory.algebra, torch.tensor(times)[:, None]
-    tokens = now - torch.tensor(lags)
+    algebra, device = trace.memory.algebra, trace.items.device
+    now = torch.tensor(times, device=device)[:, None]
+    tokens = now - torch.tensor(lags, device=device)
     there = (tokens >= 0) & (now > 0)  # a first token has no other beside it
     tokens = tokens.clamp(min=0)
     shares = F.normalize(trace.write, dim=-1)[:, tokens]
     held = torch.einsum("btlhs,bthsf->btlhf", shares, states)[:, :, :, None]
-    others = (torch.linspace(0, 1, OTHERS) * now).long()[:, None].expand(-1, len(lags), -1)
+    others = (torch.linspace(0, 1, OTHERS, device=device) * now).long()[:, None].expand(-1, len(lags), -1)
     others = others.where(
         others != tokens[..., None], (others + now[..., None] // 2 + 1) % (now[..., None] + 1)
     )

@@ -196,7 +196,7 @@ def read_text(
     entering: list[Tensor] = []
     hook = model.model.norm.register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0]))
     try:
-        for part in input_ids.split(segment, dim=1) if input_ids.shape[1] else ():
+        for part in input_ids.to(model.device).split(segment, dim=1) if input_ids.shape[1] else ():
             model.model(part, past_key_values=cache)
             yield entering.pop()
     finally:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hamt.analysis.record import rerouted
 from hamt.cross_entropy import next_token_loss
@@ -33,19 +34,34 @@ def loss_without_slots(
     """
     if input_ids.ndim != 1 or len(input_ids) < 2:
         raise ValueError(f"input_ids must be one text of at least two tokens; got {tuple(input_ids.shape)}")
-    (loss,) = _losses(model, input_ids, 1)
+    blocks, input_ids = model.model.layers, input_ids.to(model.device)
+    asked = range(len(blocks)) if layers is None else layers
+    entering = [
+        model.model.embed_tokens(input_ids[None])
+    ]  # what enters each block: those before are not run again
+    for block in blocks:
+        entering.append(block(entering[-1])[0])
+    (loss,) = _losses(model, entering[-1], input_ids)
     rises = {}
-    for index in range(len(model.model.layers)) if layers is None else layers:
-        mixer = model.model.layers[index].mixer
-        memory = mixer.memory
-        heads, slots = memory.num_heads, memory.num_slots
-        # Read weights of each slot in its row: all but its own.
-        kept = 1 - torch.eye(heads * slots).view(-1, 1, heads, slots)
-        found = []
-        for part in kept.split(ROWS):
-            with rerouted(mixer, _reading(memory, part)):
-                found.append(_losses(model, input_ids, len(part)))
-        rises[index] = (torch.cat(found) - loss).view(heads, slots)
+    total = sum(
+        blocks[index].mixer.memory.num_heads * blocks[index].mixer.memory.num_slots for index in asked
+    )
+    with tqdm(total=total, desc="silencing", unit="slot", leave=False, disable=None) as bar:
+        for index in asked:
+            mixer = blocks[index].mixer
+            memory = mixer.memory
+            heads, slots = memory.num_heads, memory.num_slots
+            # Read weights of each slot in its row: all but its own.
+            kept = 1 - torch.eye(heads * slots).view(-1, 1, heads, slots)
+            found = []
+            for part in kept.split(ROWS):
+                hidden_states = entering[index].expand(len(part), -1, -1)
+                with rerouted(mixer, _reading(memory, part)):
+                    for block in blocks[index:]:
+                        hidden_states = block(hidden_states)[0]
+                found.append(_losses(model, hidden_states, input_ids))
+                bar.update(len(part))
+            rises[index] = (torch.cat(found) - loss).view(heads, slots)
     return loss.item(), rises
 
 
@@ -59,9 +75,9 @@ def _reading(memory: HolographicMemory, kept: Tensor) -> Callable[..., tuple[Ten
     return run
 
 
-def _losses(model: HAMTForCausalLM, input_ids: Tensor, rows: int) -> Tensor:
-    """Mean loss of the text in each of ``rows`` rows, (rows,)."""
-    hidden_states = model.model(input_ids.expand(rows, -1)).last_hidden_state[:, :-1]
+def _losses(model: HAMTForCausalLM, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
+    """Mean loss of the text (N,) in each row of what leaves the last block (B, N, d): (B,)."""
+    hidden_states = model.model.norm(hidden_states)[:, :-1]
     weight, targets = model.lm_head.weight, input_ids[None, 1:]
     # Row by row, without all logits: of a large vocabulary they would take gigabytes.
     return torch.stack([next_token_loss(row[None], weight, targets) for row in hidden_states])

@@ -23,10 +23,12 @@ DEAD = 0.01  # of an even share of what is written or read
 class LayerSurvey:
     """What one layer did with a text.
 
-    ``write``, ``read``, ``keep`` (α) (B, N, H, S), gates of each token; ``times`` (T,) tokens read, at which
-    ``norms`` (B, T, H, S) are the Euclidean norms of the slots, not normalised, and ``rank`` (B, T, H) the
-    effective ranks of the heads; ``written`` (B, N, H) the norms of what was written; ``retrieval`` by lag,
-    within the last whole segment; ``turn`` (H, K) the mean size of the rotation (see ``Trace``), or None.
+    ``write``, ``read`` (B, N, H, S), gates of each token, and ``keep``, the share of its content that a slot
+    keeps at it: α, under the delta rule α (1 - β ŵ²), as a write erases what lies in its direction;
+    ``written`` (B, N, H) the norms of items, under the delta rule times β; ``times`` (T,) tokens read, at
+    which ``norms`` (B, T, H, S) are the Euclidean norms of the slots, not normalised, and ``rank`` (B, T, H)
+    the effective ranks of the heads; ``retrieval`` by lag, within the last whole segment; ``turn`` (H, K) the
+    mean size of the rotation (see ``Trace``), or None.
     """
 
     write: Tensor
@@ -41,10 +43,13 @@ class LayerSurvey:
 
     def half_lives(self) -> Tensor:
         """Tokens after which half of what a slot held is left, by its mean gates: (H, S)."""
-        return math.log(2) / -self.keep.log().mean(dim=(0, 1)).clamp(max=-1e-12)
+        return math.log(2) / -self.keep.clamp(min=1e-30).log().mean(dim=(0, 1)).clamp(max=-1e-12)
 
     def write_share(self) -> Tensor:
-        """The share of a head's writing that goes to each slot, by |w| · |x|: (H, S), rows sum to 1."""
+        """The share of a head's writing that goes to each slot, by |w| · |x|: (H, S), rows sum to 1.
+
+        Under the delta rule by β |ŵ| · |x|, what is offered, whatever of it a slot already holds.
+        """
         mass = (self.write.abs() * self.written[..., None]).sum(dim=(0, 1))
         return mass / mass.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
 
@@ -126,10 +131,11 @@ def _gather(found: _Gathered, trace: Trace, times: int) -> None:
     states = torch.stack(list(trace.states(ends)), dim=1)
     found.states.append((states.norm(dim=-1), effective_rank(states)))
     found.times += [found.seen + end for end in ends]
-    written = trace.items.norm(dim=-1)
+    written, keep = trace.items.norm(dim=-1), trace.log_forget.exp()
     if trace.beta is not None:
         written = written * trace.beta
-    found.traces.append((trace.write, trace.read, trace.log_forget.exp(), written))
+        keep = keep * (1 - trace.beta[..., None] * trace.write.square())
+    found.traces.append((trace.write, trace.read, keep, written))
     if length >= found.longest:  # items of one segment cannot be asked for in another
         found.longest = length
         found.retrieval = retrieval_by_lag(trace, [end - 1 for end in ends], states, LAGS)

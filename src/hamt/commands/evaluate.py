@@ -252,10 +252,13 @@ def _figure(scores: Sequence[tuple[int | None, int | None, Score]], model: torch
 
 
 def _memory(model: HAMTForCausalLM, tokenizer: Any, documents: Iterable[str] | None) -> Figure:
-    """The slots of every layer while the beginning of the text is read."""
-    text = next(iter(documents or [""]))
-    ids = tokenizer(text, add_special_tokens=False).input_ids[:PICTURED] or [start_token(tokenizer)]
-    return slot_evolution(survey(model, torch.tensor([ids])))
+    """The slots of every layer while the first documents are read, one after the other."""
+    ids: list[int] = []
+    for document in documents or ():
+        ids += [start_token(tokenizer), *tokenizer(document, add_special_tokens=False).input_ids]
+        if len(ids) >= PICTURED:
+            break
+    return slot_evolution(survey(model, torch.tensor([ids[:PICTURED] or [start_token(tokenizer)]])))
 
 
 # ------------------------------------------------------------ tasks and samples

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from hamt.checkpoint import PRETRAINED, load_checkpoint
-from hamt.errors import UserError
+from hamt.errors import UserError, reason
 from hamt.explorer.session import Explorer
 from hamt.options import option, parse
 
@@ -28,16 +28,24 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--port must lie from 1 to 65535; got {options.port}")
     # Read when Gradio is imported: nothing is told to anybody.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Gradio looks whether its page is there, which no proxy can tell.
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(
+            filter(None, (os.environ.get(name), "127.0.0.1", "localhost", options.host))
+        )
     try:
         from hamt.explorer.app import build_app, launch
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
         raise UserError('hamt explore needs Gradio: pip install "hamt[explore]"') from error
     model, tokenizer = load_checkpoint(PRETRAINED if options.checkpoint is None else options.checkpoint)
     app = build_app(Explorer(model, tokenizer), options.checkpoint or "The model in HAMT")
     try:
         _, address, _ = launch(app, options.host, options.port, block=False)
-    except OSError as error:
-        raise UserError(f"cannot serve at {options.host}, port {options.port}: {error}") from error
+    except Exception as error:  # whatever the libraries trip over
+        where = f"{options.host}, port {options.port or 'any'}"
+        raise UserError(f"cannot serve at {where}: {reason(error)}") from error
     Console(soft_wrap=True, highlight=False).print(f"Open {address} in a browser; Ctrl-C ends it.")
     app.block_thread()
     return 0

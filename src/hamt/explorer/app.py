@@ -16,6 +16,7 @@ EXAMPLES = (
     "people of the United States expect it to act.",
     "Peace with all nations is our policy. War is the last resort of a nation; peace is its first duty.",
 )
+KEPT = 3600.0  # seconds that a text is kept for a page that asks nothing more
 NOTHING = "<p class='note'>Click a token of the text to see what it read from the memory, and from where.</p>"
 
 
@@ -33,7 +34,7 @@ def build_app(explorer: Explorer, name: str) -> gr.Blocks:
 
 
 def _reading_tab(app: gr.Blocks, page: "_Page", layers: list[int]) -> None:
-    view = gr.State(None)
+    view = gr.State(None, time_to_live=KEPT)
     text = gr.Textbox(label="Text", lines=4, value=EXAMPLES[0], elem_id="text")
     with gr.Row():
         read = gr.Button("Read", variant="primary", elem_id="read")
@@ -97,7 +98,8 @@ class _Page:
         return [_tokens(view, layer), NOTHING, self.slots(view, layer, moment)]
 
     def retrieve(self, view: View | None, layer: int, event: gr.SelectData) -> str:
-        if view is None:
+        # A click may come while another text is being drawn.
+        if view is None or int(event.index) >= len(view.tokens):
             return NOTHING
         token = int(event.index)
         return retrieved_lists(view, self.explorer.retrieve(view, layer, token), layer, token)
@@ -121,6 +123,8 @@ class _Page:
             for one in self.explorer.write(prompt, int(count), temperature, top_p):
                 largest = max(largest, float(one.norms[layer].max()))
                 caption = f"Layer {layer} after {one.new_tokens} new tokens."
+                if one.ended:
+                    caption += " The model ended the document here."
                 yield [prompt + one.text, slot_grid(one.norms[layer], largest, caption)]
         except UserError as error:
             yield [prompt, f"<p class='note'>{html.escape(_sentence(error))}</p>"]

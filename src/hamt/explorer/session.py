@@ -17,9 +17,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from hamt.allocator import return_freed_memory
 from hamt.analysis.contributions import contributions
 from hamt.analysis.reading import largest_by_chance
-from hamt.analysis.record import Recording, record
+from hamt.analysis.record import SEGMENT, Trace, record
 from hamt.analysis.report import token_texts
 from hamt.cache import HAMTCache
 from hamt.errors import UserError
@@ -35,11 +36,11 @@ NAMED = 6  # sources and items that are listed
 class View:
     """A text that was read.
 
-    ``tokens`` as text; ``write`` (L, N) mean write gates; ``times`` numbers of tokens at which ``norms``
-    (T, L, H, S) were taken; ``left_out`` tokens of the text before the first one shown.
+    ``traces`` by layer; ``tokens`` as text; ``write`` (L, N) mean write gates; ``times`` numbers of tokens at
+    which ``norms`` (T, L, H, S) were taken; ``left_out`` tokens of the text before the first one shown.
     """
 
-    recording: Recording
+    traces: dict[int, Trace]
     tokens: list[str]
     write: np.ndarray
     times: list[int]
@@ -69,11 +70,12 @@ class Retrieved(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A text as far as it is written, and the norms (L, H, S) of the slots after its last token."""
+    """A text as far as it is written, the norms (L, H, S) of the slots, and whether the model ended it."""
 
     text: str
     new_tokens: int
     norms: np.ndarray
+    ended: bool
 
 
 class Explorer:
@@ -90,18 +92,21 @@ class Explorer:
         Raises:
             UserError: if there is nothing to read.
         """
-        ids = self.tokenizer(text or "", add_special_tokens=False).input_ids
+        ids = self._tokens(text)
         if not ids:
             raise UserError("there is no text yet: type some, or take one of the examples")
         kept = torch.tensor(ids[-MAX_TOKENS:])
         with self._lock:
             recording = record(self.model, kept[None])
+        # A page keeps its text for as long as it is open: no more than is needed.
+        kept_traces = {index: trace._replace(gate=None) for index, trace in recording.traces.items()}
         times = sorted({round(end) for end in np.linspace(1, len(kept), min(TIMES, len(kept)))})
         traces = recording.traces.values()
         norms = [torch.stack([state[0].norm(dim=-1) for state in trace.states(times)]) for trace in traces]
         write = torch.stack([trace.write[0].abs().mean(dim=(1, 2)) for trace in traces])
+        return_freed_memory()
         return View(
-            recording,
+            kept_traces,
             token_texts(self.tokenizer, kept),
             write.numpy(),
             times,
@@ -109,9 +114,15 @@ class Explorer:
             len(ids) - len(kept),
         )
 
+    def _tokens(self, text: str | None) -> list[int]:
+        try:
+            return self.tokenizer(text or "", add_special_tokens=False).input_ids
+        except (TypeError, UnicodeEncodeError) as error:  # half of a pair of surrogates
+            raise UserError("this text has characters that are none: take them out") from error
+
     def retrieve(self, view: View, layer: int, token: int) -> Retrieved:
         """What a token read from the memory of a layer, and from where; heads by what they contribute."""
-        trace = view.recording.traces[layer]
+        trace = view.traces[layer]
         parts = contributions(trace, [token])
         shares = parts.tokens[0, 0].mean(dim=0)
         best = shares.topk(min(NAMED, token + 1))
@@ -133,7 +144,7 @@ class Explorer:
             sources,
             head,
             list(zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)),
-            largest_by_chance(token + 1, stored.shape[-1]),
+            largest_by_chance((token + 1) * len(cosines), stored.shape[-1]),  # of all heads
         )
 
     @torch.no_grad()
@@ -141,7 +152,7 @@ class Explorer:
         self, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int | None = None
     ) -> Iterator[Written]:
         """Continue a prompt token by token; a temperature of 0 is greedy, an empty prompt a new document."""
-        ids = self.tokenizer(prompt, add_special_tokens=False).input_ids or [start_token(self.tokenizer)]
+        ids = self._tokens(prompt) or [start_token(self.tokenizer)]
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
         warpers = LogitsProcessorList([TopPLogitsWarper(float(top_p))] if top_p < 1 else [])
@@ -149,18 +160,22 @@ class Explorer:
             warpers.insert(0, TemperatureLogitsWarper(float(temperature)))
         cache = HAMTCache(len(self.model.model.layers))
         new: list[int] = []
-        part = torch.tensor([ids])
+        *before, part = torch.tensor([ids]).split(SEGMENT, dim=1)
+        for segment in before:
+            with self._lock:
+                self.model.model(segment, past_key_values=cache)
         for _ in range(max_new_tokens):
             with self._lock:
                 logits = self.model(part, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
             if temperature > 0:
-                weights = warpers(part, logits).softmax(dim=-1)  # type: ignore[arg-type]
+                weights = warpers(part, logits).softmax(dim=-1)
                 part = torch.multinomial(weights, 1, generator=generator)
             else:
                 part = logits.argmax(dim=-1, keepdim=True)
             new.append(int(part))
-            if new[-1] == self.tokenizer.eos_token_id:
-                break
+            ended = new[-1] == self.tokenizer.eos_token_id
             norms = [state.memory.memory[0].norm(dim=-1) for state in cache.states if state is not None]
             text = str(self.tokenizer.decode(new, skip_special_tokens=True))
-            yield Written(text, len(new), torch.stack(norms).numpy())
+            yield Written(text, len(new), torch.stack(norms).numpy(), ended)
+            if ended:
+                break

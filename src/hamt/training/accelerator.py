@@ -11,7 +11,7 @@ from hamt.errors import UserError
 
 
 def make_accelerator(mixed_precision: str = "no", *, on_cpu: bool = False) -> Accelerator:
-    """An accelerator of this precision, whatever earlier runs of the process had.
+    """An accelerator of this precision and device, whatever earlier runs of the process had.
 
     Args:
         mixed_precision: no, bf16 or fp16.
@@ -23,9 +23,13 @@ def make_accelerator(mixed_precision: str = "no", *, on_cpu: bool = False) -> Ac
     on_cpu = on_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if on_cpu and mixed_precision == "fp16":
         raise UserError("--mixed_precision fp16 needs a GPU: bf16 also works on a CPU")
-    # Accelerate has one state for the process: a second precision is refused, and none given is the first's.
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
-        AcceleratorState._reset_state()
+    # Accelerate has one state for the process: a second precision is refused, and none given is the first's,
+    # as is the device.
+    if AcceleratorState._shared_state:
+        state = AcceleratorState()
+        moves = (state.device.type == "cpu") != on_cpu and state.num_processes == 1
+        if moves or state.mixed_precision != mixed_precision:
+            AcceleratorState._reset_state(reset_partial_state=moves)
     # The others wait while the main process tokenises.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     try:
