@@ -311,6 +311,8 @@ def test_mistakes_end_in_a_line(tmp_path, capsys):
     (tmp_path / "latin").write_bytes(b"\xe9t\xe9")
     for arguments, message in (
         (["--text", ""], "at least two tokens"),
+        (["--text", "  \n"], "at least two tokens"),
+        (["--text", str(tmp_path / "latin")], f"give it with --file {tmp_path / 'latin'}"),
         (["--text", "a b c", "--file", "x"], "not both"),
         (["--file", str(tmp_path / "none")], "no text"),
         (["--file", str(tmp_path / "latin")], "not UTF-8"),

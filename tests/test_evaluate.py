@@ -191,7 +191,7 @@ def test_lambada_is_asked_from_a_local_file(folders, tmp_path):
         (["--carry", "--context", "8"], "leave --context out"),
         (["--stride", "8"], "--stride needs --context"),
         (["--test_text", "a b", "--context", "8", "--stride", "9"], "between 1 and the context, 8; got 9"),
-        (["--test_text", ""], "no text to score"),
+        (["--test_text", ""], "--test_text is empty"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--context", "8", "--stride", "0"], "--stride must be at least 1"),
         (["--temperature", "-1"], "--temperature must be 0 or more"),
@@ -397,3 +397,18 @@ def test_a_rival_needs_the_record_of_a_run(folders, capsys):
 
 def test_the_model_in_the_package_is_the_default():
     assert load_model(str(PRETRAINED)).name == "sotu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "--data", "none"], "nothing to do"),
+        (["evaluate", "--test_text", " "], "--test_text is empty"),
+        (["evaluate", "--test_text", __file__], f"give it with --data {__file__}"),
+        (["recall", "--quick"], "--quick goes with --capacity"),
+        (["generate", "Fellow", "citizens"], "stands in quotes"),
+    ],
+)
+def test_likely_mistakes_are_told(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err

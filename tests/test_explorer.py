@@ -154,6 +154,13 @@ def test_words_are_shown_and_not_obeyed(explorer):
 def test_mistakes_end_in_a_line(tmp_path, capsys):
     assert main(["explore", "--port", "99999"]) == 2
     assert "--port must lie" in capsys.readouterr().err
+    assert main(["explore", "--host", "192.0.2.1"]) == 2  # an address that no machine has
+    assert "give another --host or --port" in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["explore", "--port", str(taken.getsockname()[1])]) == 2
+    assert "cannot serve at 127.0.0.1, port" in capsys.readouterr().err
     assert main(["explore", "--checkpoint", str(tmp_path)]) == 2
     assert "hamt: " in capsys.readouterr().err
 

@@ -61,12 +61,31 @@ def parse(options: type[T], arguments: Sequence[str], command: str, positional: 
         known = [flag for action in parser._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"hamt {command} --help lists the options"
+        if not unknown[0].startswith("-"):
+            hint = f"a text of several words stands in quotes; hamt {command} --help lists the options"
         where = f" (in {namespace.config}, or as a flag)" if getattr(namespace, "config", None) else ""
         raise UserError(f"unknown option {unknown[0]}{where}: {hint}")
     values = {name: value for name, value in vars(namespace).items() if name != "_positional"}
     if positional and namespace._positional is not None:
         values[positional] = namespace._positional
     return options(**values)
+
+
+def given_text(flag: str, text: str, for_files: str) -> str:
+    """A text that was given on the command line.
+
+    Raises:
+        UserError: if it is blank, or the name of a file.
+    """
+    if not text.strip():
+        raise UserError(f"{flag} is empty: give a text of at least two tokens")
+    try:
+        is_file = Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or no name at all
+        is_file = False
+    if is_file:
+        raise UserError(f"{text} is a file: give it with {for_files} {text}")
+    return text
 
 
 def _from_file(options: type, arguments: Sequence[str]) -> list[str]:

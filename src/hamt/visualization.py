@@ -214,7 +214,8 @@ def memory_evolution(layers: Mapping[str, tuple[Sequence[int], np.ndarray]]) -> 
         mesh = axes.pcolormesh(times, rows, norms.T, shading="nearest", cmap=SEQUENTIAL, vmin=0)
         figure.colorbar(mesh, ax=axes, label="norm of the slot")
         axes.set_xlabel("tokens read")
-        axes.set_ylabel("slot, by half-life")
+        axes.set_ylabel("slots of all heads, the fastest lowest")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(title, fontsize="medium")
     return figure
 

@@ -156,6 +156,7 @@ def figures(
 ) -> dict[str, Figure]:
     """All pictures, by the name of their file."""
     last = tokens[-PICTURED:]
+    which = f"the last {len(last)} tokens" if len(tokens) > PICTURED else "all tokens"
     heads = [f"layer {i}, head {h}" for i, one in surveys.items() for h in range(one.write.shape[2])]
     maps = {
         "share of writing": _stacked(one.write_share() for one in surveys.values()),
@@ -187,7 +188,7 @@ def figures(
             f"contributions_layer_{i}": contribution_matrix(
                 matrix.mean(axis=1)[:, :-1][-PICTURED:, -PICTURED:],
                 last,
-                f"layer {i}, mean of {matrix.shape[1]} heads",
+                f"layer {i}, mean of {matrix.shape[1]} heads, {which}",
             )
             for i, matrix in shares.items()
         },

@@ -18,7 +18,7 @@ from hamt.environment import environment
 from hamt.errors import UserError
 from hamt.evaluation.report import describe_environment
 from hamt.files import check_writable, write_json, write_text
-from hamt.options import option, parse
+from hamt.options import given_text, option, parse
 from hamt.visualization import save_figure
 
 TEXT = (
@@ -51,9 +51,9 @@ class AnalyzeOptions:
     text: str | None = option(None, "the text to read; none is a short one of HAMT's own")
     file: str | None = option(None, "a file with the text to read")
     max_tokens: int = option(16384, "tokens of the text that are read")
-    silence: bool = option(True, "measure the loss without each slot")
+    skip_silencing: bool = option(False, "leave out the loss without each slot, which takes longest")
     demo: bool = option(False, "the model and the text that come with HAMT")
-    output_dir: str = option("analysis_output", "where everything goes")
+    output_dir: str = option("analyze_output", "where everything goes")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -64,13 +64,14 @@ def main(arguments: Sequence[str]) -> int:
     console = Console(soft_wrap=True, highlight=False)
     model, tokenizer = load_checkpoint(PRETRAINED if options.checkpoint is None else options.checkpoint)
     input_ids = _tokens(tokenizer, text, options.max_tokens)
-    analysis = analyse(model, tokenizer, input_ids, silence=options.silence)
+    analysis = analyse(model, tokenizer, input_ids, silence=not options.skip_silencing)
     header = environment()
     name = options.checkpoint or "the model in HAMT"
     console.print(
         f"{name}: {model.num_parameters():,} parameters, {len(input_ids):,} tokens read", markup=False
     )
     console.print(summary(analysis))
+    console.print("docs/analysis.md says what the figures are")
     for path in write(analysis, options, header, name):
         console.print(f"wrote {path}", markup=False)
     return 0
@@ -79,7 +80,15 @@ def main(arguments: Sequence[str]) -> int:
 def summary(analysis: Analysis) -> Table:
     """A line for each layer."""
     table = Table()
-    columns = ("layer", "half-lives (tokens)", "slots written", "read", "dead", "effective rank", "fidelity")
+    columns = (
+        "layer",
+        "half-lives (tokens)",
+        "slots in use, written",
+        "slots in use, read",
+        "dead slots",
+        "effective rank",
+        "fidelity (cosine)",
+    )
     for column in columns:
         table.add_column(column, justify="right")
     for index, layer in analysis.results["layers"].items():
@@ -120,7 +129,7 @@ def _text(options: AnalyzeOptions) -> str:
     if options.max_tokens < 2:
         raise UserError(f"--max_tokens must be at least 2; got {options.max_tokens}")
     if options.file is None:
-        return TEXT if options.text is None else options.text
+        return TEXT if options.text is None else given_text("--text", options.text, "--file")
     try:
         return Path(options.file).read_text(encoding="utf-8")
     except OSError as error:
@@ -134,7 +143,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> Tensor
         ids = tokenizer(text, add_special_tokens=False, truncation=False).input_ids[:limit]
     except UnicodeEncodeError as error:
         raise UserError("--text must be UTF-8") from error
-    if len(ids) < 2:
+    if len(ids) < 2 or not text.strip():
         raise UserError("the text must have at least two tokens")
     return torch.tensor(ids)
 

@@ -27,7 +27,7 @@ from hamt.evaluation.report import describe_environment, write_report
 from hamt.evaluation.tables import markdown, number
 from hamt.files import check_writable, write_json
 from hamt.model import HAMTForCausalLM
-from hamt.options import option, parse
+from hamt.options import given_text, option, parse
 from hamt.visualization import Series, loss_by_position
 
 PICTURED = 1024  # tokens of the text that the picture of the memory shows
@@ -83,7 +83,9 @@ def main(arguments: Sequence[str]) -> int:
     console.print(f"{loaded.name}: {model.num_parameters():,} parameters")
     name, documents = _documents(options)
     scores = _scores(loaded, documents, options) if documents is not None else []
-    figures = {"loss_by_position": _figure(scores, model)} if scores else {}
+    # One point is no curve.
+    curved = scores and len(scores[-1][2].mean_by_position(INTERVALS)) > 1
+    figures = {"loss_by_position": _figure(scores, model)} if curved else {}
     if scores and isinstance(model, HAMTForCausalLM):
         figures["memory_analysis"] = _memory(model, loaded.tokenizer, documents)
     content = _content(loaded, options, header, name, scores)
@@ -113,6 +115,8 @@ def _check(options: EvaluateOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1; got {value}")
+    if options.data == "none" and options.test_text is None and not options.tasks and options.prompts is None:
+        raise UserError("there is nothing to do: --data none goes with --tasks or --prompts")
     if options.temperature < 0:
         raise UserError(f"--temperature must be 0 or more; got {options.temperature}")
     for text in (options.test_text, options.prompts):
@@ -160,7 +164,7 @@ def _run_tasks(loaded: Loaded, options: EvaluateOptions, manager: Any) -> dict[s
 
 def _documents(options: EvaluateOptions) -> tuple[str, Iterable[str] | None]:
     if options.test_text is not None:
-        return "given with --test_text", [options.test_text]
+        return "given with --test_text", [given_text("--test_text", options.test_text, "--data")]
     if options.data == "none":
         return "none", None
     name, documents = load_documents(options.data, options.text_column)

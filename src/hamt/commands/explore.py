@@ -1,6 +1,7 @@
 """``hamt explore``: a local web page to look into a model's memories."""
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,10 +36,11 @@ def main(arguments: Sequence[str]) -> int:
         )
     try:
         from hamt.explorer.app import build_app, launch
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise UserError('hamt explore needs Gradio: pip install "hamt[explore]"') from error
+    except ImportError as error:
+        if getattr(error, "name", None) == "gradio":
+            raise UserError('hamt explore needs Gradio: pip install "hamt[explore]"') from error
+        raise UserError(f"Gradio cannot be used here: {reason(error)}") from error
+    _check_address(options.host, options.port)
     model, tokenizer = load_checkpoint(PRETRAINED if options.checkpoint is None else options.checkpoint)
     app = build_app(Explorer(model, tokenizer), options.checkpoint or "The model in HAMT")
     try:
@@ -49,3 +51,16 @@ def main(arguments: Sequence[str]) -> int:
     Console(soft_wrap=True, highlight=False).print(f"Open {address} in a browser; Ctrl-C ends it.")
     app.block_thread()
     return 0
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Raise a UserError if nothing can be served there."""
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port or 0))
+    except OSError as error:
+        where = f"{host}, port {port}" if port else host
+        raise UserError(
+            f"cannot serve at {where} ({error.strerror or error}): give another --host or --port"
+        ) from error

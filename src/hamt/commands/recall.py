@@ -48,6 +48,8 @@ class RecallOptions:
 def main(arguments: Sequence[str]) -> int:
     """Run what is missing, and write ``recall.json``, ``recall.md`` and ``recall.png``."""
     options = parse(RecallOptions, arguments, "recall")
+    if options.quick and not options.capacity:
+        raise UserError("--quick goes with --capacity; of a sweep, take fewer steps: --num_steps 200")
     check_writable(options.output_dir, make=True)
     console = Console(soft_wrap=True, highlight=False)
     header = environment()

@@ -36,7 +36,7 @@ def table(results: Iterable[Result]) -> str:
     parts = []
     for task, models in best_groups(results).items():
         tests = next(iter(models.values()))[0][0]["accuracy"]
-        header = ["model", "state floats", "parameters", "learning rate", "seeds", *tests, "mean"]
+        header = ["model", "state floats, all layers", "parameters", "learning rate", "seeds", *tests, "mean"]
         groups = [(model, group) for model, groups in models.items() for group in groups]
         groups.sort(key=lambda pair: (pair[1][0]["run"]["state"], pair[0]))
         parts.append(f"## {task}\n\n{markdown(header, [_row(*pair) for pair in groups], text=(0,))}")
