@@ -176,14 +176,25 @@ def address():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "hamt.cli", "explore", "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said = process.stdout.readline()
-    assert f"http://127.0.0.1:{port}" in said, said + process.stdout.read()
-    yield f"http://127.0.0.1:{port}"
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=30)[0]
-    assert process.returncode == 0, rest
-    assert "Traceback" not in rest
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell lets jobs in the background, as tests may be, ignore Ctrl-C, and what they start does, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        said = process.stdout.readline()
+        assert f"http://127.0.0.1:{port}" in said, said
+        yield f"http://127.0.0.1:{port}"
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=30)[0]
+        assert process.returncode == 0, rest
+        assert "Traceback" not in rest
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture(scope="module")
