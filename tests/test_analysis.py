@@ -303,7 +303,7 @@ def test_tokens_are_words_and_no_formulas(tmp_path):
     """A lone pair of dollars is no formula, and a script that the font lacks no warning."""
     names = ["$$", "${\\foo}$", "漢", "🙂"]
     save_figure(tmp_path / "a.png", contribution_matrix(np.eye(4), names, "words"))
-    save_figure(tmp_path / "b.png", gates_over_text(names, {"layer": np.ones(4)}))
+    save_figure(tmp_path / "b.png", gates_over_text(names, {"layer": np.ones(4)}, "all tokens"))
     assert (tmp_path / "b.png").stat().st_size > 1000
 
 

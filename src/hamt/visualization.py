@@ -286,7 +286,7 @@ def contribution_matrix(shares: np.ndarray, tokens: Sequence[str], title: str) -
     return figure
 
 
-def gates_over_text(tokens: Sequence[str], layers: Mapping[str, np.ndarray]) -> Figure:
+def gates_over_text(tokens: Sequence[str], layers: Mapping[str, np.ndarray], title: str) -> Figure:
     """A line for each layer: the mean write gate (N,) at each token of a text."""
     figure, (axes,) = panels(1, size=(min(max(0.16 * len(tokens), 6.0), 16.0), 3.4))
     for index, (name, values) in enumerate(layers.items()):
@@ -294,6 +294,7 @@ def gates_over_text(tokens: Sequence[str], layers: Mapping[str, np.ndarray]) -> 
     axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6, parse_math=False)
     axes.set_xlabel("token")
     axes.set_ylabel("mean write gate")
+    axes.set_title(title, fontsize="medium")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small", ncols=4)
     return figure

@@ -183,6 +183,7 @@ def figures(
                 f"layer {i}": one.write[0, -len(last) :].abs().mean(dim=(1, 2)).numpy()
                 for i, one in surveys.items()
             },
+            which,
         ),
         **{
             f"contributions_layer_{i}": contribution_matrix(

@@ -71,7 +71,11 @@ def main(arguments: Sequence[str]) -> int:
         f"{name}: {model.num_parameters():,} parameters, {len(input_ids):,} tokens read", markup=False
     )
     console.print(summary(analysis))
-    console.print("docs/analysis.md says what the figures are")
+    slots = len(analysis.results["layers"]["0"]["write_share"][0])
+    console.print(
+        f"half-lives in tokens; slots that are as good as in use, of {slots} a head; effective rank of a head; "
+        "fidelity, the cosine of a write that is read back at once (docs/analysis.md)"
+    )
     for path in write(analysis, options, header, name):
         console.print(f"wrote {path}", markup=False)
     return 0
@@ -80,16 +84,7 @@ def main(arguments: Sequence[str]) -> int:
 def summary(analysis: Analysis) -> Table:
     """A line for each layer."""
     table = Table()
-    columns = (
-        "layer",
-        "half-lives (tokens)",
-        "slots in use, written",
-        "slots in use, read",
-        "dead slots",
-        "effective rank",
-        "fidelity (cosine)",
-    )
-    for column in columns:
+    for column in ("layer", "half-lives", "slots written", "slots read", "dead", "rank", "fidelity"):
         table.add_column(column, justify="right")
     for index, layer in analysis.results["layers"].items():
         half_lives = sorted(x for head in layer["half_life_tokens"] for x in head)
