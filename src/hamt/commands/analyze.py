@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     console.print(summary(analysis))
     slots = len(analysis.results["layers"]["0"]["write_share"][0])
     console.print(
-        f"half-lives in tokens; slots that are as good as in use, of {slots} a head; effective rank of a head; "
+        f"half-lives in tokens; slots as good as in use, of {slots} a head; effective rank of a head; "
         "fidelity, the cosine of a write that is read back at once (docs/analysis.md)"
     )
     for path in write(analysis, options, header, name):
