@@ -10,15 +10,15 @@ import torch
 
 from hamt.analysis.contributions import logit_contributions
 from hamt.analysis.record import record
-from hamt.analysis.sources import recall_sources
+from hamt.analysis.sources import recall_sources, value_position
 from hamt.environment import environment
 from hamt.evaluation.report import describe_environment, write_report
 from hamt.evaluation.tables import markdown
 from hamt.model import HAMTForCausalLM
-from hamt.recall.models import build
 from hamt.recall.settings import SETTINGS
+from hamt.recall.sweep import Run, make_model, train
 from hamt.training.loop import seed_everything
-from hamt.training.tasks import HELD_OUT, train_on_task
+from hamt.training.tasks import HELD_OUT
 from hamt.visualization import contributions_of_answers
 
 SETTING = SETTINGS["mqar"]
@@ -30,19 +30,11 @@ def trained(options: argparse.Namespace) -> HAMTForCausalLM:
     folder = options.output_dir / "model"
     if (folder / "config.json").exists():
         return HAMTForCausalLM.from_pretrained(folder).eval()
-    seed_everything(options.seed)
-    sizes = {"hidden_dim": 64, "num_layers": 2, "vocab_size": SETTING.vocab_size}
-    model = build("hamt:hcm_dim=64,num_heads=1,rotation=none", options.state, **sizes)
-    train_on_task(
-        model,
-        SETTING.train,
-        seed=options.seed,
-        batch_size=64,
-        num_steps=options.num_steps,
-        learning_rate=options.learning_rate,
-        final_learning_rate=0.1,
-        eval_interval=max(options.num_steps // 8, 1),
-    )
+    model_name = "hamt:hcm_dim=64,num_heads=1,rotation=none"
+    run = Run("mqar", model_name, options.state, options.learning_rate, options.seed, options.num_steps)
+    seed_everything(run.seed)
+    model = make_model(run)
+    train(model, run)
     model.save_pretrained(folder)
     return model.eval()
 
@@ -54,7 +46,7 @@ def picture(model: HAMTForCausalLM, seed: int):
     queries = (targets[0] >= 0).nonzero()[:, 0]
     recording = record(model, inputs)
     added = logit_contributions(model, recording, queries.tolist(), targets[:, queries])[0]
-    values = [1 + 2 * inputs[0, 1:32:2].tolist().index(int(v)) for v in targets[0, queries]]
+    values = [value_position(inputs[0], int(v), task.num_kv_pairs) for v in targets[0, queries]]
     return contributions_of_answers(added.numpy(), queries.tolist(), values)
 
 

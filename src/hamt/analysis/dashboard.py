@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hamt.analysis.report import Analysis
+from hamt.analysis.report import Analysis, summarise
 from hamt.visualization import as_png
 
 
@@ -41,21 +41,17 @@ def dashboard(analysis: Analysis, heading: str, captions: Mapping[str, str]) -> 
 
 
 def _row(index: str, layer: Mapping[str, Any]) -> str:
-    half_lives = sorted(x for head in layer["half_life_tokens"] for x in head)
+    found = summarise(layer)
     cells = [
         index,
-        " – ".join(f"{x:,.1f}" for x in (half_lives[0], half_lives[len(half_lives) // 2], half_lives[-1])),
-        _mean(layer["effective_slots_written"]),
-        _mean(layer["effective_slots_read"]),
-        str(len(layer["dead_slots"])),
-        _mean(layer["effective_rank_after"]),
-        f"{layer['retrieval']['cosine'][0]:.2f}",
+        " – ".join(f"{x:,.1f}" for x in found.half_lives),
+        f"{found.written:.1f}",
+        f"{found.read:.1f}",
+        str(found.dead),
+        f"{found.rank:.1f}",
+        f"{found.fidelity:.2f}",
     ]
     return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
-
-
-def _mean(values: list[float]) -> str:
-    return f"{sum(values) / len(values):.1f}"
 
 
 def _embedded(figure: Figure) -> str:

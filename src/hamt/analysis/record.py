@@ -233,6 +233,14 @@ def record(
     return Recording({index: _joined(parts) for index, parts in found.items()}, final)
 
 
+def mean_turn(parts: Sequence[tuple[int, Tensor | None]]) -> Tensor | None:
+    """The mean of rotations (H, K) over texts of so many tokens each; None without rotation."""
+    turns = [(length, turn) for length, turn in parts if turn is not None]
+    if not turns:
+        return None
+    return torch.stack([length * turn for length, turn in turns]).sum(dim=0) / sum(n for n, _ in turns)
+
+
 def _joined(parts: Sequence[Trace]) -> Trace:
     """One trace of consecutive ones."""
     if len(parts) == 1:
@@ -243,9 +251,5 @@ def _joined(parts: Sequence[Trace]) -> Trace:
         return None if tensors[0] is None else torch.cat(tensors, dim=1)
 
     sequences = ("items", "keys", "unbinding_keys", "write", "read", "log_forget", "beta", "output", "gate")
-    turns = [(part.items.shape[1], part.turn) for part in parts if part.turn is not None]
-    turn = None
-    if turns:  # the mean over all tokens
-        total = torch.stack([length * one for length, one in turns]).sum(dim=0)
-        turn = total / sum(length for length, _ in turns)
+    turn = mean_turn([(part.items.shape[1], part.turn) for part in parts])
     return parts[0]._replace(after=parts[-1].after, turn=turn, **{name: joined(name) for name in sequences})

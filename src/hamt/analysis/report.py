@@ -5,7 +5,8 @@ Shape legend: N tokens, H heads, S slots, L layers, Q queries.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import mean
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,6 +81,30 @@ def analyse(
         tokens,
         {index: [_sources(row) for row in matrix.mean(axis=1)] for index, matrix in shares.items()},
         {index: one.write.abs().mean(dim=(0, 2, 3))[-TRACED:].tolist() for index, one in surveys.items()},
+    )
+
+
+class LayerSummary(NamedTuple):
+    """One line about a layer: ``half_lives``, least, median and most in tokens; the rest, means of heads."""
+
+    half_lives: tuple[float, float, float]
+    written: float
+    read: float
+    dead: int
+    rank: float
+    fidelity: float
+
+
+def summarise(layer: Mapping[str, Any]) -> LayerSummary:
+    """From the figures of one layer, as ``layer_figures`` gives them."""
+    half_lives = sorted(x for head in layer["half_life_tokens"] for x in head)
+    return LayerSummary(
+        (half_lives[0], half_lives[len(half_lives) // 2], half_lives[-1]),
+        mean(layer["effective_slots_written"]),
+        mean(layer["effective_slots_read"]),
+        len(layer["dead_slots"]),
+        mean(layer["effective_rank_after"]),
+        layer["retrieval"]["cosine"][0],
     )
 
 

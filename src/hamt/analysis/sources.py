@@ -80,5 +80,9 @@ def _answers(model: HAMTForCausalLM, tokens: Tensor, targets: Tensor, pairs: int
     for query, value, word, source in zip(
         *(x.tolist() for x in (queries, wanted, said, sources)), strict=True
     ):
-        place = 1 + 2 * tokens[1 : 2 * pairs : 2].tolist().index(value)
-        yield Answer(query, place, word == value, source)
+        yield Answer(query, value_position(tokens, value, pairs), word == value, source)
+
+
+def value_position(tokens: Tensor, value: int, pairs: int) -> int:
+    """Where a value stands among the ``pairs`` that a row (N,) of the task begins with."""
+    return 1 + 2 * tokens[1 : 2 * pairs : 2].tolist().index(value)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hamt.analysis.reading import Retrieval, retrieval_by_lag
-from hamt.analysis.record import SEGMENT, Trace, observe, read_text
+from hamt.analysis.record import SEGMENT, Trace, mean_turn, observe, read_text
 from hamt.model import HAMTForCausalLM
 
 LAGS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -50,14 +50,12 @@ class LayerSurvey:
 
         Under the delta rule by β |ŵ| · |x|, what is offered, whatever of it a slot already holds.
         """
-        mass = (self.write.abs() * self.written[..., None]).sum(dim=(0, 1))
-        return mass / mass.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+        return _shares((self.write.abs() * self.written[..., None]).sum(dim=(0, 1)))
 
     def read_share(self) -> Tensor:
         """The share of a head's reading that comes from each slot, by |r| · |M|: (H, S), rows sum to 1."""
         at = torch.tensor(self.times) - 1
-        mass = (self.read[:, at].abs() * self.norms).sum(dim=(0, 1))
-        return mass / mass.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+        return _shares((self.read[:, at].abs() * self.norms).sum(dim=(0, 1)))
 
     def dead(self) -> list[tuple[int, int]]:
         """(head, slot) that get, or give, less than a hundredth of an even share."""
@@ -79,9 +77,13 @@ def effective_rank(memory: Tensor) -> Tensor:
     # The eigenvalues of S × S are the squares of the singular values, at a fraction of the cost.
     wide = memory.double()
     values = torch.linalg.eigvalsh(wide @ wide.mT).clamp(min=0).sqrt()
-    total = values.sum(dim=-1, keepdim=True)
-    rank = effective_slots(values / total.clamp(min=torch.finfo(values.dtype).tiny))
-    return rank.where(total[..., 0] > 0, 0.0).to(memory.dtype)
+    rank = effective_slots(_shares(values))
+    return rank.where(values.sum(dim=-1) > 0, 0.0).to(memory.dtype)
+
+
+def _shares(mass: Tensor) -> Tensor:
+    """Each entry of the last dimension, of their sum; zeros stay zeros."""
+    return mass / mass.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
 
 
 @dataclass
@@ -94,7 +96,7 @@ class _Gathered:
     retrieval: Retrieval | None = None
     seen: int = 0
     longest: int = 0
-    turn: Tensor | None = None
+    turns: list[tuple[int, Tensor | None]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -139,9 +141,7 @@ def _gather(found: _Gathered, trace: Trace, times: int) -> None:
     if length >= found.longest:  # items of one segment cannot be asked for in another
         found.longest = length
         found.retrieval = retrieval_by_lag(trace, [end - 1 for end in ends], states, LAGS)
-    if trace.turn is not None:
-        sum_before = 0 if found.turn is None else found.turn * found.seen
-        found.turn = (sum_before + trace.turn * length) / (found.seen + length)
+    found.turns.append((length, trace.turn))
     found.seen += length
 
 
@@ -149,4 +149,5 @@ def _finish(found: _Gathered) -> LayerSurvey:
     write, read, keep, written = (torch.cat(parts, dim=1) for parts in zip(*found.traces, strict=True))
     norms, rank = (torch.cat(parts, dim=1) for parts in zip(*found.states, strict=True))
     assert found.retrieval is not None
-    return LayerSurvey(write, read, keep, written, found.times, norms, rank, found.retrieval, found.turn)
+    turn = mean_turn(found.turns)
+    return LayerSurvey(write, read, keep, written, found.times, norms, rank, found.retrieval, turn)

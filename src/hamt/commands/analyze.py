@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hamt.analysis.dashboard import dashboard
-from hamt.analysis.report import SILENCED, TRACED, Analysis, analyse
+from hamt.analysis.report import SILENCED, TRACED, Analysis, analyse, summarise
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.environment import environment
 from hamt.errors import UserError
@@ -87,15 +87,15 @@ def summary(analysis: Analysis) -> Table:
     for column in ("layer", "half-lives", "slots written", "slots read", "dead", "rank", "fidelity"):
         table.add_column(column, justify="right")
     for index, layer in analysis.results["layers"].items():
-        half_lives = sorted(x for head in layer["half_life_tokens"] for x in head)
+        found = summarise(layer)
         table.add_row(
             index,
-            f"{half_lives[0]:,.1f} to {half_lives[-1]:,.0f}",
-            _mean(layer["effective_slots_written"]),
-            _mean(layer["effective_slots_read"]),
-            str(len(layer["dead_slots"])),
-            _mean(layer["effective_rank_after"]),
-            f"{layer['retrieval']['cosine'][0]:.3f}",
+            f"{found.half_lives[0]:,.1f} to {found.half_lives[-1]:,.0f}",
+            f"{found.written:.1f}",
+            f"{found.read:.1f}",
+            str(found.dead),
+            f"{found.rank:.1f}",
+            f"{found.fidelity:.3f}",
         )
     return table
 
@@ -141,7 +141,3 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> Tensor
     if len(ids) < 2 or not text.strip():
         raise UserError("the text must have at least two tokens")
     return torch.tensor(ids)
-
-
-def _mean(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.1f}"

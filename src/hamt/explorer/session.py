@@ -49,7 +49,7 @@ class View:
 
 
 class Source(NamedTuple):
-    """A position and its share of a read-out; -1 is what came before the first."""
+    """A position and its share of a read-out."""
 
     position: int
     share: float
@@ -121,7 +121,7 @@ class Explorer:
             raise UserError("this text has characters that are none: take them out") from error
 
     def retrieve(self, view: View, layer: int, token: int) -> Retrieved:
-        """What a token read from the memory of a layer, and from where; heads by what they contribute."""
+        """What a token read from the memory of a layer, and from where."""
         trace = view.traces[layer]
         parts = contributions(trace, [token])
         shares = parts.tokens[0, 0].mean(dim=0)

@@ -74,12 +74,9 @@ def make_model(run: Run) -> PreTrainedModel:
     )
 
 
-def perform(run: Run) -> dict[str, Any] | None:
-    """Train and test; None if the user stopped it."""
-    logging.set_verbosity_error()  # that a CPU runs reference code is said in the docs
-    setting, header = SETTINGS[run.task], environment()
-    seed_everything(run.seed)
-    model = make_model(run)
+def train(model: PreTrainedModel, run: Run) -> TaskResult:
+    """Train the model of a run as the run and its task say; raises what ``train_on_task`` raises."""
+    setting = SETTINGS[run.task]
     options = {
         "batch_size": run.batch_size,
         "num_steps": run.num_steps,
@@ -87,12 +84,21 @@ def perform(run: Run) -> dict[str, Any] | None:
         "final_learning_rate": 0.1,
         "eval_interval": max(run.num_steps // 8, 1),
         **setting.training,
+        "num_held_out": run.num_examples,
     }
-    options["num_held_out"] = run.num_examples
+    return train_on_task(model, setting.train, seed=run.seed, **options)
+
+
+def perform(run: Run) -> dict[str, Any] | None:
+    """Train and test; None if the user stopped it."""
+    logging.set_verbosity_error()  # that a CPU runs reference code is said in the docs
+    setting, header = SETTINGS[run.task], environment()
+    seed_everything(run.seed)
+    model = make_model(run)
     tests, diverged = dict.fromkeys(setting.tests, 0.0), None
     result = TaskResult([], 0.0, interrupted=False)
     try:
-        result = train_on_task(model, setting.train, seed=run.seed, **options)
+        result = train(model, run)
     except TrainingTrouble as trouble:  # it counts as nothing learned, and costs no other run
         diverged = str(trouble)
     if result.interrupted:
