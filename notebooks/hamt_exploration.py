@@ -82,14 +82,15 @@ curves = {
     "8 slots of 1,024 (8 times the memory)": [mean_cosine(8, 1024, n) for n in counts],
     "8 slots of 128 (equal memory)": [mean_cosine(8, 128, n) for n in counts],
 }
-figure, axes = plt.subplots(figsize=(6, 3.6))
-for name, values in curves.items():
-    axes.plot(counts, values, "o-", label=name)
+figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+for (name, values), style in zip(curves.items(), ("o-", "s-", "D--"), strict=True):
+    axes.plot(counts, values, style, label=name)
 axes.plot(counts, [n**-0.5 for n in counts], "k:", label="theory for one slot, 1/√n")
 axes.set_xscale("log")
 axes.set_xlabel("items stored")
 axes.set_ylabel("cosine with what was stored")
-axes.legend()
+axes.set_ylim(0, 1.05)
+axes.legend(fontsize="small", loc="lower left")
 display(figure)
 plt.close(figure)
 for name, values in curves.items():
