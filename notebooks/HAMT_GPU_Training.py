@@ -34,7 +34,9 @@ import torch
 TINY = bool(os.environ.get("HAMT_TINY")) or not torch.cuda.is_available()
 SIZE = "50M"  # or "100M", "200M"
 ROOT = next((p for p in (Path.cwd(), *Path.cwd().parents, Path("hamt")) if (p / "pyproject.toml").exists()), None)
-if "google.colab" in sys.modules and ROOT is not None:  # elsewhere it is installed already: make setup
+if ROOT is None:
+    raise SystemExit("There is no HAMT here: clone or upload its repository as the folder hamt, then run this cell again.")
+if "google.colab" in sys.modules:  # elsewhere it is installed already: make setup
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", str(ROOT)], check=True)
 print("GPU:", torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "| tiny:", TINY)
 

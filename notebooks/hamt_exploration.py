@@ -13,7 +13,8 @@
 #
 # A holographic memory superposes many items in one vector and gives each back under its key. This notebook takes
 # it from binding two vectors to a language model that one can look into. It runs on a laptop in under three
-# minutes and needs no network: `pip install -e .` in a checkout of HAMT, or `make setup`.
+# minutes and needs no network. In a checkout of HAMT: `make setup`, `venv/bin/pip install -e ".[notebook]"`, then
+# `venv/bin/jupyter notebook notebooks/hamt_exploration.ipynb`.
 
 # %%
 import time
@@ -122,10 +123,10 @@ print(f"a model that knows nothing: {np.log(1000):.3f}")
 # %%
 from hamt.analysis.contributions import contributions
 from hamt.analysis.record import record
-from hamt.analysis.report import token_texts
+from hamt.analysis.report import slot_evolution, token_texts
 from hamt.analysis.survey import survey
 from hamt.checkpoint import PRETRAINED, load_checkpoint
-from hamt.visualization import contribution_matrix, memory_evolution
+from hamt.visualization import contribution_matrix
 
 trained, tokenizer = load_checkpoint(PRETRAINED)
 text = "The state of the Union is strong. The Congress of the United States has the power to act, and the people of the United States expect it to act."
@@ -137,7 +138,7 @@ for index, layer in layers.items():
         f"layer {index}: half-lives {half_lives.min():.1f} to {half_lives.max():.0f} tokens, "
         f"cosine of a write read back at once {layer.retrieval.right[0]:.2f}, dead slots {len(layer.dead())}"
     )
-display(memory_evolution({f"layer {i}": (one.times, one.norms[0].flatten(1).numpy()) for i, one in layers.items()}))
+display(slot_evolution(layers))
 
 # %% [markdown]
 # From where does a token's read-out come? With the keys and gates it had, exactly: the shares of all earlier

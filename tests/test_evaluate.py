@@ -92,7 +92,8 @@ def test_a_hamt_model_is_measured_at_several_contexts(folders, tmp_path, capsys)
     assert "all, the state carried" in capsys.readouterr().out
     assert (tmp_path / "evaluation.md").read_text(encoding="utf-8").startswith("# ours")
     assert (tmp_path / "loss_by_position.png").read_bytes()[:4] == b"\x89PNG"
-    assert not (tmp_path / "generation_results.json").exists()
+    samples = json.loads((tmp_path / "generation_results.json").read_text(encoding="utf-8"))["samples"]
+    assert [sample["prompt"] for sample in samples] == [WORDS], "without --prompts the text is continued"
 
 
 def test_context_and_stride_can_be_given_and_other_models_measured(folders, tmp_path):
@@ -101,6 +102,8 @@ def test_context_and_stride_can_be_given_and_other_models_measured(folders, tmp_
     assert [(row["context"], row["stride"]) for row in found["perplexity"]] == [(20, 5)]
     found = run(tmp_path, *options)
     assert [row["context"] for row in found["perplexity"]] == [64]
+    samples = json.loads((tmp_path / "generation_results.json").read_text(encoding="utf-8"))["samples"]
+    assert samples[0]["new_tokens"] > 0, "of a text longer than the positions the end is continued"
     found = run(tmp_path, "--checkpoint", str(folders / "ours"), "--test_text", WORDS, "--carry")
     assert [row["context"] for row in found["perplexity"]] == ["carried"]
 

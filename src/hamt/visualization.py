@@ -23,6 +23,7 @@ from hamt.files import write_file
 # Okabe and Ito 2008, without yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX"
+LINES = ("-", "--", ":", "-.")  # when colours are used up
 SEQUENTIAL, DIVERGING = "cividis", "PuOr"  # both made for colour-blind readers
 
 
@@ -215,6 +216,7 @@ def memory_evolution(layers: Mapping[str, tuple[Sequence[int], np.ndarray]]) -> 
         figure.colorbar(mesh, ax=axes, label="norm of the slot")
         axes.set_xlabel("tokens read")
         axes.set_ylabel("slots of all heads, the fastest lowest")
+        axes.set_xlim(left=times[0] - 0.5)  # the first state may stand for a wide stretch
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(title, fontsize="medium")
     return figure
@@ -238,7 +240,7 @@ def slot_heatmaps(
             norm = LogNorm(values.min(), values.max())
         image = axes.imshow(values, aspect="auto", cmap=DIVERGING if signed else SEQUENTIAL, norm=norm)
         figure.colorbar(image, ax=axes)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_yticks(range(len(rows)), rows, fontsize="small")
         axes.set_xlabel("slot")
         axes.set_title(title, fontsize="medium")
@@ -290,7 +292,8 @@ def gates_over_text(tokens: Sequence[str], layers: Mapping[str, np.ndarray], tit
     """A line for each layer: the mean write gate (N,) at each token of a text."""
     figure, (axes,) = panels(1, size=(min(max(0.16 * len(tokens), 6.0), 16.0), 3.4))
     for index, (name, values) in enumerate(layers.items()):
-        axes.plot(values, color=COLOURS[index % len(COLOURS)], linewidth=1, label=name)
+        colour, style = COLOURS[index % len(COLOURS)], LINES[index // len(COLOURS) % len(LINES)]
+        axes.plot(values, color=colour, linestyle=style, linewidth=1, label=name)
     axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6, parse_math=False)
     axes.set_xlabel("token")
     axes.set_ylabel("mean write gate")

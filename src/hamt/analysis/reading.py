@@ -12,7 +12,6 @@ Shape legend: B batch, N tokens, H heads, S slots, F features, T times, L lags.
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -20,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hamt.analysis.record import Trace
+from hamt.vsa import Algebra
 
 ORDERS = 100  # of the entries of a key, that the level of chance is drawn from
+ANGLES = 20_001  # between 0 and π that an integral is taken over
 OTHERS = 4  # wrong keys for each item of a retrieval by lag
 
 
@@ -74,10 +75,8 @@ def read_memory(
     held = state[row, head]
     held = held[slot] if slot is not None else trace.read[row, after, head] @ held
     keys, items = trace.keys[row, : after + 1, head], trace.items[row, : after + 1, head]
-    generator = torch.Generator().manual_seed(0)
-    orders = torch.rand(ORDERS, keys.shape[-1], generator=generator).argsort(dim=-1)
-    wrong = trace.memory.algebra.key(keys[token, orders])
-    found = trace.memory.algebra.unbind(held, torch.cat((keys[None, token], wrong)))
+    algebra = trace.memory.algebra
+    found = algebra.unbind(held, torch.cat((keys[None, token], permuted_keys(algebra, keys[token]))))
     found = F.normalize(found, dim=-1)
     cosines = found @ F.normalize(items, dim=-1).T
     best = cosines[0].topk(min(count, len(items)))
@@ -91,14 +90,25 @@ def read_memory(
     )
 
 
+def permuted_keys(algebra: Algebra, key: Tensor) -> Tensor:
+    """A key (..., K) with its entries in other orders: (ORDERS, ..., K)."""
+    generator = torch.Generator().manual_seed(0)
+    orders = torch.rand(ORDERS, key.shape[-1], generator=generator).argsort(dim=-1)
+    return algebra.key(key[..., orders].movedim(-2, 0))
+
+
 def largest_by_chance(count: int, features: int) -> float:
     """Expected largest cosine of ``count`` random directions in ``features`` dimensions with another one.
 
-    That of the largest of as many normal numbers of variance 1 / features, to a percent (Blom 1958,
-    Statistical Estimates and Transformed Beta-Variables; with the constant π/8 of Elfving 1947).
+    The angle θ between two directions has a density proportional to sin^(F-2) θ, and the largest of n cosines
+    the mean 1 - ∫ P(cos θ < x)^n dx, which is integrated numerically.
     """
-    quantile = (count - math.pi / 8) / (count - math.pi / 4 + 1)
-    return NormalDist().inv_cdf(quantile) / math.sqrt(features)
+    if features == 1:  # cosines are 1 and -1
+        return 1 - 2.0 ** (1 - count)
+    angles = torch.linspace(0, math.pi, ANGLES, dtype=torch.float64)
+    nearer = torch.cumulative_trapezoid(angles.sin() ** (features - 2), angles)
+    farther = 1 - F.pad(nearer / nearer[-1], (1, 0))
+    return 1 - torch.trapezoid(farther**count * angles.sin(), angles).item()
 
 
 class Retrieval(NamedTuple):

@@ -36,6 +36,8 @@ SILENCED = 256  # tokens at its start whose loss is measured without each slot
 PICTURED = 64  # tokens at the end that pictures name one by one
 SOURCES = 8  # positions named for each read-out
 ASKED = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # tokens back from the end whose keys are asked
+UNFINISHED = "\ufffd"  # what bytes are decoded to that are no character
+MAX_BYTES = 4  # of a character, and so tokens
 NEAREST = 4  # items named for each of them
 
 
@@ -227,9 +229,20 @@ def slot_evolution(surveys: Mapping[int, LayerSurvey]) -> Figure:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor) -> list[str]:
-    """Each token as it would be written, with visible spaces and line ends."""
-    texts = [str(tokenizer.decode([token])) for token in input_ids.tolist()]
-    return [text.replace(" ", "·").replace("\n", "↵") or "∅" for text in texts]
+    """Each token as it would be written, with visible spaces and line ends.
+
+    A character of several tokens is written at the last of them; the others are "…".
+    """
+    texts, begun = [], []
+    for token in input_ids.tolist():
+        begun.append(token)
+        text = str(tokenizer.decode(begun))
+        if text.endswith(UNFINISHED) and len(begun) < MAX_BYTES:
+            texts.append("…")
+        else:
+            texts.append(text.replace(UNFINISHED, "").replace(" ", "·").replace("\n", "↵"))
+            begun = []
+    return [text or "∅" for text in texts]
 
 
 def _sources(row: np.ndarray) -> list[tuple[int, float]]:

@@ -53,9 +53,18 @@ class LayerSurvey:
         return _shares((self.write.abs() * self.written[..., None]).sum(dim=(0, 1)))
 
     def read_share(self) -> Tensor:
-        """The share of a head's reading that comes from each slot, by |r| · |M|: (H, S), rows sum to 1."""
-        at = torch.tensor(self.times) - 1
-        return _shares((self.read[:, at].abs() * self.norms).sum(dim=(0, 1)))
+        """The share of a head's reading that comes from each slot, by |r| · |M|: (H, S), rows sum to 1.
+
+        Over all tokens; between ``times`` norms are interpolated.
+        """
+        at = torch.arange(1, self.read.shape[1] + 1)
+        times = torch.tensor(self.times)
+        after = torch.searchsorted(times, at).clamp(max=len(times) - 1)
+        before = (after - 1).clamp(min=0)
+        gap = (times[after] - times[before]).clamp(min=1)
+        weight = ((times[after] - at) / gap)[:, None, None]
+        norms = torch.lerp(self.norms[:, after], self.norms[:, before], weight.to(self.norms))
+        return _shares((self.read.abs() * norms).sum(dim=(0, 1)))
 
     def dead(self) -> list[tuple[int, int]]:
         """(head, slot) that get, or give, less than a hundredth of an even share."""

@@ -50,7 +50,7 @@ class AnalyzeOptions:
     checkpoint: str | None = option(None, "a checkpoint folder, or a .pt file; none is the model in HAMT")
     text: str | None = option(None, "the text to read; none is a short one of HAMT's own")
     file: str | None = option(None, "a file with the text to read")
-    max_tokens: int = option(16384, "tokens of the text that are read")
+    max_tokens: int = option(16384, "tokens that are read, from the start of the text")
     skip_silencing: bool = option(False, "leave out the loss without each slot, which takes longest")
     demo: bool = option(False, "the model and the text that come with HAMT")
     output_dir: str = option("analyze_output", "where everything goes")
@@ -63,13 +63,13 @@ def main(arguments: Sequence[str]) -> int:
     check_writable(options.output_dir, make=True)
     console = Console(soft_wrap=True, highlight=False)
     model, tokenizer = load_checkpoint(PRETRAINED if options.checkpoint is None else options.checkpoint)
-    input_ids = _tokens(tokenizer, text, options.max_tokens)
+    ids = _tokens(tokenizer, text)
+    input_ids = ids[: options.max_tokens]
     analysis = analyse(model, tokenizer, input_ids, silence=not options.skip_silencing)
+    analysis.results["tokens_of_the_text"] = len(ids)
     header = environment()
     name = options.checkpoint or "the model in HAMT"
-    console.print(
-        f"{name}: {model.num_parameters():,} parameters, {len(input_ids):,} tokens read", markup=False
-    )
+    console.print(f"{name}: {model.num_parameters():,} parameters, {_read(analysis)}", markup=False)
     console.print(summary(analysis))
     slots = len(analysis.results["layers"]["0"]["write_share"][0])
     console.print(
@@ -109,11 +109,16 @@ def write(analysis: Analysis, options: AnalyzeOptions, header: dict[str, Any], n
     for plot, figure in analysis.figures.items():
         paths.append(folder / f"{plot}.png")
         save_figure(paths[-1], figure)
-    heading = f"{name}; {results['tokens']:,} tokens, the last {min(TRACED, results['tokens'])} shown. "
+    heading = f"{name}; {_read(analysis)}, the last {min(TRACED, results['tokens'])} shown. "
     captions = {plot: CAPTIONS.get(plot, CONTRIBUTIONS) for plot in analysis.figures}
     paths.append(folder / "dashboard.html")
     write_text(paths[-1], dashboard(analysis, heading + describe_environment(header), captions))
     return paths
+
+
+def _read(analysis: Analysis) -> str:
+    read, there = analysis.results["tokens"], analysis.results["tokens_of_the_text"]
+    return f"{read:,} tokens read" if read == there else f"the first {read:,} of {there:,} tokens read"
 
 
 def _text(options: AnalyzeOptions) -> str:
@@ -133,9 +138,9 @@ def _text(options: AnalyzeOptions) -> str:
         raise UserError(f"{options.file} is not UTF-8 text") from error
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> Tensor:
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     try:
-        ids = tokenizer(text, add_special_tokens=False, truncation=False).input_ids[:limit]
+        ids = tokenizer(text, add_special_tokens=False, truncation=False).input_ids
     except UnicodeEncodeError as error:
         raise UserError("--text must be UTF-8") from error
     if len(ids) < 2 or not text.strip():

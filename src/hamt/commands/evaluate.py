@@ -59,7 +59,7 @@ class EvaluateOptions:
     tasks: list[str] = option([], "tasks of lm-evaluation-harness, or hamt_lambada, hamt_mqar, ... (docs)")
     task_data: str | None = option(None, "the file of a task that needs one (hamt_lambada, hamt_wikitext)")
     limit: int | None = option(None, "documents of a task at most")
-    prompts: str | None = option(None, "what to continue, several parted by |")
+    prompts: str | None = option(None, "what to continue, several parted by |; none continues --test_text")
     max_new_tokens: int = option(50, "tokens to write for a prompt")
     temperature: float = option(0.8, "0 is greedy")
     seed: int = option(0, "of the samples")
@@ -96,8 +96,11 @@ def main(arguments: Sequence[str]) -> int:
         text += f"\n{_task_table(content['tasks'])}\n"
         paths = write_report(options.output_dir, "evaluation", content, text, figures)
     console.print(text, markup=False)
+    prompts = [options.test_text] if options.test_text is not None else []
     if options.prompts is not None:
-        samples = generate(loaded, options)
+        prompts = options.prompts.split("|")
+    if prompts:
+        samples = generate(loaded, prompts, options)
         paths.append(Path(options.output_dir) / "generation_results.json")
         write_json(paths[-1], {"environment": header, "model": loaded.name, "samples": samples})
         for sample in samples:
@@ -283,13 +286,18 @@ def _task_table(tasks: dict[str, dict[str, Any]]) -> str:
     return markdown(["task", "metric", "value", "s.e."], rows, text=(0, 1))
 
 
-def generate(loaded: Loaded, options: EvaluateOptions) -> list[dict[str, Any]]:
-    """A continuation of each prompt, and how fast it was written."""
+def generate(loaded: Loaded, prompts: Sequence[str], options: EvaluateOptions) -> list[dict[str, Any]]:
+    """A continuation of each prompt, of its end where the model has no more positions, and how fast it was."""
+    limit = longest_context(loaded.model)
+    if limit is not None and options.max_new_tokens >= limit:
+        raise UserError(f"{loaded.name} has {limit:,} positions: give --max_new_tokens {limit - 1} or less")
     set_seed(options.seed)
     samples = []
-    for prompt in (options.prompts or "").split("|"):
+    for prompt in prompts:
         tokens = loaded.tokenizer(prompt, add_special_tokens=False).input_ids
         tokens = tokens or [start_token(loaded.tokenizer)]
+        if limit is not None:
+            tokens = tokens[-(limit - options.max_new_tokens) :]
         start = time.perf_counter()
         output = loaded.model.generate(  # type: ignore[operator]
             torch.tensor([tokens]),

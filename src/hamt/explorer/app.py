@@ -16,6 +16,7 @@ EXAMPLES = (
     "people of the United States expect it to act.",
     "Peace with all nations is our policy. War is the last resort of a nation; peace is its first duty.",
 )
+WIDTH = 340  # pixels that a column needs; in a narrow window one goes below the other
 KEPT = 3600.0  # seconds that a text is kept for a page that asks nothing more
 NOTHING = "<p class='note'>Click a token of the text to see what it read from the memory, and from where.</p>"
 
@@ -35,24 +36,25 @@ def build_app(explorer: Explorer, name: str) -> gr.Blocks:
 
 def _reading_tab(app: gr.Blocks, page: "_Page", layers: list[int]) -> None:
     view = gr.State(None, time_to_live=KEPT)
-    text = gr.Textbox(label="Text", lines=4, value=EXAMPLES[0], elem_id="text")
+    text = gr.Textbox(label="Text", lines=4, max_lines=4, value=EXAMPLES[0], elem_id="text")
     with gr.Row():
         read = gr.Button("Read", variant="primary", elem_id="read")
         layer = gr.Dropdown(layers, value=layers[-1], label="Layer", elem_id="layer")
-    gr.Examples([[one] for one in EXAMPLES], [text])
     status = gr.Markdown(elem_id="status")
     tokens = gr.HighlightedText(
-        label="Tokens: the darker, the more strongly written. Click one.",
+        label="Tokens: the stronger the colour, the more strongly written. Click one.",
         color_map={"": "white"},
         elem_id="tokens",
         interactive=False,
     )
     with gr.Row():
-        found = gr.HTML(NOTHING, elem_id="found")
-        with gr.Column():
-            label = "Moment: the memory after so much of the text"
+        with gr.Column(min_width=WIDTH):
+            found = gr.HTML(NOTHING, elem_id="found")
+        with gr.Column(min_width=WIDTH):
+            label = "The memory after so many tokens"
             time = gr.Slider(1, 2, value=1, step=1, label=label, elem_id="time")
             slots = gr.HTML(elem_id="slots")
+    gr.Examples([[one] for one in EXAMPLES], [text])
     outputs = [view, status, tokens, found, time, slots]
     for event in (read.click, text.submit, app.load):
         event(page.read, [text, layer], outputs, show_progress="minimal")
@@ -88,14 +90,14 @@ class _Page:
             view = self.explorer.read(text)
         except UserError as error:
             return [None, f"**{_sentence(error)}**", [], NOTHING, gr.Slider(interactive=False), ""]
-        last = len(view.times)
+        last = len(view.tokens)
         slider = gr.Slider(1, max(last, 2), value=last, step=1, interactive=last > 1)
         return [view, _status(view), _tokens(view, layer), NOTHING, slider, self.slots(view, layer, last)]
 
-    def turn_to_layer(self, view: View | None, layer: int, moment: int) -> list[Any]:
+    def turn_to_layer(self, view: View | None, layer: int, time: int) -> list[Any]:
         if view is None:
             return [[], NOTHING, ""]
-        return [_tokens(view, layer), NOTHING, self.slots(view, layer, moment)]
+        return [_tokens(view, layer), NOTHING, self.slots(view, layer, time)]
 
     def retrieve(self, view: View | None, layer: int, event: gr.SelectData) -> str:
         # A click may come while another text is being drawn.
@@ -104,30 +106,30 @@ class _Page:
         token = int(event.index)
         return retrieved_lists(view, self.explorer.retrieve(view, layer, token), layer, token)
 
-    def slots(self, view: View | None, layer: int, moment: int) -> str:
+    def slots(self, view: View | None, layer: int, time: int) -> str:
         if view is None:
             return ""
-        index = int(np.clip(moment, 1, len(view.times))) - 1
+        index = int(np.abs(np.array(view.times) - time).argmin())
         count = view.times[index]
         caption = f"Layer {layer} after {count:,} tokens, the last “{view.tokens[count - 1]}”."
         if len(view.tokens) > TIMES:
-            caption += f" {TIMES} moments of the text can be chosen."
+            caption += f" Of a long text {TIMES} moments are kept; this is the nearest."
         return slot_grid(view.norms[index, layer], float(view.norms[:, layer].max()), caption)
 
     def write(
         self, prompt: str | None, count: int, temperature: float, top_p: float, layer: int
     ) -> Iterator[list[Any]]:
         prompt, largest = prompt or "", 0.0
-        yield [prompt, "<p class='note'>Reading the prompt …</p>"]
+        yield ["", "<p class='note'>Reading the prompt …</p>"]
         try:
             for one in self.explorer.write(prompt, int(count), temperature, top_p):
                 largest = max(largest, float(one.norms[layer].max()))
                 caption = f"Layer {layer} after {one.new_tokens} new tokens."
                 if one.ended:
                     caption += " The model ended the document here."
-                yield [prompt + one.text, slot_grid(one.norms[layer], largest, caption)]
+                yield [one.text, slot_grid(one.norms[layer], largest, caption)]
         except UserError as error:
-            yield [prompt, f"<p class='note'>{html.escape(_sentence(error))}</p>"]
+            yield ["", f"<p class='note'>{html.escape(_sentence(error))}</p>"]
 
 
 def launch(app: gr.Blocks, host: str, port: int | None, block: bool = True) -> Any:

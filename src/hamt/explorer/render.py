@@ -19,7 +19,9 @@ STYLE = """
 .prose .found td { padding: 1px 14px 1px 0; text-align: left; border: 0; }
 .bar { display: inline-block; height: 10px; background: #0072B2; border-radius: 2px; }
 .prose .note { opacity: 0.75; color: inherit; }
+#tokens .textfield { max-height: 35vh; overflow-y: auto; }
 """
+ASKED, SOURCE = "2px solid currentColor", "2px solid #D55E00"  # outlines
 
 
 def slot_grid(norms: np.ndarray, largest: float, caption: str) -> str:
@@ -32,8 +34,8 @@ def slot_grid(norms: np.ndarray, largest: float, caption: str) -> str:
             for slot, value in enumerate(values.tolist())
         )
         rows.append(f"<tr><th>head {head}</th>{cells}</tr>")
-    note = f'<p class="note">{html.escape(caption)} White is empty, full blue a norm of {largest:.1f}.</p>'
-    return f'<table class="slots" aria-label="slots">{"".join(rows)}</table>{note}'
+    said = f"{html.escape(caption)} Without colour: empty; full blue: a norm of {largest:.1f}."
+    return f'<table class="slots" aria-label="slots">{"".join(rows)}</table><p class="note">{said}</p>'
 
 
 def retrieved_lists(view: View, found: Retrieved, layer: int, token: int) -> str:
@@ -42,12 +44,25 @@ def retrieved_lists(view: View, found: Retrieved, layer: int, token: int) -> str
     sources = [(position, share, f"{100 * share:.1f} %") for position, share in found.sources]
     items = [(position, cosine, f"{cosine:.2f}") for position, cosine in found.items]
     return (
+        f"{_marks(token, [position for position, _ in found.sources])}"
         f"<h4>What “{word}” (token {token}) read in layer {layer}</h4>"
-        f"<p>From where: exact shares of the read-out, averaged over heads.</p>{_table(view, token, sources)}"
-        f"<p>What it is like: items that head {found.head} holds, by cosine; "
-        f"chance alone would give {found.chance:.2f}.</p>{_table(view, token, items)}"
+        f"<p>From where: exact shares of the read-out, averaged over heads (outlined in the text).</p>"
+        f"{_table(view, token, sources)}"
+        f"<p>What it is like: items that head {found.head} holds, by cosine. By chance: "
+        f"{found.permuted:.2f} (its key in another order), {found.theory:.2f} (random directions).</p>"
+        f"{_table(view, token, items)}"
         '<p class="note">A position is its token mixed with the few before it.</p>'
     )
+
+
+def _marks(token: int, sources: Sequence[int]) -> str:
+    """Outlines of a token and its sources in the text, whose tokens are children of one element."""
+    rules = "".join(
+        f"#tokens .token-container:nth-child({position + 1}) .token {{ outline: {outline}; }}\n"
+        for positions, outline in ((sources, SOURCE), ([token], ASKED))
+        for position in positions
+    )
+    return f"<style>{rules}</style>"
 
 
 def _table(view: View, token: int, rows: Sequence[tuple[int, float, str]]) -> str:

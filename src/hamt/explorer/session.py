@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -19,7 +20,7 @@ from transformers.generation.logits_process import (
 
 from hamt.allocator import return_freed_memory
 from hamt.analysis.contributions import contributions
-from hamt.analysis.reading import largest_by_chance
+from hamt.analysis.reading import largest_by_chance, permuted_keys
 from hamt.analysis.record import SEGMENT, Trace, record
 from hamt.analysis.report import token_texts
 from hamt.cache import HAMTCache
@@ -58,15 +59,17 @@ class Source(NamedTuple):
 class Retrieved(NamedTuple):
     """What one token read: ``shares`` (N,) of all positions and the largest as ``sources``;
 
-    ``items``, the stored items that the read-out of ``head`` is most like, with cosines, and the largest
-    that ``chance`` would give.
+    ``items``, the stored items that the read-out of ``head`` is most like, with cosines; ``theory`` and
+    ``permuted``, the largest cosine that chance gives over all heads: with random directions, and under the
+    same key with its entries in another order (mean over 100 orders).
     """
 
     shares: np.ndarray
     sources: list[Source]
     head: int
     items: list[tuple[int, float]]
-    chance: float
+    theory: float
+    permuted: float
 
 
 class Written(NamedTuple):
@@ -132,19 +135,22 @@ class Explorer:
             if share > 0
         ]
         # The read-out of each head, beside the items it holds; the head that is most like one of them.
-        stored = torch.nn.functional.normalize(trace.items[0, : token + 1], dim=-1)
-        asked = torch.nn.functional.normalize(
-            trace.memory.algebra.lift(trace.output[0, token]).to(stored), dim=-1
-        )
-        cosines = torch.einsum("nhf,hf->hn", stored, asked)
-        head = int(cosines.amax(dim=1).argmax())
-        nearest = cosines[head].topk(min(NAMED, token + 1))
+        algebra, key = trace.memory.algebra, trace.unbinding_keys[0, token]
+        stored = F.normalize(trace.items[0, : token + 1], dim=-1)
+        found = algebra.lift(trace.output[0, token]).to(stored)
+        held = algebra.bind(found, key)  # what the slots hold, mixed as the token reads them
+        found = torch.cat((found[None], algebra.unbind(held, permuted_keys(algebra, key))))
+        cosines = torch.einsum("nhf,ohf->ohn", stored, F.normalize(found, dim=-1))
+        largest = cosines.amax(dim=-1)
+        head = int(largest[0].argmax())
+        nearest = cosines[0, head].topk(min(NAMED, token + 1))
         return Retrieved(
             shares.numpy(),
             sources,
             head,
             list(zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)),
-            largest_by_chance((token + 1) * len(cosines), stored.shape[-1]),  # of all heads
+            largest_by_chance((token + 1) * largest.shape[1], stored.shape[-1]),
+            largest[1:].amax(dim=1).mean().item(),
         )
 
     @torch.no_grad()

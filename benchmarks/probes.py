@@ -1,0 +1,87 @@
+"""What looking into the memory costs: docs/results/probes.
+
+OMP_NUM_THREADS=1 venv/bin/python benchmarks/probes.py
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hamt import HAMTConfig, HAMTForCausalLM
+from hamt.analysis.survey import survey
+from hamt.checkpoint import PRETRAINED, load_checkpoint
+from hamt.environment import environment
+from hamt.evaluation.report import describe_environment, write_report
+from hamt.evaluation.tables import markdown
+from hamt.evaluation.timing import Timing, interleave
+from hamt.explorer.render import retrieved_lists, slot_grid
+from hamt.explorer.session import Explorer
+
+LENGTH = 1024  # tokens that are surveyed
+ANSWERED = 512  # tokens of the text that the explorer answers
+SENTENCE = "The Congress of the United States has the power to act, and the people expect it to act. "
+
+
+def survey_and_forward(model: HAMTForCausalLM) -> dict[str, Callable[[], object]]:
+    """A survey of all layers, and a forward pass of what it watches."""
+    ids = torch.randint(model.config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+
+    def forward() -> object:
+        with torch.no_grad():
+            return model.model(ids)
+
+    return {"forward": forward, "survey": lambda: survey(model, ids)}
+
+
+def answer(explorer: Explorer, text: str) -> None:
+    """All that the page does with a text and a click on its last token."""
+    view = explorer.read(text)
+    layer, token = len(view.traces) - 1, len(view.tokens) - 1
+    retrieved_lists(view, explorer.retrieve(view, layer, token), layer, token)
+    slot_grid(view.norms[-1, layer], float(view.norms[:, layer].max()), "")
+
+
+def main() -> None:
+    """Measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output_dir", type=Path, default=Path("docs/results/probes"))
+    options = parser.parse_args()
+    header = environment()
+    shipped, tokenizer = load_checkpoint(PRETRAINED)
+    torch.manual_seed(0)
+    large = HAMTForCausalLM(HAMTConfig(hidden_dim=384, num_layers=8, vocab_size=8192)).eval()
+    rows, found = [], {}
+    for model in (shipped, large):
+        parameters = model.num_parameters()
+        times = interleave(survey_and_forward(model), options.rounds)
+        ratio = times["survey"].median_s / times["forward"].median_s
+        found[f"{parameters:,} parameters"] = {**{k: t._asdict() for k, t in times.items()}, "ratio": ratio}
+        forward, probed = (_milliseconds(times[name]) for name in ("forward", "survey"))
+        rows.append([f"{parameters:,}", forward, probed, f"{ratio:.2f}"])
+    explorer, text = Explorer(shipped, tokenizer), SENTENCE * 40
+    text = tokenizer.decode(tokenizer(text).input_ids[:ANSWERED])
+    read = len(explorer.read(text).tokens)
+    answered = interleave({"answer": lambda: answer(explorer, text)}, options.rounds)["answer"]
+    found["explorer"] = {"tokens": read, **answered._asdict()}
+    table = markdown(["parameters", "forward (ms)", "with the survey (ms)", "ratio"], rows, text=())
+    written = (
+        f"# What looking costs\n\n{describe_environment(header)} {LENGTH:,} tokens, one text; medians of "
+        f"{options.rounds} interleaved rounds, in brackets quartiles. The forward pass is part of the survey."
+        f"\n\n{table}\n\n"
+        f"The explorer reads {read} tokens and answers a click on the last in {_milliseconds(answered)} ms "
+        f"(the model in HAMT).\n"
+    )
+    write_report(options.output_dir, "probes", {"environment": header, **found}, written, {})
+    print(written)
+
+
+def _milliseconds(timing: Timing) -> str:
+    low, high = timing.quartiles_s
+    return f"{1000 * timing.median_s:,.0f} ({1000 * low:,.0f}–{1000 * high:,.0f})"
+
+
+if __name__ == "__main__":
+    main()
