@@ -1,6 +1,11 @@
 """Recall at equal state: what is counted, what is trained, what is reported."""
 
 import json
+import os
+import signal
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,7 @@ from hamt.recall.models import MODELS, build, state_floats
 from hamt.recall.report import best_groups, figure, table
 from hamt.recall.settings import SETTINGS
 from hamt.recall.sweep import Run, describe, perform, sweep
+from hamt.recall.workers import in_processes
 
 SIZES = {"hidden_dim": 64, "num_layers": 2, "vocab_size": 40}
 TINY = Run(
@@ -104,9 +110,67 @@ def test_a_sweep_runs_what_is_missing_once(tmp_path):
         assert one["environment"]["threads"] == 1
     assert sweep([TINY, other], tmp_path, 2, lambda run, result: told.append(run)) == found
     assert len(told) == 2
-    longer = Run(**{**vars(TINY), "num_steps": 3})  # of the same name: another run
-    sweep([longer], tmp_path, 1, lambda run, result: told.append(run))
-    assert told[2:] == [longer]
+
+
+def test_the_file_of_another_run_is_never_overwritten(tmp_path):
+    told = []
+    sweep([TINY], tmp_path, 1, lambda run, result: told.append(run))
+    file = tmp_path / f"{TINY.name}.json"
+    before = file.read_bytes()
+    longer = Run(**{**vars(TINY), "num_steps": 3, "batch_size": 4})  # of the same name
+    other = Run(**{**vars(TINY), "seed": 1})
+    message = rf"{file} .* \(num_steps, batch_size\): choose another --output_dir"
+    with pytest.raises(UserError, match=message):
+        sweep([other, longer], tmp_path, 1, lambda run, result: told.append(run))
+    assert told == [TINY]
+    assert file.read_bytes() == before
+    with pytest.raises(UserError, match="two runs would be written to"):
+        sweep([other, Run(**{**vars(other), "learning_rate": 0.010000001})], tmp_path, 1, lambda *_: None)
+    file.write_text("half a res", encoding="utf-8")
+    with pytest.raises(UserError, match="choose another --output_dir"):
+        sweep([TINY], tmp_path, 1, lambda *_: None)
+    assert file.read_text(encoding="utf-8") == "half a res"
+
+
+def test_a_sweep_that_is_stopped_ends_after_the_step_and_keeps_what_is_done(tmp_path):
+    endless = [Run(**{**vars(TINY), "num_steps": 10**6, "seed": seed}) for seed in (1, 2, 3)]
+    stopped: list[float] = []
+
+    def told(run: Run, result: dict) -> None:  # Ctrl-C, when the second run has begun
+        def stop() -> None:
+            stopped.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Timer(2.0, stop).start()
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep([TINY, *endless], tmp_path, 1, told)
+    assert time.monotonic() - stopped[0] < 20
+    assert [file.name for file in tmp_path.iterdir()] == [f"{TINY.name}.json"]
+
+
+def two_seconds(item: str, folder: Path) -> str:
+    """Of a worker: leaves a mark, and looks at nothing until it is done."""
+    (folder / item).touch()
+    time.sleep(0.0 if item == "first" else 2.0)
+    return item.upper()
+
+
+def test_no_run_begins_after_an_interrupt_and_none_that_is_finished_is_lost(tmp_path):
+    kept: list[tuple[str, str]] = []
+
+    def done(item: str, result: str) -> None:
+        kept.append((item, result))
+        if len(kept) == 1:  # Ctrl-C while the second is under way
+            while not (tmp_path / "second").exists():
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+
+    items = ["first", "second", "third", "fourth", "fifth"]
+    with pytest.raises(KeyboardInterrupt):
+        in_processes(partial(two_seconds, folder=tmp_path), items, 2, done)
+    assert set(kept) == {("first", "FIRST"), ("second", "SECOND")}
+    assert {file.name for file in tmp_path.iterdir()} == {"first", "second"}
 
 
 def test_a_run_that_diverges_counts_as_nothing_learned():

@@ -1,13 +1,9 @@
 """Runs of a sweep: one model trained on one task, in a process of its own, with a file of its own."""
 
 import json
-import os
 import re
-import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +12,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hamt.environment import environment
+from hamt.errors import UserError
 from hamt.files import write_json
 from hamt.recall.models import build, state_floats
 from hamt.recall.settings import SETTINGS
-from hamt.training.loop import seed_everything
+from hamt.recall.workers import check_stop, in_processes
+from hamt.training.loop import Listener, Trainer, seed_everything
 from hamt.training.tasks import HELD_OUT, TaskResult, accuracy, train_on_task
 from hamt.training.trouble import TrainingTrouble
 
@@ -74,8 +72,20 @@ def make_model(run: Run) -> PreTrainedModel:
     )
 
 
+class _Stopper(Listener[float]):
+    """Ends the training of a worker after the step in which it is told to stop."""
+
+    def stepped(self, trainer: Trainer[float]) -> None:
+        check_stop()
+
+
 def train(model: PreTrainedModel, run: Run) -> TaskResult:
-    """Train the model of a run as the run and its task say; raises what ``train_on_task`` raises."""
+    """Train the model of a run as the run and its task say.
+
+    Raises:
+        KeyboardInterrupt: if the user stopped it.
+        TrainingTrouble: see ``Trainer.train``.
+    """
     setting = SETTINGS[run.task]
     options = {
         "batch_size": run.batch_size,
@@ -86,11 +96,14 @@ def train(model: PreTrainedModel, run: Run) -> TaskResult:
         **setting.training,
         "num_held_out": run.num_examples,
     }
-    return train_on_task(model, setting.train, seed=run.seed, **options)
+    result = train_on_task(model, setting.train, seed=run.seed, listeners=[_Stopper()], **options)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return result
 
 
-def perform(run: Run) -> dict[str, Any] | None:
-    """Train and test; None if the user stopped it."""
+def perform(run: Run) -> dict[str, Any]:
+    """Train and test; raises KeyboardInterrupt if the user stopped it."""
     logging.set_verbosity_error()  # that a CPU runs reference code is said in the docs
     setting, header = SETTINGS[run.task], environment()
     seed_everything(run.seed)
@@ -101,9 +114,8 @@ def perform(run: Run) -> dict[str, Any] | None:
         result = train(model, run)
     except TrainingTrouble as trouble:  # it counts as nothing learned, and costs no other run
         diverged = str(trouble)
-    if result.interrupted:
-        return None
     for name, test in setting.tests.items() if diverged is None else ():
+        check_stop()
         length = test.length or test.task.length
         tests[name] = accuracy(
             model,
@@ -142,49 +154,45 @@ def sweep(
         told: called with each new result.
     """
     runs = list(runs)
-    missing = [run for run in runs if _read(folder, run) is None]
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that start now
-    pool = ProcessPoolExecutor(
-        max(min(workers, len(missing)), 1), mp_context=get_context("spawn"), initializer=_end_with_parent
-    )
-    try:
-        waiting = {pool.submit(perform, run): run for run in missing}
-        for future in as_completed(waiting):
-            if (result := future.result()) is None:
-                raise KeyboardInterrupt
-            write_json(_file(folder, waiting[future]), result)
-            told(waiting[future], result)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        if threads is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = threads
-    found = (_read(folder, run) for run in runs)
-    return [result for result in found if result is not None]
+    _check_files(runs, folder)
+
+    def done(run: Run, result: dict[str, Any]) -> None:
+        write_json(_file(folder, run), result)
+        told(run, result)
+
+    missing = [run for run in runs if not _file(folder, run).exists()]
+    in_processes(perform, missing, max(min(workers, len(missing)), 1), done)
+    return [_read(_file(folder, run)) for run in runs]
 
 
-def _end_with_parent() -> None:
-    """Leave no process behind if the one that started it is killed."""
-    parent = parent_process()
-    if parent is not None:
+def _check_files(runs: Iterable[Run], folder: Path) -> None:
+    """See to it that a file is there for no other run: none is ever overwritten.
 
-        def wait() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=wait, daemon=True).start()
+    Raises:
+        UserError: if a run's file holds something else, or two runs would have the same one.
+    """
+    names: dict[str, Run] = {}
+    for run in runs:
+        file = _file(folder, run)
+        if names.setdefault(run.name, run) != run:
+            raise UserError(f"two runs would be written to {file}: give rates or models that differ by more")
+        if not file.exists():
+            continue
+        found, wanted = _read(file).get("run", {}), json.loads(json.dumps(describe(run)))
+        if differ := [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]:
+            raise UserError(
+                f"{file} is of a run with other settings ({', '.join(differ)}): choose another --output_dir"
+            )
 
 
 def _file(folder: Path, run: Run) -> Path:
     return folder / f"{run.name}.json"
 
 
-def _read(folder: Path, run: Run) -> dict[str, Any] | None:
-    """The result of this run, if there is one of the same description."""
+def _read(file: Path) -> dict[str, Any]:
+    """What a run has left; an empty one where a file is none."""
     try:
-        result = json.loads(_file(folder, run).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
-    return result if result.get("run") == json.loads(json.dumps(describe(run))) else None
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
