@@ -287,7 +287,7 @@ def _task_table(tasks: dict[str, dict[str, Any]]) -> str:
 
 
 def generate(loaded: Loaded, prompts: Sequence[str], options: EvaluateOptions) -> list[dict[str, Any]]:
-    """A continuation of each prompt, of its end where the model has no more positions, and how fast it was."""
+    """A continuation of each prompt (of its end, if the model has too few positions), and how fast it was."""
     limit = longest_context(loaded.model)
     if limit is not None and options.max_new_tokens >= limit:
         raise UserError(f"{loaded.name} has {limit:,} positions: give --max_new_tokens {limit - 1} or less")
