@@ -51,7 +51,7 @@ def run_tasks(
     manager: Any,
     batch_size: int = 8,
 ) -> dict[str, dict[str, Any]]:
-    """Run tasks through the harness's ``hf`` model; of each its metrics, ``documents`` and ``shots``, by name.
+    """Run tasks through the harness's ``hf`` model: metrics, ``documents`` and ``shots`` of each, by name.
 
     Args:
         model: a causal language model of Transformers.
