@@ -86,11 +86,12 @@ def main(arguments: Sequence[str]) -> int:
     scores = _scores(loaded, documents, options) if documents is not None else []
     # One point is no curve.
     curved = scores and len(scores[-1][2].mean_by_position(INTERVALS)) > 1
-    pictured = scores and isinstance(model, HAMTForCausalLM)
-    figures = {
+    figures: dict[str, Figure | None] = {
         "loss_by_position": _figure(scores, model) if curved else None,
-        "memory_analysis": _memory(model, loaded.tokenizer, documents) if pictured else None,
+        "memory_analysis": None,
     }
+    if scores and isinstance(model, HAMTForCausalLM):
+        figures["memory_analysis"] = _memory(model, loaded.tokenizer, documents)
     content = _content(loaded, options, header, name, scores)
     text = f"{_heading(content)}\n\n{_perplexity_table(scores)}\n" if scores else f"{_heading(content)}\n"
     paths = write_report(options.output_dir, "evaluation", content, text, figures)
