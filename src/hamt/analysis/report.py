@@ -68,9 +68,7 @@ def analyse(
     tokens = token_texts(tokenizer, input_ids[-TRACED:])
     traces = _last_traces(model, input_ids)
     shares = {index: trace_shares(trace) for index, trace in traces.items()}
-    written = {
-        index: _plain(one.write.abs().mean(dim=(0, 2, 3))[-TRACED:]) for index, one in surveys.items()
-    }
+    written = {index: _plain(one.write.abs().mean(dim=(0, 2, 3))[-TRACED:]) for index, one in surveys.items()}
     layers = {
         str(index): {
             **layer_figures(one),
