@@ -275,6 +275,8 @@ def test_the_command_writes_figures_pictures_and_a_page(tmp_path, capsys):
     assert {"commit", "torch"} <= results["environment"].keys()
     assert len(layer["half_life_tokens"]) == len(layer["loss_without"]) == 4
     assert layer["retrieval"]["lag"][0] == 0
+    assert np.array(layer["norms"]).shape == (len(layer["after_tokens"]), 4, 16)
+    assert len(layer["write_gate_of_the_end"]) == len(results["tokens_of_the_end"]) == results["tokens"]
     asked = layer["held"]
     assert [row["back"] for row in asked] == [0, 1, 2, 4, 8, 16, 32, 64]
     assert asked[0]["cosine"] > 0.8 > asked[0]["chance_theory"]

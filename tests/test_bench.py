@@ -12,7 +12,8 @@ from hamt.commands import bench as bench_command
 from hamt.commands.bench import BenchOptions
 from hamt.evaluation.bench import models as bench_models
 from hamt.evaluation.bench.cases import Predictor, eager_bytes, measure
-from hamt.evaluation.bench.decode import filled, make_models, measure_decoding, measure_memory
+from hamt.evaluation.bench.decode import filled, make_models, measure_decoding
+from hamt.evaluation.bench.memory import measure_memory
 from hamt.evaluation.bench.mixers import measure_mixers
 from hamt.evaluation.bench.report import bench_figures, bench_tables, crossover, slopes
 from hamt.evaluation.timing import timing
@@ -104,7 +105,9 @@ def test_ratios_are_of_speeds_within_a_round(result):
 
 
 def test_the_state_stays_and_keys_and_values_grow(result):
-    first, second = result["memory"]["rows"]
+    training, first, second = result["memory"]["rows"]
+    assert (training["phase"], training["batch"]) == ("training", 2)
+    assert all(training["peak_bytes"][name] > 0 for name in ("hamt", "transformer"))
     assert first["cache_bytes"]["hamt"] == second["cache_bytes"]["hamt"]
     grown = second["cache_bytes"]["transformer"] / first["cache_bytes"]["transformer"]
     assert grown == 2048 / 16
@@ -226,7 +229,7 @@ def test_tables_and_plots(result):
     cells = [cell.strip() for line in lines for cell in line.strip("|").split("|")]
     assert all(cell and "nan" not in cell and "inf" not in cell for cell in cells)
     figures = bench_figures(result)
-    assert set(figures) == {"model_time", "mixer_time", "memory"}
+    assert set(figures) == {"model_time", "mixer_time", "decode_time", "memory"}
     assert [axes.get_title() for axes in figures["model_time"].axes] == ["train", "forward", "prefill"]
 
 
@@ -236,10 +239,32 @@ def test_bfloat16_is_measured_in_all_parts():
     assert set(narrow["seconds"]) == {"hamt", "static", "dynamic"}
     wide = last(measure_decoding(BenchOptions(**TINY)))["rows"][0]
     assert 2 * narrow["cache_bytes"]["dynamic"] == wide["cache_bytes"]["dynamic"]
-    rows = {dtype: last(measure_memory(BenchOptions(**{**TINY, "dtype": dtype})))["rows"][0] for dtype in
+    rows = {dtype: last(measure_memory(BenchOptions(**{**TINY, "dtype": dtype})))["rows"][1] for dtype in
             ("float32", "bfloat16")}  # fmt: skip
     sizes = {dtype: row["cache_bytes"]["transformer"] for dtype, row in rows.items()}
     assert sizes["float32"] == 2 * sizes["bfloat16"]
+
+
+def test_batches_can_be_chosen_and_stand_apart():
+    options = BenchOptions(**{**TINY, "batch_sizes": [1, 3]})
+    model = last(bench_models.measure_models(options))
+    cases = [(row["phase"], row["length"], row["batch"]) for row in model["rows"] if row["phase"] != "train"]
+    assert cases == [(phase, n, b) for n in (16, 32) for b in (1, 3) for phase in ("forward", "prefill")]
+    text = bench_tables({"model": model})
+    assert "### forward, batch 1\n" in text
+    assert "### prefill, batch 3\n" in text
+    rows = last(measure_memory(options))["rows"]
+    peaks = [row["peak_bytes"]["hamt"] for row in rows if row["phase"] == "training"]
+    assert 1.5 < peaks[1] / peaks[0] < 3, "three times the activations, beside the gradients"
+
+
+def test_a_median_of_decoding_has_three_rounds_at_least():
+    found = last(measure_decoding(BenchOptions(**{**TINY, "decode_steps": 1, "decode_tokens": 4})))
+    assert all(len(times) >= 3 for row in found["rows"] for times in row["times_s"].values())
+
+
+def test_a_quick_run_decodes_in_several_rounds():
+    assert bench_command.QUICK["decode_steps"] // bench_command.QUICK["decode_tokens"] >= 3
 
 
 def test_the_command_writes_figures_tables_and_plots(tmp_path, capsys):

@@ -97,11 +97,13 @@ def test_a_hamt_model_is_measured_at_several_contexts(folders, tmp_path, capsys)
 
 
 def test_context_and_stride_can_be_given_and_other_models_measured(folders, tmp_path):
+    (tmp_path / "memory_analysis.png").write_bytes(b"of an earlier run")
     options = ["--checkpoint", str(folders / "llama"), "--test_text", WORDS]
     found = run(tmp_path, *options, "--context", "20", "--stride", "5")
     assert [(row["context"], row["stride"]) for row in found["perplexity"]] == [(20, 5)]
     found = run(tmp_path, *options)
     assert [row["context"] for row in found["perplexity"]] == [64]
+    assert not (tmp_path / "memory_analysis.png").exists()
     samples = json.loads((tmp_path / "generation_results.json").read_text(encoding="utf-8"))["samples"]
     assert samples[0]["new_tokens"] > 0, "of a text longer than the positions the end is continued"
     found = run(tmp_path, "--checkpoint", str(folders / "ours"), "--test_text", WORDS, "--carry")
@@ -131,6 +133,11 @@ def test_tasks_of_the_harness_run_on_the_model(folders, tmp_path):
     found = run(tmp_path, *options, "--task_data", str(tmp_path / "wiki.raw"))["tasks"]
     assert set(found) == {"hamt_mqar", "hamt_induction", "hamt_passkey", "hamt_wikitext"}
     assert found["hamt_wikitext"]["word_perplexity"] > 1
+    assert found["hamt_mqar"]["documents"] == 3
+    assert all(one["shots"] == 0 for one in found.values())
+    table = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
+    assert "a context of 2,048 tokens" in table
+    assert "| documents | shots |" in table
     written = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
     assert "| hamt_wikitext | bits_per_byte |" in written
     # The same pages by our own count.

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ def environment() -> dict[str, Any]:
         "hamt": hamt.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "lm_eval": _version("lm_eval"),
+        "gguf": _version("gguf"),
         "python": platform.python_version(),
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -29,6 +32,13 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": list(os.getloadavg()),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

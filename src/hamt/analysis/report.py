@@ -68,21 +68,28 @@ def analyse(
     tokens = token_texts(tokenizer, input_ids[-TRACED:])
     traces = _last_traces(model, input_ids)
     shares = {index: trace_shares(trace) for index, trace in traces.items()}
+    written = {index: _plain(one.write.abs().mean(dim=(0, 2, 3))[-TRACED:]) for index, one in surveys.items()}
     layers = {
         str(index): {
             **layer_figures(one),
+            "write_gate_of_the_end": written[index],
             "held": what_is_held(traces[index], tokens),
             **({"loss_without": _plain(rises[index])} if silence else {}),
         }
         for index, one in surveys.items()
     }
-    results = {"tokens": len(input_ids), "loss_of_the_start": loss, "layers": layers}
+    results = {
+        "tokens": len(input_ids),
+        "loss_of_the_start": loss,
+        "tokens_of_the_end": tokens,
+        "layers": layers,
+    }
     return Analysis(
         results,
         figures(surveys, rises, shares, tokens),
         tokens,
         {index: [_sources(row) for row in matrix.mean(axis=1)] for index, matrix in shares.items()},
-        {index: one.write.abs().mean(dim=(0, 2, 3))[-TRACED:].tolist() for index, one in surveys.items()},
+        written,
     )
 
 
@@ -105,7 +112,7 @@ def summarise(layer: Mapping[str, Any]) -> LayerSummary:
         mean(layer["effective_slots_written"]),
         mean(layer["effective_slots_read"]),
         len(layer["dead_slots"]),
-        mean(layer["effective_rank_after"]),
+        mean(layer["effective_ranks"][-1]),
         layer["retrieval"]["cosine"][0],
     )
 
@@ -121,8 +128,9 @@ def layer_figures(found: LayerSurvey) -> dict[str, Any]:
         "effective_slots_written": _plain(effective_slots(write)),
         "effective_slots_read": _plain(effective_slots(read)),
         "dead_slots": [{"head": head, "slot": slot} for head, slot in found.dead()],
-        "norm_after": _plain(found.norms[:, -1].mean(dim=0)),
-        "effective_rank_after": _plain(found.rank[:, -1].mean(dim=0)),
+        "after_tokens": found.times,
+        "norms": _plain(found.norms.mean(dim=0)),
+        "effective_ranks": _plain(found.rank.mean(dim=0)),
         "retrieval": {"lag": found.retrieval.lags, "cosine": _plain(right), "wrong_key": _plain(wrong)},
         "rotation": None if found.turn is None else _plain(found.turn),
     }

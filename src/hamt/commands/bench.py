@@ -11,7 +11,8 @@ from hamt.allocator import keep_freed_memory
 from hamt.config import HAMTConfig
 from hamt.environment import environment
 from hamt.errors import UserError, mistakes_of_the_user
-from hamt.evaluation.bench.decode import measure_decoding, measure_memory
+from hamt.evaluation.bench.decode import measure_decoding
+from hamt.evaluation.bench.memory import measure_memory
 from hamt.evaluation.bench.mixers import measure_mixers
 from hamt.evaluation.bench.models import measure_models
 from hamt.evaluation.bench.options import PARTS, QUICK, BenchOptions
@@ -78,7 +79,7 @@ def _check(options: BenchOptions) -> None:
     sizes = ["hidden_dim", "num_layers", "vocab_size", "mixer_dim", "matmul_size", "step_tokens", "rounds"]
     sizes += ["decode_steps", "decode_tokens"]
     numbers = [*options.lengths, *options.train_lengths, *options.decode_contexts, *options.decode_batches]
-    numbers += [*options.memory_lengths, *(getattr(options, name) for name in sizes)]
+    numbers += [*options.memory_lengths, *options.batch_sizes, *(getattr(options, name) for name in sizes)]
     if min(numbers) < 1:
         raise UserError("lengths, batches, sizes and rounds must be at least 1")
     with mistakes_of_the_user(), torch.device("meta"):  # before minutes are spent on the other parts

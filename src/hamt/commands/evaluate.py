@@ -30,6 +30,7 @@ from hamt.model import HAMTForCausalLM
 from hamt.options import given_text, option, parse
 from hamt.visualization import Series, loss_by_position
 
+COUNTS = ("documents", "shots")  # of a task, beside its metrics
 PICTURED = 1024  # tokens of the text that the picture of the memory shows
 MULTIPLES = (1, 8, 64)  # of the training context that HAMT is measured at
 INTERVALS = [0, *(2**power for power in range(4, 31))]  # of positions, of doubling length
@@ -85,15 +86,20 @@ def main(arguments: Sequence[str]) -> int:
     scores = _scores(loaded, documents, options) if documents is not None else []
     # One point is no curve.
     curved = scores and len(scores[-1][2].mean_by_position(INTERVALS)) > 1
-    figures = {"loss_by_position": _figure(scores, model)} if curved else {}
+    figures: dict[str, Figure | None] = {
+        "loss_by_position": _figure(scores, model) if curved else None,
+        "memory_analysis": None,
+    }
     if scores and isinstance(model, HAMTForCausalLM):
         figures["memory_analysis"] = _memory(model, loaded.tokenizer, documents)
     content = _content(loaded, options, header, name, scores)
     text = f"{_heading(content)}\n\n{_perplexity_table(scores)}\n" if scores else f"{_heading(content)}\n"
     paths = write_report(options.output_dir, "evaluation", content, text, figures)
     if options.tasks:  # takes longest: what is there is written before
-        content["tasks"] = _run_tasks(loaded, options, manager)
-        text += f"\n{_task_table(content['tasks'])}\n"
+        own = 2048 if isinstance(model, HAMTForCausalLM) else None
+        content["context_of_tasks"] = options.context or own
+        content["tasks"] = _run_tasks(loaded, options, content["context_of_tasks"], manager)
+        text += f"\n{_task_table(content['tasks'], content)}\n"
         paths = write_report(options.output_dir, "evaluation", content, text, figures)
     console.print(text, markup=False)
     prompts = [options.test_text] if options.test_text is not None else []
@@ -153,12 +159,12 @@ def _heading(content: Mapping[str, Any]) -> str:
     return f"# {content['model']}\n\n{what}\n{describe_environment(content['environment'])}"
 
 
-def _run_tasks(loaded: Loaded, options: EvaluateOptions, manager: Any) -> dict[str, Any]:
+def _run_tasks(loaded: Loaded, options: EvaluateOptions, context: int | None, manager: Any) -> dict[str, Any]:
     return run_tasks(
         loaded.model,
         loaded.tokenizer,
         options.tasks,
-        context=options.context or (2048 if isinstance(loaded.model, HAMTForCausalLM) else None),
+        context=context,
         limit=options.limit,
         manager=manager,
         batch_size=options.batch_size,
@@ -254,7 +260,9 @@ def _figure(scores: Sequence[tuple[int | None, int | None, Score]], model: torch
     context, _, score = scores[-1]
     intervals = score.mean_by_position(INTERVALS)
     name = "state carried" if context is None else f"context {context:,}"
-    series = Series([(low + high) / 2 for low, high, _ in intervals], [loss for *_, loss in intervals])
+    # Of the last interval there may be only the beginning.
+    middles = [(low + min(high, score.longest)) / 2 for low, high, _ in intervals]
+    series = Series(middles, [loss for *_, loss in intervals])
     return loss_by_position({name: series}, trained=_context(model))
 
 
@@ -271,23 +279,27 @@ def _memory(model: HAMTForCausalLM, tokenizer: Any, documents: Iterable[str] | N
 # ------------------------------------------------------------ tasks and samples
 
 
-def _task_table(tasks: dict[str, dict[str, Any]]) -> str:
+def _task_table(tasks: dict[str, dict[str, Any]], content: Mapping[str, Any]) -> str:
     rows = [
         [
             task,
             metric,
             f"{value:.4f}",
             f"{found[f'{metric}_stderr']:.4f}" if f"{metric}_stderr" in found else "",
+            *("–" if found[count] is None else f"{found[count]:,}" for count in COUNTS),
         ]
         for task, found in tasks.items()
         for metric, value in found.items()
-        if not metric.endswith("_stderr")
+        if not metric.endswith("_stderr") and metric not in COUNTS
     ]
-    return markdown(["task", "metric", "value", "s.e."], rows, text=(0, 1))
+    context = content["context_of_tasks"]
+    how = "the model's own context" if context is None else f"a context of {context:,} tokens"
+    table = markdown(["task", "metric", "value", "s.e.", *COUNTS], rows, text=(0, 1))
+    return f"lm-evaluation-harness {content['environment']['lm_eval']}, {how}.\n\n{table}"
 
 
 def generate(loaded: Loaded, prompts: Sequence[str], options: EvaluateOptions) -> list[dict[str, Any]]:
-    """A continuation of each prompt, of its end where the model has no more positions, and how fast it was."""
+    """A continuation of each prompt (of its end, if the model has too few positions), and how fast it was."""
     limit = longest_context(loaded.model)
     if limit is not None and options.max_new_tokens >= limit:
         raise UserError(f"{loaded.name} has {limit:,} positions: give --max_new_tokens {limit - 1} or less")

@@ -10,13 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hamt.errors import UserError, reason
 
 LOCAL_TASKS = Path(__file__).parent / "lm_eval_tasks"
+FROM_A_FILE = ("hamt_lambada", "hamt_wikitext")
 
 
 def check_tasks(tasks: Sequence[str], task_data: str | None = None) -> Any:
     """The harness's manager of tasks, which has all of these; ``task_data`` is the file of one that needs it.
 
     Raises:
-        UserError: if the harness is not installed, or there is no such task.
+        UserError: if the harness is not installed, or there is no such task, or no file for one.
     """
     try:
         import lm_eval  # noqa: F401
@@ -32,6 +33,11 @@ def check_tasks(tasks: Sequence[str], task_data: str | None = None) -> Any:
             f"no task {', '.join(unknown)}; beside those of lm-evaluation-harness (`lm_eval ls tasks`) there "
             f"are {', '.join(sorted(path.stem for path in LOCAL_TASKS.glob('*.yaml')))}"
         )
+    for name in FROM_A_FILE:
+        if name in tasks and task_data is None:
+            raise UserError(f"{name} needs a file: give it with --task_data")
+        if name in tasks and not Path(str(task_data)).is_file():
+            raise UserError(f"no file {task_data} for {name}")
     return manager
 
 
@@ -45,7 +51,7 @@ def run_tasks(
     manager: Any,
     batch_size: int = 8,
 ) -> dict[str, dict[str, Any]]:
-    """Run tasks through the harness's ``hf`` model; the metrics of each, by name.
+    """Run tasks through the harness's ``hf`` model: metrics, ``documents`` and ``shots`` of each, by name.
 
     Args:
         model: a causal language model of Transformers.
@@ -71,7 +77,15 @@ def run_tasks(
     except Exception as error:  # of many kinds: data that cannot be had, a task that asks for too much
         raise UserError(f"{', '.join(tasks)} cannot be run ({reason(error)})") from error
     assert found is not None  # only other processes of a group get none
-    return {name: _metrics(values) for name, values in found["results"].items()}
+    counts, shots = found["n-samples"], found["n-shot"]
+    return {
+        name: {
+            **_metrics(values),
+            "documents": counts.get(name, {}).get("effective"),
+            "shots": shots.get(name),
+        }
+        for name, values in found["results"].items()
+    }
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, Any]:

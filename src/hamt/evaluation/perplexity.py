@@ -74,6 +74,12 @@ class Score:
             "bytes": self.num_bytes,
         }
 
+    @property
+    def longest(self) -> int:
+        """Positions that were scored."""
+        scored = self.by_position[:, 1].nonzero()[0]
+        return int(scored[-1]) + 1 if len(scored) else 0
+
     def mean_by_position(self, edges: Iterable[int]) -> list[tuple[int, int, float]]:
         """(first, last + 1, mean loss in nats per token) of the positions between ``edges``."""
         found = []

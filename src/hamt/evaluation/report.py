@@ -11,15 +11,23 @@ from hamt.visualization import save_figure
 
 
 def write_report(
-    folder: str | Path, name: str, content: Any, text: str, figures: Mapping[str, Figure]
+    folder: str | Path, name: str, content: Any, text: str, figures: Mapping[str, Figure | None]
 ) -> list[Path]:
-    """Write ``name.json``, ``name.md`` and one PNG for each figure; returns their paths."""
+    """Write ``name.json``, ``name.md`` and one PNG for each figure; returns their paths.
+
+    Where a figure is None, there is none this time: one of an earlier run does not stay beside the new table.
+    """
     folder = Path(folder)
-    paths = [folder / f"{name}.json", folder / f"{name}.md", *(folder / f"{plot}.png" for plot in figures)]
+    paths = [folder / f"{name}.json", folder / f"{name}.md"]
     write_json(paths[0], content)
     write_text(paths[1], text.rstrip() + "\n")
-    for path, figure in zip(paths[2:], figures.values(), strict=True):
-        save_figure(path, figure)
+    for plot, figure in figures.items():
+        path = folder / f"{plot}.png"
+        if figure is None:
+            path.unlink(missing_ok=True)
+        else:
+            save_figure(path, figure)
+            paths.append(path)
     return paths
 
 
@@ -29,5 +37,6 @@ def describe_environment(header: Mapping[str, Any]) -> str:
     return (
         f"{header['processor']}, {header['threads']} of {header['cores']} cores; hamt {header['hamt']} "
         f"({commit[:12]}{'-dirty' if commit.endswith('-dirty') else ''}), torch {header['torch']}, "
-        f"transformers {header['transformers']}, Python {header['python']}; {header['date'][:10]}."
+        f"transformers {header['transformers']}, Python {header['python']}; {header['date'][:10]}, load "
+        f"{header['load_average'][0]:.1f}."
     )

@@ -94,8 +94,3 @@ def yardstick(options: BenchOptions) -> tuple[Callable[[], object], float]:
 def compiled(run: Callable, options: BenchOptions) -> Callable:
     """``run``, through the compiler if the options ask for it."""
     return torch.compile(run, dynamic=False, fullgraph=True) if options.compile else run
-
-
-def batch_of(length: int, options: BenchOptions) -> int:
-    """Rows of a call at a context."""
-    return max(1, options.step_tokens // length)

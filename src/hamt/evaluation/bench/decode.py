@@ -1,4 +1,4 @@
-"""Decoding after long contexts, and memory while long texts are read.
+"""Decoding after long contexts.
 
 Beside HAMT stands a Llama-type transformer of Transformers with as many parameters, with a cache that has its
 final size from the start (``StaticCache``) and with one that grows (``DynamicCache``). Its cache is filled
@@ -16,13 +16,13 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 from hamt.cache import HAMTCache
 from hamt.evaluation.bench.cases import measure
 from hamt.evaluation.bench.options import BenchOptions
-from hamt.evaluation.peak_memory import cache_bytes, peak_memory_of
+from hamt.evaluation.peak_memory import cache_bytes
 from hamt.evaluation.rivals import rival
 from hamt.linear import pack_weights
 from hamt.model import HAMTForCausalLM
 
-SEGMENT = 1024
 DECODERS = ("hamt", "static", "dynamic")
+LEAST_ROUNDS = 3  # a median of fewer says nothing
 
 
 def make_models(options: BenchOptions) -> tuple[HAMTForCausalLM, LlamaForCausalLM]:
@@ -33,7 +33,7 @@ def make_models(options: BenchOptions) -> tuple[HAMTForCausalLM, LlamaForCausalL
         hidden_dim=options.hidden_dim,
         num_layers=options.num_layers,
         vocab_size=options.vocab_size,
-        context=max((*options.decode_contexts, *options.memory_lengths)) + SEGMENT,
+        context=max((*options.decode_contexts, *options.memory_lengths)) + 1024,
         parameters=ours.num_parameters(),
     )
     # The weights themselves are narrow, as is usual for inference; StaticCache does not work under autocast.
@@ -89,7 +89,8 @@ def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
             dynamic = filled(theirs, DynamicCache(config=theirs.config), length, batch, dtype)
             cases["dynamic"] = partial(_decode, theirs, token, dynamic, steps)
             sizes |= {"static": cache_bytes(static), "dynamic": cache_bytes(dynamic)}
-        found = measure(cases, left_out, {}, -(-options.decode_steps // steps), options.warmup, least=0)
+        rounds = max(-(-options.decode_steps // steps), LEAST_ROUNDS)
+        found = measure(cases, left_out, {}, rounds, options.warmup, least=0)
         shape = {"phase": "decode", "length": length, "batch": batch, "steps": steps}
         rows.append({**shape, **found, "cache_bytes": sizes})
         yield {"parameters": parameters, "packed_bytes": packed, "rows": rows}
@@ -109,41 +110,3 @@ def _decode(
             for layer in cache.layers:
                 layer.cumulative_length.fill_(length)  # type: ignore[union-attr]
         model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-
-# -------------------------------------------------------------------- memory
-
-
-def measure_memory(options: BenchOptions) -> Iterator[dict[str, Any]]:
-    """All rows so far: for every length bytes at the peak while it is read in segments, and bytes carried."""
-    ours, theirs = make_models(options)
-    rows = []
-    for model in (ours, theirs):  # what a first call makes once is nobody's peak
-        _read(model, SEGMENT, options, [])
-    for length in options.memory_lengths:
-        row: dict[str, Any] = {"phase": "memory", "length": length, "left_out": {}}
-        row |= {"peak_bytes": {}, "cache_bytes": {}}
-        for name, model in (("hamt", ours), ("transformer", theirs)):
-            # Attention reads all keys for every segment: half of the square of the length, 4 d each.
-            work = 2.0 * length * length * options.hidden_dim * options.num_layers
-            if name == "transformer" and work / 5e10 > options.max_seconds:
-                row["left_out"][name] = f"would take about {work / 5e10:.0f} s"
-                continue
-            caches: list[Cache] = []
-            row["peak_bytes"][name] = peak_memory_of(partial(_read, model, length, options, caches))
-            row["cache_bytes"][name] = cache_bytes(caches.pop())
-        rows.append(row)
-        yield {"segment": SEGMENT, "rows": rows}
-
-
-@torch.no_grad()
-def _read(
-    model: HAMTForCausalLM | LlamaForCausalLM, length: int, options: BenchOptions, caches: list[Cache]
-) -> None:
-    """Read ``length`` random tokens in segments; the cache goes to ``caches``."""
-    cache: Cache | None = None
-    for begin in range(0, length, SEGMENT):
-        ids = torch.randint(options.vocab_size, (1, min(SEGMENT, length - begin)))
-        cache = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-    assert cache is not None
-    caches.append(cache)

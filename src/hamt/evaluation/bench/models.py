@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamt.evaluation.bench.cases import Predictor, batch_of, compiled, eager_bytes, measure, yardstick
+from hamt.evaluation.bench.cases import Predictor, compiled, eager_bytes, measure, yardstick
 from hamt.evaluation.bench.options import BenchOptions
 from hamt.evaluation.energy import joules
 from hamt.evaluation.flops import count_flops
@@ -42,12 +42,13 @@ def measure_models(options: BenchOptions) -> Iterator[dict[str, Any]]:
     for length in options.lengths:
         if options.compile:
             torch.compiler.reset()  # too many graphs, and the compiler would give up
-        ids = torch.randint(options.vocab_size, (batch_of(length, options), length))
-        for phase in PHASES:
-            if phase == "train" and length not in options.train_lengths:
-                continue
-            rows.append(_row(models, optimizers, phase, ids, predictor, options))
-            yield {"parameters": parameters, "rows": rows}
+        for batch in options.batches(length):
+            ids = torch.randint(options.vocab_size, (batch, length))
+            for phase in PHASES:
+                if phase == "train" and length not in options.train_lengths:
+                    continue
+                rows.append(_row(models, optimizers, phase, ids, predictor, options))
+                yield {"parameters": parameters, "rows": rows}
 
 
 def _row(
@@ -72,8 +73,8 @@ def _row(
         elif seconds > options.max_seconds:
             left_out[name] = f"would take about {seconds:.0f} s a call"
         else:
-            cases[name] = _phase(phase, model, compiled(model, options), optimizers[name], ids, options)
-            work[name] = count_flops(_phase(phase, model, model, optimizers[name], ids, options))
+            cases[name] = call(phase, model, compiled(model, options), optimizers[name], ids, options)
+            work[name] = count_flops(call(phase, model, model, optimizers[name], ids, options))
     cases["matmul"], work["matmul"] = yardstick(options)
     found = measure(cases, left_out, work, options.rounds, options.warmup)
     energy = {name: joules(cases[name]) for name in found["seconds"]}
@@ -85,7 +86,7 @@ def _row(
     return {"phase": phase, "length": length, "batch": batch, **found}
 
 
-def _phase(
+def call(
     phase: str,
     model: HAMTForCausalLM,
     run: Callable,
@@ -93,7 +94,7 @@ def _phase(
     ids: Tensor,
     options: BenchOptions,
 ) -> Callable[[], None]:
-    """A function that leaves no graph and no gradient behind."""
+    """A call of one of ``PHASES``, through ``run``; it leaves no graph and no gradient behind."""
 
     def train() -> None:
         model.train()

@@ -20,6 +20,7 @@ class BenchOptions:
     lengths: list[int] = option([128, 512, 2048, 8192, 16384, 65536], "contexts of models and mixers")
     train_lengths: list[int] = option([128, 512, 2048, 8192, 16384], "contexts of training steps")
     step_tokens: int = option(4096, "tokens of a call at least: short contexts come in batches")
+    batch_sizes: list[int] = option([], "rows of a call, each at every context; none: as step_tokens say")
     hidden_dim: int = option(384, "width of the models")
     num_layers: int = option(7, "layers of the models")
     vocab_size: int = option(8192, "vocabulary of the models")
@@ -48,6 +49,10 @@ class BenchOptions:
             use_cache=False,
         )
 
+    def batches(self, length: int) -> list[int]:
+        """Rows of the calls at a context."""
+        return self.batch_sizes or [max(1, self.step_tokens // length)]
+
     def autocast(self) -> torch.autocast:
         """The precision of a forward pass."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16")
@@ -65,6 +70,7 @@ QUICK = {
     "decode_contexts": [512, 2048],
     "decode_batches": [4, 4],
     "decode_steps": 24,
+    "decode_tokens": 8,
     "memory_lengths": [1024, 8192],
     "rounds": 3,
     "max_seconds": 5.0,

@@ -10,13 +10,20 @@ from matplotlib.figure import Figure
 from hamt.evaluation.tables import markdown, megabytes
 from hamt.visualization import Series, fitted_slope, scaling
 
+RIVALS = ("hamt", "transformer")  # whose memory is measured
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]  # what stands above it, and its cell for a row
 
 
 def bench_tables(result: Mapping[str, Any]) -> str:
     """Markdown: medians, with quartiles (of fewer than 7 rounds, extremes) of the ratios in brackets."""
-    tables = {"model": _models, "mixer": _mixers, "decode": _decoding, "memory": _memory}
+    tables = {
+        "model": _models,
+        "mixer": _mixers,
+        "decode": _decoding,
+        "memory": _memory,
+        "flops_per_token": _operations,
+    }
     return "\n\n".join(table(result[part]) for part, table in tables.items() if part in result)
 
 
@@ -33,7 +40,7 @@ def _models(part: Mapping[str, Any]) -> str:
     tables = [f"## Whole models\n\nParameters: {sizes}."]
     if not any("joules_per_token" in row for row in part["rows"]):
         tables.append("Joules per token: not measured, this machine has no counter that can be read (RAPL).")
-    for phase, rows in _groups(part["rows"], lambda row: row["phase"]).items():
+    for phase, rows in _phases(part["rows"]).items():
         names = [name for name in counts if any(name in row["seconds"] for row in rows)]
         columns = [_column("N", _length), _column("batch", _batch)]
         columns += [_column(f"{name} tokens/s", _rate, name) for name in names]
@@ -43,11 +50,24 @@ def _models(part: Mapping[str, Any]) -> str:
         columns += [_column(f"{name} of matmul", _share, name) for name in ("hamt", "sdpa") if name in names]
         if any("joules_per_token" in row for row in rows):
             columns += [_column(f"{name} J/token", _joules, name) for name in ("hamt", "sdpa")]
-        summary = [f"time of {name} ∝ N^{slope:.2f}" for name, slope in slopes(rows).items()]
-        if crossing := crossover(rows):
-            summary.append(f"HAMT overtakes sdpa at about N = {crossing:,.0f}")
-        tables.append(f"### {phase}\n\n{_table(columns, rows)}\n\n{'; '.join(summary)}.{_notes(rows)}")
+        tables.append(f"### {phase}\n\n{_table(columns, rows)}{_summary(rows)}{_notes(rows)}")
     return "\n\n".join(tables)
+
+
+def _phases(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by phase; where a context was measured with several batches, by batch, too."""
+    places = [(row["phase"], row["length"]) for row in rows]
+    if len(set(places)) == len(places):
+        return _groups(rows, lambda row: row["phase"])
+    return _groups(rows, lambda row: f"{row['phase']}, batch {row['batch']}")
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    """Exponents and crossover, below a table."""
+    said = [f"time of {name} ∝ N^{slope:.2f}" for name, slope in slopes(rows).items()]
+    if crossing := crossover(rows):
+        said.append(f"HAMT overtakes sdpa at about N = {crossing:,.0f}")
+    return f"\n\n{'; '.join(said)}." if said else ""
 
 
 def _mixers(part: Mapping[str, Any]) -> str:
@@ -56,7 +76,7 @@ def _mixers(part: Mapping[str, Any]) -> str:
         names = [name for name in ("hamt", "sdpa", "eager") if any(name in row["seconds"] for row in rows)]
         columns = [_column("N", _length), *(_column(f"{name} ms", _milliseconds, name) for name in names)]
         columns += _ratios(names[1:])
-        tables.append(f"### {title}\n\n{_table(columns, rows)}{_notes(rows)}")
+        tables.append(f"### {title}\n\n{_table(columns, rows)}{_summary(rows)}{_notes(rows)}")
     return "\n\n".join(tables)
 
 
@@ -79,12 +99,30 @@ def _decoding(part: Mapping[str, Any]) -> str:
 
 
 def _memory(part: Mapping[str, Any]) -> str:
-    columns = [_column("N", _length)]
-    for name in ("hamt", "transformer"):
-        columns.append(_column(f"{name}, carried MB", _megabytes, "cache_bytes", name))
-        columns.append(_column(f"{name}, peak MB", _megabytes, "peak_bytes", name))
-    what = f"N tokens read in segments of {part['segment']:,}; the peak is without the weights."
-    return f"## Memory\n\n{what}\n\n{_table(columns, part['rows'])}{_notes(part['rows'])}"
+    tables = ["## Memory\n\nTensors at the peak, beside the weights and what the optimizer keeps."]
+    groups = _groups(part["rows"], lambda row: row["phase"])
+    if rows := groups.get("training"):
+        columns = [_column("N", _length), _column("batch", _batch)]
+        columns += [_column(f"{name}, peak MB", _megabytes, "peak_bytes", name) for name in RIVALS]
+        tables.append(f"### training step\n\n{_table(columns, rows)}{_notes(rows)}")
+    if rows := groups.get("memory"):
+        columns = [_column("N", _length)]
+        for name in RIVALS:
+            columns.append(_column(f"{name}, carried MB", _megabytes, "cache_bytes", name))
+            columns.append(_column(f"{name}, peak MB", _megabytes, "peak_bytes", name))
+        title = f"reading, in segments of {part['segment']:,} tokens"
+        tables.append(f"### {title}\n\n{_table(columns, rows)}{_notes(rows)}")
+    return "\n\n".join(tables)
+
+
+def _operations(part: Mapping[str, Mapping[str, float]]) -> str:
+    columns = ["N", "hamt GFLOP/token", "transformer GFLOP/token"]
+    lines = [
+        [f"{int(length):,}", f"{found['hamt_gflops']:.4f}", f"{found['standard_gflops']:.4f}"]
+        for length, found in part.items()
+    ]
+    what = "By formula, a forward pass; a transformer of HAMT's width, its MLP as wide as HAMT's."
+    return f"## Operations\n\n{what}\n\n{markdown(columns, lines, text=())}"
 
 
 def slopes(rows: Sequence[Row]) -> dict[str, float]:
@@ -114,30 +152,38 @@ def crossover(rows: Sequence[Row]) -> float | None:
 def bench_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     """Log-log plots of time against context, with fitted slopes."""
     figures = {}
-    for part, key in (
-        ("model", lambda row: row["phase"]),
-        ("mixer", lambda row: f"{row['level']}, {row['phase']}"),
-    ):
-        if part in result:
-            groups = _groups(result[part]["rows"], key)
-            plots = {title: _series(rows) for title, rows in groups.items()}
-            figures[f"{part}_time"] = scaling(plots, "seconds for one row")
+    groups = {}
+    if "model" in result:
+        groups["model"] = _phases(result["model"]["rows"])
+    if "mixer" in result:
+        groups["mixer"] = _groups(result["mixer"]["rows"], lambda row: f"{row['level']}, {row['phase']}")
+    for part, phases in groups.items():
+        plots = {title: _series(rows) for title, rows in phases.items()}
+        figures[f"{part}_time"] = scaling(plots, "seconds for one row")
+    if "decode" in result:
+        rows = [{**row, "batch": row["batch"] * row["steps"]} for row in result["decode"]["rows"]]
+        figures["decode_time"] = scaling({"a decoding step": _series(rows)}, "seconds for one row", "context")
     if "memory" in result:
         rows = result["memory"]["rows"]
         plots = {
             title: {
-                name: Series(*_points(rows, what, name))
-                for name in ("hamt", "transformer")
-                if _points(rows, what, name)[0]
+                name: Series(*_points(rows, phase, what, name))
+                for name in RIVALS
+                if _points(rows, phase, what, name)[0]
             }
-            for title, what in (("carried along", "cache_bytes"), ("at the peak", "peak_bytes"))
+            for title, phase, what in (
+                ("carried along while reading", "memory", "cache_bytes"),
+                ("at the peak while reading", "memory", "peak_bytes"),
+                ("at the peak of a training step", "training", "peak_bytes"),
+            )
         }
         figures["memory"] = scaling({title: plot for title, plot in plots.items() if plot}, "bytes")
     return figures
 
 
-def _points(rows: Sequence[Row], what: str, name: str) -> tuple[list[float], list[float]]:
-    found = [(row["length"], row[what][name]) for row in rows if row[what].get(name)]
+def _points(rows: Sequence[Row], phase: str, what: str, name: str) -> tuple[list[float], list[float]]:
+    of_phase = (row for row in rows if row["phase"] == phase)
+    found = [(row["length"], row[what][name]) for row in of_phase if row[what].get(name)]
     return [x for x, _ in found], [y for _, y in found]
 
 

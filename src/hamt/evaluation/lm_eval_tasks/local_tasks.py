@@ -15,7 +15,6 @@ from hamt.cross_entropy import NOT_ASKED
 from hamt.data.copying import Passkey
 from hamt.data.corpus import join_articles
 from hamt.data.tasks import MQAR, Induction, Task
-from hamt.errors import UserError
 
 EXAMPLES = 64
 WORDS = [
@@ -87,15 +86,15 @@ WORDS = [
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
-def lambada(task_data: str | None = None, **_: Any) -> dict[str, datasets.Dataset]:
+def lambada(task_data: str, **_: Any) -> dict[str, datasets.Dataset]:
     """Passages of LAMBADA's OpenAI variant, JSON lines with a ``text`` each."""
-    rows = datasets.load_dataset("json", data_files=_file("hamt_lambada", task_data), split="train")
+    rows = datasets.load_dataset("json", data_files=task_data, split="train")
     return {"test": rows}
 
 
-def wikitext(task_data: str | None = None, **_: Any) -> dict[str, datasets.Dataset]:
+def wikitext(task_data: str, **_: Any) -> dict[str, datasets.Dataset]:
     """Pages of a WikiText file (``wiki.test.raw``)."""
-    lines = Path(_file("hamt_wikitext", task_data)).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = Path(task_data).read_text(encoding="utf-8").splitlines(keepends=True)
     return {
         "test": datasets.Dataset.from_dict({"page": [page for page in join_articles(lines) if page.strip()]})
     }
@@ -131,14 +130,6 @@ def _in_words(task: Task, words: list[str]) -> dict[str, datasets.Dataset]:
 
 def _spell(ids: Tensor, words: list[str]) -> str:
     return " ".join(words[index] for index in ids.tolist())
-
-
-def _file(task: str, task_data: str | None) -> str:
-    if task_data is None:
-        raise UserError(f"{task} needs a file: give it with --task_data")
-    if not Path(task_data).is_file():
-        raise UserError(f"no file {task_data} for {task}")
-    return task_data
 
 
 def detokenised(doc: dict[str, str]) -> str:
