@@ -17,12 +17,14 @@ import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from math import exp
 from pathlib import Path
 from statistics import mean, median, stdev
 
 import yaml
 from runs import files, names, resolve, run
 
+from hamt.evaluation.report import describe_runs
 from hamt.evaluation.tables import markdown
 from hamt.files import write_file, write_json
 
@@ -79,44 +81,60 @@ def _file(results: Path, name: str) -> Path:
 
 
 def table(results: Path, recipe: dict, tasks: list[str] | None = None) -> str:
-    """Markdown: a row for each variant, its figures for each task: mean ± standard error over the seeds."""
-    settings = [(task, recipe["tasks"][task]) for task in tasks or recipe["tasks"]]
+    """Markdown: where the runs come from, and a row for each variant, its figures for each task: mean ± standard error over the seeds."""
+    settings = [(task, recipe["tasks"][task]["kind"]) for task in tasks or recipe["tasks"]]
     found: dict[tuple[str, str], list[dict]] = defaultdict(list)
+    headers = {}
     for name, entry in _results(results, recipe).items():
-        task, variant, _ = name.split("/")
+        task, variant, seed = name.split("/")
         found[variant, task].append(entry)
+        if task in (shown for shown, _ in settings):
+            headers[_identity(task, entry["spec"]), seed] = entry["environment"]  # once, for two variants
     columns = ["variant"]
-    for task, setting in settings:
-        columns += [f"{task}: {COLUMNS[setting['kind']][0]}", "seeds", *COLUMNS[setting["kind"]][1:]]
+    for task, kind in settings:
+        first, *more = COLUMNS[kind]
+        columns += [f"{task}: {first}", *more]
     rows = []
     for variant in recipe["variants"]:
         if any(found[variant, task] for task, _ in settings):
-            cells = [_cells(found[variant, task], setting["kind"]) for task, setting in settings]
+            cells = [_cells(found[variant, task], kind) for task, kind in settings]
             rows.append([variant, *chain.from_iterable(cells)])
-    return markdown(columns, rows, text=(0,)) + "\n"
+    came_from = describe_runs(list(headers.values())) if headers else "No runs yet."
+    return f"{came_from}\n\n{markdown(columns, rows, text=(0,))}\n"
 
 
 COLUMNS = {
-    "characters": ("loss", "parameters", "state"),
-    "text": ("loss", "bits/byte", "learning rate", "tokens", "parameters", "without embedding"),
-    "recall": ("accuracy", "steps to 0.99", "parameters", "state"),
-    "counting": ("accuracy", "median", "best"),
+    "characters": ("loss", "seeds", "parameters", "state"),
+    "text": (
+        "loss",
+        "perplexity",
+        "seeds",
+        "bits/byte",
+        "learning rate",
+        "tokens",
+        "parameters",
+        "without embedding",
+    ),
+    "recall": ("accuracy", "seeds", "steps to 0.99", "parameters", "state"),
+    "counting": ("accuracy", "seeds", "median", "best"),
 }
 
 
 def _cells(runs: list[dict], kind: str) -> list[str]:
     if not runs:
-        return ["–"] * (1 + len(COLUMNS[kind]))
+        return ["–"] * len(COLUMNS[kind])
     figures = [entry["figure"] for entry in runs]
     error = f" ± {stdev(figures) / len(figures) ** 0.5:.3f}" if len(figures) > 1 else ""
-    cells = [f"{mean(figures):.3f}{error}", str(len(runs))]
+    cells, seeds = [f"{mean(figures):.3f}{error}"], str(len(runs))
     if kind == "counting":
-        return [*cells, f"{median(figures):.4f}", f"{max(figures):.4f}"]
+        return [*cells, seeds, f"{median(figures):.4f}", f"{max(figures):.4f}"]
     if kind == "text":
         bits = mean(entry["bits_per_byte"] for entry in runs)
         counts = (runs[0][name] for name in ("tokens", "num_parameters", "non_embedding_parameters"))
         rate = runs[0]["spec"]["training"]["learning_rate"]
-        return [*cells, f"{bits:.3f}", str(rate), *(f"{count:,}" for count in counts)]
+        perplexity = f"{exp(mean(figures)):,.1f}"
+        return [*cells, perplexity, seeds, f"{bits:.3f}", str(rate), *(f"{count:,}" for count in counts)]
+    cells.append(seeds)
     if kind == "recall":
         steps = [entry["steps_to_99"] for entry in runs]
         cells.append(", ".join("never" if step is None else str(step) for step in steps))
@@ -158,4 +176,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on with what is missing")

@@ -180,6 +180,8 @@ def _train_on_text(
         model, lambda: measure(*curve).nats_per_token, LoopOptions(**options), accelerator=accelerator
     )
     result = trainer.train(batches.loader(0, options["num_steps"]))
+    if result.interrupted:
+        raise KeyboardInterrupt  # else half a run would be written as a whole one
     final = measure(*figure)
     measured = {"tokens": result.tokens, "seconds": result.seconds, "curve": result.held_out}
     return model, final, {"figure": final.nats_per_token, **measured}
@@ -206,6 +208,8 @@ def _train(task: Task, spec: dict, seed: int) -> tuple[PreTrainedModel, dict]:
     seed_everything(seed)
     model = build(spec, task.vocab_size)
     result = train_on_task(model, task, seed=seed, **spec["training"])
+    if result.interrupted:
+        raise KeyboardInterrupt
     curve = {"curve": result.accuracies, "steps_to_99": result.steps_to_99}
     return model, {"seconds": result.seconds, **curve}
 

@@ -1,5 +1,6 @@
 """``hamt recall``: what a model remembers, beside rivals that have as much to remember with."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -12,13 +13,14 @@ from rich.console import Console
 from hamt.environment import environment
 from hamt.errors import UserError, mistakes_of_the_user
 from hamt.evaluation.capacity import capacity_figure, capacity_table, measure_capacity
-from hamt.evaluation.report import describe_environment, write_report
+from hamt.evaluation.report import describe_environment, describe_runs, write_report
 from hamt.files import check_writable
 from hamt.options import option, parse
 from hamt.recall.models import MODELS
 from hamt.recall.report import figure, table
 from hamt.recall.settings import SETTINGS
 from hamt.recall.sweep import Run, make_model, sweep
+from hamt.training.tasks import HELD_OUT
 
 
 @dataclass
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(RecallOptions, arguments, "recall")
     if options.quick and not options.capacity:
         raise UserError("--quick goes with --capacity; of a sweep, take fewer steps: --num_steps 200")
+    check_numbers(options)
     check_writable(options.output_dir, make=True)
     console = Console(soft_wrap=True, highlight=False)
     header = environment()
@@ -62,11 +65,14 @@ def main(arguments: Sequence[str]) -> int:
 
     console.print(f"{len(runs)} runs of {options.num_steps:,} steps, {options.workers} at a time")
     results = sweep(runs, folder / "runs", options.workers, told)
-    text = table(results)
+    came_from = describe_runs([result["environment"] for result in results])
     content = {"environment": header, "options": vars(options), "runs": results}
-    text = f"# Recall at equal state\n\n{describe_environment(header)}\n\n{text}"
-    paths = write_report(folder, "recall", content, text, {"recall": figure(results)})
+    text = f"# Recall at equal state\n\n{came_from}\n\n{table(results)}"
+    plot = figure(results)
+    paths = write_report(folder, "recall", content, text, {"recall": plot})
     console.print(text, markup=False)
+    if plot is None:
+        console.print("no plot: the state of these models grows with the text")
     console.print(f"wrote {', '.join(str(path) for path in paths)}")
     return 0
 
@@ -85,17 +91,35 @@ def _capacity(options: RecallOptions, header: dict[str, Any], console: Console) 
     return 0
 
 
+def check_numbers(options: RecallOptions) -> None:
+    """Refuse numbers that no run can have, before any is started.
+
+    Raises:
+        UserError: with the option and the value.
+    """
+    counts = ("num_steps", "batch_size", "hidden_dim", "num_layers", "num_examples", "workers", "state_sizes")
+    for name in counts:
+        least = min(options.state_sizes) if name == "state_sizes" else getattr(options, name)
+        if least < 1:
+            raise UserError(f"--{name} must be at least 1; got {least}")
+    for rate in options.learning_rates:
+        if not 0 < rate < math.inf:
+            raise UserError(f"--learning_rates must be positive numbers; got {rate:g}")
+    for seed in options.seeds:
+        if not 0 <= seed < HELD_OUT:  # above are the seeds of the tests
+            raise UserError(f"--seeds must be from 0 to {HELD_OUT - 1:,}; got {seed}")
+
+
 def plan(options: RecallOptions) -> list[Run]:
     """All runs that the options name, the cheapest comparison first: seed by seed.
 
     Raises:
-        UserError: for names that there are not.
+        UserError: for names that there are not, and numbers that no run can have.
     """
+    check_numbers(options)
     tasks = list(SETTINGS) if options.tasks == ["all"] else options.tasks
     if unknown := [name for name in tasks if name not in SETTINGS]:
         raise UserError(f"no task {', '.join(unknown)}; there are {', '.join(SETTINGS)}")
-    if min(options.num_steps, options.batch_size, options.workers, options.num_examples) < 1:
-        raise UserError("--num_steps, --batch_size, --num_examples and --workers must be at least 1")
     sizes = {name: getattr(options, name) for name in ("hidden_dim", "num_layers", "num_examples")}
     grid = product(options.seeds, tasks, options.learning_rates, options.state_sizes, options.models)
     runs = [

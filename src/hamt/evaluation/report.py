@@ -1,6 +1,7 @@
 """What every measuring command leaves behind: the figures as JSON, a table as Markdown, plots."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,26 @@ def write_report(
     return paths
 
 
-def describe_environment(header: Mapping[str, Any]) -> str:
-    """One line of Markdown: where the figures come from."""
-    commit = header["commit"] or "installed package"
+def describe_environment(*headers: Mapping[str, Any]) -> str:
+    """One line of Markdown: where figures come from; all values, where several headers differ."""
+
+    def values(of: Callable[[Mapping[str, Any]], str]) -> str:
+        return ", ".join(sorted({of(header) for header in headers}))
+
+    cores = values(lambda header: f"{header['threads']} of {header['cores']}")
+    versions = [f"hamt {values(itemgetter('hamt'))} ({values(_short_commit)})"]
+    versions += [f"{name} {values(itemgetter(name))}" for name in ("torch", "transformers")]
     return (
-        f"{header['processor']}, {header['threads']} of {header['cores']} cores; hamt {header['hamt']} "
-        f"({commit[:12]}{'-dirty' if commit.endswith('-dirty') else ''}), torch {header['torch']}, "
-        f"transformers {header['transformers']}, Python {header['python']}; {header['date'][:10]}, load "
-        f"{header['load_average'][0]:.1f}."
+        f"{values(itemgetter('processor'))}, {cores} cores; {', '.join(versions)}, "
+        f"Python {values(itemgetter('python'))}; {values(lambda header: header['date'][:10])}."
     )
+
+
+def describe_runs(headers: Sequence[Mapping[str, Any]]) -> str:
+    """One line of Markdown: how many runs a table has its figures from, and where these come from."""
+    return f"{len(headers)} {'run' if len(headers) == 1 else 'runs'}: {describe_environment(*headers)}"
+
+
+def _short_commit(header: Mapping[str, Any]) -> str:
+    commit = header["commit"] or "installed package"
+    return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")

@@ -60,11 +60,14 @@ def _error(values: Sequence[float]) -> float:
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
-def figure(results: Iterable[Result]) -> Figure:
-    """Mean accuracy against bytes of state, a panel for each task; models whose state grows are left out."""
+def figure(results: Iterable[Result]) -> Figure | None:
+    """Mean accuracy against bytes of state, a panel for each task; models whose state grows are left out.
+
+    None if no model is left.
+    """
     panels: dict[str, dict[str, Series]] = {}
     for task, models in best_groups(results).items():
-        panels[task] = {}
+        series: dict[str, Series] = {}
         for model, groups in models.items():
             fixed = [group for group in groups if group[0]["state_bytes"] is not None]
             if not fixed:
@@ -72,5 +75,7 @@ def figure(results: Iterable[Result]) -> Figure:
             values = [[100 * result["mean_accuracy"] for result in group] for group in fixed]
             sizes = [group[0]["state_bytes"] for group in fixed]
             means, errors = [mean(one) for one in values], [_error(one) for one in values]
-            panels[task][model] = Series.with_errors(sizes, means, errors)
-    return accuracy_against_state(panels)
+            series[model] = Series.with_errors(sizes, means, errors)
+        if series:
+            panels[task] = series
+    return accuracy_against_state(panels) if panels else None
