@@ -81,7 +81,7 @@ def _file(results: Path, name: str) -> Path:
 
 
 def table(results: Path, recipe: dict, tasks: list[str] | None = None) -> str:
-    """Markdown: where the runs come from, and a row for each variant, its figures for each task: mean ± standard error over the seeds."""
+    """Markdown: where the runs come from; a row for each variant: mean ± standard error over the seeds."""
     settings = [(task, recipe["tasks"][task]["kind"]) for task in tasks or recipe["tasks"]]
     found: dict[tuple[str, str], list[dict]] = defaultdict(list)
     headers = {}

@@ -1,6 +1,9 @@
 """The recipes of the ablations resolve to what they say, and a sweep runs what is missing, once."""
 
 import json
+import math
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +18,8 @@ import ablate  # noqa: E402
 import runs  # noqa: E402
 
 from hamt.data.tokenizer import train_tokenizer  # noqa: E402
+from hamt.environment import environment  # noqa: E402
+from hamt.training.loop import Trainer  # noqa: E402
 
 RECIPES = {
     name: yaml.safe_load((BENCHMARKS / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -135,6 +140,9 @@ def test_a_sweep_runs_what_is_missing_and_tabulates_it(tmp_path, monkeypatch, ca
     assert found["figure"] > 0
     command("--table", str(tmp_path / "table.md"))
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("5 runs: ")
+    assert f"{found['environment']['date'][:10]}." in lines[0]
+    lines = lines[2:]
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["base", "slots-3", "same", "transformer"]
     assert f"{found['figure']:.3f} | 1 | {found['num_parameters']:,} | 256" in lines[3]
     assert len({line.count("|") for line in lines}) == 1
@@ -142,8 +150,11 @@ def test_a_sweep_runs_what_is_missing_and_tabulates_it(tmp_path, monkeypatch, ca
     command("--tasks", "prose", "--table", str(tmp_path / "prose.md"))
     prose = json.loads((results / "prose-base-0.json").read_text(encoding="utf-8"))
     assert prose["tokens"] == 6 * 2 * 16  # half of the 12 steps of an epoch
-    (line,) = (tmp_path / "prose.md").read_text(encoding="utf-8").splitlines()[2:]
-    assert f"{prose['figure']:.3f} | 1 | {prose['bits_per_byte']:.3f} | 0.01 | 192 |" in line
+    (line,) = (tmp_path / "prose.md").read_text(encoding="utf-8").splitlines()[4:]
+    assert (
+        f"{prose['figure']:.3f} | {math.exp(prose['figure']):.1f} | 1 | {prose['bits_per_byte']:.3f} | 0.01 | 192 |"
+        in line
+    )
     (tmp_path / "a.txt").unlink()
     with pytest.raises(SystemExit):
         command("--tasks", "prose")
@@ -155,10 +166,34 @@ def test_the_table_gives_mean_and_standard_error_over_seeds(tmp_path):
     for seed, figure in enumerate((1.0, 2.0, 4.0)):
         entry = {"task": "text", "variant": "base", "seed": seed, "figure": figure}
         entry |= {"num_parameters": 1234, "state_floats": None, "spec": runs.resolve(recipe, "text", "base")}
+        entry["environment"] = {**environment(), "commit": f"{seed % 2}" * 40, "date": f"2026-11-2{seed % 2}"}
         (tmp_path / f"text-base-{seed}.json").write_text(json.dumps(entry), encoding="utf-8")
     assert "| base | 2.333 ± 0.882 | 3 | 1,234 | – |" in ablate.table(tmp_path, recipe)
+    first = ablate.table(tmp_path, recipe).splitlines()[0]  # `same` is the base by another name, counted once
+    assert first.startswith("3 runs: ")
+    assert f"({'0' * 12}, {'1' * 12})" in first
+    assert first.endswith("; 2026-11-20, 2026-11-21.")
+    assert ablate.table(tmp_path, recipe, ["recall"]).startswith("No runs yet.")
     recipe["tasks"]["text"]["training"]["num_steps"] = 3  # then they are results of something else
     assert "base" not in ablate.table(tmp_path, recipe)
+
+
+@pytest.mark.parametrize("task", ["text", "recall", "prose"])
+def test_a_run_that_is_interrupted_has_no_figure(task, tmp_path, monkeypatch):
+    (tmp_path / "tinyshakespeare").mkdir()
+    for name in ("tinyshakespeare/input.txt", "a.txt", "b.txt"):
+        (tmp_path / name).write_text("abcdefgh " * 60, encoding="utf-8")
+    train_tokenizer(["abcdefgh "], 260).save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    step = Trainer._step
+
+    def interrupted(trainer, *arguments):  # Ctrl-C during the first step
+        os.kill(os.getpid(), signal.SIGINT)
+        step(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(yaml.safe_load(TINY), f"{task}/base/0", tmp_path)
 
 
 def test_unknown_variants_and_tasks_are_refused(monkeypatch, capsys):

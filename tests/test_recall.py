@@ -1,6 +1,7 @@
 """Recall at equal state: what is counted, what is trained, what is reported."""
 
 import json
+import math
 import os
 import signal
 import threading
@@ -255,7 +256,19 @@ def test_the_plan_has_every_combination_once():
         {"models": ["hamt:num_heads=abc"]},
         {"models": ["hamt:num_slots=4"]},
         {"num_steps": 0},
+        {"batch_size": 0},
+        {"num_examples": 0},
+        {"hidden_dim": 0},
+        {"num_layers": 0},
+        {"workers": 0},
         {"state_sizes": [8]},
+        {"state_sizes": [1280, 0], "models": ["transformer"]},
+        {"learning_rates": [0.01, 0.0]},
+        {"learning_rates": [-1.0]},
+        {"learning_rates": [math.inf]},
+        {"learning_rates": [math.nan]},
+        {"seeds": [0, -1]},
+        {"seeds": [2**31]},
     ],
     ids=str,
 )
@@ -264,31 +277,59 @@ def test_runs_that_cannot_be_are_refused_before_any_is_started(wrong):
         plan(RecallOptions(**wrong))
 
 
+def test_impossible_numbers_end_in_one_line_with_the_option(tmp_path, capsys):
+    wrong = {"--learning_rates": "nan", "--seeds": "-1", "--workers": "0", "--state_sizes": "0"}
+    for option, value in wrong.items():
+        assert main(["recall", option, value, "--output_dir", str(tmp_path / "none")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert option in line
+    assert not (tmp_path / "none").exists()
+
+
 def test_fields_of_hamt_are_changed_by_name():
     config = build("hamt:num_heads=1,rotation=none", 768, **SIZES, write_rule="delta").config
     assert (config.num_heads, config.rotation, config.write_rule) == (1, "none", "delta")
 
 
+SMALL = [
+    "--num_steps",
+    "2",
+    "--batch_size",
+    "2",
+    "--hidden_dim",
+    "32",
+    "--num_layers",
+    "1",
+    "--num_examples",
+    "4",
+]
+
+
 def test_the_command_writes_figures_table_and_plot(tmp_path, capsys):
-    options = [
-        "--num_steps",
-        "2",
-        "--batch_size",
-        "2",
-        "--hidden_dim",
-        "32",
-        "--num_layers",
-        "1",
-        "--num_examples",
-        "4",
-    ]
-    assert main(["recall", *options, "--models", "hamt", "--output_dir", str(tmp_path)]) == 0
+    command = ["recall", *SMALL, "--models", "hamt", "--output_dir", str(tmp_path)]
+    assert main(command) == 0
     assert "4 pairs, 64 tokens" in capsys.readouterr().out
     content = json.loads((tmp_path / "recall.json").read_text(encoding="utf-8"))
     assert content["environment"]["torch"] == torch.__version__
     assert [one["run"]["model"] for one in content["runs"]] == ["hamt"]
     assert (tmp_path / "recall.md").read_text(encoding="utf-8").startswith("# Recall at equal state")
     assert (tmp_path / "recall.png").read_bytes()[:4] == b"\x89PNG"
+    (file,) = (tmp_path / "runs").iterdir()
+    run = json.loads(file.read_text(encoding="utf-8"))  # as if it had been run elsewhere
+    run["environment"] |= {"commit": "abc" * 13 + "d", "date": "2001-02-03T04:05:06", "processor": "Z80"}
+    file.write_text(json.dumps(run), encoding="utf-8")
+    assert main(command) == 0
+    heading = (tmp_path / "recall.md").read_text(encoding="utf-8").splitlines()[2]
+    assert heading.startswith("1 run: Z80, ")
+    assert "(abcabcabcabc)" in heading
+    assert heading.endswith("; 2001-02-03.")
+
+
+def test_without_a_state_of_a_size_there_is_no_plot(tmp_path, capsys):
+    assert main(["recall", *SMALL, "--models", "transformer", "--output_dir", str(tmp_path)]) == 0
+    assert "no plot: the state of these models grows with the text" in capsys.readouterr().out
+    assert not (tmp_path / "recall.png").exists()
+    assert "| transformer | grows |" in (tmp_path / "recall.md").read_text(encoding="utf-8")
 
 
 def test_the_command_measures_the_capacity(tmp_path, capsys):
