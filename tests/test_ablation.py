@@ -141,7 +141,7 @@ def test_a_sweep_runs_what_is_missing_and_tabulates_it(tmp_path, monkeypatch, ca
     command("--table", str(tmp_path / "table.md"))
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("5 runs: ")
-    assert f"{found['environment']['date'][:10]}." in lines[0]
+    assert f"; {found['environment']['date'][:10]}, load " in lines[0]
     lines = lines[2:]
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["base", "slots-3", "same", "transformer"]
     assert f"{found['figure']:.3f} | 1 | {found['num_parameters']:,} | 256" in lines[3]
@@ -151,10 +151,8 @@ def test_a_sweep_runs_what_is_missing_and_tabulates_it(tmp_path, monkeypatch, ca
     prose = json.loads((results / "prose-base-0.json").read_text(encoding="utf-8"))
     assert prose["tokens"] == 6 * 2 * 16  # half of the 12 steps of an epoch
     (line,) = (tmp_path / "prose.md").read_text(encoding="utf-8").splitlines()[4:]
-    assert (
-        f"{prose['figure']:.3f} | {math.exp(prose['figure']):.1f} | 1 | {prose['bits_per_byte']:.3f} | 0.01 | 192 |"
-        in line
-    )
+    perplexity = f"{math.exp(prose['figure']):.1f}"
+    assert f"{prose['figure']:.3f} | {perplexity} | 1 | {prose['bits_per_byte']:.3f} | 0.01 | 192 |" in line
     (tmp_path / "a.txt").unlink()
     with pytest.raises(SystemExit):
         command("--tasks", "prose")
@@ -166,13 +164,14 @@ def test_the_table_gives_mean_and_standard_error_over_seeds(tmp_path):
     for seed, figure in enumerate((1.0, 2.0, 4.0)):
         entry = {"task": "text", "variant": "base", "seed": seed, "figure": figure}
         entry |= {"num_parameters": 1234, "state_floats": None, "spec": runs.resolve(recipe, "text", "base")}
-        entry["environment"] = {**environment(), "commit": f"{seed % 2}" * 40, "date": f"2026-11-2{seed % 2}"}
+        where = {"commit": f"{seed % 2}" * 40, "date": f"2026-11-2{seed % 2}", "load_average": [seed, 0, 0]}
+        entry["environment"] = {**environment(), **where}
         (tmp_path / f"text-base-{seed}.json").write_text(json.dumps(entry), encoding="utf-8")
     assert "| base | 2.333 ± 0.882 | 3 | 1,234 | – |" in ablate.table(tmp_path, recipe)
     first = ablate.table(tmp_path, recipe).splitlines()[0]  # `same` is the base by another name, counted once
     assert first.startswith("3 runs: ")
     assert f"({'0' * 12}, {'1' * 12})" in first
-    assert first.endswith("; 2026-11-20, 2026-11-21.")
+    assert first.endswith("; 2026-11-20, 2026-11-21, load 0.0 to 2.0.")
     assert ablate.table(tmp_path, recipe, ["recall"]).startswith("No runs yet.")
     recipe["tasks"]["text"]["training"]["num_steps"] = 3  # then they are results of something else
     assert "base" not in ablate.table(tmp_path, recipe)

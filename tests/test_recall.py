@@ -322,7 +322,7 @@ def test_the_command_writes_figures_table_and_plot(tmp_path, capsys):
     heading = (tmp_path / "recall.md").read_text(encoding="utf-8").splitlines()[2]
     assert heading.startswith("1 run: Z80, ")
     assert "(abcabcabcabc)" in heading
-    assert heading.endswith("; 2001-02-03.")
+    assert "; 2001-02-03, load " in heading
 
 
 def test_without_a_state_of_a_size_there_is_no_plot(tmp_path, capsys):

@@ -39,11 +39,14 @@ def describe_environment(*headers: Mapping[str, Any]) -> str:
         return ", ".join(sorted({of(header) for header in headers}))
 
     cores = values(lambda header: f"{header['threads']} of {header['cores']}")
+    loads = sorted(header["load_average"][0] for header in headers)
+    ends = dict.fromkeys(f"{load:.1f}" for load in (loads[0], loads[-1]))
     versions = [f"hamt {values(itemgetter('hamt'))} ({values(_short_commit)})"]
     versions += [f"{name} {values(itemgetter(name))}" for name in ("torch", "transformers")]
     return (
         f"{values(itemgetter('processor'))}, {cores} cores; {', '.join(versions)}, "
-        f"Python {values(itemgetter('python'))}; {values(lambda header: header['date'][:10])}."
+        f"Python {values(itemgetter('python'))}; {values(lambda header: header['date'][:10])}, "
+        f"load {' to '.join(ends)}."
     )
 
 
