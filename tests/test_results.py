@@ -68,10 +68,8 @@ def test_what_it_costs():
     lengths = (128, 512, 2048, 8192, 16384)
     ratios = [train[n]["ratios"]["hamt over sdpa"]["median"] for n in lengths]
     same(row("training ([bench]"), [*ratios, None])
-    ceilings = [
-        median(y / x for x, y in zip(*(train[n]["times_s"][name] for name in ("ceiling", "sdpa")), strict=True))
-        for n in lengths
-    ]
+    pairs = [zip(train[n]["times_s"]["ceiling"], train[n]["times_s"]["sdpa"], strict=True) for n in lengths]
+    ceilings = [median(sdpa / ceiling for ceiling, sdpa in pair) for pair in pairs]
     same(row("ceiling"), [*ceilings, None])
     decode = load("decode/bench.json")["decode"]["rows"]
 

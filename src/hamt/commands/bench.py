@@ -53,8 +53,7 @@ def main(arguments: Sequence[str]) -> int:
             write_json(Path(options.output_dir) / "bench.json", result)  # a machine may fail within hours
             row = found["rows"][-1]
             console.print(f"  {row.get('level', '')} {row['phase']} at {row['length']:,}")
-    load = f"load of the machine before: {header['load_average'][0]:.1f}"
-    heading = f"# Speed and memory\n\n{describe_environment(header)} {options.dtype}; {load}."
+    heading = f"# Speed and memory\n\n{describe_environment(header)} {options.dtype}."
     text = f"{heading}\n\n{bench_tables(result)}\n"
     paths = write_report(options.output_dir, "bench", result, text, bench_figures(result))
     console.print(text, markup=False)
