@@ -104,8 +104,10 @@ def load_state(path: str | os.PathLike[str], trainer: Trainer[Loss], identity: d
         before = "--resume takes the one before" if len(find_states(Path(path).parent)) > 1 else "begin anew"
         raise UserError(f"{path} cannot be read ({reason(error)}): remove it and {before}") from error
     for name, wanted in identity.items():
+        if name == "text" and name not in state["identity"]:
+            continue  # an older run noted path and date of its text, from which nothing can be told
         there = state["identity"].get(name)
-        if there != wanted and name == "data":
+        if there != wanted and name == "text":
             raise UserError(
                 f"the run in {path} had another text or tokenizer: resume with the options it had "
                 "(training_info.json, or the recipe), or start in another --output_dir"
