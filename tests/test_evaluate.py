@@ -452,6 +452,11 @@ def test_a_rival_that_cannot_be_kept_is_not_trained(trained, capsys, monkeypatch
     error = capsys.readouterr().err
     assert "copy the checkpoint to a folder of yours" in error
     assert error.count("\n") == 1
+    (folder / "rivals").unlink()
+    usage = shutil.disk_usage(folder)._replace(free=1000)
+    monkeypatch.setattr("hamt.training.checkpoints.shutil.disk_usage", lambda _: usage)
+    assert with_rivals(folder, text)[0] == 2
+    assert "free space first" in capsys.readouterr().err
 
 
 def test_rivals_of_the_model_in_the_package_are_kept_in_the_users_cache(tmp_path, monkeypatch):

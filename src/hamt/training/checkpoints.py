@@ -137,8 +137,10 @@ def load_state(path: str | os.PathLike[str], trainer: Trainer[Loss], identity: d
     _to_process(trainer, processes[trainer.accelerator.process_index])
 
 
-def check_space(folder: str | os.PathLike[str], num_bytes: int) -> None:
-    """Refuse a run whose checkpoints the disk cannot hold.
+def check_space(
+    folder: str | os.PathLike[str], num_bytes: int, mend: str = "free space, or choose another --output_dir"
+) -> None:
+    """Refuse a run whose checkpoints the disk cannot hold; ``mend``: what the user is told to do.
 
     Raises:
         UserError: with what is needed and what there is.
@@ -149,7 +151,7 @@ def check_space(folder: str | os.PathLike[str], num_bytes: int) -> None:
     if free < num_bytes:
         raise UserError(
             f"{folder} has {free / 2**30:.1f} GiB free, the checkpoints of this run need "
-            f"{num_bytes / 2**30:.1f}: free space, or choose another --output_dir"
+            f"{num_bytes / 2**30:.1f}: {mend}"
         )
 
 

@@ -17,6 +17,7 @@ from hamt.errors import UserError
 from hamt.evaluation.loss import Loss, held_out_loss
 from hamt.evaluation.rivals import RIVALS, rival
 from hamt.files import check_writable, user_cache, write_folder, write_json
+from hamt.training.checkpoints import check_space
 from hamt.training.loop import Trainer, TrainingResult, seed_everything
 from hamt.training.options import TrainOptions
 from hamt.training.plan import Plan, make_plan
@@ -124,7 +125,7 @@ def train_rival(kind: str, checkpoint: Path, console: Console, learning_rate: fl
     found = _found(folder, described)
     if found is None:
         beside = folder.is_relative_to(checkpoint)
-        mend = "copy the checkpoint to a folder of yours" if beside else "set XDG_CACHE_HOME"
+        mend = "copy the checkpoint to a folder of yours" if beside else "set XDG_CACHE_HOME to another"
         check_writable(str(folder), make=True, mend=mend)
         console.print(f"training: {kind} at the learning rate {learning_rate:g} ({folder})", markup=False)
         plan = _plan(run, options, checkpoint, console)
@@ -172,6 +173,7 @@ def _train(
         context=options.max_length,
         parameters=plan.model.num_parameters(),
     )
+    check_space(folder, 4 * model.num_parameters(), mend="free space first")
     batches = Batches(
         plan.corpus.train,
         length=options.max_length,
