@@ -202,6 +202,7 @@ def bars(names: Sequence[str], plots: Mapping[str, Sequence[float]]) -> Figure:
                 text if np.isfinite(value) else " not measured", where, va="center", fontsize="small"
             )
         axes.margins(x=0.3)  # for the figures behind the bars
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     return figure
 
 
