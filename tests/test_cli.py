@@ -1,5 +1,6 @@
 """The command: its names and flags, its output files, its manners."""
 
+import errno
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from hamt.commands.evaluate import EvaluateOptions
 from hamt.commands.generate import GenerateOptions
 from hamt.commands.quick_train import QuickTrainOptions
 from hamt.errors import UserError, mistakes_of_the_user
+from hamt.files import write_file
 
 ROOT = Path(__file__).parent.parent
 TEXT = "".join(
@@ -197,6 +199,28 @@ def test_only_refused_values_are_mistakes_of_the_user():
         HAMTConfig(hidden_dim="wide")
     with pytest.raises(AttributeError), mistakes_of_the_user():
         raise AttributeError("a mistake of ours")
+
+
+def test_what_the_disk_refuses_ends_in_one_line_and_mistakes_of_ours_keep_their_trace(capsys, monkeypatch):
+    def fail(error):
+        monkeypatch.setattr("hamt.commands.demo.main", lambda _: (_ for _ in ()).throw(error))
+
+    fail(PermissionError(errno.EACCES, "Permission denied", "out/compare.md"))
+    assert "out/compare.md cannot be written" in fails(["demo"], capsys)
+    fail(OSError(errno.EROFS, "Read-only file system"))
+    assert "Read-only file system" in fails(["demo"], capsys)
+    for error in (FileNotFoundError(errno.ENOENT, "No such file", "x"), OSError("of a library"), KeyError()):
+        fail(error)
+        with pytest.raises(type(error)):
+            main(["demo"])
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=str(tmp_path / "out")):
+        write_file(tmp_path / "out" / "a.txt", full)
 
 
 def test_an_empty_text_is_refused(tmp_path, capsys):

@@ -1,7 +1,10 @@
 """hamt evaluate and hamt compare: what they measure, write and refuse."""
 
+import errno
 import json
 import math
+import os
+import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -14,11 +17,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from hamt import HAMTConfig, HAMTModel
 from hamt.checkpoint import PRETRAINED, load_checkpoint, save_checkpoint, save_pt
 from hamt.cli import main
+from hamt.commands import compare
 from hamt.commands.compare import table
 from hamt.data.tokenizer import train_tokenizer
 from hamt.evaluation.baselines import load_model
 from hamt.evaluation.compare import longest_context, prefill_memory, quality, read, speed
 from hamt.evaluation.perplexity import score_documents
+from hamt.training.rivals import rivals_folder
 
 WORDS = "one two three four five six seven eight nine ten eleven twelve. " * 30
 
@@ -275,7 +280,7 @@ def test_speed_leaves_out_what_a_model_cannot_do(folders):
     """Learned positions end, rotary ones do not."""
     names = ("ours", "llama", "gpt2-0.1")
     models = {name: load_model(str(folders / name)).model for name in names}
-    rows = speed(models, [8, 64, 100], [1, 2], decode_steps=2, rounds=1, max_seconds=60)
+    rows = list(speed(models, [8, 64, 100], [1, 2], decode_steps=2, rounds=1, max_seconds=60))
     assert [(row["phase"], row["length"], row["batch"]) for row in rows] == [
         (phase, length, batch)
         for length in (8, 64, 100)
@@ -299,10 +304,26 @@ def test_a_context_that_takes_too_long_is_named_and_not_dropped(folders):
 def test_cells_of_the_comparison_by_hand():
     seconds = {"a": {"low": 0.5, "median": 1.0, "high": 2.0}}
     row = {"batch": 3, "length": 100, "seconds": seconds, "left_out": {"b": "why"}}
-    figures = {"context": 7, "token_perplexity": None, "word_perplexity": 2.0, "bits_per_byte": 1.25}
+    figures = {
+        "context": 7,
+        "tokens": 1234,
+        "token_perplexity": None,
+        "word_perplexity": 2.0,
+        "bits_per_byte": 1.25,
+    }
     entry = {"parameters": 5, "vocabulary": 6, "reference_code": True, "perplexity": {"blocks": figures}}
+    tried = {"steps": 1000, "tokens": 2000, "trouble": None}
     result = {
+        "options": {"max_characters": 50_000},
         "text": "t",
+        "scored": {"documents": 3, "all_documents": False, "cut": 2, "bytes": 123_456},
+        "rivals": {
+            "d": [
+                {**tried, "own_rate": False, "learning_rate": 0.003, "held_out_loss": 2.5},
+                {**tried, "own_rate": True, "learning_rate": 0.01, "held_out_loss": 2.75},
+                {**tried, "own_rate": False, "learning_rate": 1e-3, "held_out_loss": None, "trouble": "nan"},
+            ]
+        },
         "models": {"a": entry, "b": {**entry, "reference_code": False}},
         "not_available": {"c": "gone"},
         "speed": [
@@ -313,6 +334,10 @@ def test_cells_of_the_comparison_by_hand():
     }
     text = table(result)
     assert "| a (speed unoptimised) | b |" in text
+    assert "| tokens scored | 1,234 | 1,234 |" in text
+    assert "Text: t: the first 3 documents, 2 of them cut after 50,000 characters, 123,456 bytes;" in text
+    assert "Rival d: 1,000 steps, 2,000 tokens;" in text
+    assert "0.001 (nan), 0.003 (2.5000), 0.01 (2.7500, that of the checkpoint); taken: 0.003." in text
     assert "| perplexity by token | – | – |" in text
     assert "| prefill, tokens/s, 3 × 100 | 300 (150–600) | – |" in text
     assert "| decode, tokens/s, 3 × 100 | 12 (6–24) | – |" in text
@@ -320,6 +345,19 @@ def test_cells_of_the_comparison_by_hand():
     assert "| prefill, peak MB, 1 × 100 | 2.00 | – |" in text
     assert "Not available: c (gone)." in text
     assert "Not measured: b at 3 × 100 (why)." in text
+
+
+def test_the_figure_says_which_speeds_are_unoptimised_and_has_room_for_every_label():
+    perplexity = {"blocks": {"bits_per_byte": 1.5}}
+    models = {name: {"reference_code": name == "b", "perplexity": perplexity} for name in "ab"}
+    seconds = {"a": {"median": 0.5}}  # of the last there is none
+    speeds = [{"phase": "prefill", "length": 10, "batch": 1, "seconds": seconds}]
+    drawn = compare.figure({"models": models, "speed": speeds})
+    assert len(drawn.axes) == 2
+    for axes in drawn.axes:
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b\n(speed unoptimised)"]
+        assert axes.get_ylim() == (1.5, -0.5)
+    assert [note.get_text() for note in drawn.axes[1].texts] == [" 20", " not measured"]
 
 
 def test_the_peak_of_a_prefill_grows_with_the_text(folders):
@@ -349,41 +387,182 @@ def test_the_comparison_has_a_column_for_every_model_that_could_be_had(folders, 
     assert any(line.startswith("| decode, tokens/s, 1 × 8 |") for line in lines)
 
 
-def test_rivals_are_trained_as_the_checkpoint_was(tmp_path, capsys):
-    folder, text = tmp_path / "run", str(tmp_path / "text.txt")
-    Path(text).write_text(TEXT, encoding="utf-8")
+SMALL = ["--max_documents", "1", "--max_characters", "200", "--contexts", "8", "--batch_sizes", "1"]
+SMALL += ["--rounds", "1", "--decode_tokens", "2"]
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A checkpoint of three steps, and its text."""
+    folder, text = tmp_path / "run", tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
     sizes = ["--hidden_dim", "64", "--num_layers", "1", "--vocab_size", "300", "--max_length", "16"]
-    assert main(["quick-train", *sizes, "--data", text, "--num_steps", "3", "--output_dir", str(folder)]) == 0
-    options = [
-        "--hamt_checkpoint",
-        str(folder),
-        "--data",
-        text,
-        "--rivals",
-        "llama",
-        "--max_characters",
-        "99",
-    ]
-    options += [
-        "--contexts",
-        "8",
-        "--batch_sizes",
-        "1",
-        "--rounds",
-        "1",
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
-    assert main(["compare", *options]) == 0
-    content = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+    command = ["quick-train", *sizes, "--data", str(text), "--num_steps", "3", "--output_dir", str(folder)]
+    assert main(command) == 0
+    return folder, text
+
+
+def with_rivals(folder, text, *more):
+    """Exit code and ``compare.json`` of a comparison with a Llama."""
+    options = ["--hamt_checkpoint", str(folder), "--data", str(text), "--rivals", "llama", *SMALL]
+    code = main(["compare", *options, "--output_dir", str(folder.parent / "out"), *more])
+    found = folder.parent / "out" / "compare.json"
+    return code, json.loads(found.read_text(encoding="utf-8")) if code == 0 else None
+
+
+def test_rivals_are_trained_as_the_checkpoint_was(trained, capsys):
+    folder, text = trained
+    capsys.readouterr()
+    code, content = with_rivals(folder, text)
+    assert code == 0
+    assert "step     3   held-out loss" in capsys.readouterr().out, "the training is told as it goes"
     ours, rival = content["models"].values()
     assert abs(rival["parameters"] / ours["parameters"] - 1) < 0.02
     info = json.loads((folder / "rivals" / "llama" / "rival.json").read_text(encoding="utf-8"))
     trained = json.loads((folder / "training_info.json").read_text(encoding="utf-8"))
     assert (info["steps"], info["tokens"]) == (3, trained["tokens"])
     stamp = (folder / "rivals" / "llama" / "model.safetensors").stat().st_mtime_ns
-    assert main(["compare", *options]) == 0
+    assert with_rivals(folder, text)[0] == 0
     assert (folder / "rivals" / "llama" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_of_several_learning_rates_the_best_is_compared(trained):
+    """Each is trained once; one that diverges is no candidate, and not tried again."""
+    folder, text = trained
+    rates = ["0.01", "1e25", "1e-6"]
+    for _ in range(2):
+        code, content = with_rivals(folder, text, "--rival_learning_rates", *rates)
+        assert code == 0
+        tried = content["rivals"]["llama"]
+        assert [one["learning_rate"] for one in tried] == [0.01, 1e-6, 1e25]
+        assert tried[0]["held_out_loss"] < tried[1]["held_out_loss"]
+        assert "nan" in tried[2]["trouble"] or "finite" in tried[2]["trouble"]
+        assert Path(tried[0]["folder"]) == folder / "rivals" / "llama", "this is the checkpoint's own rate"
+        assert Path(tried[1]["folder"]) == folder / "rivals" / "learning_rate_1e-06" / "llama"
+        assert list(content["models"]) == ["HAMT (run)", "llama"]
+        written = [path.stat().st_mtime_ns for path in sorted((folder / "rivals").rglob("rival.json"))]
+        assert len(written) == 3
+    first = written
+    code, content = with_rivals(folder, text, "--rival_learning_rates", "1e25")
+    assert [path.stat().st_mtime_ns for path in sorted((folder / "rivals").rglob("rival.json"))] == first
+    assert list(content["not_available"]) == ["llama"]
+    note = (folder.parent / "out" / "compare.md").read_text(encoding="utf-8")
+    assert "taken: none" in note
+
+
+def test_a_rival_that_cannot_be_kept_is_not_trained(trained, capsys, monkeypatch):
+    folder, text = trained
+    (folder / "rivals").write_text("", encoding="utf-8")
+    monkeypatch.setattr("hamt.training.rivals.Trainer", pytest.fail)
+    capsys.readouterr()
+    assert with_rivals(folder, text)[0] == 2
+    error = capsys.readouterr().err
+    assert "copy the checkpoint to a folder of yours" in error
+    assert error.count("\n") == 1
+    (folder / "rivals").unlink()
+    usage = shutil.disk_usage(folder)._replace(free=1000)
+    monkeypatch.setattr("hamt.training.checkpoints.shutil.disk_usage", lambda _: usage)
+    assert with_rivals(folder, text)[0] == 2
+    assert "free space first" in capsys.readouterr().err
+
+
+def test_rivals_of_the_model_in_the_package_are_kept_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert rivals_folder(PRETRAINED) == tmp_path / "hamt" / "rivals" / "sotu"
+    assert rivals_folder(tmp_path / "mine") == tmp_path / "mine" / "rivals"
+
+
+def test_the_text_of_a_rival_is_the_same_if_its_content_is(trained, tmp_path, capsys, monkeypatch):
+    folder, text = trained
+    record = folder / "training_info.json"
+    info = json.loads(record.read_text(encoding="utf-8"))
+
+    def train_again():
+        shutil.rmtree(folder / "rivals", ignore_errors=True)
+        return with_rivals(folder, text)[0]
+
+    os.utime(text, (1, 1))
+    monkeypatch.chdir(folder)  # a run may have been given a path that leads nowhere from here
+    info["options"]["data"] = "somewhere/else.txt"
+    record.write_text(json.dumps(info), encoding="utf-8")
+    assert train_again() == 0
+    # Older records have no paths, and a fingerprint that cannot be had again.
+    old = {**info, "data_fingerprint": "0" * 16, "options": {**info["options"], "data": str(text)}}
+    record.write_text(json.dumps({**old, "paths": info["paths"]}), encoding="utf-8")
+    assert train_again() == 2
+    assert "has changed since" in capsys.readouterr().err
+    del old["paths"]
+    record.write_text(json.dumps(old), encoding="utf-8")
+    assert train_again() == 0
+    assert "is taken for the text" in capsys.readouterr().out
+    record.write_text(json.dumps({**old, "train_tokens": 1}), encoding="utf-8")
+    assert train_again() == 2
+
+
+def test_what_was_measured_is_kept_when_the_comparison_ends_early(folders, tmp_path, monkeypatch, capsys):
+    options = ["--hamt_checkpoint", str(folders / "ours"), "--baselines", str(folders / "llama"), *SMALL]
+    options += ["--output_dir", str(tmp_path)]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "prefill_memory", stop)
+    assert main(["compare", *options]) == 130
+    content = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    assert len(content["models"]) == len(content["speed"]) == 2
+    score = compare.quality
+    monkeypatch.setattr(
+        compare,
+        "quality",
+        lambda loaded, *a, **k: stop() if loaded.name == "llama" else score(loaded, *a, **k),
+    )
+    assert main(["compare", *options]) == 130
+    content = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    assert list(content["models"]) == ["HAMT (ours)"]
+
+
+def test_a_full_disk_costs_no_measurement(folders, tmp_path, monkeypatch, capsys):
+    """Measuring goes on, the table is printed, and one line says what could not be written."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "there")
+
+    monkeypatch.setattr(compare, "write_json", full)
+    monkeypatch.setattr(compare, "write_report", full)
+    options = ["--hamt_checkpoint", str(folders / "ours"), *SMALL, "--output_dir", str(tmp_path)]
+    assert main(["compare", *options]) == 2
+    captured = capsys.readouterr()
+    assert "| bits/byte |" in captured.out
+    assert (
+        captured.err == "hamt: there cannot be written or read: No space left on device (the disk is full)\n"
+    )
+
+
+def test_how_much_of_the_text_was_scored_is_told(folders, tmp_path):
+    (tmp_path / "text").mkdir()
+    for index in range(3):
+        (tmp_path / "text" / f"{index}.txt").write_text("naïve " * 10 * (index + 1), encoding="utf-8")
+    options = ["--hamt_checkpoint", str(folders / "ours"), "--data", str(tmp_path / "text"), *SMALL]
+    options += ["--output_dir", str(tmp_path)]
+    for more, told in (
+        (
+            ["--max_documents", "2", "--max_characters", "100"],
+            "the first 2 documents, 1 of them cut after 100",
+        ),
+        (["--max_documents", "3"], "all 3 documents, 420 bytes"),
+    ):
+        assert main(["compare", *options, *more]) == 0
+        assert told in (tmp_path / "compare.md").read_text(encoding="utf-8")
+        content = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+        (row,) = content["models"].values()
+        assert content["scored"]["bytes"] == row["perplexity"]["blocks"]["bytes"]
+
+
+def test_the_first_model_is_a_hamt_model(folders, tmp_path, capsys):
+    options = ["compare", "--hamt_checkpoint", str(folders / "llama"), "--output_dir", str(tmp_path)]
+    assert "a 'llama' model, not a HAMT model: give a HAMT checkpoint, and others with --baselines" in fails(
+        options, capsys
+    )
 
 
 @pytest.mark.parametrize(
@@ -392,6 +571,8 @@ def test_rivals_are_trained_as_the_checkpoint_was(tmp_path, capsys):
         (["--rivals", "rnn"], "no rival rnn; there are gpt2"),
         (["--hamt_checkpoint", "nowhere"], "no model 'nowhere'"),
         (["--rounds", "0"], "at least 1"),
+        (["--rival_learning_rates", "0.1"], "needs --rivals"),
+        (["--rivals", "llama", "--rival_learning_rates", "0"], "must be positive"),
         (["--device", "cuda"], "no device cuda here"),
     ],
 )

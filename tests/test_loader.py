@@ -74,6 +74,23 @@ def test_the_identity_changes_with_the_text(tmp_path):
     assert load_corpus(str(path)).identity != first
 
 
+def test_the_identity_is_that_of_the_content(tmp_path):
+    """Neither a date nor a place is part of a text; how it is read is."""
+    (tmp_path / "other").mkdir()
+    path = files(tmp_path, a_txt=TEXT) / "a.txt"
+    first = load_corpus(str(path)).identity
+    os.utime(path, (1, 1))
+    assert load_corpus(str(path)).identity == first
+    copy = shutil.copy(path, tmp_path / "other" / "b.txt")
+    assert load_corpus(str(copy)).identity == load_corpus(str(tmp_path / "other")).identity == first
+    path.write_text(TEXT.replace("quick", "quiet"), encoding="utf-8")
+    os.utime(path, (1, 1))
+    assert load_corpus(str(path)).identity != first
+    lines = files(tmp_path, a_jsonl=rows("x y", "z")) / "a.jsonl"
+    as_text = shutil.copy(lines, tmp_path / "lines.txt")
+    assert load_corpus(str(lines)).identity != load_corpus(str(as_text)).identity
+
+
 def test_wikitext_lines_are_joined_tojoin_articles():
     lines = [" \n", " = One = \n", " text \n", " = = Part = = \n", " more \n", " = Two = \n", " end \n"]
     from hamt.data.corpus import join_articles

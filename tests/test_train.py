@@ -195,6 +195,22 @@ def test_a_finished_run_can_be_gone_on_with(text, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_a_run_on_another_text_is_not_gone_on_with(text, tmp_path, capsys):
+    """That a text is the same can be told from its content alone, which older runs did not note."""
+    assert main(flags(text, tmp_path, num_steps=2)) == 0
+    info = json.loads((tmp_path / "training_info.json").read_text())
+    assert info["paths"] == {"data": str(Path(text).resolve())}
+    state = tmp_path / "checkpoints" / "step_2" / "training_state.pt"
+    content = torch.load(state, weights_only=True)
+    content["identity"]["text"] = "another"
+    torch.save(content, state)
+    assert main([*flags(text, tmp_path, num_steps=3), "--resume"]) == 2
+    assert "had another text or tokenizer" in capsys.readouterr().err
+    content["identity"]["data"] = content["identity"].pop("text")
+    torch.save(content, state)
+    assert main([*flags(text, tmp_path, num_steps=3), "--resume"]) == 0
+
+
 def test_a_model_that_got_worse_is_told(text, tmp_path, monkeypatch, capsys):
     measured = iter([5.0, 4.0, 4.5, 4.4])
     monkeypatch.setattr(run, "held_out_loss", lambda *_, **__: Loss(next(measured), 1.0))

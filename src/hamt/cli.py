@@ -1,12 +1,13 @@
 """The ``hamt`` command: a name, a function, nothing more."""
 
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from hamt.allocator import keep_freed_memory
-from hamt.errors import UserError
+from hamt.errors import UserError, reason
 
 # Modules are named, not imported: help must not wait for torch.
 COMMANDS = {
@@ -24,6 +25,9 @@ COMMANDS = {
     "analyze": ("hamt.commands.analyze", "what a model's memories hold and do with a text, as pictures"),
     "explore": ("hamt.commands.explore", "look into a model's memories in the browser"),
 }
+
+# What disks and their owners refuse; any other error of the system is a mistake in here, and keeps its trace.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of a pipe has gone, which is its right
         return 0
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        print(
+            f"hamt: {error.filename or 'a file'} cannot be written or read: {reason(error)}", file=sys.stderr
+        )
+        return 2
 
 
 def _usage() -> str:

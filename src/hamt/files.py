@@ -23,15 +23,19 @@ def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]) 
     safetensors makes its own readable by their owner alone.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=WRITING) as temporary:
-        _write(write, Path(temporary))
-        files = sorted(Path(temporary).iterdir())
-        probe = Path(temporary) / "mode-probe"
-        probe.touch()
-        for file in files:
-            shutil.copymode(probe, file)
-            os.replace(file, folder / file.name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=WRITING) as temporary:
+            _write(write, Path(temporary))
+            files = sorted(Path(temporary).iterdir())
+            probe = Path(temporary) / "mode-probe"
+            probe.touch()
+            for file in files:
+                shutil.copymode(probe, file)
+                os.replace(file, folder / file.name)
+    except OSError as error:  # names the temporary file, or none
+        error.filename, error.filename2 = str(folder), None
+        raise
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -103,8 +107,10 @@ def existing(folder: str | os.PathLike[str]) -> Path:
     return there
 
 
-def check_writable(folder: str, make: bool) -> None:
+def check_writable(folder: str, make: bool, mend: str = "choose another --output_dir") -> None:
     """Write to ``folder`` now, before compute is spent, or only to the folder it would be made in.
+
+    ``mend``: what the user is told to do.
 
     Raises:
         UserError: if nothing can be written there.
@@ -112,9 +118,7 @@ def check_writable(folder: str, make: bool) -> None:
     try:
         write_folder(folder if make else existing(folder), lambda target: None)
     except OSError as error:
-        raise UserError(
-            f"cannot write to {folder} ({error.strerror}); choose another --output_dir"
-        ) from error
+        raise UserError(f"cannot write to {folder} ({error.strerror}); {mend}") from error
 
 
 def _sync(path: Path) -> None:

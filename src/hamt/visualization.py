@@ -187,19 +187,22 @@ def fitted_slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def bars(names: Sequence[str], plots: Mapping[str, Sequence[float]]) -> Figure:
-    """A panel of horizontal bars for each title; NaN leaves a bar out."""
+    """A panel of horizontal bars for each title; one of NaN was not measured."""
     figure, all_axes = panels(len(plots), columns=3, size=(4.2, 1.2 + 0.4 * len(names)))
     for axes, (title, values) in zip(all_axes, plots.items(), strict=True):
         places = np.arange(len(names))
         axes.barh(places, values, color=[COLOURS[i % len(COLOURS)] for i in places])
         axes.set_yticks(places, names, fontsize="small")
-        axes.invert_yaxis()
+        axes.set_ylim(len(names) - 0.5, -0.5)  # also where the last bar is missing
         axes.set_xlabel(title)
         for place, value in zip(places, values, strict=True):
-            if np.isfinite(value):
-                text = f" {value:,.0f}" if abs(value) >= 1000 else f" {value:.4g}"
-                axes.annotate(text, (value, place), va="center", fontsize="small")
-        axes.margins(x=0.2)
+            text = f" {value:,.0f}" if abs(value) >= 1000 else f" {value:.4g}"
+            where = (value, place) if np.isfinite(value) else (0, place)
+            axes.annotate(
+                text if np.isfinite(value) else " not measured", where, va="center", fontsize="small"
+            )
+        axes.margins(x=0.3)  # for the figures behind the bars
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     return figure
 
 

@@ -32,7 +32,7 @@ HEADING = re.compile(r" = [^=].* = \n?")
 class Corpus:
     """Documents to train on, and documents held out to measure with; both can be iterated again.
 
-    ``identity`` changes whenever the text may have changed.
+    ``identity`` changes with the text; of files it is made of their content.
     """
 
     name: str
@@ -201,8 +201,12 @@ def _find(
 
 
 def _stamp(file: Path) -> str:
-    status = file.stat()
-    return f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
+    """What is in the file, and how it is read: a copy of it, wherever and however old, is the same text."""
+    try:
+        with open(file, "rb") as content:
+            return f"{file.suffix.lower()} {hashlib.file_digest(content, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror})") from error
 
 
 def _file(file: Path, text_column: str | None, streaming: bool) -> Iterable[str]:

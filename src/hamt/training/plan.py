@@ -75,7 +75,7 @@ class Plan:
             "seed",
         )
         return {
-            "data": self.corpus.fingerprint,
+            "text": self.corpus.fingerprint,
             **{name: getattr(self.model.config, name) for name in HAMTConfig.__annotations__},
             "optimizer": self.options.optimizer,
             **{name: getattr(self.options, name) for name in fixed},

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -25,7 +24,7 @@ from hamt.training.estimate import disk_bytes, peak_flops, peak_memory, print_es
 from hamt.training.loop import Listener, Trainer, TrainingResult
 from hamt.training.options import TrainOptions
 from hamt.training.plan import Plan, make_plan
-from hamt.training.tracking import ProgressBar, check_trackers, trackers
+from hamt.training.tracking import HeldOutLines, ProgressBar, check_trackers, trackers
 from hamt.training.trouble import TrainingTrouble
 from hamt.visualization import save_figure, training_curves
 
@@ -149,7 +148,7 @@ class _Recorder(Listener[Loss]):
         plan = self.plan
         self.flops, self.peak = training_flops(plan.model), peak_flops(plan.accelerator)
         bar = ProgressBar(plan.loop.num_steps, step)
-        self.listeners = [*trackers(self.options, step), bar]
+        self.listeners = [*trackers(self.options, step), HeldOutLines(self.console), bar]
 
     def close(self) -> None:
         """Leave everything written."""
@@ -169,11 +168,6 @@ class _Recorder(Listener[Loss]):
         """Report, and keep the best model."""
         for listener in self.listeners:
             listener.evaluated(step, measured)
-        with tqdm.external_write_mode():  # a line of its own above the progress bar
-            self.console.print(
-                f"step {step:5d}   held-out loss {measured.nats_per_token:.3f} nats/token, "
-                f"{measured.bits_per_byte:.3f} bits/byte"
-            )
         if step and measured.nats_per_token < self.best:
             self.best = measured.nats_per_token
             self._save("best.pt")
@@ -264,6 +258,7 @@ def training_info(plan: Plan, result: TrainingResult[Loss], final: Loss | None) 
     return {
         "finished": not result.interrupted,
         "options": asdict(plan.options),
+        "paths": plan.options.paths(),
         "corpus": plan.corpus.name,
         "data_fingerprint": plan.corpus.fingerprint,
         "train_tokens": len(plan.corpus.train),

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from tqdm import tqdm
 
 from hamt.errors import UserError, reason
@@ -50,6 +51,21 @@ class ProgressBar(Listener[Any]):
     def close(self) -> None:
         """Leave the bar as it is."""
         self.bar.close()
+
+
+class HeldOutLines(Listener[Loss]):
+    """A line for each held-out loss, above the progress bar."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def evaluated(self, step: int, measured: Loss) -> None:
+        """Print it."""
+        with tqdm.external_write_mode():
+            self.console.print(
+                f"step {step:5d}   held-out loss {measured.nats_per_token:.3f} nats/token, "
+                f"{measured.bits_per_byte:.3f} bits/byte"
+            )
 
 
 class JsonLines(Listener[Loss]):
