@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import time
+from statistics import median
 
 import numpy as np
 import pytest
@@ -226,6 +228,21 @@ def test_the_loss_without_a_slot_is_that_of_a_model_that_cannot_read_it():
     assert rises[1][1, 2].item() == pytest.approx(without - loss, abs=1e-6)
     assert abs(without - loss) > 1e-5
     assert loss_without_slots(model, ids, layers=[1])[1][1][1, 2].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_survey_costs_little_more_than_what_it_watches():
+    """Twice a forward pass at most (docs/results/probes); three times here, where other tests run beside it."""
+    model, _ = load_checkpoint(PRETRAINED)
+    ids = torch.randint(2048, (1, 1024), generator=torch.Generator().manual_seed(0))
+
+    def seconds(run):
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+
+    with torch.no_grad():
+        pairs = [(seconds(lambda: model.model(ids)), seconds(lambda: survey(model, ids))) for _ in range(6)]
+    assert median(watched / plain for plain, watched in pairs[1:]) < 3
 
 
 def test_a_long_text_takes_memory_for_its_gates_only():

@@ -224,7 +224,9 @@ def test_slopes_and_crossover():
 
 
 def test_tables_and_plots(result):
+    result = {**result, "flops_per_token": {"16": {"hamt_gflops": 0.5, "standard_gflops": 0.25}}}
     text = bench_tables(result)
+    assert "| 16 | 0.5000 | 0.2500 |" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [cell.strip() for line in lines for cell in line.strip("|").split("|")]
     assert all(cell and "nan" not in cell and "inf" not in cell for cell in cells)

@@ -171,7 +171,11 @@ def scaling(plots: Mapping[str, Mapping[str, Series]], ylabel: str, xlabel: str 
     for axes, (title, series) in zip(all_axes, plots.items(), strict=True):
         # A flat line has slope 0.00, not -0.00.
         slopes = {name: round(fitted_slope(s.x, s.y), 2) + 0.0 for name, s in series.items()}
-        named = {f"{name} (slope {slopes[name]:.2f})": s for name, s in series.items()}
+        # Of one point there is none.
+        named = {
+            name if np.isnan(slopes[name]) else f"{name} (slope {slopes[name]:.2f})": s
+            for name, s in series.items()
+        }
         draw_series(axes, named, xlabel, ylabel)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

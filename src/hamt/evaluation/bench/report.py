@@ -17,14 +17,11 @@ Column = tuple[str, Callable[[Row], str]]  # what stands above it, and its cell 
 
 def bench_tables(result: Mapping[str, Any]) -> str:
     """Markdown: medians, with quartiles (of fewer than 7 rounds, extremes) of the ratios in brackets."""
-    tables = {
-        "model": _models,
-        "mixer": _mixers,
-        "decode": _decoding,
-        "memory": _memory,
-        "flops_per_token": _operations,
-    }
-    return "\n\n".join(table(result[part]) for part, table in tables.items() if part in result)
+    tables = {"model": _models, "mixer": _mixers, "decode": _decoding, "memory": _memory}
+    found = [table(result[part]) for part, table in tables.items() if part in result]
+    if "model" in result and "flops_per_token" in result:
+        found.append(_operations(result["flops_per_token"]))
+    return "\n\n".join(found)
 
 
 def _groups(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
@@ -161,29 +158,29 @@ def bench_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
         plots = {title: _series(rows) for title, rows in phases.items()}
         figures[f"{part}_time"] = scaling(plots, "seconds for one row")
     if "decode" in result:
-        rows = [{**row, "batch": row["batch"] * row["steps"]} for row in result["decode"]["rows"]]
-        figures["decode_time"] = scaling({"a decoding step": _series(rows)}, "seconds for one row", "context")
+        by_batch = _groups(result["decode"]["rows"], lambda row: f"decoding, batch {row['batch']}")
+        plots = {
+            title: _series([{**row, "batch": row["steps"]} for row in rows])
+            for title, rows in by_batch.items()
+        }
+        figures["decode_time"] = scaling(plots, "seconds for one step", "context (tokens)")
     if "memory" in result:
-        rows = result["memory"]["rows"]
+        rows = [row for row in result["memory"]["rows"] if row["phase"] == "memory"]
         plots = {
             title: {
-                name: Series(*_points(rows, phase, what, name))
-                for name in RIVALS
-                if _points(rows, phase, what, name)[0]
+                name: Series(*_points(rows, what, name)) for name in RIVALS if _points(rows, what, name)[0]
             }
-            for title, phase, what in (
-                ("carried along while reading", "memory", "cache_bytes"),
-                ("at the peak while reading", "memory", "peak_bytes"),
-                ("at the peak of a training step", "training", "peak_bytes"),
+            for title, what in (
+                ("carried along while reading", "cache_bytes"),
+                ("at the peak while reading", "peak_bytes"),
             )
         }
         figures["memory"] = scaling({title: plot for title, plot in plots.items() if plot}, "bytes")
     return figures
 
 
-def _points(rows: Sequence[Row], phase: str, what: str, name: str) -> tuple[list[float], list[float]]:
-    of_phase = (row for row in rows if row["phase"] == phase)
-    found = [(row["length"], row[what][name]) for row in of_phase if row[what].get(name)]
+def _points(rows: Sequence[Row], what: str, name: str) -> tuple[list[float], list[float]]:
+    found = [(row["length"], row[what][name]) for row in rows if row[what].get(name)]
     return [x for x, _ in found], [y for _, y in found]
 
 
