@@ -231,7 +231,7 @@ def test_the_loss_without_a_slot_is_that_of_a_model_that_cannot_read_it():
 
 
 def test_a_survey_costs_little_more_than_what_it_watches():
-    """Twice a forward pass at most (docs/results/probes); three times here, where other tests run beside it."""
+    """Twice a forward pass at most (docs/results/probes); three times here, where others run beside it."""
     model, _ = load_checkpoint(PRETRAINED)
     ids = torch.randint(2048, (1, 1024), generator=torch.Generator().manual_seed(0))
 
