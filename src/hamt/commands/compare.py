@@ -82,17 +82,14 @@ def main(arguments: Sequence[str]) -> int:
         "not_available": missing,
     }
 
-    def keep(**found: Any) -> None:
-        result.update(found)
-        _keep(result, Path(options.output_dir), console)
-
-    rows: dict[str, dict[str, Any]] = {}
+    folder = Path(options.output_dir)
     for rows in _score(models, missing, texts, options.context, console):
-        keep(models=rows)
-    bare = {label: models.pop(label).model for label in rows}
+        result["models"] = rows
+        _keep(result, folder, console)
+    bare = {label: models.pop(label).model for label in result["models"]}
     models.clear()  # those that failed do not take memory any more
     console.print("timing")
-    timings: list[dict[str, Any]] = []
+    timings = result["speed"] = []
     for timed in speed(
         bare,
         options.contexts,
@@ -102,13 +99,13 @@ def main(arguments: Sequence[str]) -> int:
         max_seconds=options.max_seconds,
     ):
         timings.append(timed)
-        keep(speed=timings)
+        _keep(result, folder, console)
     longest = max(options.contexts)
     able = {name: model for name, model in bare.items() if not _left_out(timings, name, longest)}
     result["peak_bytes"] = {"context": longest, **prefill_memory(able, longest)}
     text = f"# Comparison\n\n{describe_environment(header)}\n\n{table(result)}\n"
     console.print(text, markup=False)  # first: what is printed cannot be lost to a full disk
-    paths = write_report(options.output_dir, "compare", result, text, {"compare": figure(result)})
+    paths = write_report(folder, "compare", result, text, {"compare": figure(result)})
     console.print(f"wrote {', '.join(str(path) for path in paths)}")
     return 0
 

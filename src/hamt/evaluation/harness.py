@@ -33,10 +33,10 @@ def check_tasks(tasks: Sequence[str], task_data: str | None = None) -> Any:
             f"no task {', '.join(unknown)}; beside those of lm-evaluation-harness (`lm_eval ls tasks`) there "
             f"are {', '.join(sorted(path.stem for path in LOCAL_TASKS.glob('*.yaml')))}"
         )
-    for name in FROM_A_FILE:
-        if name in tasks and task_data is None:
+    for name in sorted({*FROM_A_FILE} & {*tasks}):
+        if task_data is None:
             raise UserError(f"{name} needs a file: give it with --task_data")
-        if name in tasks and not Path(str(task_data)).is_file():
+        if not Path(task_data).is_file():
             raise UserError(f"no file {task_data} for {name}")
     return manager
 

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 
 from hamt.cache import HAMTCache
 from hamt.evaluation.bench.cases import measure
-from hamt.evaluation.bench.options import BenchOptions
+from hamt.evaluation.bench.options import SEGMENT, BenchOptions
 from hamt.evaluation.peak_memory import cache_bytes
 from hamt.evaluation.rivals import rival
 from hamt.linear import pack_weights
@@ -33,7 +33,7 @@ def make_models(options: BenchOptions) -> tuple[HAMTForCausalLM, LlamaForCausalL
         hidden_dim=options.hidden_dim,
         num_layers=options.num_layers,
         vocab_size=options.vocab_size,
-        context=max((*options.decode_contexts, *options.memory_lengths)) + 1024,
+        context=max((*options.decode_contexts, *options.memory_lengths)) + SEGMENT,
         parameters=ours.num_parameters(),
     )
     # The weights themselves are narrow, as is usual for inference; StaticCache does not work under autocast.

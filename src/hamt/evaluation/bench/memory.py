@@ -10,12 +10,11 @@ from transformers import Cache, LlamaForCausalLM
 
 from hamt.evaluation.bench.decode import make_models
 from hamt.evaluation.bench.models import call
-from hamt.evaluation.bench.options import BenchOptions
+from hamt.evaluation.bench.options import SEGMENT, BenchOptions
 from hamt.evaluation.peak_memory import cache_bytes, peak_memory_of
 from hamt.evaluation.transformer import transformer
 from hamt.model import HAMTForCausalLM
 
-SEGMENT = 1024
 PACE = 5e10  # operations a second of attention: what it would take is told beforehand
 
 

@@ -7,6 +7,7 @@ import torch
 from hamt.config import HAMTConfig
 from hamt.options import option
 
+SEGMENT = 1024  # tokens of a long text that are read at a time
 PARTS = ("model", "mixer", "decode", "memory")
 
 
