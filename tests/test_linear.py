@@ -1,19 +1,15 @@
 """Linear maps by oneDNN are linear maps."""
 
-import copy
-import gc
-import io
-
 import pytest
 import torch
 import torch.nn.functional as F
+from linear_inputs import FEATURES, OUTPUTS, random, without_onednn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hamt.linear
 from hamt import HAMTConfig, HAMTModel
-from hamt.linear import LARGE, WORK, Linear, linear, pack_weights
+from hamt.linear import LARGE, WORK, Linear, linear
 
-FEATURES, OUTPUTS = 384, 512
 # PyTorch's own, when it first differentiates forwards.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
@@ -34,14 +30,6 @@ def product(monkeypatch):
 
     monkeypatch.setattr(hamt.linear, "_PRODUCT", counted)
     return shapes
-
-
-def random(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
-
-
-def without_onednn():
-    return torch.backends.mkldnn.flags(enabled=False, allow_tf32=None, fp32_precision=None)
 
 
 INPUTS = {
@@ -243,101 +231,3 @@ def test_compiled_for_any_number_of_rows():
         expected = torch.autograd.grad(layer(inputs).tanh().sum(), [inputs, *layer.parameters()])
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
-
-
-# ------------------------------------------------------------------ packed
-
-
-@pytest.fixture
-def layouts(monkeypatch):
-    """Whether the matrix of each product was packed."""
-    if None in (hamt.linear._PRODUCT, hamt.linear._PACK):
-        pytest.skip("this PyTorch has no such operator")
-    original, found = hamt.linear._PRODUCT, []
-
-    def noted(inputs, weight, *others):
-        found.append(weight.is_mkldnn)
-        return original(inputs, weight, *others)
-
-    monkeypatch.setattr(hamt.linear, "_PRODUCT", noted)
-    return found
-
-
-def packed_layer(bias=True):
-    torch.manual_seed(0)
-    layer = Linear(FEATURES, OUTPUTS, bias=bias)
-    assert pack_weights(layer) == 4 * FEATURES * OUTPUTS
-    return layer
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(), (1, 1), (4, 1), (16, 1), (3, 7), (300,)], ids=str)
-def test_a_packed_matrix_gives_the_same_product(shape, bias, layouts):
-    layer, inputs = packed_layer(bias), random(*shape, FEATURES)
-    with torch.no_grad():
-        found = layer(inputs)
-    torch.testing.assert_close(found, F.linear(inputs, layer.weight, layer.bias), rtol=1e-4, atol=1e-4)
-    assert layouts == [True]
-
-
-def replaced(layer, weight):
-    layer.weight.data = weight.clone()
-
-
-CHANGES = {
-    "in place": lambda layer, weight: layer.weight.copy_(weight),
-    "loaded": lambda layer, weight: layer.load_state_dict({**layer.state_dict(), "weight": weight}),
-    "replaced through .data": replaced,
-    "another parameter": lambda layer, weight: setattr(layer, "weight", torch.nn.Parameter(weight)),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_matrix_that_has_changed_is_used_as_it_is(change, layouts):
-    layer, inputs, weight = packed_layer(), random(4, FEATURES), random(OUTPUTS, FEATURES)
-    with torch.no_grad():
-        change(layer, weight)
-        found = layer(inputs)
-        torch.testing.assert_close(found, F.linear(inputs, weight, layer.bias), rtol=1e-4, atol=1e-4)
-        assert layouts == [False]
-        pack_weights(layer)
-        torch.testing.assert_close(layer(inputs), found, rtol=1e-4, atol=1e-4)
-    assert layouts == [False, True]
-
-
-def test_a_packed_model_learns_is_copied_saved_and_forgotten(layouts):
-    layer, inputs = packed_layer(), random(64, FEATURES)
-    gradient = torch.autograd.grad(layer(inputs).square().sum(), layer.weight)[0]
-    expected = torch.autograd.grad(F.linear(inputs, layer.weight, layer.bias).square().sum(), layer.weight)[0]
-    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-2)
-    with torch.no_grad():
-        layouts.clear()
-        torch.testing.assert_close(copy.deepcopy(layer)(inputs), layer(inputs), rtol=1e-4, atol=1e-4)
-    assert layouts == [False, True]
-    buffer = io.BytesIO()
-    torch.save(layer.state_dict(), buffer)
-    assert len(buffer.getvalue()) < 1.1 * layer.weight.nbytes
-    count = len(hamt.linear._PACKED)
-    del layer
-    gc.collect()
-    assert len(hamt.linear._PACKED) < count
-
-
-def test_what_cannot_be_packed_is_left_alone():
-    for layer in (torch.nn.Linear(FEATURES, OUTPUTS), Linear(16, 16), Linear(FEATURES, OUTPUTS).bfloat16()):
-        assert pack_weights(layer) == 0
-    with torch.inference_mode():
-        assert pack_weights(Linear(FEATURES, OUTPUTS)) == 0
-    with without_onednn():
-        assert pack_weights(Linear(FEATURES, OUTPUTS)) == 0
-
-
-def test_a_packed_model_generates_the_same(layouts):
-    torch.manual_seed(0)
-    model = HAMTModel(HAMTConfig(hidden_dim=256, num_layers=1, vocab_size=1000)).eval()
-    prompt, options = torch.randint(1000, (2, 5)), {"max_new_tokens": 8, "do_sample": False}
-    expected = model.generate(prompt, **options)
-    assert pack_weights(model) > 0
-    layouts.clear()
-    assert torch.equal(model.generate(prompt, **options), expected)
-    assert any(layouts)

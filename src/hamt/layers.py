@@ -194,6 +194,12 @@ class HAMTLayer(nn.Module):
         self.gate_proj = Linear(width, config.hcm_dim, bias=False) if config.use_output_gate else None
         self.output_proj = ResidualLinear(config.hcm_dim, width, bias=False)
 
+    def same_input(self) -> list[Tensor]:
+        """The matrices that are multiplied with what the short convolution gives."""
+        weights = [self.item_proj.weight, self.key_proj.weight]
+        weights += [self.retrieval.key_proj.weight, self.retrieval.read_proj.weight]
+        return weights if self.gating.weight is None else [*weights, self.gating.weight]
+
     def forward(
         self,
         hidden_states: Tensor,

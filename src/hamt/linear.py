@@ -9,6 +9,8 @@ Shape legend: I inputs and O outputs of a map, T rows.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +22,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # Private: what torch.compile makes of maps with constant weights. Without it all is as PyTorch does it.
 _PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-# By matrix: its version and its place when it was packed, and the same matrix in oneDNN's own layout.
+# By matrix: its version and its place when it was packed, the pack, and which of the matrices there it is.
 _PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # Below, MKL is as fast or faster: operations of a product, numbers of a matrix for a few rows, its sides.
 WORK, LARGE, NARROW = 2**22, 2**17, 16
 # oneDNN makes code for each number of rows, whose memory is not given back: rows come in so many numbers
 # between a power of two and the next.
 STEPS = 8
+# Rows up to which matrices with the same input are multiplied at once: more make each product worth its way.
+FEW = 128
 
 
 class Linear(nn.Linear):
@@ -37,12 +41,21 @@ class Linear(nn.Linear):
         return linear(inputs, self.weight, self.bias)
 
 
+@runtime_checkable
+class SameInput(Protocol):
+    """A module that multiplies the same input with several matrices."""
+
+    def same_input(self) -> list[Tensor]:
+        """These matrices, (O, I) each."""
+
+
 def pack_weights(model: nn.Module) -> int:
     """Keep the large matrices of a model in oneDNN's own layout, too: decoding on a CPU gets faster.
 
-    A step of 16 rows through 20M parameters spends 3.4 ms on its products instead of 6.0 (docs/LOG.md). The
-    matrices are in memory twice until the model goes; what is packed is not saved or copied with it. A matrix
-    that changes is used as it is then, until it is packed again; a change by way of ``.data`` is not noticed.
+    Matrices with the same input (``SameInput``) become one, whose product with a few rows is computed when
+    the first of them is asked for. The matrices are in memory twice until the model goes; what is packed is
+    not saved or copied with it. A matrix that changes is used as it is then, until it is packed again; a
+    change by way of ``.data`` is not noticed.
 
     Args:
         model: its ``Linear`` maps in float32 on a CPU; all else is left alone, as is everything where
@@ -51,33 +64,68 @@ def pack_weights(model: nn.Module) -> int:
     Returns:
         Bytes that it takes.
     """
+    groups = [module.same_input() for module in model.modules() if isinstance(module, SameInput)]
+    groups += [[module.weight] for module in model.modules() if isinstance(module, Linear)]
     taken = 0
-    for module in model.modules():
-        weight = module.weight if isinstance(module, Linear) else None
-        if weight is None or not _packable(weight):
+    seen: set[int] = set()
+    for weights in groups:
+        if seen.intersection(map(id, weights)) or not _packable(weights):
             continue
         with torch.no_grad():
-            packed = _PACK(weight.detach())  # type: ignore[misc]
-        _PACKED[weight] = (weight._version, weight.data_ptr(), packed)
-        taken += weight.nbytes
+            whole = torch.cat([weight.detach() for weight in weights])
+            pack = _Pack(_PACK(whole), [len(weight) for weight in weights])  # type: ignore[misc]
+        for index, weight in enumerate(weights):
+            _PACKED[weight] = (weight._version, weight.data_ptr(), pack, index)
+        seen |= set(map(id, weights))
+        taken += whole.nbytes
     return taken
 
 
-def _packable(weight: Tensor) -> bool:
+def _packable(weights: Sequence[Tensor]) -> bool:
     return (
         None not in (_PRODUCT, _PACK)
         and torch._C._get_mkldnn_enabled()
-        and _plain(weight)
-        and not weight.is_inference()  # whose changes are not counted
-        and weight.numel() >= LARGE
-        and min(weight.shape) >= NARROW
+        and all(_plain(weight) and not weight.is_inference() for weight in weights)  # whose changes count
+        and len({weight.shape[1] for weight in weights}) == 1
+        and sum(weight.numel() for weight in weights) >= LARGE
+        and min(weights[0].shape[1], sum(len(weight) for weight in weights)) >= NARROW
     )
 
 
-def _packed(weight: Tensor) -> Tensor | None:
-    """What was packed of a matrix that is still the same."""
-    version, place, packed = _PACKED.get(weight, (None, None, None))
-    return packed if version == weight._version and place == weight.data_ptr() else None
+NOTHING: tuple[Tensor | None, int, dict[int, Tensor]] = (None, 0, {})
+
+
+class _Pack:
+    """One matrix, or several for the same input one below the other, in oneDNN's own layout."""
+
+    def __init__(self, matrix: Tensor, sizes: list[int]) -> None:
+        self.matrix, self.sizes = matrix, sizes
+        # The last input, its version then, and its products by place that nobody has asked for so far.
+        self.ready = NOTHING
+
+    def product(self, inputs: Tensor, index: int) -> Tensor:
+        """(..., I) -> (..., O) for one of the matrices, and kept for the others."""
+        known, version, products = self.ready
+        # Each but once: it may be changed in place.
+        product = products.pop(index, None) if known is inputs and version == inputs._version else None
+        if product is None:
+            whole = _multiply(inputs, self.matrix, sum(self.sizes), None)
+            products = dict(enumerate(whole.split(self.sizes, dim=-1)))
+            product = products.pop(index)
+            self.ready = (inputs, inputs._version, products)
+        if not products:
+            self.ready = NOTHING
+        return product
+
+
+def _packed(inputs: Tensor, weight: Tensor) -> tuple[_Pack, int] | None:
+    """Where a matrix that is still the same was packed, if that is of use for these inputs."""
+    version, place, pack, index = _PACKED.get(weight, (None, None, None, 0))
+    if pack is None or version != weight._version or place != weight.data_ptr():
+        return None
+    # What is kept for the next of several has to know whether the inputs have changed.
+    alone = len(pack.sizes) == 1 or (inputs.numel() <= FEW * weight.shape[1] and not inputs.is_inference())
+    return (pack, index) if alone and torch._C._get_mkldnn_enabled() else None
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -88,25 +136,34 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     learns = torch.is_grad_enabled() and (
         inputs.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if not _suits(inputs, weight, bias, learns):
-        return F.linear(inputs, weight, bias)
+    if learns or torch.compiler.is_compiling():
+        product = _linear if _worth_it(inputs, weight, learns) and _fits(inputs, weight, bias) else F.linear
+        return product(inputs, weight, bias)
     # A decoding step would spend as much time on its way through the dispatcher as in small products.
-    product = _linear if learns or torch.compiler.is_compiling() else _product
-    return product(inputs, weight, bias)
+    packed = _packed(inputs, weight)
+    if (packed is None and not _worth_it(inputs, weight, learns)) or not _fits(inputs, weight, bias):
+        return F.linear(inputs, weight, bias)
+    return _product(inputs, weight, bias, packed)
 
 
-def _suits(inputs: Tensor, weight: Tensor, bias: Tensor | None, learns: bool) -> bool:
-    """Whether oneDNN is there for these tensors, and faster."""
+def _worth_it(inputs: Tensor, weight: Tensor, learns: bool) -> bool:
+    """Whether oneDNN is there, and faster with this matrix."""
     return (
         _PRODUCT is not None
         and weight.ndim == 2
-        and inputs.ndim > 0
         and (inputs.numel() * weight.shape[0] >= WORK or (weight.numel() >= LARGE and not learns))
         and min(weight.shape) >= NARROW
+        and _plain(weight)
+    )
+
+
+def _fits(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether inputs and bias are what the operator takes, here and now."""
+    return (
+        inputs.ndim > 0
         and inputs.numel() > 0
         and inputs.shape[-1] == weight.shape[1]
         and _plain(inputs)
-        and _plain(weight)
         and (bias is None or (_plain(bias) and bias.shape == weight.shape[:1]))
         and not torch.is_autocast_enabled("cpu")
         # Transformations of functions want operators that they know.
@@ -126,21 +183,29 @@ def _plain(x: Tensor) -> bool:
     )
 
 
-def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None, packed: tuple[_Pack, int] | None) -> Tensor:
     if _PRODUCT is None or not torch._C._get_mkldnn_enabled():
         return F.linear(inputs, weight, bias)
-    matrix = _packed(weight) if _PACKED and not weight.is_inference() else None
-    # Any other layout is multiplied by reference code, a thousand times as slow.
-    if matrix is None:
+    if packed is not None and len(packed[0].sizes) > 1:
+        product = packed[0].product(inputs, packed[1])
+        return product if bias is None else product + bias
+    if packed is not None:
+        matrix = packed[0].matrix
+    else:  # Any other layout is multiplied by reference code, a thousand times as slow.
         matrix = weight if weight.is_contiguous() or weight.T.is_contiguous() else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    rows = inputs.reshape(-1, weight.shape[1])
+    return _multiply(inputs, matrix, weight.shape[0], None if bias is None else bias.contiguous())
+
+
+def _multiply(inputs: Tensor, matrix: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
+    """The product with a matrix in a layout that oneDNN knows."""
+    assert _PRODUCT is not None
+    rows = inputs.reshape(-1, inputs.shape[-1])
     padded = _padded(rows)
     if padded is rows and inputs.ndim > 1:  # a decoding step has no time to lose
         return _PRODUCT(inputs, matrix, bias, "none", [], "")
     output = _PRODUCT(padded, matrix, bias, "none", [], "")[: len(rows)]
     # To autograd this is no view: it may be changed in place.
-    return torch.ops.aten._unsafe_view.default(output, [*inputs.shape[:-1], weight.shape[0]])
+    return torch.ops.aten._unsafe_view.default(output, [*inputs.shape[:-1], outputs])
 
 
 def _padded(rows: Tensor) -> Tensor:
@@ -153,7 +218,12 @@ def _padded(rows: Tensor) -> Tensor:
 
 
 # The operator has no gradient of its own.
-_linear = torch.library.custom_op("hamt::linear", _product, mutates_args=(), device_types="cpu")
+@torch.library.custom_op("hamt::linear", mutates_args=(), device_types="cpu")
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    packed = _packed(inputs, weight)
+    # What an operator gives is no part of anything else.
+    alone = packed is not None and len(packed[0].sizes) == 1
+    return _product(inputs, weight, bias, packed if alone else None)
 
 
 @_linear.register_fake

@@ -49,6 +49,10 @@ class HAMTMLP(nn.Module):
         self.up_proj = Linear(config.hidden_dim, config.intermediate_dim, bias=False)
         self.down_proj = ResidualLinear(config.intermediate_dim, config.hidden_dim, bias=False)
 
+    def same_input(self) -> list[Tensor]:
+        """The matrices that are multiplied with what comes in."""
+        return [self.gate_proj.weight, self.up_proj.weight]
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Transform each token by itself."""
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
