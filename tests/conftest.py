@@ -1,8 +1,45 @@
-"""Settings of the test run."""
+"""Settings of the test run, and models in folders as the commands are given them."""
 
+import pytest
+import torch
+from evaluation_inputs import WORDS
 from hypothesis import settings
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hamt import HAMTConfig, HAMTModel
+from hamt.checkpoint import save_checkpoint
+from hamt.data.tokenizer import train_tokenizer
 
 # The same examples at every run, so that a red test is red again; CI machines are too uneven for a
 # deadline in milliseconds.
 settings.register_profile("hamt", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("hamt")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer([WORDS], 300)
+
+
+@pytest.fixture(scope="session")
+def folders(tokenizer, tmp_path_factory):
+    """A HAMT checkpoint, and a Llama in a Transformers folder."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = {"vocab_size": 300, "hidden_dim": 32, "num_layers": 1, "max_position_embeddings": 16}
+    save_checkpoint(root / "ours", HAMTModel(HAMTConfig(**config)), tokenizer)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+        )
+    )
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2))
+    for name, model in (("llama", llama), ("gpt2-0.1", gpt2)):
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
