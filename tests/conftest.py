@@ -1,4 +1,4 @@
-"""Settings of the test run, and models in folders as the commands are given them."""
+"""Settings of the test run, and fixtures of several files."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from evaluation_inputs import WORDS
 from hypothesis import settings
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import hamt.linear
 from hamt import HAMTConfig, HAMTModel
 from hamt.checkpoint import save_checkpoint
 from hamt.data.tokenizer import train_tokenizer
@@ -43,3 +44,18 @@ def folders(tokenizer, tmp_path_factory):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return root
+
+
+@pytest.fixture
+def layouts(monkeypatch):
+    """Whether the matrix of each product was packed."""
+    if None in (hamt.linear._PRODUCT, hamt.linear._PACK):
+        pytest.skip("this PyTorch has no such operator")
+    original, found = hamt.linear._PRODUCT, []
+
+    def noted(inputs, weight, *others):
+        found.append(weight.is_mkldnn)
+        return original(inputs, weight, *others)
+
+    monkeypatch.setattr(hamt.linear, "_PRODUCT", noted)
+    return found

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hamt.config import HAMTConfig
 from hamt.convolution import ShortConvolution
-from hamt.linear import Linear, linear
+from hamt.linear import Linear, is_more, linear, linear_together
 from hamt.losses import reconstruction_loss
 from hamt.memory import HolographicMemory, MemoryState
 from hamt.positions import number_documents
@@ -77,8 +77,10 @@ class GatingNetwork(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, config.hidden_dim)) if config.use_gating else None
         self.bias = nn.Parameter(torch.empty(size))
 
-    def forward(self, conditioned: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Gates in float32 at least, from c (B, N, d).
+    def forward(
+        self, conditioned: Tensor, product: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Gates in float32 at least, from c (B, N, d), whose ``product`` with the weight may be there.
 
         Returns:
             log α (B, N, H, S), None under the convex rule, which derives it; w (B, N, H, S), under the
@@ -90,6 +92,8 @@ class GatingNetwork(nn.Module):
             bias = self.bias.to(wide)
             if self.weight is None:
                 logits = bias.expand(*conditioned.shape[:-1], -1)
+            elif product is not None:
+                logits = product + bias
             else:
                 logits = linear(conditioned.to(wide), self.weight.to(wide), bias)
         forget, write, beta = logits.split(self.sizes, dim=-1)
@@ -130,10 +134,13 @@ class RetrievalHead(nn.Module):
         self.read_proj = Linear(config.hidden_dim, config.num_heads * config.num_slots, bias=False)
         self.read_bias = nn.Parameter(torch.empty(config.num_heads * config.num_slots))
 
-    def forward(self, conditioned: Tensor) -> tuple[Tensor, Tensor]:
-        """Return unbinding keys and read weights, in float32 at least."""
-        keys = as_keys(self.key_proj(conditioned), self.num_heads, self.algebra)
-        read = self.read_proj(conditioned).to(keys.dtype) + self.read_bias
+    def forward(
+        self, conditioned: Tensor, products: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Unbinding keys and read weights, in float32 at least; the ``products`` of both may be there."""
+        raw, read = products or (self.key_proj(conditioned), self.read_proj(conditioned))
+        keys = as_keys(raw, self.num_heads, self.algebra)
+        read = read.to(keys.dtype) + self.read_bias
         return keys, read.unflatten(-1, (self.num_heads, -1))
 
 
@@ -195,9 +202,11 @@ class HAMTLayer(nn.Module):
         self.output_proj = ResidualLinear(config.hcm_dim, width, bias=False)
 
     def same_input(self) -> list[Tensor]:
-        """The matrices that are multiplied with what the short convolution gives."""
-        weights = [self.item_proj.weight, self.key_proj.weight]
-        weights += [self.retrieval.key_proj.weight, self.retrieval.read_proj.weight]
+        """Matrices for what the short convolution gives, the gates' last: ``hamt.linear.SameInput``."""
+        maps = (self.item_proj, self.key_proj, self.retrieval.key_proj, self.retrieval.read_proj)
+        if any(map(is_more, maps)):
+            return []
+        weights = [each.weight for each in maps]
         return weights if self.gating.weight is None else [*weights, self.gating.weight]
 
     def forward(
@@ -235,10 +244,16 @@ class HAMTLayer(nn.Module):
         if self.conv is not None:
             before = None if state is None else state.conv
             conditioned, tail = self.conv(hidden_states, before, documents, attention_mask)
-        items = self.item_proj(conditioned).unflatten(-1, (heads, -1))
-        keys = as_keys(self.key_proj(conditioned), heads, self.memory.algebra)
-        log_forget, write, beta = self.gating(conditioned)
-        unbinding_keys, read = self.retrieval(conditioned)
+        if (products := linear_together(conditioned, self.same_input)) is not None:
+            items, raw_keys, raw_unbinding_keys, raw_read, *gates = products
+            log_forget, write, beta = self.gating(conditioned, *gates)
+            unbinding_keys, read = self.retrieval(conditioned, (raw_unbinding_keys, raw_read))
+        else:
+            items, raw_keys = self.item_proj(conditioned), self.key_proj(conditioned)
+            log_forget, write, beta = self.gating(conditioned)
+            unbinding_keys, read = self.retrieval(conditioned)
+        items = items.unflatten(-1, (heads, -1))
+        keys = as_keys(raw_keys, heads, self.memory.algebra)
         rotation = None if self.rotation is None else self.rotation(conditioned)
         aux_loss = None
         if self.training and self.config.use_auxiliary_loss:

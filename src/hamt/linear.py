@@ -9,21 +9,25 @@ Shape legend: I inputs and O outputs of a map, T rows.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as hooks_of_all
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # Private: what torch.compile makes of maps with constant weights. Without it all is as PyTorch does it.
 _PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-# By matrix: its version and its place when it was packed, the pack, and which of the matrices there it is.
+# By matrix: what it was when it was packed, and the same matrix in oneDNN's own layout.
 _PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# By the first of several matrices for one input: what all of them were, and one below the other, packed.
+_TOGETHER: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # Below, MKL is as fast or faster: operations of a product, numbers of a matrix for a few rows, its sides.
 WORK, LARGE, NARROW = 2**22, 2**17, 16
 # oneDNN makes code for each number of rows, whose memory is not given back: rows come in so many numbers
@@ -43,23 +47,23 @@ class Linear(nn.Linear):
 
 @runtime_checkable
 class SameInput(Protocol):
-    """A module that multiplies the same input with several matrices."""
+    """A module that multiplies one input with several matrices, by ``linear_together``."""
 
     def same_input(self) -> list[Tensor]:
-        """These matrices, (O, I) each."""
+        """These matrices, (O, I) each; none if a map among them ``is_more`` than its matrix now."""
 
 
 def pack_weights(model: nn.Module) -> int:
     """Keep the large matrices of a model in oneDNN's own layout, too: decoding on a CPU gets faster.
 
-    Matrices with the same input (``SameInput``) become one, whose product with a few rows is computed when
-    the first of them is asked for. The matrices are in memory twice until the model goes; what is packed is
-    not saved or copied with it. A matrix that changes is used as it is then, until it is packed again; a
-    change by way of ``.data`` is not noticed.
+    Matrices that a module multiplies with the same input (``SameInput``) become one, used for a few rows,
+    without gradients and outside of ``torch.compile``. The matrices are in memory twice until the model goes;
+    what is packed is not saved or copied with it. A matrix that changes is used as it is then, until it is
+    packed again; a change by way of ``.data``, as merging adapters with peft makes it, is not noticed.
 
     Args:
-        model: its ``Linear`` maps in float32 on a CPU; all else is left alone, as is everything where
-            PyTorch has no oneDNN.
+        model: its ``Linear`` maps and groups in float32 on a CPU; all else is left alone, as is everything
+            where PyTorch has no oneDNN.
 
     Returns:
         Bytes that it takes.
@@ -73,10 +77,9 @@ def pack_weights(model: nn.Module) -> int:
             continue
         with torch.no_grad():
             whole = torch.cat([weight.detach() for weight in weights])
-            pack = _Pack(_PACK(whole), [len(weight) for weight in weights])  # type: ignore[misc]
-        for index, weight in enumerate(weights):
-            _PACKED[weight] = (weight._version, weight.data_ptr(), pack, index)
-        seen |= set(map(id, weights))
+            entry = ([_State(weight) for weight in weights], _PACK(whole))  # type: ignore[misc]
+        (_TOGETHER if len(weights) > 1 else _PACKED)[weights[0]] = entry
+        seen.update(map(id, weights))
         taken += whole.nbytes
     return taken
 
@@ -85,47 +88,35 @@ def _packable(weights: Sequence[Tensor]) -> bool:
     return (
         None not in (_PRODUCT, _PACK)
         and torch._C._get_mkldnn_enabled()
-        and all(_plain(weight) and not weight.is_inference() for weight in weights)  # whose changes count
+        and all(_plain(weight) and weight.ndim == 2 for weight in weights)
+        and not any(weight.is_inference() for weight in weights)  # whose changes are not counted
         and len({weight.shape[1] for weight in weights}) == 1
         and sum(weight.numel() for weight in weights) >= LARGE
-        and min(weights[0].shape[1], sum(len(weight) for weight in weights)) >= NARROW
+        and min(sum(len(weight) for weight in weights), weights[0].shape[1]) >= NARROW
     )
 
 
-NOTHING: tuple[Tensor | None, int, dict[int, Tensor]] = (None, 0, {})
+class _State:
+    """By what a matrix is known to be the same: its version and its place."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.version, self.place = weight._version, weight.data_ptr()
+        # While this lives no other storage can be taken for it, even if memory is given out again.
+        self.storage = StorageWeakRef(weight.untyped_storage())
+
+    def holds(self, weight: Tensor) -> bool:
+        return (
+            not weight.is_inference()
+            and self.version == weight._version
+            and self.place == weight.data_ptr()
+            and self.storage.cdata == weight.untyped_storage()._cdata
+        )
 
 
-class _Pack:
-    """One matrix, or several for the same input one below the other, in oneDNN's own layout."""
-
-    def __init__(self, matrix: Tensor, sizes: list[int]) -> None:
-        self.matrix, self.sizes = matrix, sizes
-        # The last input, its version then, and its products by place that nobody has asked for so far.
-        self.ready = NOTHING
-
-    def product(self, inputs: Tensor, index: int) -> Tensor:
-        """(..., I) -> (..., O) for one of the matrices, and kept for the others."""
-        known, version, products = self.ready
-        # Each but once: it may be changed in place.
-        product = products.pop(index, None) if known is inputs and version == inputs._version else None
-        if product is None:
-            whole = _multiply(inputs, self.matrix, sum(self.sizes), None)
-            products = dict(enumerate(whole.split(self.sizes, dim=-1)))
-            product = products.pop(index)
-            self.ready = (inputs, inputs._version, products)
-        if not products:
-            self.ready = NOTHING
-        return product
-
-
-def _packed(inputs: Tensor, weight: Tensor) -> tuple[_Pack, int] | None:
-    """Where a matrix that is still the same was packed, if that is of use for these inputs."""
-    version, place, pack, index = _PACKED.get(weight, (None, None, None, 0))
-    if pack is None or version != weight._version or place != weight.data_ptr():
-        return None
-    # What is kept for the next of several has to know whether the inputs have changed.
-    alone = len(pack.sizes) == 1 or (inputs.numel() <= FEW * weight.shape[1] and not inputs.is_inference())
-    return (pack, index) if alone and torch._C._get_mkldnn_enabled() else None
+def _packed(weight: Tensor) -> Tensor | None:
+    """What was packed of a matrix that is still the same."""
+    states, packed = _PACKED.get(weight, (None, None))
+    return packed if states is not None and states[0].holds(weight) else None
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -136,24 +127,62 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     learns = torch.is_grad_enabled() and (
         inputs.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if learns or torch.compiler.is_compiling():
-        product = _linear if _worth_it(inputs, weight, learns) and _fits(inputs, weight, bias) else F.linear
-        return product(inputs, weight, bias)
-    # A decoding step would spend as much time on its way through the dispatcher as in small products.
-    packed = _packed(inputs, weight)
-    if (packed is None and not _worth_it(inputs, weight, learns)) or not _fits(inputs, weight, bias):
+    if not _suits(inputs, weight, bias, learns):
         return F.linear(inputs, weight, bias)
-    return _product(inputs, weight, bias, packed)
+    # A decoding step would spend as much time on its way through the dispatcher as in small products.
+    product = _linear if learns or torch.compiler.is_compiling() else _product
+    return product(inputs, weight, bias)
 
 
-def _worth_it(inputs: Tensor, weight: Tensor, learns: bool) -> bool:
-    """Whether oneDNN is there, and faster with this matrix."""
+def linear_together(inputs: Tensor, same_input: Callable[[], list[Tensor]]) -> tuple[Tensor, ...] | None:
+    """``linear(inputs, weight)`` for each of several matrices, if they were packed together; else None.
+
+    A decoding step spends more time on its way to five small products than in one that is as large.
+
+    Args:
+        inputs: (..., I); up to ``FEW`` rows are worth it.
+        same_input: gives the matrices, in the order in which they were packed.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or not _TOGETHER
+        or not (weights := same_input())
+    ):
+        return None
+    states, packed = _TOGETHER.get(weights[0], ((), None))
+    if (
+        len(states) != len(weights)
+        or inputs.numel() > FEW * weights[0].shape[1]
+        or not _fits(inputs, weights[0], None)
+        or not torch._C._get_mkldnn_enabled()
+        or not all(state.holds(weight) for state, weight in zip(states, weights, strict=True))
+    ):
+        return None
+    sizes = [len(weight) for weight in weights]
+    # To autograd these are no views: each may be changed in place.
+    return _multiply(inputs, packed, sum(sizes), None).unsafe_split_with_sizes(sizes, dim=-1)
+
+
+def is_more(module: nn.Module) -> bool:
+    """Whether a module does more than multiply with its matrix: an adapter, a hook, another class."""
+    return (
+        type(module) is not Linear
+        or module.bias is not None
+        or bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        or bool(hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks)
+    )
+
+
+def _suits(inputs: Tensor, weight: Tensor, bias: Tensor | None, learns: bool) -> bool:
+    """Whether oneDNN is there for these tensors, and faster."""
     return (
         _PRODUCT is not None
         and weight.ndim == 2
         and (inputs.numel() * weight.shape[0] >= WORK or (weight.numel() >= LARGE and not learns))
         and min(weight.shape) >= NARROW
         and _plain(weight)
+        and _fits(inputs, weight, bias)
     )
 
 
@@ -183,15 +212,12 @@ def _plain(x: Tensor) -> bool:
     )
 
 
-def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None, packed: tuple[_Pack, int] | None) -> Tensor:
+def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _PRODUCT is None or not torch._C._get_mkldnn_enabled():
         return F.linear(inputs, weight, bias)
-    if packed is not None and len(packed[0].sizes) > 1:
-        product = packed[0].product(inputs, packed[1])
-        return product if bias is None else product + bias
-    if packed is not None:
-        matrix = packed[0].matrix
-    else:  # Any other layout is multiplied by reference code, a thousand times as slow.
+    matrix = _packed(weight) if _PACKED else None
+    # Any other layout is multiplied by reference code, a thousand times as slow.
+    if matrix is None:
         matrix = weight if weight.is_contiguous() or weight.T.is_contiguous() else weight.contiguous()
     return _multiply(inputs, matrix, weight.shape[0], None if bias is None else bias.contiguous())
 
@@ -218,12 +244,7 @@ def _padded(rows: Tensor) -> Tensor:
 
 
 # The operator has no gradient of its own.
-@torch.library.custom_op("hamt::linear", mutates_args=(), device_types="cpu")
-def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    packed = _packed(inputs, weight)
-    # What an operator gives is no part of anything else.
-    alone = packed is not None and len(packed[0].sizes) == 1
-    return _product(inputs, weight, bias, packed if alone else None)
+_linear = torch.library.custom_op("hamt::linear", _product, mutates_args=(), device_types="cpu")
 
 
 @_linear.register_fake

@@ -22,7 +22,7 @@ from hamt.config import HAMTConfig
 from hamt.convolution import ShortConvolution
 from hamt.cross_entropy import NOT_ASKED, next_token_loss
 from hamt.layers import GatingNetwork, HAMTLayer, LayerState, ResidualLinear, RetrievalHead, RMSNorm, Rotation
-from hamt.linear import Linear
+from hamt.linear import Linear, is_more, linear_together
 
 
 @dataclass
@@ -50,12 +50,15 @@ class HAMTMLP(nn.Module):
         self.down_proj = ResidualLinear(config.intermediate_dim, config.hidden_dim, bias=False)
 
     def same_input(self) -> list[Tensor]:
-        """The matrices that are multiplied with what comes in."""
-        return [self.gate_proj.weight, self.up_proj.weight]
+        """The matrices that are multiplied with what comes in: ``hamt.linear.SameInput``."""
+        maps = (self.gate_proj, self.up_proj)
+        return [] if any(map(is_more, maps)) else [each.weight for each in maps]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Transform each token by itself."""
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        products = linear_together(hidden_states, self.same_input)
+        gate, up = products or (self.gate_proj(hidden_states), self.up_proj(hidden_states))
+        return self.down_proj(F.silu(gate) * up)
 
 
 class HAMTBlock(GradientCheckpointingLayer):
