@@ -42,7 +42,7 @@ def same(written, measured):
 def test_what_was_learned():
     half = ("hamt-no-rotation", "transformer-conv", "mamba2", "gated-deltanet")
     same(row("WikiText-2, half an epoch"), [figures(f"wikitext2/half-{name}-[01].json") for name in half])
-    whole = [figures(f"wikitext2/epoch-{name}-0.json") for name in ("hamt", "transformer-conv")]
+    whole = [figures(f"wikitext2/epoch-{name}-0.json") for name in ("hamt-no-rotation", "transformer-conv")]
     same(row("the same, a whole epoch"), [*whole, None, None])
     characters = ("shakespeare-no-rotation-[012]", "shakespeare-transformer-conv-lr-0.01-[012]")
     same(row("tiny-shakespeare"), [*(figures(f"ablation/{name}.json") for name in characters), None, None])
