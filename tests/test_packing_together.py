@@ -228,6 +228,21 @@ def test_every_model_computes_the_same(options, layouts):
     assert layouts.count(True) == 5 * 2 * 5
 
 
+@pytest.mark.parametrize("part", ["gating", "retrieval"])
+def test_hooks_of_what_holds_the_maps_count(part):
+    torch.manual_seed(0)
+    model = HAMTModel(HAMTConfig(hidden_dim=256, num_layers=1, vocab_size=64)).eval()
+    ids = torch.randint(64, (2, 9))
+    plain = decode(model, ids)
+    holder = getattr(model.model.layers[0].mixer, part)
+    holder.register_forward_pre_hook(lambda module, args: (-args[0], *args[1:]))
+    with without_onednn():
+        expected = decode(model, ids)
+    assert not torch.allclose(plain, expected, atol=1e-2)
+    assert pack_weights(model) > 0
+    torch.testing.assert_close(decode(model, ids), expected, rtol=1e-4, atol=1e-4)
+
+
 # peft 0.21 still asks for the old name of a property of Transformers.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize("before", [True, False], ids=["packed before", "packed after"])

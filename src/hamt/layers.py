@@ -204,7 +204,8 @@ class HAMTLayer(nn.Module):
     def same_input(self) -> list[Tensor]:
         """Matrices for what the short convolution gives, the gates' last: ``hamt.linear.SameInput``."""
         maps = (self.item_proj, self.key_proj, self.retrieval.key_proj, self.retrieval.read_proj)
-        if any(map(is_more, maps)):
+        holders = ((self.retrieval, RetrievalHead), (self.gating, GatingNetwork))
+        if any(map(is_more, maps)) or any(is_more(*holder) for holder in holders):
             return []
         weights = [each.weight for each in maps]
         return weights if self.gating.weight is None else [*weights, self.gating.weight]

@@ -164,11 +164,11 @@ def linear_together(inputs: Tensor, same_input: Callable[[], list[Tensor]]) -> t
     return _multiply(inputs, packed, sum(sizes), None).unsafe_split_with_sizes(sizes, dim=-1)
 
 
-def is_more(module: nn.Module) -> bool:
-    """Whether a module does more than multiply with its matrix: an adapter, a hook, another class."""
+def is_more(module: nn.Module, kind: type[nn.Module] = Linear) -> bool:
+    """Whether a module does more than its kind, a map more than multiply: an adapter, a hook, a bias."""
     return (
-        type(module) is not Linear
-        or module.bias is not None
+        type(module) is not kind
+        or (kind is Linear and module.bias is not None)
         or bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
         or bool(hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks)
     )
