@@ -24,7 +24,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def folders(tokenizer, tmp_path_factory):
-    """A HAMT checkpoint, and a Llama in a Transformers folder."""
+    """A HAMT checkpoint, and a Llama and a GPT-2 in folders of Transformers."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     config = {"vocab_size": 300, "hidden_dim": 32, "num_layers": 1, "max_position_embeddings": 16}

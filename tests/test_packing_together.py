@@ -7,8 +7,9 @@ from linear_inputs import CHANGES, FEATURES, OUTPUTS, random, without_onednn
 from model_inputs import VARIANTS
 from torch import nn
 
+import hamt.linear
 from hamt import HAMTConfig, HAMTModel
-from hamt.linear import FEW, LARGE, NARROW, Linear, is_more, linear_together, pack_weights
+from hamt.linear import FEW, LARGE, NARROW, Linear, linear_together, matrices, pack_weights
 
 SIZES = (OUTPUTS, 8, 40)  # the second and third would not be packed alone
 
@@ -21,7 +22,7 @@ class Siblings(nn.Module):
         self.maps = nn.ModuleList(Linear(FEATURES, size, bias=False) for size in sizes)
 
     def same_input(self):
-        return [] if any(map(is_more, self.maps)) else [one.weight for one in self.maps]
+        return matrices(*self.maps)
 
     def forward(self, inputs):
         found = linear_together(inputs, self.same_input)
@@ -156,6 +157,25 @@ def test_a_matrix_whose_changes_are_not_counted_is_used_as_it_is(changed, siblin
         siblings.maps[changed].weight = nn.Parameter(random(SIZES[changed], FEATURES), requires_grad=False)
     assert_equal(siblings(inputs), siblings.expected(inputs))
     assert not any(layouts)
+
+
+@torch.no_grad()
+def test_packing_again_leaves_nothing_of_what_was_packed_before(layouts):
+    siblings, both = Siblings((OUTPUTS, OUTPUTS)), 2 * 4 * FEATURES * OUTPUTS
+
+    def bytes_kept():
+        found = (hamt.linear._PACKED.get(one.weight, ((), None))[1] for one in siblings.maps)
+        return sum(4 * packed.numel() for packed in found if packed is not None)
+
+    assert pack_weights(siblings) == bytes_kept() == both
+    hook = siblings.maps[0].register_forward_hook(lambda *_: None)
+    assert pack_weights(siblings) == bytes_kept() == both
+    siblings(random(4, FEATURES))
+    assert layouts == [True, True]
+    hook.remove()
+    assert pack_weights(siblings) == bytes_kept() == both
+    siblings(random(4, FEATURES))
+    assert layouts == [True] * 3
 
 
 @torch.no_grad()

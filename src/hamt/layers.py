@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hamt.config import HAMTConfig
 from hamt.convolution import ShortConvolution
-from hamt.linear import Linear, is_more, linear, linear_together
+from hamt.linear import Linear, is_more, linear, linear_together, matrices
 from hamt.losses import reconstruction_loss
 from hamt.memory import HolographicMemory, MemoryState
 from hamt.positions import number_documents
@@ -203,12 +203,11 @@ class HAMTLayer(nn.Module):
 
     def same_input(self) -> list[Tensor]:
         """Matrices for what the short convolution gives, the gates' last: ``hamt.linear.SameInput``."""
-        maps = (self.item_proj, self.key_proj, self.retrieval.key_proj, self.retrieval.read_proj)
-        holders = ((self.retrieval, RetrievalHead), (self.gating, GatingNetwork))
-        if any(map(is_more, maps)) or any(is_more(*holder) for holder in holders):
+        if is_more(self.retrieval, RetrievalHead) or is_more(self.gating, GatingNetwork):
             return []
-        weights = [each.weight for each in maps]
-        return weights if self.gating.weight is None else [*weights, self.gating.weight]
+        head = self.retrieval
+        weights = matrices(self.item_proj, self.key_proj, head.key_proj, head.read_proj)
+        return [*weights, self.gating.weight] if weights and self.gating.weight is not None else weights
 
     def forward(
         self,
@@ -232,7 +231,7 @@ class HAMTLayer(nn.Module):
         Raises:
             ValueError: if ``state`` is another model's or has another number of rows.
         """
-        heads, length = self.config.num_heads, hidden_states.shape[1]
+        length = hidden_states.shape[1]
         if state is not None:
             self._check_state(state, len(hidden_states))
         carried = None if state is None else state.memory
@@ -245,16 +244,7 @@ class HAMTLayer(nn.Module):
         if self.conv is not None:
             before = None if state is None else state.conv
             conditioned, tail = self.conv(hidden_states, before, documents, attention_mask)
-        if (products := linear_together(conditioned, self.same_input)) is not None:
-            items, raw_keys, raw_unbinding_keys, raw_read, *gates = products
-            log_forget, write, beta = self.gating(conditioned, *gates)
-            unbinding_keys, read = self.retrieval(conditioned, (raw_unbinding_keys, raw_read))
-        else:
-            items, raw_keys = self.item_proj(conditioned), self.key_proj(conditioned)
-            log_forget, write, beta = self.gating(conditioned)
-            unbinding_keys, read = self.retrieval(conditioned)
-        items = items.unflatten(-1, (heads, -1))
-        keys = as_keys(raw_keys, heads, self.memory.algebra)
+        items, keys, (log_forget, write, beta), (unbinding_keys, read) = self._project(conditioned)
         rotation = None if self.rotation is None else self.rotation(conditioned)
         aux_loss = None
         if self.training and self.config.use_auxiliary_loss:
@@ -281,6 +271,19 @@ class HAMTLayer(nn.Module):
             output = output * F.silu(self.gate_proj(hidden_states))
         position = _position(hidden_states, attention_mask, documents, state)
         return self.output_proj(output), LayerState(carried, tail, position), aux_loss
+
+    def _project(self, conditioned: Tensor) -> tuple[Tensor, Tensor, tuple, tuple[Tensor, Tensor]]:
+        """Items (B, N, H, F), keys (B, N, H, K), the gates, and what to read, from c (B, N, d)."""
+        products = linear_together(conditioned, self.same_input)
+        if products is None:
+            items, keys = self.item_proj(conditioned), self.key_proj(conditioned)
+            gates, reading = self.gating(conditioned), self.retrieval(conditioned)
+        else:
+            items, keys, unbinding_keys, read, *logits = products
+            gates = self.gating(conditioned, *logits)
+            reading = self.retrieval(conditioned, (unbinding_keys, read))
+        heads = self.config.num_heads
+        return items.unflatten(-1, (heads, -1)), as_keys(keys, heads, self.memory.algebra), gates, reading
 
     def _check_state(self, state: LayerState, batch_size: int) -> None:
         memory, heads, config = self.memory, self.config.num_heads, self.config

@@ -24,10 +24,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # Private: what torch.compile makes of maps with constant weights. Without it all is as PyTorch does it.
 _PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-# By matrix: what it was when it was packed, and the same matrix in oneDNN's own layout.
+# By matrix, of several for one input by the first: what each was when they were packed, and all of them, one
+# below the other, in oneDNN's own layout.
 _PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# By the first of several matrices for one input: what all of them were, and one below the other, packed.
-_TOGETHER: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # Below, MKL is as fast or faster: operations of a product, numbers of a matrix for a few rows, its sides.
 WORK, LARGE, NARROW = 2**22, 2**17, 16
 # oneDNN makes code for each number of rows, whose memory is not given back: rows come in so many numbers
@@ -50,7 +49,7 @@ class SameInput(Protocol):
     """A module that multiplies one input with several matrices, by ``linear_together``."""
 
     def same_input(self) -> list[Tensor]:
-        """These matrices, (O, I) each; none if a map among them ``is_more`` than its matrix now."""
+        """``matrices`` of these maps, (O, I) each; none if one of them is more than that now."""
 
 
 def pack_weights(model: nn.Module) -> int:
@@ -68,6 +67,8 @@ def pack_weights(model: nn.Module) -> int:
     Returns:
         Bytes that it takes.
     """
+    for weight in model.parameters():
+        _PACKED.pop(weight, None)
     groups = [module.same_input() for module in model.modules() if isinstance(module, SameInput)]
     groups += [[module.weight] for module in model.modules() if isinstance(module, Linear)]
     taken = 0
@@ -77,8 +78,8 @@ def pack_weights(model: nn.Module) -> int:
             continue
         with torch.no_grad():
             whole = torch.cat([weight.detach() for weight in weights])
-            entry = ([_State(weight) for weight in weights], _PACK(whole))  # type: ignore[misc]
-        (_TOGETHER if len(weights) > 1 else _PACKED)[weights[0]] = entry
+            packed = _PACK(whole)  # type: ignore[misc]
+        _PACKED[weights[0]] = ([_State(weight) for weight in weights], packed)
         seen.update(map(id, weights))
         taken += whole.nbytes
     return taken
@@ -113,10 +114,11 @@ class _State:
         )
 
 
-def _packed(weight: Tensor) -> Tensor | None:
-    """What was packed of a matrix that is still the same."""
-    states, packed = _PACKED.get(weight, (None, None))
-    return packed if states is not None and states[0].holds(weight) else None
+def _packed(weights: Sequence[Tensor]) -> Tensor | None:
+    """What was packed of just these matrices, if they are still the same."""
+    states, packed = _PACKED.get(weights[0], ((), None))
+    same = len(states) == len(weights) and all(map(_State.holds, states, weights))
+    return packed if same else None
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -141,27 +143,30 @@ def linear_together(inputs: Tensor, same_input: Callable[[], list[Tensor]]) -> t
 
     Args:
         inputs: (..., I); up to ``FEW`` rows are worth it.
-        same_input: gives the matrices, in the order in which they were packed.
+        same_input: gives the matrices, (O, I) each, in the order in which they were packed.
+
+    Returns:
+        (..., O) for each, in this order, or None.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or not _TOGETHER
-        or not (weights := same_input())
-    ):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _PACKED:
         return None
-    states, packed = _TOGETHER.get(weights[0], ((), None))
+    weights = same_input()
     if (
-        len(states) != len(weights)
+        not weights
         or inputs.numel() > FEW * weights[0].shape[1]
         or not _fits(inputs, weights[0], None)
         or not torch._C._get_mkldnn_enabled()
-        or not all(state.holds(weight) for state, weight in zip(states, weights, strict=True))
+        or (packed := _packed(weights)) is None
     ):
         return None
     sizes = [len(weight) for weight in weights]
     # To autograd these are no views: each may be changed in place.
     return _multiply(inputs, packed, sum(sizes), None).unsafe_split_with_sizes(sizes, dim=-1)
+
+
+def matrices(*maps: nn.Module) -> list[Tensor]:
+    """Those of the maps, (O, I) each, if multiplying is all that each of them does; else none."""
+    return [] if any(map(is_more, maps)) else [each.weight for each in maps]  # type: ignore[misc]
 
 
 def is_more(module: nn.Module, kind: type[nn.Module] = Linear) -> bool:
@@ -215,7 +220,7 @@ def _plain(x: Tensor) -> bool:
 def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _PRODUCT is None or not torch._C._get_mkldnn_enabled():
         return F.linear(inputs, weight, bias)
-    matrix = _packed(weight) if _PACKED else None
+    matrix = _packed([weight]) if _PACKED else None
     # Any other layout is multiplied by reference code, a thousand times as slow.
     if matrix is None:
         matrix = weight if weight.is_contiguous() or weight.T.is_contiguous() else weight.contiguous()

@@ -22,7 +22,7 @@ from hamt.config import HAMTConfig
 from hamt.convolution import ShortConvolution
 from hamt.cross_entropy import NOT_ASKED, next_token_loss
 from hamt.layers import GatingNetwork, HAMTLayer, LayerState, ResidualLinear, RetrievalHead, RMSNorm, Rotation
-from hamt.linear import Linear, is_more, linear_together
+from hamt.linear import Linear, linear_together, matrices
 
 
 @dataclass
@@ -51,8 +51,7 @@ class HAMTMLP(nn.Module):
 
     def same_input(self) -> list[Tensor]:
         """The matrices that are multiplied with what comes in: ``hamt.linear.SameInput``."""
-        maps = (self.gate_proj, self.up_proj)
-        return [] if any(map(is_more, maps)) else [each.weight for each in maps]
+        return matrices(self.gate_proj, self.up_proj)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Transform each token by itself."""
