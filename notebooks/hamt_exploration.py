@@ -26,7 +26,7 @@ from IPython.display import display
 from transformers.utils import logging
 
 from hamt import HAMTConfig, HAMTModel, HolographicMemory
-from hamt.vsa import similarity
+from hamt.memory.algebra import similarity
 
 logging.disable_progress_bar()
 _ = torch.manual_seed(0)

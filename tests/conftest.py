@@ -6,7 +6,7 @@ from evaluation_inputs import WORDS
 from hypothesis import settings
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import hamt.linear
+import hamt.cpu.linear
 from hamt import HAMTConfig, HAMTModel
 from hamt.checkpoint import save_checkpoint
 from hamt.data.tokenizer import train_tokenizer
@@ -39,7 +39,9 @@ def folders(tokenizer, tmp_path_factory):
             max_position_embeddings=64,
         )
     )
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2))
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    )
     for name, model in (("llama", llama), ("gpt2-0.1", gpt2)):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
@@ -49,13 +51,13 @@ def folders(tokenizer, tmp_path_factory):
 @pytest.fixture
 def layouts(monkeypatch):
     """Whether the matrix of each product was packed."""
-    if None in (hamt.linear._PRODUCT, hamt.linear._PACK):
+    if None in (hamt.cpu.linear._PRODUCT, hamt.cpu.linear._PACK):
         pytest.skip("this PyTorch has no such operator")
-    original, found = hamt.linear._PRODUCT, []
+    original, found = hamt.cpu.linear._PRODUCT, []
 
     def noted(inputs, weight, *others):
         found.append(weight.is_mkldnn)
         return original(inputs, weight, *others)
 
-    monkeypatch.setattr(hamt.linear, "_PRODUCT", noted)
+    monkeypatch.setattr(hamt.cpu.linear, "_PRODUCT", noted)
     return found

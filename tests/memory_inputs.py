@@ -1,6 +1,7 @@
 """Random inputs for a holographic memory, runs that record every gradient, and their comparison.
 
-Shape legend as in ``hamt.memory``: B batch, N tokens, H heads, S slots, F features, K key size.
+Shape legend as in ``hamt.memory.holographic``: B batch, N tokens, H heads, S slots, F features, K
+key size.
 """
 
 import math
@@ -12,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hamt import fused
-from hamt.fused import fused_available
-from hamt.memory import FORMS, HolographicMemory, MemoryState
+from hamt.cpu import fused
+from hamt.cpu.fused import fused_available
+from hamt.memory.holographic import FORMS, HolographicMemory, MemoryState
 
 HEADS, SLOTS, HEAD_DIM = 2, 3, 4
 Leaves = dict[str, Tensor]
@@ -113,7 +114,9 @@ def tokens_of(leaves: Leaves, part: slice | Tensor = slice(None)) -> Leaves:
 # ------------------------------------------------------------------ ways to run one sequence
 
 
-def whole(memory: HolographicMemory, form: str, state_seq_idx: Tensor | None = None, **arguments) -> Run:
+def whole(
+    memory: HolographicMemory, form: str, state_seq_idx: Tensor | None = None, **arguments
+) -> Run:
     def run(leaves: Leaves) -> tuple[Tensor, MemoryState]:
         state = initial_state(leaves, state_seq_idx)
         return memory(**tokens_of(leaves), initial_state=state, form=form, **arguments)
@@ -129,7 +132,9 @@ def stepwise(memory: HolographicMemory) -> Run:
         state, outputs = initial_state(leaves), []
         sequences = {renamed.get(name, name): x.unbind(1) for name, x in tokens_of(leaves).items()}
         for t in range(leaves["items"].shape[1]):
-            output, state = memory.step(**{name: x[t] for name, x in sequences.items()}, state=state)
+            output, state = memory.step(
+                **{name: x[t] for name, x in sequences.items()}, state=state
+            )
             outputs.append(output)
         return torch.stack(outputs, dim=1), state
 
@@ -158,7 +163,9 @@ def segmented(
     return run
 
 
-def separate_documents(memory: HolographicMemory, seq_idx: Tensor, state_seq_idx: Tensor | None) -> Run:
+def separate_documents(
+    memory: HolographicMemory, seq_idx: Tensor, state_seq_idx: Tensor | None
+) -> Run:
     """Every document of every row in a run of its own, by the recurrent form and without ``seq_idx``."""
 
     def run(leaves: Leaves) -> tuple[Tensor, MemoryState]:
@@ -223,7 +230,10 @@ def assert_same(actual: Leaves, expected: Leaves, tolerance: float) -> None:
         assert got.shape == want.shape, name
         difference, scale = got.double() - want.double(), want.double().abs().max()
         if name == "phase":
-            difference, scale = torch.remainder(difference + math.pi, 2 * math.pi) - math.pi, math.pi
+            difference, scale = (
+                torch.remainder(difference + math.pi, 2 * math.pi) - math.pi,
+                math.pi,
+            )
         worst = difference.abs().max()
         assert worst <= tolerance * scale, f"{name}: off by {worst:.1e}, largest entry {scale:.1e}"
 

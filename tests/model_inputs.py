@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from hamt import HAMTConfig, HAMTModel
-from hamt.memory import WRITE_RULES
+from hamt.memory.holographic import WRITE_RULES
 
 VOCAB = 97
 BINDINGS = ("elementwise", "circular_conv", "phasor")
-# Every binding with every write rule; every binding and every write rule with a rotation of either kind.
+# Every binding with every write rule; every binding and every write rule with a rotation of either
+# kind.
 LEARNT_TURNS = {"elementwise": "gated", "circular_conv": "convex", "phasor": "delta"}
 VARIANTS = [
     {"binding_type": binding_type, "write_rule": write_rule}
@@ -19,17 +20,24 @@ VARIANTS = [
     for binding_type in BINDINGS
     for write_rule in WRITE_RULES
 ]
-variants = pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(options.values()))
+variants = pytest.mark.parametrize(
+    "options", VARIANTS, ids=lambda options: "-".join(options.values())
+)
 
 
 def tiny_config(**options) -> HAMTConfig:
     """Several tiles and several half-lives within 20 tokens.
 
-    A head with random weights may read next to nothing; a small ε would magnify the rounding of that.
+    A head with random weights may read next to nothing; a small ε would magnify the rounding of
+    that.
     """
     sizes = {"vocab_size": VOCAB, "hidden_dim": 32, "num_layers": 2, "num_slots": 3, "num_heads": 2}
-    options.setdefault("rotation", "none" if options.get("binding_type") == "elementwise" else "constant")
-    return HAMTConfig(**{**sizes, "chunk_size": 4, "max_half_life": 64, "rms_norm_eps": 1e-3, **options})
+    options.setdefault(
+        "rotation", "none" if options.get("binding_type") == "elementwise" else "constant"
+    )
+    return HAMTConfig(
+        **{**sizes, "chunk_size": 4, "max_half_life": 64, "rms_norm_eps": 1e-3, **options}
+    )
 
 
 def tiny_model(seed: int = 0, **options) -> HAMTModel:

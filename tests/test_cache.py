@@ -112,7 +112,10 @@ def test_two_continuations_do_not_disturb_each_other(copied):
     model, cache = tiny_model(), read(tiny_model())
     fork = copied(cache)
     other = random_ids(2, 7, seed=4)
-    ours, theirs = model(MORE, past_key_values=cache).logits, model(other, past_key_values=fork).logits
+    ours, theirs = (
+        model(MORE, past_key_values=cache).logits,
+        model(other, past_key_values=fork).logits,
+    )
     assert (cache.get_seq_length(), fork.get_seq_length()) == (17, 19)
     assert_close(ours, model(torch.cat((IDS, MORE), dim=1)).logits[:, 12:])
     assert_close(theirs, model(torch.cat((IDS, other), dim=1)).logits[:, 12:])
@@ -255,6 +258,8 @@ def test_a_file_with_missing_parts_is_refused(tmp_path):
     cache = read(tiny_model())
     cache.save(tmp_path / "state")
     metadata = {"format": "hamt-state-2", "layers": "2", "seen_tokens": "12"}
-    save_file({"layers.0.memory": cache.states[0].memory.memory.contiguous()}, tmp_path / "part", metadata)
+    save_file(
+        {"layers.0.memory": cache.states[0].memory.memory.contiguous()}, tmp_path / "part", metadata
+    )
     with pytest.raises(ValueError, match="part is not a whole HAMT state"):
         HAMTCache.load(tmp_path / "part")

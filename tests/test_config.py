@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from hamt import HAMTConfig, HAMTModel
 from hamt.config import ROTATIONS
-from hamt.memory import WRITE_RULES
+from hamt.memory.holographic import WRITE_RULES
 
 ALIASES = {
     "hidden_size": "hidden_dim",
@@ -51,7 +51,9 @@ def test_the_documented_configuration_builds_a_model():
     assert model.model.layers[0].mixer.memory.head_dim == 128
 
 
-@pytest.mark.parametrize(("hidden_dim", "hcm_dim"), [(256, 1024), (384, 1536), (512, 2048), (512, None)])
+@pytest.mark.parametrize(
+    ("hidden_dim", "hcm_dim"), [(256, 1024), (384, 1536), (512, 2048), (512, None)]
+)
 @pytest.mark.parametrize("hcm", [None, 512, 2048, 4096])
 @pytest.mark.parametrize("binding_type", ["elementwise", "circular_conv", "phasor"])
 def test_defaults_divide_every_documented_size(hidden_dim, hcm_dim, hcm, binding_type):
@@ -64,7 +66,12 @@ def test_defaults_divide_every_documented_size(hidden_dim, hcm_dim, hcm, binding
 
 
 def test_transformers_names_are_the_same_fields_in_both_directions():
-    values = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96}
+    values = {
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 96,
+    }
     config = HAMTConfig(**values)
     ours = HAMTConfig(**{ALIASES[name]: value for name, value in values.items()})
     assert config.to_dict() == ours.to_dict()  # derived sizes too
@@ -85,7 +92,10 @@ REFUSED = [
     ({"num_attention_heads": 3}, "got 512, try 510 or 516"),
     ({"binding_type": "hrr"}, "one of elementwise, circular_conv, phasor; got 'hrr'"),
     ({"write_rule": "add"}, "write_rule must be one of gated, convex, delta; got 'add'"),
-    ({"rotation": "learned"}, "rotation must be one of none, constant, data_dependent; got 'learned'"),
+    (
+        {"rotation": "learned"},
+        "rotation must be one of none, constant, data_dependent; got 'learned'",
+    ),
     (
         {"binding_type": "elementwise", "rotation": "constant"},
         "use rotation='none' or 'data_dependent', or binding_type phasor or circular_conv",
@@ -106,12 +116,21 @@ REFUSED = [
     ({"rms_norm_eps": -1e-6}, "rms_norm_eps must not be negative"),
     *(
         ({name: 0}, f"{name} must be at least 1; got 0")
-        for name in ("vocab_size", "hidden_dim", "num_layers", "num_slots", "num_heads", "chunk_size")
+        for name in (
+            "vocab_size",
+            "hidden_dim",
+            "num_layers",
+            "num_slots",
+            "num_heads",
+            "chunk_size",
+        )
     ),
 ]
 
 
-@pytest.mark.parametrize(("options", "advice"), REFUSED, ids=lambda x: str(x) if isinstance(x, dict) else "")
+@pytest.mark.parametrize(
+    ("options", "advice"), REFUSED, ids=lambda x: str(x) if isinstance(x, dict) else ""
+)
 def test_the_impossible_is_refused_with_advice(options, advice):
     with pytest.raises(ValueError, match=advice):
         HAMTConfig(**options)
@@ -131,7 +150,9 @@ def test_a_configuration_spoilt_later_is_not_saved(tmp_path):
 
 
 def test_whole_numbers_pass_for_real_ones():
-    config = HAMTConfig(decay_rate=0, dropout=0, rotation_base=100, max_half_life=64, aux_loss_weight=1)
+    config = HAMTConfig(
+        decay_rate=0, dropout=0, rotation_base=100, max_half_life=64, aux_loss_weight=1
+    )
     assert config.decay_rate == 0
 
 
@@ -226,4 +247,6 @@ def test_every_accepted_option_builds_and_takes_a_training_step(binding_type, wr
             optimizer.step()
             losses.append(loss.item())
         # A true gradient lowers the loss by a step this small; a straight-through one need not.
-        assert losses[1] != losses[0] if binding_type == "elementwise" else losses[1] < losses[0], options
+        assert losses[1] != losses[0] if binding_type == "elementwise" else losses[1] < losses[0], (
+            options
+        )

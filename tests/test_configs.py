@@ -24,7 +24,9 @@ GOLDEN = Path(__file__).parent / "golden_tiny.json"
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_recipe_is_what_its_file_says(path):
     options = parse(TrainOptions, ["--config", str(path)], "train")
-    names = {name for field in fields(TrainOptions) for name in (field.name, *field.metadata["aliases"])}
+    names = {
+        name for field in fields(TrainOptions) for name in (field.name, *field.metadata["aliases"])
+    }
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert content.keys() <= names
     for name, value in content.items():
@@ -41,7 +43,9 @@ def test_recipes_for_gpus_have_the_parameters_that_they_say(name, millions):
     with torch.device("meta"):
         size = SIZES[options.size] if options.size else {}
         model = HAMTForCausalLM(HAMTConfig(**{**size, **options.architecture()}))
-    assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.02 if options.size else 0.001)
+    assert model.num_parameters() / 1e6 == pytest.approx(
+        millions, rel=0.02 if options.size else 0.001
+    )
 
 
 @pytest.mark.parametrize(("name", "millions"), [("tiny", 0.7), ("small", 5.3), ("medium", 22)])
@@ -54,12 +58,16 @@ def test_sizes_for_a_cpu(name, millions):
 def test_the_golden_curve(tmp_path, monkeypatch):
     """Sixty steps of ``configs/tiny.yaml`` against the losses that they had when they were recorded.
 
-    Half a percent is allowed: another order of sums, the chunked form instead of the fused operator, changed
-    them by up to 0.09 %, read weights that start at 0 instead of 1 by 5 %. A change that is meant is recorded
-    by ``HAMT_RECORD_GOLDEN=1 venv/bin/pytest tests/test_configs.py -k golden``.
+    Half a percent is allowed: another order of sums, the chunked form instead of the fused
+    operator, changed them by up to 0.09 %, read weights that start at 0 instead of 1 by 5 %. A
+    change that is meant is recorded by ``HAMT_RECORD_GOLDEN=1 venv/bin/pytest tests/test_configs.py
+    -k golden``.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert main(["train", str(ROOT / "configs" / "tiny.yaml"), "--output_dir", str(tmp_path / "run")]) == 0
+    assert (
+        main(["train", str(ROOT / "configs" / "tiny.yaml"), "--output_dir", str(tmp_path / "run")])
+        == 0
+    )
     info = json.loads((tmp_path / "run" / "training_info.json").read_text(encoding="utf-8"))
     curve = {
         "train": info["train_losses"],

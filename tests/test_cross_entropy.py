@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from hamt.cross_entropy import NOT_ASKED, TOKENS, next_token_loss
+from hamt.cross_entropy import IGNORE_INDEX, TOKENS, next_token_loss
 
 
 def problem(length, vocab_size=600, width=24):
@@ -13,7 +13,7 @@ def problem(length, vocab_size=600, width=24):
     hidden = torch.randn(2, length, width, generator=generator)
     weight = torch.randn(vocab_size, width, generator=generator) / 4
     targets = torch.randint(vocab_size, (2, length), generator=generator)
-    targets[0, : length // 3] = NOT_ASKED
+    targets[0, : length // 3] = IGNORE_INDEX
     return hidden, weight, targets
 
 
@@ -33,7 +33,7 @@ def test_loss_and_gradients_are_those_of_all_logits(length, dtype):
     def reference(hidden, weight):
         # What autocast rounds is rounded here too; all else is float32.
         logits = hidden.to(dtype).float() @ weight.to(dtype).float().T
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NOT_ASKED)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
 
     def tested(hidden, weight):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -53,7 +53,9 @@ def test_autocast_leaves_double_precision_alone_as_in_every_product():
     expected = next_token_loss(hidden, weight, targets)
     with torch.autocast("cpu", torch.bfloat16):
         assert F.linear(hidden, weight).dtype == torch.float64
-        torch.testing.assert_close(next_token_loss(hidden, weight, targets), expected, rtol=0, atol=0)
+        torch.testing.assert_close(
+            next_token_loss(hidden, weight, targets), expected, rtol=0, atol=0
+        )
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -61,9 +63,10 @@ def test_shares_of_a_step_add_up(enabled):
     hidden, weight, targets = problem(50)
     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
         whole = next_token_loss(hidden, weight, targets)
-        count = targets.ne(NOT_ASKED).sum()
+        count = targets.ne(IGNORE_INDEX).sum()
         parts = [
-            next_token_loss(h[None], weight, t[None], count) for h, t in zip(hidden, targets, strict=True)
+            next_token_loss(h[None], weight, t[None], count)
+            for h, t in zip(hidden, targets, strict=True)
         ]
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-4)
 
@@ -99,8 +102,10 @@ def test_float64_is_summed_in_float64():
     hidden, weight, targets = problem(40)
     hidden, weight = hidden.double(), weight.double()
     logits = (hidden @ weight.T).flatten(0, 1)
-    expected = F.cross_entropy(logits, targets.flatten(), ignore_index=NOT_ASKED)
-    assert next_token_loss(hidden, weight, targets).item() == pytest.approx(expected.item(), rel=1e-13)
+    expected = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
+    assert next_token_loss(hidden, weight, targets).item() == pytest.approx(
+        expected.item(), rel=1e-13
+    )
     leaves = hidden[:, :4].clone().requires_grad_(), weight[:20, :].clone().requires_grad_()
     few = targets[:, -4:] % 20
     assert torch.autograd.gradcheck(lambda h, w: next_token_loss(h, w, few), leaves)

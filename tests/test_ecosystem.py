@@ -29,7 +29,9 @@ def rows(*lengths: int) -> list[dict]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def trainer_for(model: HAMTModel, folder, data, collator=default_data_collator, **options) -> Trainer:
+def trainer_for(
+    model: HAMTModel, folder, data, collator=default_data_collator, **options
+) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=3,
@@ -46,7 +48,9 @@ def trainer_for(model: HAMTModel, folder, data, collator=default_data_collator, 
     return Trainer(model, arguments, data_collator=collator, train_dataset=data, eval_dataset=data)
 
 
-@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"activation_checkpointing": True}, {"bf16": True}], ids=str
+)
 def test_trainer_trains_evaluates_and_saves(tmp_path, options):
     model = tiny_model()
     trainer = trainer_for(model, tmp_path, rows(16, 16), **options)
@@ -70,7 +74,9 @@ def test_trainer_packs_documents_without_padding(tmp_path):
     found = []
     for collator in (DataCollatorWithFlattening(), default_data_collator):
         model = tiny_model()
-        trainer = trainer_for(model, tmp_path, rows(11, 11), collator, optim="sgd", max_grad_norm=0.0)
+        trainer = trainer_for(
+            model, tmp_path, rows(11, 11), collator, optim="sgd", max_grad_norm=0.0
+        )
         trainer.train()
         found.append(model.state_dict())
     for name, weight in found[0].items():
@@ -83,7 +89,9 @@ def test_trainer_packs_documents_without_padding(tmp_path):
 def test_lora_adapters_train(tmp_path):
     import peft
 
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["item_proj", "output_proj"], r=2)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["item_proj", "output_proj"], r=2
+    )
     model = peft.get_peft_model(tiny_model(), config)
     ids = random_ids(2, 9)
     model(ids, labels=ids).loss.backward()
@@ -111,13 +119,17 @@ def test_hook_generate_prepares_our_state_and_keeps_one_that_is_given():
         assert type(arguments.get("past_key_values")) is expected
     arguments = {"past_key_values": given}
     generation_config = model.generation_config.__class__(use_cache=True)
-    model._prepare_cache_for_generation(generation_config, arguments, GenerationMode.GREEDY_SEARCH, 1, 100)
+    model._prepare_cache_for_generation(
+        generation_config, arguments, GenerationMode.GREEDY_SEARCH, 1, 100
+    )
     assert arguments["past_key_values"] is given
 
 
 def test_hook_generate_calls_the_model_with_our_state_only():
     model, seen = tiny_model(), []
-    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
     model.generate(random_ids(1, 5), max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert len(seen) == 3
     states = [kwargs["past_key_values"] for kwargs in seen]
@@ -168,7 +180,9 @@ def test_hook_every_kind_of_weight_is_initialised_as_meant(options):
     for block in model.model.layers:
         assert_initialised(block, num_layers=2)
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert_initialised(HAMTForSequenceClassification(tiny_config(**options)).model.layers[1], num_layers=2)
+    assert_initialised(
+        HAMTForSequenceClassification(tiny_config(**options)).model.layers[1], num_layers=2
+    )
 
 
 def assert_initialised(block: HAMTBlock, num_layers: int) -> None:
@@ -181,7 +195,10 @@ def assert_initialised(block: HAMTBlock, num_layers: int) -> None:
     assert mixer.conv.weight[:-1].std().item() == pytest.approx(0.1, rel=0.3)
     assert torch.equal(mixer.retrieval.read_bias, torch.ones(6))
     assert torch.equal(block.mixer_norm.weight, torch.ones(32))
-    scales = [(linear, linear.in_features**-0.5) for linear in (mixer.item_proj, mixer.key_proj, mlp.up_proj)]
+    scales = [
+        (linear, linear.in_features**-0.5)
+        for linear in (mixer.item_proj, mixer.key_proj, mlp.up_proj)
+    ]
     scales += [
         (linear, (2 * num_layers * linear.in_features) ** -0.5)
         for linear in (mixer.output_proj, mlp.down_proj)
@@ -205,7 +222,14 @@ def test_a_checkpoint_holds_all_that_is_needed(tmp_path, tokenizer, save):
     save(path, model, tokenizer)
     loaded, loaded_tokenizer = load_checkpoint(path)
     assert not loaded.training
-    for name in ("vocab_size", "hidden_dim", "num_slots", "write_rule", "binding_type", "max_half_life"):
+    for name in (
+        "vocab_size",
+        "hidden_dim",
+        "num_slots",
+        "write_rule",
+        "binding_type",
+        "max_half_life",
+    ):
         assert getattr(loaded.config, name) == getattr(model.config, name)
     text = "The state of Ünion — strange. "
     ids = tokenizer(text, return_tensors="pt").input_ids

@@ -84,7 +84,9 @@ def test_a_prompt_may_be_read_in_chunks(chunk):
 
 def test_a_prompt_may_be_given_as_embeddings():
     model, ids = tiny_model(), random_ids(2, 7)
-    written = model.generate(inputs_embeds=model.model.embed_tokens(ids), max_new_tokens=5, **GREEDY)
+    written = model.generate(
+        inputs_embeds=model.model.embed_tokens(ids), max_new_tokens=5, **GREEDY
+    )
     assert torch.equal(written, model.generate(ids, max_new_tokens=5, **GREEDY)[:, 7:])
 
 
@@ -109,13 +111,17 @@ def test_sampling_is_reproduced_by_its_seed_and_by_no_other():
     assert torch.equal(sample(1), sample(1))
     assert not torch.equal(sample(1), sample(2))
     assert torch.equal(sample(1, use_cache=False), sample(1))
-    assert torch.equal(sample(1, top_k=1)[:, 6:], model.generate(ids, max_new_tokens=10, **GREEDY)[:, 6:])
+    assert torch.equal(
+        sample(1, top_k=1)[:, 6:], model.generate(ids, max_new_tokens=10, **GREEDY)[:, 6:]
+    )
 
 
 def test_several_samples_continue_the_same_prompt():
     model, ids = tiny_model(), random_ids(2, 6)
     torch.manual_seed(0)
-    texts = model.generate(ids, do_sample=True, num_return_sequences=3, max_new_tokens=6, pad_token_id=0)
+    texts = model.generate(
+        ids, do_sample=True, num_return_sequences=3, max_new_tokens=6, pad_token_id=0
+    )
     assert texts.shape == (6, 12)
     assert torch.equal(texts[:, :6], ids.repeat_interleave(3, dim=0))
     assert len({tuple(text) for text in texts.tolist()}) == 6
@@ -172,7 +178,9 @@ def test_a_second_turn_of_several_tokens_goes_on_from_the_state(chunk):
     """A batch of conversations: the turns are padded on the left, the second one inside the row."""
     model, first, second = tiny_model(), ragged_rows(7, 4), ragged_rows(2, 5, seed=5)
     ids, mask = padded(first, "left")
-    turn = model.generate(ids, attention_mask=mask, max_new_tokens=3, return_dict_in_generate=True, **GREEDY)
+    turn = model.generate(
+        ids, attention_mask=mask, max_new_tokens=3, return_dict_in_generate=True, **GREEDY
+    )
     more, more_mask = padded(second, "left")
     ids = torch.cat((turn.sequences, more), dim=1)
     mask = torch.cat((mask, torch.ones(2, 3, dtype=torch.long), more_mask), dim=1)
@@ -241,7 +249,9 @@ def test_the_pipeline_writes_what_generate_writes_alone_and_in_batches(speaker):
     expected = []
     for text in TEXTS:
         ids = tokenizer(text, return_tensors="pt").input_ids
-        expected.append(tokenizer.decode(model.generate(ids, **arguments)[0], skip_special_tokens=True))
+        expected.append(
+            tokenizer.decode(model.generate(ids, **arguments)[0], skip_special_tokens=True)
+        )
         assert expected[-1].startswith(text)
         assert write(text, **arguments)[0]["generated_text"] == expected[-1]
     assert len(tokenizer(TEXTS[0]).input_ids) != len(tokenizer(TEXTS[1]).input_ids)
@@ -264,7 +274,9 @@ def test_a_streamer_gets_each_token_as_it_is_written(speaker):
         def end(self) -> None:
             pieces.append("end")
 
-    written = model.generate(ids, max_new_tokens=5, do_sample=False, streamer=Streamer())[0].tolist()
+    written = model.generate(ids, max_new_tokens=5, do_sample=False, streamer=Streamer())[
+        0
+    ].tolist()
     prompt, new = ids[0].tolist(), written[ids.shape[1] :]
     assert pieces == [prompt, *([token] for token in new), "end"]
     assert len(new) == 5 or new[-1] == tokenizer.eos_token_id

@@ -26,7 +26,9 @@ def test_1_a_bound_item_is_recovered(binding_type):
 
 @bindings
 def test_2_a_layer_keeps_the_shape(binding_type):
-    config = HAMTConfig(hidden_dim=64, hcm_dim=256, num_slots=8, num_heads=4, binding_type=binding_type)
+    config = HAMTConfig(
+        hidden_dim=64, hcm_dim=256, num_slots=8, num_heads=4, binding_type=binding_type
+    )
     layer = HAMTModel(config).model.layers[0].mixer
     assert isinstance(layer, HAMTLayer)
     inputs = torch.randn(2, 37, 64)
@@ -34,14 +36,20 @@ def test_2_a_layer_keeps_the_shape(binding_type):
     assert outputs.shape == inputs.shape
     assert outputs.std() > 0.01
     assert state.memory.memory.shape == (2, 4, 8, 64)
-    assert state.memory.memory.abs().sum(dim=-1).min() > 0  # every slot of every head was written to
+    assert (
+        state.memory.memory.abs().sum(dim=-1).min() > 0
+    )  # every slot of every head was written to
 
 
-@pytest.mark.parametrize("options", [{}, {"write_rule": "delta", "rotation": "data_dependent"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"write_rule": "delta", "rotation": "data_dependent"}], ids=str
+)
 @bindings
 def test_3_an_untrained_model_knows_nothing_and_every_parameter_can_learn(binding_type, options):
     torch.manual_seed(0)
-    config = HAMTConfig(hidden_dim=64, num_layers=2, vocab_size=100, binding_type=binding_type, **options)
+    config = HAMTConfig(
+        hidden_dim=64, num_layers=2, vocab_size=100, binding_type=binding_type, **options
+    )
     model = HAMTModel(config)
     ids = torch.randint(100, (4, 33))
     outputs = model(ids, labels=ids)
@@ -84,9 +92,15 @@ def test_5_superposed_items_are_recovered_with_cosine_one_over_root_n(binding_ty
     keys = memory.algebra.random_keys(memories, count, 1, memory.key_size, generator=generator)
     state, one = memory.initial_state(memories), torch.ones(memories, 1, 1)
     for n in range(count):
-        state = memory.write(state, items[:, n], keys[:, n], write=one, log_forget=torch.zeros_like(one))
+        state = memory.write(
+            state, items[:, n], keys[:, n], write=one, log_forget=torch.zeros_like(one)
+        )
     cosines = torch.stack(
-        [similarity(memory.retrieve(state, keys[:, n], one), items[:, n])[:, 0] for n in range(count)], dim=1
+        [
+            similarity(memory.retrieve(state, keys[:, n], one), items[:, n])[:, 0]
+            for n in range(count)
+        ],
+        dim=1,
     )
     standard_error = cosines.mean(dim=1).std() / math.sqrt(memories)
     assert abs(cosines.mean() - 1 / math.sqrt(count)) < 3 * standard_error + 1e-4

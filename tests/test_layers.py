@@ -10,8 +10,8 @@ from model_inputs import BINDINGS, assert_close, tiny_model, variants
 from torch import Tensor
 
 from hamt.layers import GatingNetwork, HAMTLayer, LayerState, RetrievalHead, ShortConvolution
-from hamt.memory import WRITE_RULES, MemoryState
-from hamt.vsa import wrap_phase
+from hamt.memory.algebra import wrap_phase
+from hamt.memory.holographic import WRITE_RULES, MemoryState
 
 WIDTH = 32
 write_rules = pytest.mark.parametrize("write_rule", WRITE_RULES)
@@ -53,14 +53,16 @@ def nothing_like(state: LayerState, identity: float) -> LayerState:
 
 def map_state(function: Callable[[Tensor], Tensor], state: LayerState) -> LayerState:
     memory = MemoryState(*(None if x is None else function(x) for x in state.memory))
-    return LayerState(memory, None if state.conv is None else function(state.conv), function(state.position))
+    return LayerState(
+        memory, None if state.conv is None else function(state.conv), function(state.position)
+    )
 
 
 # ---------------------------------------------------------------- the whole layer
 
 
 def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
-    """The docstrings of ``hamt.layers`` and ``hamt.delta``, line by line, in a loop over one row (N, d)."""
+    """The docstrings of ``hamt.layers`` and ``hamt.memory.delta``, line by line, in a loop over one row (N, d)."""
     config, algebra = layer.config, layer.memory.algebra
     heads, head_dim = config.num_heads, config.hcm_dim // config.num_heads
     conditioned = inputs
@@ -90,7 +92,10 @@ def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
             if config.rotation == "data_dependent":
                 turn = turn + (layer.rotation.weight @ c).view(heads, size)
             position = algebra.compose(algebra.key(turn), position)
-            key, unbinding_key = algebra.compose(key, position), algebra.compose(unbinding_key, position)
+            key, unbinding_key = (
+                algebra.compose(key, position),
+                algebra.compose(unbinding_key, position),
+            )
         bound = algebra.bind(algebra.lift(item), key)
         memory = forget[..., None] * memory
         if config.write_rule == "delta":
@@ -98,7 +103,9 @@ def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
             held = torch.einsum("hs,hsf->hf", write, memory)
             bound = torch.sigmoid(strength)[:, None] * (bound - held)
         memory = memory + write[..., None] * bound[:, None]
-        retrieved = algebra.lower(algebra.unbind(torch.einsum("hs,hsf->hf", read, memory), unbinding_key))
+        retrieved = algebra.lower(
+            algebra.unbind(torch.einsum("hs,hsf->hf", read, memory), unbinding_key)
+        )
         mean_square = retrieved.square().mean(dim=-1, keepdim=True)
         output = retrieved / (mean_square + config.rms_norm_eps).sqrt() * layer.norm.weight
         if layer.gate_proj is not None:
@@ -107,7 +114,9 @@ def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("extra", [{}, {"conv_kernel_size": 0, "use_output_gate": False, "rotation": "none"}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"conv_kernel_size": 0, "use_output_gate": False, "rotation": "none"}]
+)
 @variants
 def test_the_layer_is_its_equations(options, extra):
     layer = tiny_layer(**options | extra, rotation_base=100, decay_rate=0.05)
@@ -200,7 +209,9 @@ def test_padding_joins_the_document_beside_it():
     earlier = layer(random_inputs(2, 4, seed=1), seq_idx=torch.full((2, 4), 3))[1]
     after = layer(inputs, attention_mask=mask, seq_idx=names, state=earlier)[1]
     for b, part in enumerate((slice(2, 8), slice(0, 6))):
-        assert_same_state(row_of(after, b), layer(inputs[b : b + 1, part], state=row_of(earlier, b))[1])
+        assert_same_state(
+            row_of(after, b), layer(inputs[b : b + 1, part], state=row_of(earlier, b))[1]
+        )
 
 
 @pytest.mark.parametrize(
@@ -231,7 +242,13 @@ def test_a_state_with_another_number_of_rows_is_refused():
 
 
 def test_the_choices_of_the_configuration_reach_the_memory():
-    options = {"num_slots": 5, "num_heads": 4, "decay_rate": 0.01, "chunk_size": 8, "write_rule": "convex"}
+    options = {
+        "num_slots": 5,
+        "num_heads": 4,
+        "decay_rate": 0.01,
+        "chunk_size": 8,
+        "write_rule": "convex",
+    }
     memory = tiny_layer(**options, hcm_dim=48, binding_type="circular_conv").memory
     assert {name: getattr(memory, name) for name in options} == options
     assert (memory.head_dim, memory.algebra.name) == (12, "circular_conv")
@@ -256,7 +273,9 @@ def gating(**options) -> GatingNetwork:
 
 @write_rules
 def test_slots_start_with_half_lives_from_shortest_to_longest_in_every_head(write_rule):
-    network = gating(write_rule=write_rule, num_slots=8, num_heads=2, min_half_life=2, max_half_life=500)
+    network = gating(
+        write_rule=write_rule, num_slots=8, num_heads=2, min_half_life=2, max_half_life=500
+    )
     log_forget, write, _ = network(torch.zeros(1, 1, WIDTH))
     kept = 1 - write if log_forget is None else log_forget.exp()
     half_lives = (math.log(0.5) / kept.log())[0, 0]

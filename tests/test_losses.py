@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from hamt import HAMTConfig, HAMTModel
 from hamt.losses import reconstruction_loss
-from hamt.memory import WRITE_RULES, HolographicMemory
-from hamt.vsa import ALGEBRAS, similarity
+from hamt.memory.algebra import ALGEBRAS, similarity
+from hamt.memory.holographic import WRITE_RULES, HolographicMemory
 
 
 def stored(memory, batch, length, seed=0):
@@ -18,7 +18,12 @@ def stored(memory, batch, length, seed=0):
     heads, slots = memory.num_heads, memory.num_slots
     items = torch.randn(batch, length, heads, memory.head_dim)
     keys = memory.algebra.random_keys(batch, length, heads, memory.key_size)
-    return items, keys, torch.rand(batch, length, heads, slots), -torch.rand(batch, length, heads, slots)
+    return (
+        items,
+        keys,
+        torch.rand(batch, length, heads, slots),
+        -torch.rand(batch, length, heads, slots),
+    )
 
 
 @pytest.mark.parametrize("binding", ALGEBRAS)
@@ -41,7 +46,11 @@ def test_it_reads_the_state_that_the_memory_has(binding, rule):
     items, keys, write, forget = stored(memory, 2, 13)
     write = F.normalize(write, dim=-1) if rule == "delta" else write
     rotation = memory.algebra.random_keys(2, 13, 2, memory.key_size)
-    gates = (write, None if rule == "convex" else forget, torch.rand(2, 13, 2) if rule == "delta" else None)
+    gates = (
+        write,
+        None if rule == "convex" else forget,
+        torch.rand(2, 13, 2) if rule == "delta" else None,
+    )
     part = [None if x is None else x[:, :11] for x in (items, keys, keys, write, *gates, rotation)]
     _, state = memory(*part, form="recurrent")
     cosines, errors, position = [], [], torch.full_like(rotation[:, 0], memory.algebra.identity)
@@ -62,7 +71,9 @@ def test_under_the_delta_rule_the_last_item_of_full_strength_comes_back_whole():
     items, keys, write, forget = stored(memory, 2, 11)
     beta = torch.rand(2, 11, 1)
     beta[:, -1] = 1
-    loss = reconstruction_loss(memory, items, keys, F.normalize(write, dim=-1), forget, beta, end=11)
+    loss = reconstruction_loss(
+        memory, items, keys, F.normalize(write, dim=-1), forget, beta, end=11
+    )
     assert loss.loss.item() == pytest.approx(0, abs=1e-5)
     assert loss.mse.item() == pytest.approx(0, abs=1e-5)
 
@@ -131,7 +142,9 @@ def test_a_document_of_the_same_name_is_another_document():
     memory = HolographicMemory(64, num_slots=3, chunk_size=12)
     items, keys, write, forget = stored(memory, 1, 12)
     losses = [
-        reconstruction_loss(memory, items, keys, write, forget, seq_idx=torch.tensor([names]), end=12).loss
+        reconstruction_loss(
+            memory, items, keys, write, forget, seq_idx=torch.tensor([names]), end=12
+        ).loss
         for names in ([0] * 4 + [1] * 4 + [0] * 4, [0] * 4 + [1] * 4 + [2] * 4)
     ]
     assert losses[0] == losses[1]

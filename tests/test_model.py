@@ -103,7 +103,9 @@ def test_every_auto_class_finds_its_own(folder):
     backbone = AutoModel.from_pretrained(folder)
     assert type(backbone) is HAMTBackbone
     assert torch.equal(backbone(IDS).last_hidden_state, expected.model(IDS).last_hidden_state)
-    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, pad_token_id=0)
+    classifier = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=3, pad_token_id=0
+    )
     assert type(classifier) is HAMTForSequenceClassification
     for name, weight in expected.model.state_dict().items():
         assert torch.equal(classifier.model.state_dict()[name], weight), name
@@ -117,7 +119,11 @@ def test_importing_hamt_is_enough_in_a_fresh_process(folder):
         "print(type(model).__name__, model(torch.arange(1, 9)[None]).logits.double().sum().item())\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", program, folder], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", program, folder],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     name, total = run.stdout.split()
     assert name == "HAMTForCausalLM"
@@ -309,7 +315,9 @@ def test_autocast_is_close_to_float32_and_keeps_the_state_in_float32():
         assert gradient.dtype == torch.float32
         assert gradient.isfinite().all()
         if gradient.ndim == 2:  # a bias sums over all tokens, and what cancels is rounding
-            assert F.cosine_similarity(gradient.flatten(), wanted[name].flatten(), dim=0) > 0.97, name
+            assert F.cosine_similarity(gradient.flatten(), wanted[name].flatten(), dim=0) > 0.97, (
+                name
+            )
 
 
 @variants

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening, DynamicCache
 
 from hamt import HAMTCache, HAMTModel
-from hamt.fused import fused_available, fused_scan
+from hamt.cpu.fused import fused_available, fused_scan
 
 CUTS = [(10,), (1, 2, 5, 6), (4, 8, 12, 16), (20,)]
 
@@ -115,7 +115,11 @@ def test_checkpointing_computes_each_block_again():
 def test_padded_rows_leave_and_continue_the_state_of_their_real_tokens(options, side, later_side):
     """Three calls: ragged rows, ragged rows on top of them, one token; a mask may span all or the call."""
     model = tiny_model(**options)
-    rows, later, last = ragged_rows(13, 2, 7), ragged_rows(1, 9, 3, seed=5), ragged_rows(1, 1, 1, seed=9)
+    rows, later, last = (
+        ragged_rows(13, 2, 7),
+        ragged_rows(1, 9, 3, seed=5),
+        ragged_rows(1, 1, 1, seed=9),
+    )
     ids, mask = padded(rows, side)
     later_ids, later_mask = padded(later, later_side)
     for masks in (later_mask, torch.cat((mask, later_mask), dim=1)):
@@ -222,7 +226,9 @@ def test_positions_of_padding_start_no_document(side, filler):
         assert_close(later[b], whole[-2:])
 
 
-@pytest.mark.parametrize("flags", [{}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True}], ids=str
+)
 def test_the_flattening_collator_gives_the_loss_of_separate_documents(flags):
     model = tiny_model()
     batch = DataCollatorWithFlattening(**flags)([{"input_ids": row.tolist()} for row in DOCUMENTS])
@@ -240,8 +246,8 @@ def test_the_flattening_collator_gives_the_loss_of_separate_documents(flags):
 
 def without_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there is no C++ compiler, or on a GPU."""
-    monkeypatch.setattr("hamt.memory.fused_available", lambda _: False)
-    monkeypatch.setattr("hamt.memory.fused_scan", None)
+    monkeypatch.setattr("hamt.memory.holographic.fused_available", lambda _: False)
+    monkeypatch.setattr("hamt.memory.holographic.fused_scan", None)
 
 
 @pytest.mark.skipif(not fused_available(torch.zeros(1)), reason="there is no C++ compiler")
@@ -251,7 +257,9 @@ def test_the_fused_form_changes_nothing(options, monkeypatch):
     model, more = tiny_model(**options).double(), random_ids(2, 4)
     ids, mask = padded(ragged_rows(14, 7), "left")
     calls = []
-    monkeypatch.setattr("hamt.memory.fused_scan", lambda *args: calls.append(1) or fused_scan(*args))
+    monkeypatch.setattr(
+        "hamt.memory.holographic.fused_scan", lambda *args: calls.append(1) or fused_scan(*args)
+    )
     fused_logits, fused_cache = continue_twice(model, ids, mask, more)
     assert len(calls) == 6, "the fused form was not used in every call of every layer"
     expected = gradients(model)
@@ -265,7 +273,9 @@ def test_the_fused_form_changes_nothing(options, monkeypatch):
     assert_same_gradients(model, expected, 1e-8)
 
 
-def continue_twice(model: HAMTModel, ids: Tensor, mask: Tensor, more: Tensor) -> tuple[Tensor, HAMTCache]:
+def continue_twice(
+    model: HAMTModel, ids: Tensor, mask: Tensor, more: Tensor
+) -> tuple[Tensor, HAMTCache]:
     """Logits of the tokens after ``ids``, all but the last in one call; gradients stay on the model."""
     cache = model(ids, attention_mask=mask).past_key_values
     parts = more.split((more.shape[1] - 1, 1), dim=1)
@@ -335,7 +345,9 @@ def test_what_is_not_a_state_of_this_model_is_refused():
     model, ids = tiny_model(), random_ids(2, 5)
     with pytest.raises(ValueError, match="must be a HAMTCache; got DynamicCache"):
         model(ids, past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match="this state has 1 layers, the model 2: it comes from another model"):
+    with pytest.raises(
+        ValueError, match="this state has 1 layers, the model 2: it comes from another model"
+    ):
         model(ids, past_key_values=tiny_model(num_layers=1)(ids).past_key_values)
     with pytest.raises(ValueError, match="comes from another model: its memory"):
         model(ids, past_key_values=tiny_model(num_slots=5)(ids).past_key_values)

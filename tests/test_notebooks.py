@@ -28,7 +28,9 @@ def test_the_notebook_runs(source, tmp_path, monkeypatch):
     notebook = jupytext.read(source.with_suffix(".ipynb"))
     start = time.perf_counter()
     resources = {"metadata": {"path": str(source.parent)}}
-    nbclient.NotebookClient(notebook, timeout=170, kernel_name="python3", resources=resources).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=170, kernel_name="python3", resources=resources
+    ).execute()
     assert time.perf_counter() - start < 180
     assert sum(cell.cell_type == "code" for cell in notebook.cells) > 5
 

@@ -11,7 +11,7 @@ from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.cli import main
 from hamt.data.corpus import load_corpus
 from hamt.data.tokens import tokenise
-from hamt.evaluation.loss import held_out_loss
+from hamt.training.held_out import held_out_loss
 
 
 def test_it_is_small():
@@ -34,7 +34,9 @@ def test_it_computes_in_float32_also_for_transformers():
     model = AutoModelForCausalLM.from_pretrained(PRETRAINED)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    ids = AutoTokenizer.from_pretrained(PRETRAINED)("The Congress of the United", return_tensors="pt")
+    ids = AutoTokenizer.from_pretrained(PRETRAINED)(
+        "The Congress of the United", return_tensors="pt"
+    )
     likeliest = model(**ids).logits[0, -1].argmax()
     assert AutoTokenizer.from_pretrained(PRETRAINED).decode(likeliest) == " States"
 

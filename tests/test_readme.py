@@ -22,6 +22,9 @@ def test_the_example_prints_the_output_beside_it(capsys):
 def test_the_example_of_the_analysis_runs(capsys):
     page = (ROOT / "docs" / "analysis.md").read_text(encoding="utf-8")
     names: dict = {}
-    exec(compile(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1), "analysis.md", "exec"), names)
+    exec(
+        compile(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1), "analysis.md", "exec"),
+        names,
+    )
     assert abs(names["shares"].sum() - 1).max() < 1e-4
     assert "tensor" in capsys.readouterr().out

@@ -17,7 +17,9 @@ def load(name):
 
 
 def figures(pattern):
-    found = [json.loads(path.read_text(encoding="utf-8"))["figure"] for path in RESULTS.glob(pattern)]
+    found = [
+        json.loads(path.read_text(encoding="utf-8"))["figure"] for path in RESULTS.glob(pattern)
+    ]
     assert found, pattern
     return mean(found)
 
@@ -41,15 +43,25 @@ def same(written, measured):
 
 def test_what_was_learned():
     half = ("hamt-no-rotation", "transformer-conv", "mamba2", "gated-deltanet")
-    same(row("WikiText-2, half an epoch"), [figures(f"wikitext2/half-{name}-[01].json") for name in half])
-    whole = [figures(f"wikitext2/epoch-{name}-0.json") for name in ("hamt-no-rotation", "transformer-conv")]
+    same(
+        row("WikiText-2, half an epoch"),
+        [figures(f"wikitext2/half-{name}-[01].json") for name in half],
+    )
+    whole = [
+        figures(f"wikitext2/epoch-{name}-0.json")
+        for name in ("hamt-no-rotation", "transformer-conv")
+    ]
     same(row("the same, a whole epoch"), [*whole, None, None])
     characters = ("shakespeare-no-rotation-[012]", "shakespeare-transformer-conv-lr-0.01-[012]")
-    same(row("tiny-shakespeare"), [*(figures(f"ablation/{name}.json") for name in characters), None, None])
+    same(
+        row("tiny-shakespeare"),
+        [*(figures(f"ablation/{name}.json") for name in characters), None, None],
+    )
 
 
 @pytest.mark.parametrize(
-    ("label", "state"), [("recall of up to 32 pairs", 768), ("with 1,280", 1280), ("with 2,304", 2304)]
+    ("label", "state"),
+    [("recall of up to 32 pairs", 768), ("with 1,280", 1280), ("with 2,304", 2304)],
 )
 def test_what_was_recalled(label, state):
     wanted = []
@@ -64,11 +76,16 @@ def test_what_was_recalled(label, state):
 
 
 def test_what_it_costs():
-    train = {r["length"]: r for r in load("bench/bench.json")["model"]["rows"] if r["phase"] == "train"}
+    train = {
+        r["length"]: r for r in load("bench/bench.json")["model"]["rows"] if r["phase"] == "train"
+    }
     lengths = (128, 512, 2048, 8192, 16384)
     ratios = [train[n]["ratios"]["hamt over sdpa"]["median"] for n in lengths]
     same(row("training ([bench]"), [*ratios, None])
-    pairs = [zip(train[n]["times_s"]["ceiling"], train[n]["times_s"]["sdpa"], strict=True) for n in lengths]
+    pairs = [
+        zip(train[n]["times_s"]["ceiling"], train[n]["times_s"]["sdpa"], strict=True)
+        for n in lengths
+    ]
     ceilings = [median(sdpa / ceiling for ceiling, sdpa in pair) for pair in pairs]
     same(row("ceiling"), [*ceilings, None])
     decode = load("decode/bench.json")["decode"]["rows"]
@@ -76,7 +93,10 @@ def test_what_it_costs():
     def spread_out(values):
         return [None, None, values[0], values[1], None, values[2]]
 
-    for label, name in (("decoding, cache of fixed", "static"), ("decoding, cache that", "dynamic")):
+    for label, name in (
+        ("decoding, cache of fixed", "static"),
+        ("decoding, cache that", "dynamic"),
+    ):
         same(row(label), spread_out([r["ratios"][f"hamt over {name}"]["median"] for r in decode]))
     for label, name in (("what is carried", "hamt"), ("the transformer |", "static")):
         same(row(label), spread_out([r["cache_bytes"][name] / r["batch"] / 1e6 for r in decode]))

@@ -15,10 +15,10 @@ _HOME = {
     "HAMTForSequenceClassification": "hamt.model",
     "HAMTLayer": "hamt.layers",
     "HAMTModel": "hamt.model",
-    "HolographicMemory": "hamt.memory",
-    "MemoryState": "hamt.memory",
-    "get_algebra": "hamt.vsa",
-    "similarity": "hamt.vsa",
+    "HolographicMemory": "hamt.memory.holographic",
+    "MemoryState": "hamt.memory.holographic",
+    "get_algebra": "hamt.memory.algebra",
+    "similarity": "hamt.memory.algebra",
 }
 __all__ = sorted(_HOME)
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from hamt.files import write_file
 from hamt.layers import LayerState
-from hamt.memory import MemoryState
+from hamt.memory.holographic import MemoryState
 
 _FORMAT = "hamt-state-2"
 
@@ -106,7 +106,9 @@ class HAMTCache(Cache):
         """Tokens seen, padding included."""
         return self.seen_tokens
 
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
         """Whether any token has been seen."""
         return self.seen_tokens > 0
 
@@ -145,7 +147,9 @@ class HAMTCache(Cache):
         return {**tensors, "counts": counts}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> "HAMTCache":
+    def from_tensors(
+        cls, tensors: dict[str, Tensor], device: torch.device | str = "cpu"
+    ) -> "HAMTCache":
         """The state that ``to_tensors`` took apart.
 
         Raises:

@@ -40,20 +40,25 @@ def save_checkpoint(
 ) -> None:
     """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
-    ``dtype`` is that of the numbers in the file (half as many bytes for ``float16``); a model that is
-    loaded from it computes in the dtype of ``model``.
+    ``dtype`` is that of the numbers in the file (half as many bytes for ``float16``); a model that
+    is loaded from it computes in the dtype of ``model``.
     """
 
     def write(target: Path) -> None:
         cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor, which is written once
-        weights = {name: cast.setdefault(x.data_ptr(), x.to(dtype)) for name, x in model.state_dict().items()}
+        weights = {
+            name: cast.setdefault(x.data_ptr(), x.to(dtype))
+            for name, x in model.state_dict().items()
+        }
         model.save_pretrained(target, state_dict=weights)
         tokenizer.save_pretrained(target)
 
     write_folder(folder, write)
 
 
-def save_pt(path: str | os.PathLike[str], model: HAMTForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_pt(
+    path: str | os.PathLike[str], model: HAMTForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Write weights, configuration and tokenizer to one ``.pt`` file of plain data."""
     content = {
         "state_dict": model.state_dict(),
@@ -64,7 +69,9 @@ def save_pt(path: str | os.PathLike[str], model: HAMTForCausalLM, tokenizer: Pre
     write_file(path, lambda file: torch.save(content, file))
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> tuple[HAMTForCausalLM, PreTrainedTokenizerBase]:
+def load_checkpoint(
+    path: str | os.PathLike[str],
+) -> tuple[HAMTForCausalLM, PreTrainedTokenizerBase]:
     """Load a folder or a ``.pt`` file; the model is in evaluation mode.
 
     Raises:
@@ -83,12 +90,16 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[HAMTForCausalLM, PreT
             f"{config} is not a model configuration ({error}); give another checkpoint"
         ) from error
     if model_type != HAMTConfig.model_type:
-        raise UserError(f"{path} holds a {model_type!r} model, not a HAMT model; give a HAMT checkpoint")
+        raise UserError(
+            f"{path} holds a {model_type!r} model, not a HAMT model; give a HAMT checkpoint"
+        )
     try:
         model = HAMTForCausalLM.from_pretrained(path, local_files_only=True)
         return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # whatever the libraries trip over
-        raise UserError(f"{path} is not a whole checkpoint ({reason(error)}); give another") from error
+        raise UserError(
+            f"{path} is not a whole checkpoint ({reason(error)}); give another"
+        ) from error
 
 
 def _load_pt(path: Path) -> tuple[HAMTForCausalLM, PreTrainedTokenizerFast]:
@@ -97,7 +108,8 @@ def _load_pt(path: Path) -> tuple[HAMTForCausalLM, PreTrainedTokenizerFast]:
         model = HAMTForCausalLM(HAMTConfig(**content["config"]))
         model.load_state_dict(content["state_dict"])
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(content["tokenizer"]), **content["tokenizer_settings"]
+            tokenizer_object=Tokenizer.from_str(content["tokenizer"]),
+            **content["tokenizer_settings"],
         )
     # Whatever torch.load trips over, the file is not one of ours.
     except Exception as error:

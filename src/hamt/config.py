@@ -6,8 +6,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from hamt.memory import WRITE_RULES
-from hamt.vsa import ALGEBRAS, get_algebra
+from hamt.memory.algebra import ALGEBRAS, get_algebra
+from hamt.memory.holographic import WRITE_RULES
 
 ROTATIONS = ("none", "constant", "data_dependent")
 
@@ -27,13 +27,16 @@ class HAMTConfig(PreTrainedConfig):
         num_layers: blocks of memory and MLP.
         num_slots: S, slots per head.
         num_heads: H, heads; an item of a head has hcm_dim / num_heads features.
-        binding_type: ``phasor``, ``circular_conv`` or ``elementwise`` (see ``hamt.vsa``).
+        binding_type: ``phasor``, ``circular_conv`` or ``elementwise`` (see
+            ``hamt.memory.algebra``).
         write_rule: ``gated`` (forget and write gates), ``convex`` (one gate for both) or ``delta``
-            (error-correcting, see ``hamt.delta``).
-        rotation: ``none``, ``constant`` (position keys at many time scales; where the binding has phases)
-            or ``data_dependent`` (each token turns the position by an angle, or sign, of its own: state
-            tracking). What is recalled at a lag that varies loses the phases that turn fast.
-        rotation_base: the slowest phase turns by 1 / rotation_base radians a token, the fastest by 1.
+            (error-correcting, see ``hamt.memory.delta``).
+        rotation: ``none``, ``constant`` (position keys at many time scales; where the binding has
+            phases) or ``data_dependent`` (each token turns the position by an angle, or sign, of
+            its own: state tracking). What is recalled at a lag that varies loses the phases that
+            turn fast.
+        rotation_base: the slowest phase turns by 1 / rotation_base radians a token, the fastest by
+            1.
         decay_rate: λ of the convex rule, the share forgotten at every token.
         min_half_life: half-life in tokens of the fastest slot at initialisation.
         max_half_life: half-life in tokens of the slowest slot at initialisation.
@@ -41,8 +44,8 @@ class HAMTConfig(PreTrainedConfig):
         conv_kernel_size: width of the short convolution; 0 leaves it out.
         use_gating: gates depend on the token; False leaves a learned constant for each slot.
         use_output_gate: multiply the read-out by SiLU(W_g x).
-        intermediate_dim: width of the SwiGLU MLP; None is 8/3 · hidden_dim, rounded up to 32; 0 leaves
-            the MLP out.
+        intermediate_dim: width of the SwiGLU MLP; None is 8/3 · hidden_dim, rounded up to 32; 0
+            leaves the MLP out.
         max_position_embeddings: advisory, the context trained on; the memory has no length limit.
         dropout: after the mixer and after the MLP.
         use_auxiliary_loss: add the reconstruction loss (``hamt.losses``) in training.
@@ -125,7 +128,9 @@ class HAMTConfig(PreTrainedConfig):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
         if not 0 < self.rotation_base < math.inf:
-            raise ValueError(f"rotation_base must be positive, 10000 is usual; got {self.rotation_base}")
+            raise ValueError(
+                f"rotation_base must be positive, 10000 is usual; got {self.rotation_base}"
+            )
         assert self.hcm_dim is not None  # filled in above
         step = 2 * self.num_heads
         if self.hcm_dim < step or self.hcm_dim % step:
@@ -138,7 +143,9 @@ class HAMTConfig(PreTrainedConfig):
             get_algebra(self.binding_type)
         for name, choices in (("write_rule", WRITE_RULES), ("rotation", ROTATIONS)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}"
+                )
         if self.rotation == "constant" and not get_algebra(self.binding_type).has_phase:
             raise ValueError(
                 "rotation='constant' needs a binding with phases: use rotation='none' or 'data_dependent', "

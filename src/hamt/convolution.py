@@ -37,7 +37,10 @@ class ShortConvolution(nn.Module):
         if mask is not None:
             # Real tokens move together, padding behind them.
             padding = mask.eq(0)
-            order, end = padding.byte().argsort(dim=1, stable=True), length - padding.sum(dim=1, keepdim=True)
+            order, end = (
+                padding.byte().argsort(dim=1, stable=True),
+                length - padding.sum(dim=1, keepdim=True),
+            )
             inputs = _take(inputs, order)
             documents = None if documents is None else documents.gather(1, order)
         tail = inputs.new_zeros(batch, reach, width) if tail is None else tail.to(inputs.dtype)
@@ -53,7 +56,9 @@ class ShortConvolution(nn.Module):
         index = end + torch.arange(reach, device=inputs.device)
         tail = _take(window, index)
         if documents is not None:
-            tail = tail * documents.gather(1, index).eq(documents.gather(1, index[:, -1:]))[..., None]
+            tail = (
+                tail * documents.gather(1, index).eq(documents.gather(1, index[:, -1:]))[..., None]
+            )
         return output if order is None else _take(output, order.argsort(dim=1)), tail
 
 

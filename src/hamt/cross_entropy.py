@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hamt.linear import linear
+from hamt.cpu.linear import linear
 
-NOT_ASKED = -100  # the target where no loss is wanted, as everywhere in PyTorch and Transformers
+IGNORE_INDEX = -100  # the target where no loss is wanted, as everywhere in PyTorch and Transformers
 # Tokens whose logits exist at a time, and whose logits are worked on at a time.
 TOKENS, ROWS = 512, 16
 
@@ -19,7 +19,8 @@ def next_token_loss(
 ) -> Tensor:
     """Cross-entropy in nats per token of a linear head, its logits never in memory all at once.
 
-    Under autocast the logits have its dtype, as those of a ``Linear`` would; what follows is float32.
+    Under autocast the logits have its dtype, as those of a ``Linear`` would; what follows is
+    float32.
 
     Args:
         hidden_states: (B, N, d).
@@ -31,17 +32,22 @@ def next_token_loss(
     dtype = hidden_states.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
-    hidden, weight, asked = hidden_states.flatten(0, 1).to(dtype), weight.to(dtype), targets.flatten()
+    hidden, weight, asked = (
+        hidden_states.flatten(0, 1).to(dtype),
+        weight.to(dtype),
+        targets.flatten(),
+    )
     with torch.autocast(device, enabled=False):
         total = _summed(hidden, weight, asked, torch.is_grad_enabled())
-    return total / (targets.ne(NOT_ASKED).sum() if num_items is None else num_items)
+    return total / (targets.ne(IGNORE_INDEX).sum() if num_items is None else num_items)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of (T, d) and a head (V, d), with float32 at least between the products.
 
-    ``F.linear_cross_entropy`` sums the loss of half precision in half precision, where thousands of tokens
-    lose their digits or overflow, and on a CPU takes up to three times as long (docs/LOG.md).
+    ``F.linear_cross_entropy`` sums the loss of half precision in half precision, where thousands of
+    tokens lose their digits or overflow, and on a CPU takes up to three times as long
+    (docs/LOG.md).
     """
 
     @staticmethod
@@ -56,11 +62,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         tokens, rows = (TOKENS, ROWS) if hidden.device.type == "cpu" else (4 * TOKENS, 4 * TOKENS)
         for begin in range(0, len(hidden), tokens):
             part = slice(begin, begin + tokens)
-            asked = targets[part].ne(NOT_ASKED)[:, None]
+            asked = targets[part].ne(IGNORE_INDEX)[:, None]
             target, asked = targets[part, None].where(asked, 0), asked.to(wide)
             logits = linear(hidden[part], weight)
             # A few tokens at a time, so that their wide logits stay in the processor's cache.
-            for tile, index, scale in zip(*(x.split(rows) for x in (logits, target, asked)), strict=True):
+            for tile, index, scale in zip(
+                *(x.split(rows) for x in (logits, target, asked)), strict=True
+            ):
                 share = tile.to(wide)
                 wanted, largest = share.gather(1, index), share.amax(dim=1, keepdim=True)
                 share = share.sub_(largest).exp_()

@@ -3,8 +3,10 @@
 import os
 import platform
 import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +70,33 @@ def _git(*arguments: str) -> str:
     return subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=True, timeout=10
     ).stdout.strip()
+
+
+def describe_environment(*headers: Mapping[str, Any]) -> str:
+    """One line of Markdown: where figures come from; all values, where several headers differ."""
+
+    def values(of: Callable[[Mapping[str, Any]], str]) -> str:
+        return ", ".join(sorted({of(header) for header in headers}))
+
+    cores = values(lambda header: f"{header['threads']} of {header['cores']}")
+    loads = sorted(header["load_average"][0] for header in headers)
+    ends = dict.fromkeys(f"{load:.1f}" for load in (loads[0], loads[-1]))
+    versions = [f"hamt {values(itemgetter('hamt'))} ({values(_short_commit)})"]
+    versions += [f"{name} {values(itemgetter(name))}" for name in ("torch", "transformers")]
+    return (
+        f"{values(itemgetter('processor'))}, {cores} cores; {', '.join(versions)}, "
+        f"Python {values(itemgetter('python'))}; {values(lambda header: header['date'][:10])}, "
+        f"load {' to '.join(ends)}."
+    )
+
+
+def describe_runs(headers: Sequence[Mapping[str, Any]]) -> str:
+    """One line of Markdown: how many runs a table has its figures from, and where these come from."""
+    return (
+        f"{len(headers)} {'run' if len(headers) == 1 else 'runs'}: {describe_environment(*headers)}"
+    )
+
+
+def _short_commit(header: Mapping[str, Any]) -> str:
+    commit = header["commit"] or "installed package"
+    return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")

@@ -11,14 +11,16 @@ class UserError(Exception):
 
 
 @contextmanager
-def mistakes_of_the_user() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """Values that configurations and models refuse in here are a mistake of the user.
 
     Raises:
-        UserError: for a ValueError, and for what Transformers' type checks raise, with its last line: there
-            the reason stands.
+        UserError: for a ValueError, and for what Transformers' type checks raise, with its last
+            line: there the reason stands.
     """
-    from huggingface_hub.errors import StrictDataclassError  # the command's help does not wait for it
+    from huggingface_hub.errors import (
+        StrictDataclassError,
+    )  # the command's help does not wait for it
 
     try:
         yield
@@ -30,5 +32,7 @@ def mistakes_of_the_user() -> Iterator[None]:
 def reason(error: BaseException) -> str:
     """What went wrong, in the first line of what the error says."""
     if isinstance(error, OSError) and error.errno is not None:
-        return os.strerror(error.errno) + (" (the disk is full)" if error.errno == errno.ENOSPC else "")
+        return os.strerror(error.errno) + (
+            " (the disk is full)" if error.errno == errno.ENOSPC else ""
+        )
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -19,8 +19,8 @@ WRITING = ".writing-"  # what a folder is called that is being written
 def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary folder, then move each of its files into ``folder``.
 
-    A crash while ``write`` runs leaves ``folder`` as it was. Files get the mode of any new file here;
-    safetensors makes its own readable by their owner alone.
+    A crash while ``write`` runs leaves ``folder`` as it was. Files get the mode of any new file
+    here; safetensors makes its own readable by their owner alone.
     """
     folder = Path(folder)
     try:
@@ -61,8 +61,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def new_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary folder, and rename it to ``folder`` when all of it is on the disk.
 
-    At no moment is there half a one under this name. One that is already there stays, also if another
-    process has made it in the meantime.
+    At no moment is there half a one under this name. One that is already there stays, also if
+    another process has made it in the meantime.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -22,15 +22,16 @@ from torch import Tensor, nn
 
 from hamt.config import HAMTConfig
 from hamt.convolution import ShortConvolution
-from hamt.linear import Linear, is_more, linear, linear_together, matrices
+from hamt.cpu.linear import Linear, is_more, linear, linear_together, matrices
 from hamt.losses import reconstruction_loss
-from hamt.memory import HolographicMemory, MemoryState
-from hamt.positions import number_documents
-from hamt.vsa import Algebra
+from hamt.memory.algebra import Algebra
+from hamt.memory.holographic import HolographicMemory, MemoryState
+from hamt.memory.positions import number_documents
 
-# Logit of a write at initialisation, 0.12. Under the delta rule every write erases: at 0.5 a few dozen
-# tokens later nothing is left of an item that might be asked for, and recall is learned late (docs/LOG.md).
-GENTLE = -2.0
+# Logit of a write at initialisation, 0.12. Under the delta rule every write erases: at 0.5 a few
+# dozen tokens later nothing is left of an item that might be asked for, and recall is learned late
+# (docs/LOG.md).
+INITIAL_WRITE_LOGIT = -2.0
 
 
 class LayerState(NamedTuple):
@@ -74,7 +75,9 @@ class GatingNetwork(nn.Module):
             "delta": [slots, slots, config.num_heads],
         }[config.write_rule]
         size = sum(self.sizes)
-        self.weight = nn.Parameter(torch.empty(size, config.hidden_dim)) if config.use_gating else None
+        self.weight = (
+            nn.Parameter(torch.empty(size, config.hidden_dim)) if config.use_gating else None
+        )
         self.bias = nn.Parameter(torch.empty(size))
 
     def forward(
@@ -83,8 +86,8 @@ class GatingNetwork(nn.Module):
         """Gates in float32 at least, from c (B, N, d), whose ``product`` with the weight may be there.
 
         Returns:
-            log α (B, N, H, S), None under the convex rule, which derives it; w (B, N, H, S), under the
-            delta rule unit vectors; β (B, N, H) under the delta rule, else None.
+            log α (B, N, H, S), None under the convex rule, which derives it; w (B, N, H, S), under
+            the delta rule unit vectors; β (B, N, H) under the delta rule, else None.
         """
         # A bfloat16 logit cannot tell a half-life of 1,000 tokens from one of 1,060.
         with torch.autocast(conditioned.device.type, enabled=False):
@@ -116,11 +119,11 @@ class GatingNetwork(nn.Module):
         if self.config.write_rule == "convex":
             return forget
         if self.config.write_rule == "gated":
-            return torch.cat((-forget, torch.full_like(forget, GENTLE)))
-        # Directions without a common part: writes along one direction would erase each other. A direction
-        # that does not depend on the token has only this part, and zero would be none.
+            return torch.cat((-forget, torch.full_like(forget, INITIAL_WRITE_LOGIT)))
+        # Directions without a common part: writes along one direction would erase each other. A
+        # direction that does not depend on the token has only this part, and zero would be none.
         common = torch.zeros_like(forget) if self.config.use_gating else torch.ones_like(forget)
-        return torch.cat((-forget, common, torch.full((heads,), GENTLE)))
+        return torch.cat((-forget, common, torch.full((heads,), INITIAL_WRITE_LOGIT)))
 
 
 class RetrievalHead(nn.Module):
@@ -147,9 +150,9 @@ class RetrievalHead(nn.Module):
 class Rotation(nn.Module):
     """The turn of the position at each token: c (B, N, d) -> ρ (B, N, H, K), or constant (1, 1, 1, K).
 
-    Phases start as the frequencies of rotary position embeddings (Su et al. 2021, arXiv 2104.09864):
-    one turn takes from 2π to 2π · rotation_base tokens. Signs start at +1. A data-dependent
-    rotation adds a linear map of the token, initially zero.
+    Phases start as the frequencies of rotary position embeddings (Su et al. 2021, arXiv
+    2104.09864): one turn takes from 2π to 2π · rotation_base tokens. Signs start at +1. A
+    data-dependent rotation adds a linear map of the token, initially zero.
     """
 
     def __init__(self, config: HAMTConfig, algebra: Algebra, key_size: int) -> None:
@@ -164,7 +167,9 @@ class Rotation(nn.Module):
         wide = torch.promote_types(conditioned.dtype, torch.float32)
         # Not a buffer: casting the model to bfloat16 must not cast the frequencies.
         power = torch.arange(self.key_size, device=conditioned.device, dtype=wide) / self.key_size
-        base = self.config.rotation_base**-power if self.algebra.has_phase else torch.ones_like(power)
+        base = (
+            self.config.rotation_base**-power if self.algebra.has_phase else torch.ones_like(power)
+        )
         if self.weight is None:
             return self.algebra.key(base)[None, None, None]
         # As for the gates: errors of a bfloat16 angle would add up from token to token.
@@ -190,7 +195,11 @@ class HAMTLayer(nn.Module):
             chunk_size=config.chunk_size,
         )
         width, memory = config.hidden_dim, self.memory
-        self.conv = ShortConvolution(width, config.conv_kernel_size) if config.conv_kernel_size > 1 else None
+        self.conv = (
+            ShortConvolution(width, config.conv_kernel_size)
+            if config.conv_kernel_size > 1
+            else None
+        )
         self.item_proj = Linear(width, config.hcm_dim, bias=False)
         self.key_proj = Linear(width, config.num_heads * memory.key_size, bias=False)
         self.gating = GatingNetwork(config)
@@ -198,16 +207,22 @@ class HAMTLayer(nn.Module):
         rotates = config.rotation != "none"
         self.rotation = Rotation(config, memory.algebra, memory.key_size) if rotates else None
         self.norm = RMSNorm(memory.head_dim, eps=config.rms_norm_eps)
-        self.gate_proj = Linear(width, config.hcm_dim, bias=False) if config.use_output_gate else None
+        self.gate_proj = (
+            Linear(width, config.hcm_dim, bias=False) if config.use_output_gate else None
+        )
         self.output_proj = ResidualLinear(config.hcm_dim, width, bias=False)
 
     def same_input(self) -> list[Tensor]:
-        """Matrices for what the short convolution gives, the gates' last: ``hamt.linear.SameInput``."""
+        """Matrices for what the short convolution gives, the gates' last: ``hamt.cpu.linear.SameInput``."""
         if is_more(self.retrieval, RetrievalHead) or is_more(self.gating, GatingNetwork):
             return []
         head = self.retrieval
         weights = matrices(self.item_proj, self.key_proj, head.key_proj, head.read_proj)
-        return [*weights, self.gating.weight] if weights and self.gating.weight is not None else weights
+        return (
+            [*weights, self.gating.weight]
+            if weights and self.gating.weight is not None
+            else weights
+        )
 
     def forward(
         self,
@@ -264,7 +279,8 @@ class HAMTLayer(nn.Module):
             mask=attention_mask,
         )
         if length > 1:
-            # A view would keep the states at all tiles alive, and the state would grow with the context.
+            # A view would keep the states at all tiles alive, and the state would grow with the
+            # context.
             carried = MemoryState(*(None if x is None else x.clone() for x in carried))  # type: ignore[arg-type]
         output = self.norm(output).flatten(-2)
         if self.gate_proj is not None:
@@ -283,7 +299,12 @@ class HAMTLayer(nn.Module):
             gates = self.gating(conditioned, *logits)
             reading = self.retrieval(conditioned, (unbinding_keys, read))
         heads = self.config.num_heads
-        return items.unflatten(-1, (heads, -1)), as_keys(keys, heads, self.memory.algebra), gates, reading
+        return (
+            items.unflatten(-1, (heads, -1)),
+            as_keys(keys, heads, self.memory.algebra),
+            gates,
+            reading,
+        )
 
     def _check_state(self, state: LayerState, batch_size: int) -> None:
         memory, heads, config = self.memory, self.config.num_heads, self.config
@@ -326,7 +347,11 @@ def _position(
 ) -> Tensor:
     """Real tokens since the start of the last token's document, (B,)."""
     batch, length = inputs.shape[:2]
-    carried = torch.zeros(batch, dtype=torch.long, device=inputs.device) if state is None else state.position
+    carried = (
+        torch.zeros(batch, dtype=torch.long, device=inputs.device)
+        if state is None
+        else state.position
+    )
     if mask is None and documents is None:
         return carried + length
     real = inputs.new_ones(batch, length, dtype=torch.bool) if mask is None else mask.ne(0)

@@ -1,6 +1,7 @@
 """Auxiliary losses: they ask the memory for what it was given.
 
-Shape legend: B batch, N tokens, H heads, S slots, F features of an item, K key size, C sampled tokens.
+Shape legend: B batch, N tokens, H heads, S slots, F features of an item, K key size, C sampled
+tokens.
 """
 
 from typing import NamedTuple
@@ -9,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hamt.memory import HolographicMemory
-from hamt.positions import accumulate_positions, number_documents
-from hamt.vsa import similarity
+from hamt.memory.algebra import similarity
+from hamt.memory.holographic import HolographicMemory
+from hamt.memory.positions import accumulate_positions, number_documents
 
 
 class Reconstruction(NamedTuple):
@@ -58,7 +59,9 @@ def reconstruction_loss(
     with torch.autocast(items.device.type, enabled=False):
         tile = slice(end - size, end)
         keys = keys[:, part]
-        real = torch.ones(batch, end, dtype=torch.bool, device=items.device) if mask is None else mask
+        real = (
+            torch.ones(batch, end, dtype=torch.bool, device=items.device) if mask is None else mask
+        )
         if rotation is not None:
             document = None if seq_idx is None else seq_idx[:, 0]
             positions, _ = accumulate_positions(

@@ -8,10 +8,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -20,9 +28,17 @@ from transformers.utils.output_capturing import capture_outputs
 from hamt.cache import HAMTCache
 from hamt.config import HAMTConfig
 from hamt.convolution import ShortConvolution
-from hamt.cross_entropy import NOT_ASKED, next_token_loss
-from hamt.layers import GatingNetwork, HAMTLayer, LayerState, ResidualLinear, RetrievalHead, RMSNorm, Rotation
-from hamt.linear import Linear, linear_together, matrices
+from hamt.cpu.linear import Linear, linear_together, matrices
+from hamt.cross_entropy import IGNORE_INDEX, next_token_loss
+from hamt.layers import (
+    GatingNetwork,
+    HAMTLayer,
+    LayerState,
+    ResidualLinear,
+    RetrievalHead,
+    RMSNorm,
+    Rotation,
+)
 
 
 @dataclass
@@ -50,7 +66,7 @@ class HAMTMLP(nn.Module):
         self.down_proj = ResidualLinear(config.intermediate_dim, config.hidden_dim, bias=False)
 
     def same_input(self) -> list[Tensor]:
-        """The matrices that are multiplied with what comes in: ``hamt.linear.SameInput``."""
+        """The matrices that are multiplied with what comes in: ``hamt.cpu.linear.SameInput``."""
         return matrices(self.gate_proj, self.up_proj)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -80,7 +96,9 @@ class HAMTBlock(GradientCheckpointingLayer):
         state: LayerState | None = None,
     ) -> tuple[Tensor, LayerState, Tensor | None]:
         """Return hidden states (B, N, d), the state after the last token, and the auxiliary loss."""
-        mixed, state, aux_loss = self.mixer(self.mixer_norm(hidden_states), attention_mask, seq_idx, state)
+        mixed, state, aux_loss = self.mixer(
+            self.mixer_norm(hidden_states), attention_mask, seq_idx, state
+        )
         hidden_states = hidden_states + self.dropout(mixed)
         if self.mlp is not None and self.mlp_norm is not None:
             hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
@@ -101,7 +119,8 @@ class HAMTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Only modules with parameters of their own come here: Transformers skips others in code not its own.
+        # Only modules with parameters of their own come here: Transformers skips others in code not
+        # its own.
         if isinstance(module, nn.Linear):
             # Variance-preserving at any width, where the usual 0.02 would make small models deaf;
             # into the residual stream so that its scale stays constant (Radford et al. 2019).
@@ -132,8 +151,8 @@ class HAMTBackbone(HAMTPreTrainedModel):
 
     def __init__(self, config: HAMTConfig) -> None:
         super().__init__(config)
-        # No padding_idx: padding is masked, and a tokenizer that pads with its end-of-text token (GPT-2's)
-        # would leave that token without an embedding to learn.
+        # No padding_idx: padding is masked, and a tokenizer that pads with its end-of-text token
+        # (GPT-2's) would leave that token without an embedding to learn.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_dim)
         self.layers = nn.ModuleList(HAMTBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
@@ -163,7 +182,8 @@ class HAMTBackbone(HAMTPreTrainedModel):
             past_key_values: the state to continue from; it is updated.
             use_cache: return the state even if none was given.
             seq_idx: (B, N) document of each token; packed documents do not see each other.
-            cu_seq_lens_q: boundaries of the documents packed in the one row, instead of ``seq_idx``.
+            cu_seq_lens_q: boundaries of the documents packed in the one row, instead of
+                ``seq_idx``.
 
         Returns:
             ``last_hidden_state`` (B, N, d), ``past_key_values`` and what else was asked for.
@@ -258,12 +278,16 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
         )
         logits, loss, hidden_states = None, None, outputs.last_hidden_state
         if return_logits:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            kept = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
             logits = self.lm_head(hidden_states[:, kept])
         if labels is not None:
             shifted, total = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
             if logits is None:
-                targets = F.pad(labels[:, 1:], (0, 1), value=NOT_ASKED) if shifted is None else shifted
+                targets = (
+                    F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shifted is None else shifted
+                )
                 loss = next_token_loss(hidden_states, self.lm_head.weight, targets, total)
             else:
                 loss = self.loss_function(
@@ -272,7 +296,7 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
             if outputs.aux_loss is not None:
                 # Of several batches that make up one step, each brings its share.
                 asked = labels if shifted is None else shifted
-                share = 1.0 if total is None else asked.ne(NOT_ASKED).sum() / total
+                share = 1.0 if total is None else asked.ne(IGNORE_INDEX).sum() / total
                 loss = loss + self.config.aux_loss_weight * share * outputs.aux_loss
         return HAMTCausalLMOutput(
             loss=loss,

@@ -32,12 +32,14 @@ class _Parser(HfArgumentParser):
         raise UserError(f"{message} (hamt {self.prog.split()[-1]} --help lists the options)")
 
 
-def parse(options: type[T], arguments: Sequence[str], command: str, positional: str | None = None) -> T:
+def parse(
+    options: type[T], arguments: Sequence[str], command: str, positional: str | None = None
+) -> T:
     """Fill the dataclass ``options`` from ``arguments``; its docstring heads ``--help``.
 
-    The field called ``positional`` is given without a flag. ``--config FILE`` reads options from a YAML
-    file; those on the command line go before them, and before those that they replace: ``REPLACES`` of
-    the dataclass, if it has one.
+    The field called ``positional`` is given without a flag. ``--config FILE`` reads options from a
+    YAML file; those on the command line go before them, and before those that they replace:
+    ``REPLACES`` of the dataclass, if it has one.
 
     Raises:
         UserError: for unknown options, with the nearest known one, and for values of a wrong type.
@@ -62,8 +64,12 @@ def parse(options: type[T], arguments: Sequence[str], command: str, positional: 
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"hamt {command} --help lists the options"
         if not unknown[0].startswith("-"):
-            hint = f"a text of several words stands in quotes; hamt {command} --help lists the options"
-        where = f" (in {namespace.config}, or as a flag)" if getattr(namespace, "config", None) else ""
+            hint = (
+                f"a text of several words stands in quotes; hamt {command} --help lists the options"
+            )
+        where = (
+            f" (in {namespace.config}, or as a flag)" if getattr(namespace, "config", None) else ""
+        )
         raise UserError(f"unknown option {unknown[0]}{where}: {hint}")
     values = {name: value for name, value in vars(namespace).items() if name != "_positional"}
     if positional and namespace._positional is not None:
@@ -102,7 +108,9 @@ def _from_file(options: type, arguments: Sequence[str]) -> list[str]:
     except OSError as error:
         raise UserError(f"no recipe {path} ({error.strerror})") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML ({' '.join(str(error).split())})") from error
+        raise UserError(
+            f"{path} cannot be read as YAML ({' '.join(str(error).split())})"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold lines of the kind `name: value`")
     flags = {argument.split("=")[0] for argument in arguments}

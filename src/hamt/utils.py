@@ -2,22 +2,24 @@
 
 A multiplication and an addition are two operations, whatever the hardware makes of them.
 
-Shape legend: d hidden_dim, D hcm_dim, H heads, S slots, K key size of a head, N tokens, V vocabulary.
+Shape legend: d hidden_dim, D hcm_dim, H heads, S slots, K key size of a head, N tokens, V
+vocabulary.
 """
 
 import math
 from typing import Any
 
 from hamt.config import HAMTConfig
-from hamt.vsa import get_algebra
+from hamt.memory.algebra import get_algebra
 
 
 def hamt_flops(config: HAMTConfig) -> dict[str, float]:
     """Operations of HAMT's forward pass for one token, by part; they do not depend on the context.
 
-    ``projections`` and ``mlp`` and ``head`` are matrix products; ``memory`` is decay, write and read of every
-    slot, ``binding`` the lift, bind, unbind and lower of an item, ``elementwise`` all that is left:
-    convolution, norms, gates, activations, residuals; a transcendental function counts as one.
+    ``projections`` and ``mlp`` and ``head`` are matrix products; ``memory`` is decay, write and
+    read of every slot, ``binding`` the lift, bind, unbind and lower of an item, ``elementwise`` all
+    that is left: convolution, norms, gates, activations, residuals; a transcendental function
+    counts as one.
     """
     assert config.hcm_dim is not None  # filled in when it was made
     assert config.intermediate_dim is not None
@@ -30,13 +32,18 @@ def hamt_flops(config: HAMTConfig) -> dict[str, float]:
     columns = big + 2 * keys + heads * slots + turns  # items, both keys, read weights
     columns += gates * config.use_gating + big * config.use_output_gate
     projections = 2 * d * columns + 2 * big * d
-    # Decay, write, read: a multiplication and a sum for each number of the state; the delta rule reads twice.
+    # Decay, write, read: a multiplication and a sum for each number of the state; the delta rule
+    # reads twice.
     memory = (8 if config.write_rule == "delta" else 6) * slots * big
     bind = 3 * big if algebra.has_phase else big  # four products and two sums for a pair
     lift = 2.5 * big * math.log2(big // heads) if algebra.name == "circular_conv" else 0.0
-    binding = 2 * bind + 3 * lift + (4 * keys if algebra.has_phase else 2 * keys)  # lift twice, lower once
+    binding = (
+        2 * bind + 3 * lift + (4 * keys if algebra.has_phase else 2 * keys)
+    )  # lift twice, lower once
     elementwise = 2 * d * config.conv_kernel_size * (config.conv_kernel_size > 1)
-    elementwise += 3 * keys * (config.rotation != "none")  # positions, and their composition with both keys
+    elementwise += (
+        3 * keys * (config.rotation != "none")
+    )  # positions, and their composition with both keys
     elementwise += (
         3 * gates + 4 * big + 3 * big * config.use_output_gate
     )  # gates, norm of a head, output gate
@@ -59,8 +66,9 @@ def hamt_flops(config: HAMTConfig) -> dict[str, float]:
 def transformer_flops(config: HAMTConfig, seq_len: int) -> dict[str, float]:
     """The same for a causal transformer with attention in the place of the memory, all else alike.
 
-    Mean over a sequence of N = ``seq_len`` tokens: 8 d² for the four projections, and for scores and mixing
-    4 d (N + 1) / 2, the causal half. ``elementwise`` has rotary positions and the softmax.
+    Mean over a sequence of N = ``seq_len`` tokens: 8 d² for the four projections, and for scores
+    and mixing 4 d (N + 1) / 2, the causal half. ``elementwise`` has rotary positions and the
+    softmax.
     """
     assert config.intermediate_dim is not None
     d, seen = config.hidden_dim, (seq_len + 1) / 2
@@ -85,8 +93,8 @@ def compute_flops_per_token(config: HAMTConfig, seq_len: int = 1024) -> dict[str
         seq_len: N, tokens of the sequence over which the transformer's attention is averaged.
 
     Returns:
-        ``standard_gflops``, ``hamt_gflops``, ``reduction_ratio`` (the first over the second), and the parts
-        of both in ``standard_parts`` and ``hamt_parts``.
+        ``standard_gflops``, ``hamt_gflops``, ``reduction_ratio`` (the first over the second), and
+        the parts of both in ``standard_parts`` and ``hamt_parts``.
 
     Raises:
         ValueError: if ``seq_len`` is not positive.

@@ -36,10 +36,17 @@ class Series(NamedTuple):
     high: Sequence[float] | None = None
 
     @classmethod
-    def with_errors(cls, x: Sequence[float], y: Sequence[float], errors: Sequence[float]) -> "Series":
+    def with_errors(
+        cls, x: Sequence[float], y: Sequence[float], errors: Sequence[float]
+    ) -> "Series":
         """Points between y - error and y + error."""
         pairs = list(zip(y, errors, strict=True))
-        return cls(x, y, [value - error for value, error in pairs], [value + error for value, error in pairs])
+        return cls(
+            x,
+            y,
+            [value - error for value, error in pairs],
+            [value + error for value, error in pairs],
+        )
 
 
 def save_figure(path: str | os.PathLike[str], figure: Figure) -> None:
@@ -62,7 +69,9 @@ def as_png(figure: Figure, dpi: int = 150) -> bytes:
     return buffer.getvalue()
 
 
-def panels(count: int, columns: int = 2, size: tuple[float, float] = (5.0, 3.6)) -> tuple[Figure, list[Axes]]:
+def panels(
+    count: int, columns: int = 2, size: tuple[float, float] = (5.0, 3.6)
+) -> tuple[Figure, list[Axes]]:
     """A figure of ``count`` axes in rows of at most ``columns``; ``size`` of each in inches."""
     columns = min(count, columns)
     rows = -(-count // columns)
@@ -102,12 +111,16 @@ def draw_series(
         axes.legend(fontsize="small")
 
 
-def training_curves(train: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]]) -> Figure:
+def training_curves(
+    train: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]]
+) -> Figure:
     """Losses in nats per token over the steps, from (step, loss)."""
     figure, (axes,) = panels(1, size=(7, 4))
     if train:
         axes.plot(*zip(*train, strict=True), color=COLOURS[0], linewidth=1, label="training")
-    axes.plot(*zip(*held_out, strict=True), color=COLOURS[1], marker="o", markersize=4, label="held out")
+    axes.plot(
+        *zip(*held_out, strict=True), color=COLOURS[1], marker="o", markersize=4, label="held out"
+    )
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats/token)")
     axes.legend()
@@ -124,7 +137,9 @@ def loss_by_position(series: Mapping[str, Series], trained: int | None = None) -
     axes.set_xscale("log", base=2)
     if trained is not None:
         axes.axvline(trained, color="black", linestyle=":", linewidth=1)
-        axes.annotate(" training context", (trained, axes.get_ylim()[1]), va="top", fontsize="small")
+        axes.annotate(
+            " training context", (trained, axes.get_ylim()[1]), va="top", fontsize="small"
+        )
     return figure
 
 
@@ -154,7 +169,7 @@ CAPACITY_AXES = {
 
 
 def capacity_against_theory(parts: Mapping[str, Mapping[str, tuple[Series, Series]]]) -> Figure:
-    """A panel for each part of ``hamt.evaluation.capacity``: measured points on lines of theory."""
+    """A panel for each part of ``hamt.measure.recall.capacity``: measured points on lines of theory."""
     figure, all_axes = panels(len(parts), size=(6.0, 4.0))
     for axes, (part, lines) in zip(all_axes, parts.items(), strict=True):
         measured = {name: points for name, (points, _) in lines.items()}
@@ -165,7 +180,9 @@ def capacity_against_theory(parts: Mapping[str, Mapping[str, tuple[Series, Serie
     return figure
 
 
-def scaling(plots: Mapping[str, Mapping[str, Series]], ylabel: str, xlabel: str = "tokens") -> Figure:
+def scaling(
+    plots: Mapping[str, Mapping[str, Series]], ylabel: str, xlabel: str = "tokens"
+) -> Figure:
     """A log-log panel for each title; the legend gives the slope fitted to each line."""
     figure, all_axes = panels(len(plots))
     for axes, (title, series) in zip(all_axes, plots.items(), strict=True):
@@ -203,7 +220,10 @@ def bars(names: Sequence[str], plots: Mapping[str, Sequence[float]]) -> Figure:
             text = f" {value:,.0f}" if abs(value) >= 1000 else f" {value:.4g}"
             where = (value, place) if np.isfinite(value) else (0, place)
             axes.annotate(
-                text if np.isfinite(value) else " not measured", where, va="center", fontsize="small"
+                text if np.isfinite(value) else " not measured",
+                where,
+                va="center",
+                fontsize="small",
             )
         axes.margins(x=0.3)  # for the figures behind the bars
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -234,8 +254,8 @@ def slot_heatmaps(
 ) -> Figure:
     """A panel for each title: a value for each slot (columns) of each head (``rows``).
 
-    Titles name the unit. Values of both signs are drawn around zero; those of titles in ``logarithmic`` are
-    positive and drawn on a logarithmic scale.
+    Titles name the unit. Values of both signs are drawn around zero; those of titles in
+    ``logarithmic`` are positive and drawn on a logarithmic scale.
     """
     figure, all_axes = panels(len(maps), size=(5.0, 1.2 + 0.22 * len(rows)))
     for axes, (title, values) in zip(all_axes, maps.items(), strict=True):
@@ -245,7 +265,9 @@ def slot_heatmaps(
         norm: Normalize = Normalize(-extreme if signed else 0.0, extreme)
         if title in logarithmic:
             norm = LogNorm(values.min(), values.max())
-        image = axes.imshow(values, aspect="auto", cmap=DIVERGING if signed else SEQUENTIAL, norm=norm)
+        image = axes.imshow(
+            values, aspect="auto", cmap=DIVERGING if signed else SEQUENTIAL, norm=norm
+        )
         figure.colorbar(image, ax=axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_yticks(range(len(rows)), rows, fontsize="small")
@@ -267,7 +289,10 @@ def retrieval_similarity(layers: Mapping[str, tuple[Series, Series]]) -> Figure:
             for name, one in {"its own key": right, "keys of other tokens": wrong}.items()
         }
         draw_series(
-            axes, shifted, "tokens since it was written, itself included", "cosine with what was stored"
+            axes,
+            shifted,
+            "tokens since it was written, itself included",
+            "cosine with what was stored",
         )
         axes.set_xscale("log", base=2)
         axes.axhline(0, color="black", linewidth=0.8)
@@ -278,7 +303,8 @@ def retrieval_similarity(layers: Mapping[str, tuple[Series, Series]]) -> Figure:
 def contribution_matrix(shares: np.ndarray, tokens: Sequence[str], title: str) -> Figure:
     """Shares (N, N) of the read-out at each token (rows) that come from each token (columns).
 
-    The counterpart of an attention map; a share is negative where a position speaks against the rest.
+    The counterpart of an attention map; a share is negative where a position speaks against the
+    rest.
     """
     side = min(max(0.16 * len(tokens), 4.5), 14.0)
     figure, (axes,) = panels(1, size=(side + 1.5, side))
@@ -310,14 +336,18 @@ def gates_over_text(tokens: Sequence[str], layers: Mapping[str, np.ndarray], tit
     return figure
 
 
-def contributions_of_answers(added: np.ndarray, queries: Sequence[int], values: Sequence[int]) -> Figure:
+def contributions_of_answers(
+    added: np.ndarray, queries: Sequence[int], values: Sequence[int]
+) -> Figure:
     """What each position adds to the logits of right answers (Q, N); rings where the answers were given."""
     figure, (axes,) = panels(1, size=(9.0, 1.2 + 0.25 * len(added)))
     axes.grid(visible=False)
     extreme = float(np.abs(added).max()) or 1.0
     image = axes.imshow(added, aspect="auto", cmap=DIVERGING, vmin=-extreme, vmax=extreme)
     figure.colorbar(image, ax=axes, label="added to the logit of the answer")
-    axes.plot(values, range(len(values)), "o", markersize=9, markerfacecolor="none", color=COLOURS[2])
+    axes.plot(
+        values, range(len(values)), "o", markersize=9, markerfacecolor="none", color=COLOURS[2]
+    )
     axes.set_yticks(range(len(queries)), [str(query) for query in queries], fontsize="small")
     axes.set_xlabel("position that contributes; rings: where the value was given")
     axes.set_ylabel("query at position")

@@ -1,20 +1,21 @@
 """From where a read-out comes: the exact share of every earlier position, keys and gates held fixed.
 
-With the keys and gates that were recorded, the memory is linear in the items and in the state before
-them, under every write rule:
+With the keys and gates that were recorded, the memory is linear in the items and in the state
+before them, under every write rule:
 
     y_t = Σ_{j≤t} c_tj · (u_t ⊛ p_t)⁻¹ ⊛ (k_j ⊛ p_j) ⊛ v_j + (u_t ⊛ p_t)⁻¹ ⊛ Σ_s b_t[s] · M_0[s]
 
-The coefficients follow from the adjoint of the recurrence, from t backwards: λ = r_t, and for j = t, t-1, ...
+The coefficients follow from the adjoint of the recurrence, from t backwards: λ = r_t, and for j =
+t, t-1, ...
 
     gated, convex   c_tj = Σ_s λ[s] w_j[s]               λ ← α_j ⊙ λ
     delta           c_tj = β_j Σ_s λ[s] ŵ_j[s]           λ ← α_j ⊙ (λ - ŵ_j c_tj)
 
-until b_t = λ. Under the delta rule this is what the triangular solve of ``hamt.delta`` gives, one row
-at a time.
+until b_t = λ. Under the delta rule this is what the triangular solve of ``hamt.memory.delta``
+gives, one row at a time.
 
-With a short convolution an item is a mixture of its token and the few before it: a position is then not
-exactly a token.
+With a short convolution an item is a mixture of its token and the few before it: a position is then
+not exactly a token.
 
 Shape legend: B batch, N tokens, Q queries, H heads, S slots, F features, d hidden_dim, D = H · F.
 """
@@ -61,7 +62,8 @@ def coefficients(trace: Trace, queries: Sequence[int]) -> Coefficients:
     at = _positions(queries, length)
     order = at.argsort(descending=True)
     waiting = at[order].tolist()
-    # Rows of later queries come first: those already under way are a prefix, and no step touches the others.
+    # Rows of later queries come first: those already under way are a prefix, and no step touches
+    # the others.
     weight = trace.read[:, at[order]]
     tokens = trace.write.new_zeros(batch, len(at), heads, length)
     kept = trace.log_forget.exp()
@@ -83,7 +85,9 @@ def coefficients(trace: Trace, queries: Sequence[int]) -> Coefficients:
 
 
 @torch.no_grad()
-def contributions(trace: Trace, queries: Sequence[int], directions: Tensor | None = None) -> Contributions:
+def contributions(
+    trace: Trace, queries: Sequence[int], directions: Tensor | None = None
+) -> Contributions:
     """Signed contributions of all positions to the read-outs at ``queries``, measured along ``directions``.
 
     Args:
@@ -99,7 +103,9 @@ def contributions(trace: Trace, queries: Sequence[int], directions: Tensor | Non
     algebra, wide = trace.memory.algebra, trace.items.dtype
     if directions is None:
         output = trace.output[:, at].to(wide)
-        directions = output / output.square().sum(dim=-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+        directions = output / output.square().sum(dim=-1, keepdim=True).clamp(
+            min=torch.finfo(wide).tiny
+        )
     weight = coefficients(trace, queries)
     # Keys are isometries: ⟨u⁻¹ ⊛ x, a⟩ = ⟨x, u ⊛ a⟩, one product for all pairs.
     sought = algebra.bind(algebra.lift(directions.to(wide)), trace.unbinding_keys[:, at])
@@ -111,14 +117,18 @@ def contributions(trace: Trace, queries: Sequence[int], directions: Tensor | Non
 
 @torch.no_grad()
 def logit_directions(
-    model: HAMTForCausalLM, recording: Recording, layer: int, queries: Sequence[int], targets: Tensor
+    model: HAMTForCausalLM,
+    recording: Recording,
+    layer: int,
+    queries: Sequence[int],
+    targets: Tensor,
 ) -> Tensor:
     """The directions in which read-outs raise the logits of ``targets``, on the way past all later layers.
 
-    The norms and the output gate are held at what they were, so that ⟨y_t, direction⟩ summed over heads is
-    exactly what the layer adds to the residual stream, as the last norm and the head turn it into a logit
-    (direct logit attribution, Elhage et al. 2021, A Mathematical Framework for Transformer Circuits). What
-    later layers make of it is not part.
+    The norms and the output gate are held at what they were, so that ⟨y_t, direction⟩ summed over
+    heads is exactly what the layer adds to the residual stream, as the last norm and the head turn
+    it into a logit (direct logit attribution, Elhage et al. 2021, A Mathematical Framework for
+    Transformer Circuits). What later layers make of it is not part.
 
     Args:
         model: that was recorded.
@@ -133,7 +143,9 @@ def logit_directions(
     trace, mixer = recording.traces[layer], model.model.layers[layer].mixer
     at = _positions(queries, trace.items.shape[1])
     wide = trace.items.dtype
-    direction = model.lm_head.weight[targets].to(wide) * _scale(model.model.norm, recording.final[:, at])
+    direction = model.lm_head.weight[targets].to(wide) * _scale(
+        model.model.norm, recording.final[:, at]
+    )
     direction = direction @ mixer.output_proj.weight.to(wide)
     if trace.gate is not None:
         direction = direction * trace.gate[:, at].to(wide)

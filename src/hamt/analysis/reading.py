@@ -1,11 +1,12 @@
 """Asking a memory what it holds: unbind its state with the key of an earlier token, and look what comes out.
 
-Every answer stands beside the level that chance would give: n directions in F dimensions that have nothing
-to do with what is sought have cosines of standard deviation 1/√F with it, and the largest of them is known
-(``largest_by_chance``); keys whose entries are permuted show it for the items and keys that are there.
+Every answer stands beside the level that chance would give: n directions in F dimensions that have
+nothing to do with what is sought have cosines of standard deviation 1/√F with it, and the largest
+of them is known (``largest_by_chance``); keys whose entries are permuted show it for the items and
+keys that are there.
 
-With a short convolution an item is a mixture of its token and the few before it: a position is then not
-exactly a token.
+With a short convolution an item is a mixture of its token and the few before it: a position is then
+not exactly a token.
 
 Shape legend: B batch, N tokens, H heads, S slots, F features, T times, L lags.
 """
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hamt.analysis.record import Trace
-from hamt.vsa import Algebra
+from hamt.memory.algebra import Algebra
 
 ORDERS = 100  # of the entries of a key, that the level of chance is drawn from
 ANGLES = 20_001  # between 0 and π that an integral is taken over
@@ -29,10 +30,10 @@ OTHERS = 4  # wrong keys for each item of a retrieval by lag
 class Reading(NamedTuple):
     """What comes out under a key.
 
-    ``positions`` and ``cosines`` of the nearest stored items, best first; ``stored`` the cosine with the
-    item that was bound to this key, and ``rank`` how many items are nearer (0: it is found); ``theory`` and
-    ``permuted``, the largest cosine that chance gives: with random directions, and under the same key with
-    its entries in another order (mean over 100 orders).
+    ``positions`` and ``cosines`` of the nearest stored items, best first; ``stored`` the cosine
+    with the item that was bound to this key, and ``rank`` how many items are nearer (0: it is
+    found); ``theory`` and ``permuted``, the largest cosine that chance gives: with random
+    directions, and under the same key with its entries in another order (mean over 100 orders).
     """
 
     positions: list[int]
@@ -45,7 +46,13 @@ class Reading(NamedTuple):
 
 @torch.no_grad()
 def read_memory(
-    trace: Trace, after: int, token: int, head: int, slot: int | None = None, row: int = 0, count: int = 8
+    trace: Trace,
+    after: int,
+    token: int,
+    head: int,
+    slot: int | None = None,
+    row: int = 0,
+    count: int = 8,
 ) -> Reading:
     """Unbind the memory with the binding key of an earlier token, and find the nearest stored items.
 
@@ -76,7 +83,9 @@ def read_memory(
     held = held[slot] if slot is not None else trace.read[row, after, head] @ held
     keys, items = trace.keys[row, : after + 1, head], trace.items[row, : after + 1, head]
     algebra = trace.memory.algebra
-    found = algebra.unbind(held, torch.cat((keys[None, token], permuted_keys(algebra, keys[token]))))
+    found = algebra.unbind(
+        held, torch.cat((keys[None, token], permuted_keys(algebra, keys[token])))
+    )
     found = F.normalize(found, dim=-1)
     cosines = found @ F.normalize(items, dim=-1).T
     best = cosines[0].topk(min(count, len(items)))
@@ -100,8 +109,8 @@ def permuted_keys(algebra: Algebra, key: Tensor) -> Tensor:
 def largest_by_chance(count: int, features: int) -> float:
     """Expected largest cosine of ``count`` random directions in ``features`` dimensions with another one.
 
-    The angle θ between two directions has a density proportional to sin^(F-2) θ, and the largest of n cosines
-    the mean 1 - ∫ P(cos θ < x)^n dx, which is integrated numerically.
+    The angle θ between two directions has a density proportional to sin^(F-2) θ, and the largest of
+    n cosines the mean 1 - ∫ P(cos θ < x)^n dx, which is integrated numerically.
     """
     if features == 1:  # cosines are 1 and -1
         return 1 - 2.0 ** (1 - count)
@@ -123,11 +132,13 @@ class Retrieval(NamedTuple):
 
 
 @torch.no_grad()
-def retrieval_by_lag(trace: Trace, times: Sequence[int], states: Tensor, lags: Sequence[int]) -> Retrieval:
+def retrieval_by_lag(
+    trace: Trace, times: Sequence[int], states: Tensor, lags: Sequence[int]
+) -> Retrieval:
     """How well an item can be read back some tokens after it was written; lag 0 is the fidelity of a write.
 
-    Each item is read from the slots in the proportions in which it was written, ŵ_j = w_j / |w_j|, as in
-    ``hamt.losses.reconstruction_loss``.
+    Each item is read from the slots in the proportions in which it was written, ŵ_j = w_j / |w_j|,
+    as in ``hamt.losses.reconstruction_loss``.
 
     Args:
         trace: of one layer.
@@ -142,15 +153,23 @@ def retrieval_by_lag(trace: Trace, times: Sequence[int], states: Tensor, lags: S
     tokens = tokens.clamp(min=0)
     shares = F.normalize(trace.write, dim=-1)[:, tokens]
     held = torch.einsum("btlhs,bthsf->btlhf", shares, states)[:, :, :, None]
-    others = (torch.linspace(0, 1, OTHERS, device=device) * now).long()[:, None].expand(-1, len(lags), -1)
+    others = (
+        (torch.linspace(0, 1, OTHERS, device=device) * now)
+        .long()[:, None]
+        .expand(-1, len(lags), -1)
+    )
     others = others.where(
         others != tokens[..., None], (others + now[..., None] // 2 + 1) % (now[..., None] + 1)
     )
     means = []
     for positions in (tokens[..., None], others):
         found = algebra.unbind(held, trace.keys[:, positions])
-        cosine = F.cosine_similarity(found, trace.items[:, tokens, None], dim=-1).mean(dim=(0, 3, 4))
+        cosine = F.cosine_similarity(found, trace.items[:, tokens, None], dim=-1).mean(
+            dim=(0, 3, 4)
+        )
         means.append((cosine * there).sum(dim=0) / there.sum(dim=0))
     measured = there.any(dim=0)
     right, wrong = (mean[measured] for mean in means)
-    return Retrieval([lag for lag, known in zip(lags, measured.tolist(), strict=True) if known], right, wrong)
+    return Retrieval(
+        [lag for lag, known in zip(lags, measured.tolist(), strict=True) if known], right, wrong
+    )

@@ -15,21 +15,22 @@ from torch import Tensor
 
 from hamt.cache import HAMTCache
 from hamt.layers import HAMTLayer
-from hamt.memory import HolographicMemory, MemoryState
+from hamt.memory.holographic import HolographicMemory, MemoryState
+from hamt.memory.positions import accumulate_positions
 from hamt.model import HAMTForCausalLM
-from hamt.positions import accumulate_positions
 
 SEGMENT = 1024  # tokens of a long text that are read at a time
 
 
 class Trace(NamedTuple):
-    """One run of one memory over N tokens of one document: equations (1) to (4) of ``hamt.memory``.
+    """One run of one memory over N tokens of one document: equations (1) to (4) of ``hamt.memory.holographic``.
 
     ``memory`` itself; ``items`` v (B, N, H, F), lifted; ``keys`` k ⊛ p and ``unbinding_keys`` u ⊛ p
-    (B, N, H, K), positions in them; gates ``write`` w, ``read`` r and ``log_forget`` log α (B, N, H, S) as
-    the recurrence uses them; ``beta`` (B, N, H) under the delta rule; ``before`` and ``after``, the state;
-    ``output`` y (B, N, H, F); ``turn`` (H, K) the mean over the tokens of the rotation's size, in radians or
-    the share of signs that flip, or None; ``gate`` (B, N, D) the output gate SiLU(W_g x), or None.
+    (B, N, H, K), positions in them; gates ``write`` w, ``read`` r and ``log_forget`` log α (B, N,
+    H, S) as the recurrence uses them; ``beta`` (B, N, H) under the delta rule; ``before`` and
+    ``after``, the state; ``output`` y (B, N, H, F); ``turn`` (H, K) the mean over the tokens of the
+    rotation's size, in radians or the share of signs that flip, or None; ``gate`` (B, N, D) the
+    output gate SiLU(W_g x), or None.
     """
 
     memory: HolographicMemory
@@ -87,11 +88,14 @@ class Recording:
 
 @contextmanager
 def observe(
-    model: HAMTForCausalLM, observer: Callable[[int, Trace], None], layers: Sequence[int] | None = None
+    model: HAMTForCausalLM,
+    observer: Callable[[int, Trace], None],
+    layers: Sequence[int] | None = None,
 ) -> Iterator[None]:
     """Tell ``observer`` of every run of the memories of ``layers`` (None: all), in the order of layers.
 
-    What is observed is what is computed: results do not change. Only for one document without padding.
+    What is observed is what is computed: results do not change. Only for one document without
+    padding.
     """
     blocks = model.model.layers
     with ExitStack() as stack:
@@ -101,7 +105,9 @@ def observe(
 
 
 @contextmanager
-def _observed(mixer: HAMTLayer, index: int, observer: Callable[[int, Trace], None]) -> Iterator[None]:
+def _observed(
+    mixer: HAMTLayer, index: int, observer: Callable[[int, Trace], None]
+) -> Iterator[None]:
     memory, pending = mixer.memory, []
 
     def run(*tensors: Tensor, **options: Any) -> tuple[Tensor, MemoryState]:
@@ -159,7 +165,9 @@ def _trace(
 ) -> Trace:
     items, keys, unbinding_keys, write, read = tensors
     if options["mask"] is not None or options["seq_idx"] is not None:
-        raise ValueError("one document without padding can be recorded: leave attention_mask and seq_idx out")
+        raise ValueError(
+            "one document without padding can be recorded: leave attention_mask and seq_idx out"
+        )
     wide = torch.promote_types(items.dtype, torch.float32)
     before = options["initial_state"] or memory.initial_state(len(items), wide, items.device)
     rotation, beta, turn = options["rotation"], options["beta"], None
@@ -189,12 +197,17 @@ def _trace(
 
 @torch.no_grad()
 def read_text(
-    model: HAMTForCausalLM, input_ids: Tensor, cache: HAMTCache | None = None, segment: int = SEGMENT
+    model: HAMTForCausalLM,
+    input_ids: Tensor,
+    cache: HAMTCache | None = None,
+    segment: int = SEGMENT,
 ) -> Iterator[Tensor]:
     """Read a text (B, N) in segments, the state carried, and yield what enters the last norm (B, ·, d)."""
     cache = HAMTCache(len(model.model.layers)) if cache is None else cache
     entering: list[Tensor] = []
-    hook = model.model.norm.register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0]))
+    hook = model.model.norm.register_forward_pre_hook(
+        lambda module, inputs: entering.append(inputs[0])
+    )
     try:
         for part in input_ids.to(model.device).split(segment, dim=1) if input_ids.shape[1] else ():
             model.model(part, past_key_values=cache)
@@ -216,7 +229,8 @@ def record(
     Args:
         model: in evaluation mode, as ``from_pretrained`` gives it; not changed.
         input_ids: (B, N) tokens of texts without padding.
-        layers: which; one layer of a text of 16,384 tokens takes some 16,384 · (4 D + 4 H · S) · 4 bytes.
+        layers: which; one layer of a text of 16,384 tokens takes some 16,384 · (4 D + 4 H · S) · 4
+            bytes.
         cache: the state to go on from; it is updated. None starts with an empty memory.
         segment: tokens that are read at a time; changes nothing but the memory that is needed.
 
@@ -238,7 +252,9 @@ def mean_turn(parts: Sequence[tuple[int, Tensor | None]]) -> Tensor | None:
     turns = [(length, turn) for length, turn in parts if turn is not None]
     if not turns:
         return None
-    return torch.stack([length * turn for length, turn in turns]).sum(dim=0) / sum(n for n, _ in turns)
+    return torch.stack([length * turn for length, turn in turns]).sum(dim=0) / sum(
+        n for n, _ in turns
+    )
 
 
 def _joined(parts: Sequence[Trace]) -> Trace:
@@ -250,6 +266,18 @@ def _joined(parts: Sequence[Trace]) -> Trace:
         tensors = [getattr(part, name) for part in parts]
         return None if tensors[0] is None else torch.cat(tensors, dim=1)
 
-    sequences = ("items", "keys", "unbinding_keys", "write", "read", "log_forget", "beta", "output", "gate")
+    sequences = (
+        "items",
+        "keys",
+        "unbinding_keys",
+        "write",
+        "read",
+        "log_forget",
+        "beta",
+        "output",
+        "gate",
+    )
     turn = mean_turn([(part.items.shape[1], part.turn) for part in parts])
-    return parts[0]._replace(after=parts[-1].after, turn=turn, **{name: joined(name) for name in sequences})
+    return parts[0]._replace(
+        after=parts[-1].after, turn=turn, **{name: joined(name) for name in sequences}
+    )

@@ -45,8 +45,8 @@ NEAREST = 4  # items named for each of them
 class Analysis:
     """``results`` plain data for JSON; ``figures`` by name; ``tokens`` the traced ones as text;
 
-    ``sources`` by layer: for each traced token the positions among them that gave most to its read-out, with
-    their shares, and the share of all that came before.
+    ``sources`` by layer: for each traced token the positions among them that gave most to its
+    read-out, with their shares, and the share of all that came before.
     """
 
     results: dict[str, Any]
@@ -57,18 +57,25 @@ class Analysis:
 
 
 def analyse(
-    model: HAMTForCausalLM, tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, silence: bool = True
+    model: HAMTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: Tensor,
+    silence: bool = True,
 ) -> Analysis:
     """Read a text (N,), N ≥ 2, and look at every layer.
 
-    ``silence`` measures the loss without each slot, which takes as many runs as the model has slots.
+    ``silence`` measures the loss without each slot, which takes as many runs as the model has
+    slots.
     """
     surveys = survey(model, input_ids[None])
     loss, rises = loss_without_slots(model, input_ids[:SILENCED], None if silence else [])
     tokens = token_texts(tokenizer, input_ids[-TRACED:])
     traces = _last_traces(model, input_ids)
     shares = {index: trace_shares(trace) for index, trace in traces.items()}
-    written = {index: _plain(one.write.abs().mean(dim=(0, 2, 3))[-TRACED:]) for index, one in surveys.items()}
+    written = {
+        index: _plain(one.write.abs().mean(dim=(0, 2, 3))[-TRACED:])
+        for index, one in surveys.items()
+    }
     layers = {
         str(index): {
             **layer_figures(one),
@@ -131,7 +138,11 @@ def layer_figures(found: LayerSurvey) -> dict[str, Any]:
         "after_tokens": found.times,
         "norms": _plain(found.norms.mean(dim=0)),
         "effective_ranks": _plain(found.rank.mean(dim=0)),
-        "retrieval": {"lag": found.retrieval.lags, "cosine": _plain(right), "wrong_key": _plain(wrong)},
+        "retrieval": {
+            "lag": found.retrieval.lags,
+            "cosine": _plain(right),
+            "wrong_key": _plain(wrong),
+        },
         "rotation": None if found.turn is None else _plain(found.turn),
     }
 
@@ -153,15 +164,18 @@ def trace_shares(trace: Trace) -> np.ndarray:
 def what_is_held(trace: Trace, tokens: Sequence[str]) -> list[dict[str, Any]]:
     """What the memory after the text gives back under the keys of some of its tokens.
 
-    For each token that is asked for: of all heads the one that gives back most, the cosine with what was
-    written and its rank among all items, the cosines that chance gives, and the nearest items.
+    For each token that is asked for: of all heads the one that gives back most, the cosine with
+    what was written and its rank among all items, the cosines that chance gives, and the nearest
+    items.
     """
     last, heads = len(tokens) - 1, trace.items.shape[2]
     found = []
     for back in ASKED:
         if back > last:
             break
-        readings = [read_memory(trace, last, last - back, head, count=NEAREST) for head in range(heads)]
+        readings = [
+            read_memory(trace, last, last - back, head, count=NEAREST) for head in range(heads)
+        ]
         head = max(range(heads), key=lambda head: readings[head].stored)
         best = readings[head]
         nearest = [
@@ -192,7 +206,9 @@ def figures(
     """All pictures, by the name of their file."""
     last = tokens[-PICTURED:]
     which = f"the last {len(last)} tokens" if len(tokens) > PICTURED else "all tokens"
-    heads = [f"layer {i}, head {h}" for i, one in surveys.items() for h in range(one.write.shape[2])]
+    heads = [
+        f"layer {i}, head {h}" for i, one in surveys.items() for h in range(one.write.shape[2])
+    ]
     maps = {
         "share of writing": _stacked(one.write_share() for one in surveys.values()),
         "share of reading": _stacked(one.read_share() for one in surveys.values()),
@@ -233,7 +249,9 @@ def figures(
 
 def slot_evolution(surveys: Mapping[int, LayerSurvey]) -> Figure:
     """Norms of all slots over the text, a panel for each layer."""
-    return memory_evolution({f"layer {i}": (one.times, _by_half_life(one)) for i, one in surveys.items()})
+    return memory_evolution(
+        {f"layer {i}": (one.times, _by_half_life(one)) for i, one in surveys.items()}
+    )
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor) -> list[str]:

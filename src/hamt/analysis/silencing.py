@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from hamt.analysis.record import rerouted
 from hamt.cross_entropy import next_token_loss
-from hamt.memory import HolographicMemory, MemoryState
+from hamt.memory.holographic import HolographicMemory, MemoryState
 from hamt.model import HAMTForCausalLM
 
 ROWS = 16  # slots that are silenced at a time, each in a row of its own
@@ -33,7 +33,9 @@ def loss_without_slots(
         The loss in nats per token as the model is, and by layer the rise (H, S) for each slot.
     """
     if input_ids.ndim != 1 or len(input_ids) < 2:
-        raise ValueError(f"input_ids must be one text of at least two tokens; got {tuple(input_ids.shape)}")
+        raise ValueError(
+            f"input_ids must be one text of at least two tokens; got {tuple(input_ids.shape)}"
+        )
     blocks, input_ids = model.model.layers, input_ids.to(model.device)
     asked = range(len(blocks)) if layers is None else layers
     entering = [
@@ -44,7 +46,8 @@ def loss_without_slots(
     (loss,) = _losses(model, entering[-1], input_ids)
     rises = {}
     total = sum(
-        blocks[index].mixer.memory.num_heads * blocks[index].mixer.memory.num_slots for index in asked
+        blocks[index].mixer.memory.num_heads * blocks[index].mixer.memory.num_slots
+        for index in asked
     )
     with tqdm(total=total, desc="silencing", unit="slot", leave=False, disable=None) as bar:
         for index in asked:

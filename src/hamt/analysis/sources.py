@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hamt.analysis.contributions import logit_contributions
 from hamt.analysis.record import record
-from hamt.cross_entropy import NOT_ASKED
+from hamt.cross_entropy import IGNORE_INDEX
 from hamt.data.tasks import MQAR
 from hamt.model import HAMTForCausalLM
 
@@ -32,14 +32,15 @@ def recall_sources(
 ) -> dict[str, Any]:
     """From where the right answers of associative recall come.
 
-    The source of an answer is the position that adds most to its logit (``logit_contributions``). The
-    short convolution mixes a token into the ``conv_kernel_size`` - 1 positions after it; a source that near
-    to the value that was asked for is a hit.
+    The source of an answer is the position that adds most to its logit (``logit_contributions``).
+    The short convolution mixes a token into the ``conv_kernel_size`` - 1 positions after it; a
+    source that near to the value that was asked for is a hit.
 
     Returns:
-        ``examples``, ``queries``, ``accuracy``; of the right answers the shares of ``hits``, of ``exact``
-        ones and, by ``chance``, of hits if positions up to the query were drawn at random; ``reach`` of the
-        convolution; ``distances``, how often a source lies so many positions behind the value.
+        ``examples``, ``queries``, ``accuracy``; of the right answers the shares of ``hits``, of
+        ``exact`` ones and, by ``chance``, of hits if positions up to the query were drawn at
+        random; ``reach`` of the convolution; ``distances``, how often a source lies so many
+        positions behind the value.
 
     Raises:
         ValueError: if no answer is right: there is nothing to look for.
@@ -56,7 +57,9 @@ def recall_sources(
         raise ValueError("the model has no answer right: train it on the task first")
     distances = [answer.source - answer.value for answer in right]
     # Positions that count as hits, of all those up to the query.
-    windows = [(min(a.value + reach, a.query) - max(a.value - reach, 0) + 1) / (a.query + 1) for a in right]
+    windows = [
+        (min(a.value + reach, a.query) - max(a.value - reach, 0) + 1) / (a.query + 1) for a in right
+    ]
     return {
         "examples": num_examples,
         "queries": len(answers),
@@ -70,13 +73,17 @@ def recall_sources(
 
 
 @torch.no_grad()
-def _answers(model: HAMTForCausalLM, tokens: Tensor, targets: Tensor, pairs: int) -> Iterator[Answer]:
+def _answers(
+    model: HAMTForCausalLM, tokens: Tensor, targets: Tensor, pairs: int
+) -> Iterator[Answer]:
     """All queries of one row (N,)."""
-    queries = (targets != NOT_ASKED).nonzero()[:, 0]
+    queries = (targets != IGNORE_INDEX).nonzero()[:, 0]
     wanted = targets[queries]
     recording = record(model, tokens[None])
     said = model.lm_head(model.model.norm(recording.final[0, queries])).argmax(dim=-1)
-    sources = logit_contributions(model, recording, queries.tolist(), wanted[None])[0].argmax(dim=-1)
+    sources = logit_contributions(model, recording, queries.tolist(), wanted[None])[0].argmax(
+        dim=-1
+    )
     for query, value, word, source in zip(
         *(x.tolist() for x in (queries, wanted, said, sources)), strict=True
     ):

@@ -23,12 +23,13 @@ DEAD = 0.01  # of an even share of what is written or read
 class LayerSurvey:
     """What one layer did with a text.
 
-    ``write``, ``read`` (B, N, H, S), gates of each token, and ``keep``, the share of its content that a slot
-    keeps at it: α, under the delta rule α (1 - β ŵ²), as a write erases what lies in its direction;
-    ``written`` (B, N, H) the norms of items, under the delta rule times β; ``times`` (T,) tokens read, at
-    which ``norms`` (B, T, H, S) are the Euclidean norms of the slots, not normalised, and ``rank`` (B, T, H)
-    the effective ranks of the heads; ``retrieval`` by lag, within the last whole segment; ``turn`` (H, K) the
-    mean size of the rotation (see ``Trace``), or None.
+    ``write``, ``read`` (B, N, H, S), gates of each token, and ``keep``, the share of its content
+    that a slot keeps at it: α, under the delta rule α (1 - β ŵ²), as a write erases what lies in
+    its direction; ``written`` (B, N, H) the norms of items, under the delta rule times β; ``times``
+    (T,) tokens read, at which ``norms`` (B, T, H, S) are the Euclidean norms of the slots, not
+    normalised, and ``rank`` (B, T, H) the effective ranks of the heads; ``retrieval`` by lag,
+    within the last whole segment; ``turn`` (H, K) the mean size of the rotation (see ``Trace``), or
+    None.
     """
 
     write: Tensor
@@ -123,7 +124,8 @@ def survey(
         input_ids: (B, N) tokens of texts without padding.
         layers: indices.
         times: how many states of each segment are looked at.
-        segment: tokens read at a time; items and keys of one segment of one layer are in memory at once.
+        segment: tokens read at a time; items and keys of one segment of one layer are in memory at
+            once.
     """
     gathered: dict[int, _Gathered] = {}
 
@@ -155,7 +157,9 @@ def _gather(found: _Gathered, trace: Trace, times: int) -> None:
 
 
 def _finish(found: _Gathered) -> LayerSurvey:
-    write, read, keep, written = (torch.cat(parts, dim=1) for parts in zip(*found.traces, strict=True))
+    write, read, keep, written = (
+        torch.cat(parts, dim=1) for parts in zip(*found.traces, strict=True)
+    )
     norms, rank = (torch.cat(parts, dim=1) for parts in zip(*found.states, strict=True))
     assert found.retrieval is not None
     turn = mean_turn(found.turns)

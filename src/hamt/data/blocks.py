@@ -13,7 +13,8 @@ Batch = Mapping[str, Tensor]
 def aligned_batch(inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Arguments of a causal language model for inputs (B, N) and what each position should name (B, N).
 
-    The loss of Transformers takes ``shift_labels`` as they are; ``labels`` only says that a loss is wanted.
+    The loss of Transformers takes ``shift_labels`` as they are; ``labels`` only says that a loss is
+    wanted.
     """
     targets = targets.contiguous()  # the loss views them as one row
     return {"input_ids": inputs, "labels": targets, "shift_labels": targets}

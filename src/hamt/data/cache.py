@@ -8,7 +8,9 @@ from hamt.errors import UserError, reason
 from hamt.files import new_folder, user_cache
 
 
-def kept(cache: str | os.PathLike[str] | None, name: str, write: Callable[[Path], None]) -> Path:
+def cached_folder(
+    cache: str | os.PathLike[str] | None, name: str, write: Callable[[Path], None]
+) -> Path:
     """The folder called ``name``, which ``write`` fills if it is not there.
 
     ``cache`` is the folder that holds it; None is ``tokens`` in the user's cache.

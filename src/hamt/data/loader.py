@@ -38,8 +38,8 @@ class Batches(Sequence[dict[str, Tensor]]):
         length: N.
         batch_size: B, over all processes.
         order: ``shuffled`` cuts the tokens into blocks, anew in every epoch, and visits each once;
-            ``contiguous`` reads B places at once, each batch going on where the one before it ended (for
-            a state that is carried along).
+            ``contiguous`` reads B places at once, each batch going on where the one before it ended
+            (for a state that is carried along).
         apart: number the documents of each row (``seq_idx``), so that they do not see each other.
         seed: of the order.
         rows: which rows of a batch are wanted, of this process; None is all.
@@ -94,7 +94,8 @@ class Batches(Sequence[dict[str, Tensor]]):
                 batch_size=None,
                 sampler=range(first, last),
                 num_workers=num_workers,
-                # Else it would draw a seed for its workers from the generator of the model's dropout.
+                # Else it would draw a seed for its workers from the generator of the model's
+                # dropout.
                 generator=torch.Generator(),
             )
         )

@@ -1,7 +1,7 @@
 """Recall and state-tracking tasks: endless random examples, drawn whole batches at a time.
 
-Targets are aligned: the target at a position is what the logits of that position should name, without
-a shift, and -100 where nothing is asked.
+Targets are aligned: the target at a position is what the logits of that position should name,
+without a shift, and -100 where nothing is asked.
 
 Shape legend: B batch, N tokens, P pairs, V vocab_size.
 """
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hamt.cross_entropy import NOT_ASKED
+from hamt.cross_entropy import IGNORE_INDEX
 
 PICTURE_WIDTH = 100
 
@@ -52,9 +52,13 @@ class Task(ABC):
     def check_length(self, length: int) -> None:
         """Raise a ValueError if no example of ``length`` tokens exists."""
         if length < self.min_length:
-            raise ValueError(f"the length must be at least {self.min_length} tokens for {self}; got {length}")
+            raise ValueError(
+                f"the length must be at least {self.min_length} tokens for {self}; got {length}"
+            )
 
-    def sample(self, batch_size: int, generator: torch.Generator, length: int | None = None) -> TaskBatch:
+    def sample(
+        self, batch_size: int, generator: torch.Generator, length: int | None = None
+    ) -> TaskBatch:
         """Draw ``batch_size`` examples of ``length`` tokens (None: the task's), on the generator's device.
 
         Raises:
@@ -71,7 +75,7 @@ class Task(ABC):
         rows = {
             "": self._marks(inputs, targets),
             "inputs": [str(token) for token in inputs.tolist()],
-            "targets": ["." if token == NOT_ASKED else str(token) for token in targets.tolist()],
+            "targets": ["." if token == IGNORE_INDEX else str(token) for token in targets.tolist()],
         }
         cell = 1 + max(len(text) for texts in rows.values() for text in texts)
         columns = max((PICTURE_WIDTH - len("targets")) // cell, 1)
@@ -97,10 +101,11 @@ class Task(ABC):
 class MQAR(Task):
     """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927; the authors' Zoology code).
 
-    A row starts with P pairs of a key and its value; then each key comes once more, and there the value is
-    asked. Keys are distinct, from [1, V // 2), values distinct, from [V // 2, V). Queries stand on every
-    second position after the pairs: the slots, counted from 1. The first key takes slot i with probability
-    proportional to i ** (power_a - 1), the next likewise among those left, and so on.
+    A row starts with P pairs of a key and its value; then each key comes once more, and there the
+    value is asked. Keys are distinct, from [1, V // 2), values distinct, from [V // 2, V). Queries
+    stand on every second position after the pairs: the slots, counted from 1. The first key takes
+    slot i with probability proportional to i ** (power_a - 1), the next likewise among those left,
+    and so on.
 
     Unlike the original, any vocabulary with P keys will do (there V > N), and N may be odd.
 
@@ -109,7 +114,8 @@ class MQAR(Task):
         vocab_size: V, at least 2 P + 2.
         num_kv_pairs: P.
         power_a: 1 places queries uniformly, less of it close to the pairs.
-        random_non_queries: fill the rest with random tokens, keys and values among them; else with 0.
+        random_non_queries: fill the rest with random tokens, keys and values among them; else with
+            0.
 
     Example:
         >>> task = MQAR(length=14, vocab_size=12, num_kv_pairs=2, random_non_queries=False)
@@ -151,17 +157,19 @@ class MQAR(Task):
         chosen = _weighted_distinct(slots ** (self.power_a - 1), batch_size, pairs, generator)
         queries = 2 * pairs + 2 * chosen
         high = self.vocab_size if self.random_non_queries else 1
-        inputs = torch.randint(high, (batch_size, length), generator=generator, device=generator.device)
+        inputs = torch.randint(
+            high, (batch_size, length), generator=generator, device=generator.device
+        )
         inputs[:, 0 : 2 * pairs : 2] = keys
         inputs[:, 1 : 2 * pairs : 2] = values
         inputs.scatter_(1, queries, keys)
-        return TaskBatch(inputs, torch.full_like(inputs, NOT_ASKED).scatter_(1, queries, values))
+        return TaskBatch(inputs, torch.full_like(inputs, IGNORE_INDEX).scatter_(1, queries, values))
 
     def _marks(self, inputs: Tensor, targets: Tensor) -> list[str]:
         pairs = range(self.num_kv_pairs)
         number = {int(inputs[2 * i]): i + 1 for i in pairs}
         rest = zip(inputs.tolist(), targets.tolist(), strict=True)
-        marks = ["" if target == NOT_ASKED else f"k{number[token]}?" for token, target in rest]
+        marks = ["" if target == IGNORE_INDEX else f"k{number[token]}?" for token, target in rest]
         return [f"{kind}{i + 1}" for i in pairs for kind in "kv"] + marks[2 * self.num_kv_pairs :]
 
 
@@ -169,9 +177,10 @@ class MQAR(Task):
 class Induction(Task):
     """Induction heads (Olsson et al. 2022, arXiv 2209.11895), as posed by H3 and Mamba.
 
-    The special token V - 1 stands once in uniformly random text of the other tokens, at a uniformly random
-    place, and again at the end, where the token that followed it is asked (Fu et al. 2022, arXiv 2212.14052;
-    Gu and Dao 2023, arXiv 2312.00752, section 4.1.2, whose sizes are the defaults).
+    The special token V - 1 stands once in uniformly random text of the other tokens, at a uniformly
+    random place, and again at the end, where the token that followed it is asked (Fu et al. 2022,
+    arXiv 2212.14052; Gu and Dao 2023, arXiv 2312.00752, section 4.1.2, whose sizes are the
+    defaults).
 
     Args:
         length: N, at least 3.
@@ -208,25 +217,30 @@ class Induction(Task):
 
     def _draw(self, batch_size: int, length: int, generator: torch.Generator) -> TaskBatch:
         device = generator.device
-        inputs = torch.randint(self.special, (batch_size, length), generator=generator, device=device)
+        inputs = torch.randint(
+            self.special, (batch_size, length), generator=generator, device=device
+        )
         places = torch.randint(length - 2, (batch_size, 1), generator=generator, device=device)
         inputs.scatter_(1, places, self.special)
         inputs[:, -1] = self.special
-        targets = torch.full_like(inputs, NOT_ASKED)
+        targets = torch.full_like(inputs, IGNORE_INDEX)
         targets[:, -1:] = inputs.gather(1, places + 1)
         return TaskBatch(inputs, targets)
 
     def _marks(self, inputs: Tensor, targets: Tensor) -> list[str]:
         place = int((inputs == self.special).nonzero()[0])
-        return [{place: "*", place + 1: "!", len(inputs) - 1: "*?"}.get(i, "") for i in range(len(inputs))]
+        return [
+            {place: "*", place + 1: "!", len(inputs) - 1: "*?"}.get(i, "")
+            for i in range(len(inputs))
+        ]
 
 
 @dataclass(frozen=True)
 class ModularCounting(Task):
     """Count the ones so far, modulo ``modulus``: fair bits in, the count asked at every position.
 
-    The word problem of a cyclic group, which state-tracking is measured by: Delétang et al. 2022, arXiv
-    2207.02098; Grazzi et al. 2024, arXiv 2411.12537. Accuracy by chance is 1 / modulus.
+    The word problem of a cyclic group, which state-tracking is measured by: Delétang et al. 2022,
+    arXiv 2207.02098; Grazzi et al. 2024, arXiv 2411.12537. Accuracy by chance is 1 / modulus.
 
     Args:
         modulus: at least 2.
@@ -259,7 +273,9 @@ class ModularCounting(Task):
         return 1
 
     def _draw(self, batch_size: int, length: int, generator: torch.Generator) -> TaskBatch:
-        inputs = torch.randint(2, (batch_size, length), generator=generator, device=generator.device)
+        inputs = torch.randint(
+            2, (batch_size, length), generator=generator, device=generator.device
+        )
         return TaskBatch(inputs, inputs.cumsum(dim=1) % self.modulus)
 
     def _marks(self, inputs: Tensor, targets: Tensor) -> list[str]:
@@ -299,12 +315,14 @@ def distinct(total: int, batch_size: int, count: int, generator: torch.Generator
     return chosen.gather(1, order)
 
 
-def _weighted_distinct(weights: Tensor, batch_size: int, count: int, generator: torch.Generator) -> Tensor:
+def _weighted_distinct(
+    weights: Tensor, batch_size: int, count: int, generator: torch.Generator
+) -> Tensor:
     """Draws from range(len(weights)) without replacement, each in proportion to ``weights`` (n,) among
     what is left: (B, count), in the order drawn.
 
-    An exponential race (Efraimidis and Spirakis 2006, Inf. Process. Lett. 97(5)). ``torch.multinomial``
-    draws by the same law, but other numbers on other processors.
+    An exponential race (Efraimidis and Spirakis 2006, Inf. Process. Lett. 97(5)).
+    ``torch.multinomial`` draws by the same law, but other numbers on other processors.
     """
     uniform = torch.rand(batch_size, len(weights), generator=generator, device=generator.device)
     return (uniform.log() / weights).topk(count, dim=1).indices

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hamt.data.cache import kept
+from hamt.data.cache import cached_folder
 from hamt.data.corpus import Corpus
 from hamt.data.hub import no_network
 from hamt.errors import UserError
@@ -29,9 +29,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     special = [END_OF_TEXT, PADDING]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + len(special):
-        raise UserError(f"vocab_size must be at least {len(alphabet) + len(special)}; got {vocab_size}")
+        raise UserError(
+            f"vocab_size must be at least {len(alphabet) + len(special)}; got {vocab_size}"
+        )
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer = _byte_level(models.BPE())
     tokenizer.train_from_iterator(_first(texts, LEARNT), trainer)
@@ -51,7 +56,7 @@ def own_tokenizer(
     def write(target: Path) -> None:
         train_tokenizer(corpus.train, vocab_size).save_pretrained(target)
 
-    return load_tokenizer(str(kept(cache, f"tokenizer-{identity}", write)))
+    return load_tokenizer(str(cached_folder(cache, f"tokenizer-{identity}", write)))
 
 
 def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -76,7 +81,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         return _fast(_byte_level(bpe))
     try:
         # The local cache answers at once; only then is the network worth a wait.
-        found = AutoTokenizer.from_pretrained(name_or_path, local_files_only=folder.exists() or no_network())
+        found = AutoTokenizer.from_pretrained(
+            name_or_path, local_files_only=folder.exists() or no_network()
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             f"no tokenizer {name_or_path!r} in a local folder, and none could be downloaded: "
@@ -115,3 +122,17 @@ def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands before a text: the token that begins one (bos), or the one that ends the one before (eos).
+
+    Raises:
+        UserError: if the tokenizer has neither.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise UserError(
+            "the tokenizer has no token that begins a text (bos or eos): give another model"
+        )
+    return start

@@ -1,7 +1,8 @@
 """Text tokenised once, kept on disk, and read through memory maps.
 
-A split is one array of token ids without padding. Every document begins with the end-of-text token: it
-tells where the document starts, its first word is predicted from it, and the one before it learns to end.
+A split is one array of token ids without padding. Every document begins with the end-of-text token:
+it tells where the document starts, its first word is predicted from it, and the one before it
+learns to end.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hamt.data.cache import kept
+from hamt.data.cache import cached_folder
 from hamt.data.corpus import EVERY, Corpus
 
 # Characters that are tokenised at a time, so that a file of any size fits into memory.
@@ -38,12 +39,20 @@ class Split:
     def __reduce__(self):
         # A process that prepares batches maps the file itself instead of getting a copy of it.
         if isinstance(self.ids, np.memmap):
-            described = (self.ids.filename, self.ids.dtype, self.ids.shape, self.starts, self.num_bytes)
+            described = (
+                self.ids.filename,
+                self.ids.dtype,
+                self.ids.shape,
+                self.starts,
+                self.num_bytes,
+            )
             return _open, described
         return Split, (self.ids, self.starts, self.num_bytes)
 
 
-def _open(file: str, dtype: np.dtype, shape: tuple[int], starts: np.ndarray, num_bytes: int) -> Split:
+def _open(
+    file: str, dtype: np.dtype, shape: tuple[int], starts: np.ndarray, num_bytes: int
+) -> Split:
     return Split(np.memmap(file, dtype=dtype, mode="r", shape=shape), starts, num_bytes)
 
 
@@ -69,13 +78,18 @@ def tokenise(
         corpus: the text.
         tokenizer: a fast tokenizer; without an end-of-text token documents run into each other.
         cache: folder that keeps the token ids; None is ``tokens`` in the user's cache.
-        max_tokens: read only so many tokens to train on, and a twentieth of that to hold out, up to the
-            end of a document, or of a line in a long one.
+        max_tokens: read only so many tokens to train on, and a twentieth of that to hold out, up to
+            the end of a document, or of a line in a long one.
 
     Raises:
         UserError: if the folder cannot be written.
     """
-    described = [LAYOUT, corpus.identity, tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id)]
+    described = [
+        LAYOUT,
+        corpus.identity,
+        tokenizer.backend_tokenizer.to_str(),
+        str(tokenizer.eos_token_id),
+    ]
     described += [] if max_tokens is None else [str(max_tokens)]
     fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
 
@@ -84,8 +98,10 @@ def tokenise(
         _write(target, "train", corpus.train, tokenizer, max_tokens)
         _write(target, "held_out", corpus.held_out, tokenizer, fewer)
 
-    folder = kept(cache, fingerprint, write)
-    return TokenisedCorpus(corpus.name, _read(folder, "train"), _read(folder, "held_out"), fingerprint)
+    folder = cached_folder(cache, fingerprint, write)
+    return TokenisedCorpus(
+        corpus.name, _read(folder, "train"), _read(folder, "held_out"), fingerprint
+    )
 
 
 def encode(
@@ -157,5 +173,9 @@ def _read(folder: Path, name: str) -> Split:
     info = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     starts = np.load(folder / f"{name}.starts.npy")
     return _open(
-        str(folder / f"{name}.bin"), np.dtype(info["dtype"]), (info["length"],), starts, info["num_bytes"]
+        str(folder / f"{name}.bin"),
+        np.dtype(info["dtype"]),
+        (info["length"],),
+        starts,
+        info["num_bytes"],
     )

@@ -23,8 +23,8 @@ def make_accelerator(mixed_precision: str = "no", *, on_cpu: bool = False) -> Ac
     on_cpu = on_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if on_cpu and mixed_precision == "fp16":
         raise UserError("--mixed_precision fp16 needs a GPU: bf16 also works on a CPU")
-    # Accelerate has one state for the process: a second precision is refused, and none given is the first's,
-    # as is the device.
+    # Accelerate has one state for the process: a second precision is refused, and none given is the
+    # first's, as is the device.
     if AcceleratorState._shared_state:
         state = AcceleratorState()
         moves = (state.device.type == "cpu") != on_cpu and state.num_processes == 1

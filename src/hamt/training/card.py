@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from hamt.evaluation.loss import Loss
 from hamt.files import write_text
+from hamt.training.held_out import Loss
 from hamt.training.loop import TrainingResult
 from hamt.training.plan import Plan
 
@@ -16,8 +16,8 @@ tags:
 
 # {name}
 
-A HAMT language model: its token mixer is a fixed-size holographic memory, so that a token costs the same
-and the state has the same size at any context length.
+A HAMT language model: its token mixer is a fixed-size holographic memory, so that a token costs the
+same and the state has the same size at any context length.
 
 | | |
 |---|---|

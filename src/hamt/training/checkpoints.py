@@ -1,8 +1,8 @@
 """Checkpoints to resume a run from, bit for bit on a CPU.
 
-``<folder>/step_<n>/`` holds a model folder of Transformers and ``training_state.pt``: plain data, read with
-``weights_only=True``. A folder gets its name when all of it is on the disk; only then are older ones
-removed. So there is a whole one at every moment, whatever kills the run.
+``<folder>/step_<n>/`` holds a model folder of Transformers and ``training_state.pt``: plain data,
+read with ``weights_only=True``. A folder gets its name when all of it is on the disk; only then are
+older ones removed. So there is a whole one at every moment, whatever kills the run.
 """
 
 import os
@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hamt.cache import HAMTCache
 from hamt.errors import UserError, reason
-from hamt.evaluation.loss import Loss
 from hamt.files import WRITING, existing, new_folder
+from hamt.training.held_out import Loss
 from hamt.training.loop import Trainer, TrainingResult
 
 STATE = "training_state.pt"
@@ -50,7 +50,8 @@ def save_state(
         "model": trainer.model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "scaler": trainer.accelerator.scaler.state_dict() if trainer.accelerator.scaler else None,
-        "result": asdict(trainer.result) | {"held_out": [(n, tuple(m)) for n, m in trainer.result.held_out]},
+        "result": asdict(trainer.result)
+        | {"held_out": [(n, tuple(m)) for n, m in trainer.result.held_out]},
         "recent": list(trainer.recent),
         "losses": list(trainer.spikes.losses),
         "processes": ranks,
@@ -75,7 +76,9 @@ def save_state(
 def find_states(folder: str | os.PathLike[str]) -> list[Path]:
     """The whole checkpoints in ``folder``, oldest first."""
     # A user's copy of one has another name, and is left alone.
-    named = (path for path in Path(folder).glob("step_*") if path.name.removeprefix("step_").isdecimal())
+    named = (
+        path for path in Path(folder).glob("step_*") if path.name.removeprefix("step_").isdecimal()
+    )
     found = [path for path in named if (path / STATE).is_file()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
@@ -83,7 +86,11 @@ def find_states(folder: str | os.PathLike[str]) -> list[Path]:
 def clear_remains(folder: str | os.PathLike[str], everything: bool = False) -> None:
     """Remove what a run left that died while it wrote; ``everything`` removes its checkpoints, too."""
     folder = Path(folder)
-    for path in (*folder.glob(".step_*"), *folder.glob(f"{WRITING}*"), *folder.parent.glob(f"{WRITING}*")):
+    for path in (
+        *folder.glob(".step_*"),
+        *folder.glob(f"{WRITING}*"),
+        *folder.parent.glob(f"{WRITING}*"),
+    ):
         shutil.rmtree(path, ignore_errors=True)
     if everything:
         for path in find_states(folder):
@@ -92,7 +99,9 @@ def clear_remains(folder: str | os.PathLike[str], everything: bool = False) -> N
             path.unlink(missing_ok=True)
 
 
-def load_state(path: str | os.PathLike[str], trainer: Trainer[Loss], identity: dict[str, Any]) -> None:
+def load_state(
+    path: str | os.PathLike[str], trainer: Trainer[Loss], identity: dict[str, Any]
+) -> None:
     """Bring a trainer to where the run was that wrote ``path``.
 
     Raises:
@@ -101,8 +110,14 @@ def load_state(path: str | os.PathLike[str], trainer: Trainer[Loss], identity: d
     try:
         state = torch.load(Path(path) / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever it trips over
-        before = "--resume takes the one before" if len(find_states(Path(path).parent)) > 1 else "begin anew"
-        raise UserError(f"{path} cannot be read ({reason(error)}): remove it and {before}") from error
+        before = (
+            "--resume takes the one before"
+            if len(find_states(Path(path).parent)) > 1
+            else "begin anew"
+        )
+        raise UserError(
+            f"{path} cannot be read ({reason(error)}): remove it and {before}"
+        ) from error
     for name, wanted in identity.items():
         if name == "text" and name not in state["identity"]:
             continue  # an older run noted path and date of its text, from which nothing can be told
@@ -138,7 +153,9 @@ def load_state(path: str | os.PathLike[str], trainer: Trainer[Loss], identity: d
 
 
 def check_space(
-    folder: str | os.PathLike[str], num_bytes: int, mend: str = "free space, or choose another --output_dir"
+    folder: str | os.PathLike[str],
+    num_bytes: int,
+    mend: str = "free space, or choose another --output_dir",
 ) -> None:
     """Refuse a run whose checkpoints the disk cannot hold; ``mend``: what the user is told to do.
 
@@ -146,8 +163,11 @@ def check_space(
         UserError: with what is needed and what there is.
     """
     free = shutil.disk_usage(existing(folder)).free
-    # What an earlier part of the run has written makes room for what replaces it, or is already there.
-    num_bytes -= sum(path.stat().st_size for path in Path(folder).glob("checkpoints/**/*") if path.is_file())
+    # What an earlier part of the run has written makes room for what replaces it, or is already
+    # there.
+    num_bytes -= sum(
+        path.stat().st_size for path in Path(folder).glob("checkpoints/**/*") if path.is_file()
+    )
     if free < num_bytes:
         raise UserError(
             f"{folder} has {free / 2**30:.1f} GiB free, the checkpoints of this run need "
@@ -170,5 +190,6 @@ def _to_process(trainer: Trainer[Any], state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
     device = trainer.accelerator.device
     trainer.carried = [
-        None if saved is None else HAMTCache.from_tensors(saved, device) for saved in state["carried"]
+        None if saved is None else HAMTCache.from_tensors(saved, device)
+        for saved in state["carried"]
     ]

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
-from hamt.linear import linear
+from hamt.cpu.linear import linear
 from hamt.model import HAMTForCausalLM
 from hamt.training.plan import Plan
 from hamt.utils import hamt_flops
@@ -22,8 +22,9 @@ BYTES_PER_PARAMETER = 16
 def training_flops(model: HAMTForCausalLM) -> float:
     """Floating-point operations of training for one token.
 
-    Those of the forward pass in matrix products (two for a parameter, the head's among them) and in the
-    memory, three times: the backward pass takes two (Kaplan et al. 2020, arXiv 2001.08361, appendix B).
+    Those of the forward pass in matrix products (two for a parameter, the head's among them) and in
+    the memory, three times: the backward pass takes two (Kaplan et al. 2020, arXiv 2001.08361,
+    appendix B).
     """
     parts = hamt_flops(model.config)
     return 3 * sum(parts[name] for name in ("projections", "memory", "mlp", "head"))
@@ -51,7 +52,9 @@ def step_seconds(plan: Plan, repeats: int = 2) -> float:
     processes = plan.accelerator.num_processes
     rows = max(plan.options.batch_size // plan.options.micro_batches // processes, 1)
     model = plan.model.to(plan.accelerator.device)
-    ids = torch.randint(model.config.vocab_size, (rows, plan.batches.length), device=plan.accelerator.device)
+    ids = torch.randint(
+        model.config.vocab_size, (rows, plan.batches.length), device=plan.accelerator.device
+    )
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

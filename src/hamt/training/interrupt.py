@@ -20,7 +20,9 @@ def deferred_interrupt() -> Iterator[threading.Event]:
 
     def note(signum, frame) -> None:
         event.set()
-        print("\nstopping after this step; a second Ctrl-C stops at once", file=sys.stderr, flush=True)
+        print(
+            "\nstopping after this step; a second Ctrl-C stops at once", file=sys.stderr, flush=True
+        )
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hamt.cache import HAMTCache
-from hamt.cross_entropy import NOT_ASKED
+from hamt.cross_entropy import IGNORE_INDEX
 from hamt.data.blocks import Batch, split_columns, split_rows
 from hamt.training.accelerator import make_accelerator
+from hamt.training.divergence import DivergenceError, LossSpikes
 from hamt.training.interrupt import deferred_interrupt
 from hamt.training.optim import build_optimizers, learning_rate_scale, set_learning_rate
-from hamt.training.trouble import LossSpikes, TrainingTrouble
 
 T = TypeVar("T")
 
@@ -38,19 +38,21 @@ class LoopOptions:
         learning_rate: peak, reached after the share ``warmup`` of the run.
         optimizer: see ``build_optimizers``.
         weight_decay: of all parameters but vectors.
-        eps: of the optimisers; with a small one angles go on becoming exact after a task is solved, when
-            its gradients are tiny.
-        schedule: see ``learning_rate_scale``, as for ``warmup``, ``final_learning_rate`` (a share of the
-            peak) and ``decay``.
+        eps: of the optimisers; with a small one angles go on becoming exact after a task is solved,
+            when its gradients are tiny.
+        schedule: see ``learning_rate_scale``, as for ``warmup``, ``final_learning_rate`` (a share
+            of the peak) and ``decay``.
         max_norm: gradients are scaled down to this norm, of all together.
         micro_batches: forward and backward passes of a step, each over an equal share of the rows.
         segments: parts of a row that are read one after the other, the state carried along.
-        carry_state: rows go on where those of the step before ended: start from their state, detached.
-        max_seconds: end within about this time; a machine too slow for all steps still sees the whole
-            schedule, squeezed into the time there is.
+        carry_state: rows go on where those of the step before ended: start from their state,
+            detached.
+        max_seconds: end within about this time; a machine too slow for all steps still sees the
+            whole schedule, squeezed into the time there is.
         log_interval: steps between records, each a mean over the interval.
         eval_interval: steps between evaluations.
-        spike: a loss this many standard deviations above the last ones is trouble; 0 looks for NaN only.
+        spike: a loss this many standard deviations above the last ones is trouble; 0 looks for NaN
+            only.
         skip_trouble: leave such steps out instead of ending the run.
     """
 
@@ -119,8 +121,8 @@ class Trainer(Generic[T]):
     """A run: the model, its optimisers, and how far it has come.
 
     Args:
-        model: trained in place; its loss must honour ``shift_labels`` and ``num_items_in_batch``, as the
-            common loss of Transformers does.
+        model: trained in place; its loss must honour ``shift_labels`` and ``num_items_in_batch``,
+            as the common loss of Transformers does.
         evaluate: measures the model as it is, on held-out data; called before the first step, every
             ``eval_interval`` steps and after the last, by every process.
         options: see ``LoopOptions``.
@@ -154,7 +156,8 @@ class Trainer(Generic[T]):
         prepared = self.accelerator.prepare(model if run is None else run, *optimizers)
         self.run: Callable = prepared[0]
         self.optimizers: list[AcceleratedOptimizer] = list(prepared[1:])
-        # Logits of a large vocabulary would take more memory than all the rest, and training needs none.
+        # Logits of a large vocabulary would take more memory than all the rest, and training needs
+        # none.
         without = "return_logits" in inspect.signature(model.forward).parameters
         self.options_of_model = {"return_logits": False} if without else {}
         self.spikes = LossSpikes(options.spike)
@@ -168,16 +171,17 @@ class Trainer(Generic[T]):
         """Train until the end of the run, of its time, or of the user's patience.
 
         Args:
-            batches: arguments of the model that make it return a loss, ``input_ids`` (B, N) among them;
-                of the rows of this process. The first is that of step ``result.steps``.
-            begins: whether the rows of a step go on from nothing, so that no state is carried into it.
+            batches: arguments of the model that make it return a loss, ``input_ids`` (B, N) among
+                them; of the rows of this process. The first is that of step ``result.steps``.
+            begins: whether the rows of a step go on from nothing, so that no state is carried into
+                it.
 
         Returns:
-            What happened; on Ctrl-C what happened until then, the last step whole. The model is left in
-            evaluation mode.
+            What happened; on Ctrl-C what happened until then, the last step whole. The model is
+            left in evaluation mode.
 
         Raises:
-            TrainingTrouble: if a loss or a gradient is not finite, or a loss leaps up.
+            DivergenceError: if a loss or a gradient is not finite, or a loss leaps up.
         """
         options, result = self.options, self.result
         start = time.monotonic() - result.wall_seconds
@@ -186,7 +190,11 @@ class Trainer(Generic[T]):
         self.model.train()
         good = False
         with deferred_interrupt() as interrupted:
-            while result.steps < options.num_steps and not good and not self._any(interrupted.is_set()):
+            while (
+                result.steps < options.num_steps
+                and not good
+                and not self._any(interrupted.is_set())
+            ):
                 begin = time.monotonic()
                 elapsed = self._of_main(begin - start)
                 if elapsed >= options.max_seconds:
@@ -194,7 +202,9 @@ class Trainer(Generic[T]):
                     break
                 if begins(result.steps):
                     self.carried = [None] * options.micro_batches
-                progress = max((result.steps + 1) / options.num_steps, elapsed / options.max_seconds)
+                progress = max(
+                    (result.steps + 1) / options.num_steps, elapsed / options.max_seconds
+                )
                 self._step(next(batches), progress)
                 now = time.monotonic()
                 result.seconds, result.wall_seconds = result.seconds + now - begin, now - start
@@ -218,7 +228,7 @@ class Trainer(Generic[T]):
     def _step(self, batch: Batch, progress: float) -> None:
         options, result, accelerator = self.options, self.result, self.accelerator
         parts, before = split_rows(batch, options.micro_batches), list(self.carried)
-        targets = batch["shift_labels"].ne(NOT_ASKED).sum().to(accelerator.device)
+        targets = batch["shift_labels"].ne(IGNORE_INDEX).sum().to(accelerator.device)
         count = accelerator.reduce(targets, "sum")
         loss, aux_loss = torch.zeros((), device=accelerator.device), None
         for index, part in enumerate(parts):
@@ -230,11 +240,14 @@ class Trainer(Generic[T]):
             loss += part_loss.detach()
         loss = accelerator.reduce(loss, "sum").item()
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), options.max_norm))
-        # A scaler of float16 tries scales that are too large, leaves the step out and takes a smaller one.
-        overflow = accelerator.scaler is not None and math.isfinite(loss) and not math.isfinite(norm)
+        # A scaler of float16 tries scales that are too large, leaves the step out and takes a
+        # smaller one.
+        overflow = (
+            accelerator.scaler is not None and math.isfinite(loss) and not math.isfinite(norm)
+        )
         trouble = "the scale overflows" if overflow else self.spikes.trouble(loss, norm)
         if trouble and not overflow and not options.skip_trouble:
-            raise TrainingTrouble(trouble, result.steps, dict(batch))
+            raise DivergenceError(trouble, result.steps, dict(batch))
         scale = learning_rate_scale(
             progress,
             options.schedule,
@@ -258,7 +271,8 @@ class Trainer(Generic[T]):
         scaler = self.accelerator.scaler
         for optimizer in self.optimizers:
             if scaler is not None and not leave_out:
-                # Accelerate would update the scaler after each, and unscale the gradients of the next again.
+                # Accelerate would update the scaler after each, and unscale the gradients of the
+                # next again.
                 scaler.step(optimizer.optimizer)
             elif not leave_out:
                 optimizer.step()
@@ -281,7 +295,9 @@ class Trainer(Generic[T]):
             segment = {name: x.to(self.accelerator.device) for name, x in segment.items()}
             state = {"past_key_values": cache} if carry else {}
             with self.accelerator.autocast():
-                outputs = self.run(**segment, **state, **self.options_of_model, num_items_in_batch=count)
+                outputs = self.run(
+                    **segment, **state, **self.options_of_model, num_items_in_batch=count
+                )
             loss = loss + outputs.loss
         if options.carry_state and cache is not None:
             self.carried[index] = cache.detach()

@@ -17,11 +17,12 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """Optimisers that together own every parameter once.
 
-    ``muon``: Muon for the matrices of the blocks, AdamW for embeddings, gates, norms and convolutions. Muon
-    orthogonalises the update of a matrix (Jordan et al. 2024); ``match_rms_adamw`` scales it to the size
-    of an AdamW update (Liu et al. 2025, arXiv 2502.16982), so that one learning rate and one weight decay
-    serve both. ``adamw``: AdamW for all. Vectors have no weight decay. ``eps`` is AdamW's; gradients far
-    below it move nothing (Muon's is ten times as large, as it is by default).
+    ``muon``: Muon for the matrices of the blocks, AdamW for embeddings, gates, norms and
+    convolutions. Muon orthogonalises the update of a matrix (Jordan et al. 2024);
+    ``match_rms_adamw`` scales it to the size of an AdamW update (Liu et al. 2025, arXiv
+    2502.16982), so that one learning rate and one weight decay serve both. ``adamw``: AdamW for
+    all. Vectors have no weight decay. ``eps`` is AdamW's; gradients far below it move nothing
+    (Muon's is ten times as large, as it is by default).
 
     Raises:
         ValueError: if ``kind`` is none of ``OPTIMIZERS``.
@@ -31,8 +32,12 @@ def build_optimizers(
     matrices: list[Tensor] = []
     if kind == "muon":
         decoder = model.get_decoder()
-        blocks = decoder.h if hasattr(decoder, "h") else decoder.layers  # h in GPT-2, whose maps are Conv1D
-        matrices = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear | Conv1D)]
+        blocks = (
+            decoder.h if hasattr(decoder, "h") else decoder.layers
+        )  # h in GPT-2, whose maps are Conv1D
+        matrices = [
+            module.weight for module in blocks.modules() if isinstance(module, nn.Linear | Conv1D)
+        ]
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
     adamw = AdamW(
@@ -48,7 +53,11 @@ def build_optimizers(
     if not matrices:
         return [adamw]
     muon = Muon(
-        matrices, learning_rate, weight_decay=weight_decay, eps=10 * eps, adjust_lr_fn="match_rms_adamw"
+        matrices,
+        learning_rate,
+        weight_decay=weight_decay,
+        eps=10 * eps,
+        adjust_lr_fn="match_rms_adamw",
     )
     return [muon, adamw]
 
@@ -60,8 +69,8 @@ def learning_rate_scale(
 
     Args:
         progress: share of training done, in [0, 1].
-        schedule: ``cosine`` down to the floor; ``wsd`` (warm-up, stable, decay; Hu et al. 2024, arXiv
-            2404.06395): constant, with a linear end; ``constant``.
+        schedule: ``cosine`` down to the floor; ``wsd`` (warm-up, stable, decay; Hu et al. 2024,
+            arXiv 2404.06395): constant, with a linear end; ``constant``.
         warmup: share of training that warms up.
         floor: last value.
         decay: share of training that the end of ``wsd`` takes.

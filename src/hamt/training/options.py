@@ -53,23 +53,33 @@ class TrainOptions:
         "dataset",
     )
     streaming: bool = option(False, "read rows as they come, instead of downloading all first")
-    max_tokens: int | None = option(None, "read only about so many tokens from the start of the text")
-    held_out: str | None = option(None, "the same kinds, to measure on; none holds a part of --data out")
+    max_tokens: int | None = option(
+        None, "read only about so many tokens from the start of the text"
+    )
+    held_out: str | None = option(
+        None, "the same kinds, to measure on; none holds a part of --data out"
+    )
     text_column: str | None = option(None, "the column of rows that holds the text (text)")
     tokenizer: str | None = option(
         None, "a tokenizer by name or folder (gpt2), or characters; none learns one from the text"
     )
     vocab_size: int = option(8192, "size of the tokenizer that is trained")
-    token_cache: str | None = option(None, "folder that keeps tokenised text (~/.cache/hamt/tokens)")
+    token_cache: str | None = option(
+        None, "folder that keeps tokenised text (~/.cache/hamt/tokens)"
+    )
     max_length: int = option(256, "tokens of a row", "max_seq_length")
-    order: str = option("shuffled", "shuffled blocks, or contiguous rows whose state is carried along")
+    order: str = option(
+        "shuffled", "shuffled blocks, or contiguous rows whose state is carried along"
+    )
     documents_flow: bool = option(False, "a document sees those before it in its row")
     # model
     size: str | None = option(
         None,
         "tiny, small, medium (for a CPU), 17M, 50M, 100M or 200M; other options change it",
     )
-    init_from: str | None = option(None, "start from the weights, sizes and tokenizer of this checkpoint")
+    init_from: str | None = option(
+        None, "start from the weights, sizes and tokenizer of this checkpoint"
+    )
     hidden_dim: int | None = option(None, "width of the model (256)")
     hcm_dim: int | None = option(None, "width of the holographic memory (2 * hidden_dim)")
     num_layers: int | None = option(None, "blocks (4)")
@@ -100,7 +110,8 @@ class TrainOptions:
     max_norm: float = option(1.0, "clip gradients to this norm")
     seed: int = option(0, "seed of weights and data order")
     spike: float = option(
-        10.0, "end on a loss this many standard deviations (and a nat) above the last ones; 0: on NaN only"
+        10.0,
+        "end on a loss this many standard deviations (and a nat) above the last ones; 0: on NaN only",
     )
     skip_trouble: bool = option(False, "leave such steps out instead")
     # machine
@@ -115,14 +126,18 @@ class TrainOptions:
         None, "steps between checkpoints to resume from (500, in a short run fewer)"
     )
     keep_checkpoints: int = option(1, "how many of them to keep")
-    save_dtype: str = option("float32", "of the weights of the finished model: float32, bfloat16 or float16")
+    save_dtype: str = option(
+        "float32", "of the weights of the finished model: float32, bfloat16 or float16"
+    )
     use_tensorboard: bool = option(False, "write TensorBoard files, too")
     use_wandb: bool = option(False, "log to Weights & Biases, too (WANDB_MODE=offline works)")
     run_name: str | None = option(None, "name of the run there")
 
     def paths(self) -> dict[str, str]:
         """The absolute paths of what is read from files, by option: a run can be looked up from elsewhere."""
-        given = {name: getattr(self, name) for name in ("data", "held_out", "tokenizer", "init_from")}
+        given = {
+            name: getattr(self, name) for name in ("data", "held_out", "tokenizer", "init_from")
+        }
         words = ("sotu", "characters", "none", None)
         return {
             name: str(Path(value).resolve())
@@ -132,7 +147,9 @@ class TrainOptions:
 
     def architecture(self) -> dict[str, Any]:
         """Fields of the model's configuration that are asked for."""
-        chosen = {name: getattr(self, name) for name in ARCHITECTURE if getattr(self, name) is not None}
+        chosen = {
+            name: getattr(self, name) for name in ARCHITECTURE if getattr(self, name) is not None
+        }
         if self.use_aux_loss:
             chosen["use_auxiliary_loss"] = True
         return chosen

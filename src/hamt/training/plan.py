@@ -14,7 +14,7 @@ from hamt.data.corpus import Corpus, load_corpus
 from hamt.data.loader import ORDERS, Batches
 from hamt.data.tokenizer import character_tokenizer, load_tokenizer, own_tokenizer
 from hamt.data.tokens import TokenisedCorpus, tokenise
-from hamt.errors import UserError, mistakes_of_the_user
+from hamt.errors import UserError, user_errors
 from hamt.files import check_writable
 from hamt.model import HAMTForCausalLM
 from hamt.training.accelerator import make_accelerator
@@ -112,7 +112,9 @@ def make_plan(options: TrainOptions) -> Plan:
         tokenizer = trained[1] if trained else _tokenizer(options, text)
         corpus = tokenise(text, tokenizer, options.token_cache, options.max_tokens)
     if len(corpus.held_out) < 2:
-        raise UserError(f"{options.data} is too short to hold any of it out: give more text, or --held_out")
+        raise UserError(
+            f"{options.data} is too short to hold any of it out: give more text, or --held_out"
+        )
     share = options.batch_size // processes
     batches = Batches(
         corpus.train,
@@ -165,7 +167,7 @@ def build_config(**fields) -> HAMTConfig:
     Raises:
         UserError: if it cannot be built, with what would be right.
     """
-    with mistakes_of_the_user():
+    with user_errors():
         return HAMTConfig(**fields)
 
 
@@ -204,7 +206,9 @@ def _fields(options: TrainOptions) -> dict:
 
 def _loop(options: TrainOptions, batches: Batches) -> LoopOptions:
     steps = options.num_steps or max(math.ceil(options.num_epochs * batches.steps_per_epoch), 1)
-    same = {field.name for field in fields(LoopOptions)} & {field.name for field in fields(TrainOptions)}
+    same = {field.name for field in fields(LoopOptions)} & {
+        field.name for field in fields(TrainOptions)
+    }
     return LoopOptions(
         segments=options.tbptt_segments,
         carry_state=options.order == "contiguous",

@@ -14,18 +14,30 @@ from hamt.checkpoint import save_checkpoint, save_pt
 from hamt.data.tokens import TokenisedCorpus
 from hamt.environment import environment
 from hamt.errors import UserError, reason
-from hamt.evaluation.loss import Loss, held_out_loss
-from hamt.evaluation.ngrams import ngram_losses
 from hamt.files import write_file, write_json
 from hamt.model import HAMTForCausalLM
 from hamt.training.card import write_card
-from hamt.training.checkpoints import check_space, clear_remains, find_states, load_state, save_state
-from hamt.training.estimate import disk_bytes, peak_flops, peak_memory, print_estimate, training_flops
+from hamt.training.checkpoints import (
+    check_space,
+    clear_remains,
+    find_states,
+    load_state,
+    save_state,
+)
+from hamt.training.divergence import DivergenceError
+from hamt.training.estimate import (
+    disk_bytes,
+    peak_flops,
+    peak_memory,
+    print_estimate,
+    training_flops,
+)
+from hamt.training.held_out import Loss, held_out_loss
 from hamt.training.loop import Listener, Trainer, TrainingResult
+from hamt.training.ngrams import ngram_losses
 from hamt.training.options import TrainOptions
 from hamt.training.plan import Plan, make_plan
 from hamt.training.tracking import HeldOutLines, ProgressBar, check_trackers, trackers
-from hamt.training.trouble import TrainingTrouble
 from hamt.visualization import save_figure, training_curves
 
 # What a run writes beside its model; a folder that holds one is somebody's.
@@ -49,9 +61,9 @@ def train_model(options: TrainOptions, console: Console) -> Run | None:
     """Train as the options say, and write everything to ``output_dir``.
 
     The folder gets the model and its tokenizer, ``training_info.json``, ``log.jsonl`` and
-    ``loss_curve.png``; ``checkpoints/`` in it gets ``best.pt``, ``epoch_<n>.pt`` and ``step_<n>/``, which
-    ``resume`` goes on from. With ``dry_run`` it says what the run would cost, and returns None, as it does
-    in all processes but the main one.
+    ``loss_curve.png``; ``checkpoints/`` in it gets ``best.pt``, ``epoch_<n>.pt`` and ``step_<n>/``,
+    which ``resume`` goes on from. With ``dry_run`` it says what the run would cost, and returns
+    None, as it does in all processes but the main one.
 
     Raises:
         UserError: for anything the user can mend.
@@ -102,7 +114,7 @@ def _train(plan: Plan, trainer: Trainer[Loss], console: Console) -> Run:
     loader = plan.batches.loader(begin, plan.loop.num_steps, plan.options.num_workers)
     try:
         result = trainer.train(loader, plan.batches.begins)
-    except TrainingTrouble as trouble:
+    except DivergenceError as trouble:
         raise UserError(_keep_batch(trouble, plan)) from trouble
     if result.steps > begin:
         # A finished run can be gone on with, too: with more steps.
@@ -119,13 +131,20 @@ def _measure(plan: Plan, sample: int | None) -> Loss:
     length, held_out = plan.options.max_length, plan.corpus.held_out
     every = 1 if sample is None else max(len(held_out) // length // sample, 1)
     return held_out_loss(
-        plan.model, held_out, length, every=every, apart=plan.batches.apart, accelerator=plan.accelerator
+        plan.model,
+        held_out,
+        length,
+        every=every,
+        apart=plan.batches.apart,
+        accelerator=plan.accelerator,
     )
 
 
 def compare_with_ngrams(run: Run, output_dir: str) -> tuple[float, float]:
     """Losses of a unigram and a bigram model on the same text; added to ``training_info.json``, too."""
-    unigram, bigram = ngram_losses(run.corpus.train.ids, run.corpus.held_out.ids, run.model.config.vocab_size)
+    unigram, bigram = ngram_losses(
+        run.corpus.train.ids, run.corpus.held_out.ids, run.model.config.vocab_size
+    )
     path = Path(output_dir) / "training_info.json"
     info = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, {**info, "unigram_loss": unigram, "bigram_loss": bigram})
@@ -144,7 +163,9 @@ class _Recorder(Listener[Loss]):
     def open(self, result: TrainingResult[Loss]) -> None:
         """Begin, or go on where ``result`` ends."""
         step = result.steps
-        self.best = min((loss.nats_per_token for at, loss in result.held_out if at), default=self.best)
+        self.best = min(
+            (loss.nats_per_token for at, loss in result.held_out if at), default=self.best
+        )
         plan = self.plan
         self.flops, self.peak = training_flops(plan.model), peak_flops(plan.accelerator)
         bar = ProgressBar(plan.loop.num_steps, step)
@@ -206,7 +227,9 @@ def _check_folder(plan: Plan) -> None:
     options, states = plan.options, plan.states
     found = find_states(states)
     if options.resume and not found:
-        raise UserError(f"nothing to resume in {states}: leave --resume out, or give the run's --output_dir")
+        raise UserError(
+            f"nothing to resume in {states}: leave --resume out, or give the run's --output_dir"
+        )
     there = [name for name in WRITTEN if (Path(options.output_dir) / name).exists()]
     if not options.resume and not options.overwrite and (found or there):
         ways = "go on with it by --resume, begin" if found else "begin"
@@ -216,8 +239,10 @@ def _check_folder(plan: Plan) -> None:
         )
 
 
-def _keep_batch(trouble: TrainingTrouble, plan: Plan) -> str:
-    process = f"_process_{plan.accelerator.process_index}" if plan.accelerator.num_processes > 1 else ""
+def _keep_batch(trouble: DivergenceError, plan: Plan) -> str:
+    process = (
+        f"_process_{plan.accelerator.process_index}" if plan.accelerator.num_processes > 1 else ""
+    )
     path = Path(plan.options.output_dir) / f"trouble_step_{trouble.step}{process}.pt"
     write_file(path, lambda file: torch.save(trouble.batch, file))
     kept = find_states(plan.states)
@@ -238,7 +263,9 @@ def _finish(plan: Plan, trainer: Trainer[Loss], console: Console) -> Run:
         final = _measure(plan, sample=None)
     if plan.accelerator.is_main_process:
         save_checkpoint(options.output_dir, plan.model, plan.tokenizer, dtype)
-        write_json(Path(options.output_dir) / "training_info.json", training_info(plan, result, final))
+        write_json(
+            Path(options.output_dir) / "training_info.json", training_info(plan, result, final)
+        )
         write_card(plan, result, final)
         held_out = [(step, loss.nats_per_token) for step, loss in result.held_out]
         curves = training_curves(result.train_losses, held_out)

@@ -15,8 +15,8 @@ from rich.console import Console
 from tqdm import tqdm
 
 from hamt.errors import UserError, reason
-from hamt.evaluation.loss import Loss
 from hamt.files import write_text
+from hamt.training.held_out import Loss
 from hamt.training.loop import Listener, Trainer
 from hamt.training.options import TrainOptions
 
@@ -76,7 +76,11 @@ class JsonLines(Listener[Loss]):
 
     def __init__(self, path: str | os.PathLike[str], step: int = 0) -> None:
         path = Path(path)
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.exists() else []
+        lines = (
+            path.read_text(encoding="utf-8").splitlines(keepends=True)
+            if step and path.exists()
+            else []
+        )
         kept = [line for line in lines if (record := _parsed(line)) and record["step"] <= step]
         write_text(path, "".join(kept))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
@@ -141,7 +145,10 @@ class WeightsAndBiases(Listener[Loss]):
 
         try:
             self.run = wandb.init(
-                project="hamt", name=options.run_name, dir=options.output_dir, config=asdict(options)
+                project="hamt",
+                name=options.run_name,
+                dir=options.output_dir,
+                config=asdict(options),
             )
         except Exception as error:  # of many kinds: no key, no network
             raise UserError(
@@ -155,7 +162,9 @@ class WeightsAndBiases(Listener[Loss]):
 
     def evaluated(self, step: int, measured: Loss) -> None:
         """What was measured on held-out text."""
-        self.run.log({f"held_out/{name}": value for name, value in measured._asdict().items()}, step=step)
+        self.run.log(
+            {f"held_out/{name}": value for name, value in measured._asdict().items()}, step=step
+        )
 
     def close(self) -> None:
         """Write what is left."""

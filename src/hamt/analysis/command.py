@@ -1,0 +1,167 @@
+"""``hamt analyze``: what the memories of a model hold and do with a text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hamt.analysis.dashboard import dashboard
+from hamt.analysis.report import SILENCED, TRACED, Analysis, analyse, summarise
+from hamt.checkpoint import PRETRAINED, load_checkpoint
+from hamt.environment import describe_environment, environment
+from hamt.errors import UserError
+from hamt.files import check_writable, write_json, write_text
+from hamt.options import given_text, option, parse
+from hamt.visualization import save_figure
+
+TEXT = (
+    "Mr. Speaker, Mr. Vice President, Members of Congress, my fellow Americans: The state of the Union is "
+    "strong. Our economy is growing, and the people of the United States are at work. I ask the Congress to "
+    "act this year on the budget, on taxes, and on the defense of the nation. The Congress of the United "
+    "States has the power to act, and the people of the United States expect it to act. Let us work "
+    "together, and the state of the Union will be stronger still."
+)
+CAPTIONS = {
+    "memory_evolution": "Norms of the slots while the text is read, not normalised; the fastest slots are "
+    "lowest.",
+    "slots": "How evenly slots are written and read, how long they keep what they are told, and what the "
+    f"loss of the first {SILENCED} tokens rises by when a slot is never read.",
+    "retrieval": "What is read back under the key of a token, some tokens after it was written, beside what "
+    "another key gives.",
+    "gates": "How strongly each token is written, averaged over heads and slots.",
+}
+CONTRIBUTIONS = (
+    "From where each read-out came: exact shares with keys and gates held fixed; the part of what came "
+    "before the first token shown is left out."
+)
+
+
+@dataclass
+class AnalyzeOptions:
+    """Look into the memories of a model while it reads a text: figures, pictures, a page with everything."""
+
+    checkpoint: str | None = option(
+        None, "a checkpoint folder, or a .pt file; none is the model in HAMT"
+    )
+    text: str | None = option(None, "the text to read; none is a short one of HAMT's own")
+    file: str | None = option(None, "a file with the text to read")
+    max_tokens: int = option(16384, "tokens that are read, from the start of the text")
+    skip_silencing: bool = option(
+        False, "leave out the loss without each slot, which takes longest"
+    )
+    demo: bool = option(False, "the model and the text that come with HAMT")
+    output_dir: str = option("analyze_output", "where everything goes")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Analyse, and write ``analysis_results.json``, one PNG for each picture, and ``dashboard.html``."""
+    options = parse(AnalyzeOptions, arguments, "analyze")
+    text = _text(options)
+    check_writable(options.output_dir, make=True)
+    console = Console(soft_wrap=True, highlight=False)
+    model, tokenizer = load_checkpoint(
+        PRETRAINED if options.checkpoint is None else options.checkpoint
+    )
+    ids = _tokens(tokenizer, text)
+    input_ids = ids[: options.max_tokens]
+    analysis = analyse(model, tokenizer, input_ids, silence=not options.skip_silencing)
+    analysis.results["tokens_of_the_text"] = len(ids)
+    header = environment()
+    name = options.checkpoint or "the model in HAMT"
+    console.print(f"{name}: {model.num_parameters():,} parameters, {_read(analysis)}", markup=False)
+    console.print(summary(analysis))
+    slots = len(analysis.results["layers"]["0"]["write_share"][0])
+    console.print(
+        f"half-lives in tokens; slots as good as in use, of {slots} a head; effective rank of a head; "
+        "fidelity, the cosine of a write that is read back at once (docs/analysis.md)"
+    )
+    for path in write(analysis, options, header, name):
+        console.print(f"wrote {path}", markup=False)
+    return 0
+
+
+def summary(analysis: Analysis) -> Table:
+    """A line for each layer."""
+    table = Table()
+    for column in (
+        "layer",
+        "half-lives",
+        "slots written",
+        "slots read",
+        "dead",
+        "rank",
+        "fidelity",
+    ):
+        table.add_column(column, justify="right")
+    for index, layer in analysis.results["layers"].items():
+        found = summarise(layer)
+        table.add_row(
+            index,
+            f"{found.half_lives[0]:,.1f} to {found.half_lives[-1]:,.0f}",
+            f"{found.written:.1f}",
+            f"{found.read:.1f}",
+            str(found.dead),
+            f"{found.rank:.1f}",
+            f"{found.fidelity:.3f}",
+        )
+    return table
+
+
+def write(
+    analysis: Analysis, options: AnalyzeOptions, header: dict[str, Any], name: str
+) -> list[Path]:
+    """Everything into the output folder; the paths."""
+    folder = Path(options.output_dir)
+    results = {"environment": header, "options": vars(options), "model": name, **analysis.results}
+    paths = [folder / "analysis_results.json"]
+    write_json(paths[0], results)
+    for plot, figure in analysis.figures.items():
+        paths.append(folder / f"{plot}.png")
+        save_figure(paths[-1], figure)
+    heading = f"{name}; {_read(analysis)}, the last {min(TRACED, results['tokens'])} shown. "
+    captions = {plot: CAPTIONS.get(plot, CONTRIBUTIONS) for plot in analysis.figures}
+    paths.append(folder / "dashboard.html")
+    write_text(paths[-1], dashboard(analysis, heading + describe_environment(header), captions))
+    return paths
+
+
+def _read(analysis: Analysis) -> str:
+    read, there = analysis.results["tokens"], analysis.results["tokens_of_the_text"]
+    return (
+        f"{read:,} tokens read" if read == there else f"the first {read:,} of {there:,} tokens read"
+    )
+
+
+def _text(options: AnalyzeOptions) -> str:
+    if options.demo and (options.text, options.file, options.checkpoint) != (None, None, None):
+        raise UserError(
+            "--demo has its own model and text: leave --checkpoint, --text and --file out"
+        )
+    if options.text is not None and options.file is not None:
+        raise UserError("give --text or --file, not both")
+    if options.max_tokens < 2:
+        raise UserError(f"--max_tokens must be at least 2; got {options.max_tokens}")
+    if options.file is None:
+        return TEXT if options.text is None else given_text("--text", options.text, "--file")
+    try:
+        return Path(options.file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"no text {options.file} ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{options.file} is not UTF-8 text") from error
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    try:
+        ids = tokenizer(text, add_special_tokens=False, truncation=False).input_ids
+    except UnicodeEncodeError as error:
+        raise UserError("--text must be UTF-8") from error
+    if len(ids) < 2 or not text.strip():
+        raise UserError("the text must have at least two tokens")
+    return torch.tensor(ids)

@@ -1,0 +1,1 @@
+"""``hamt explore``: a local web page to look into a memory."""

@@ -1,0 +1,180 @@
+"""The page: Gradio components around ``Explorer``."""
+
+import html
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from hamt.analysis.explorer.render import STYLE, retrieved_lists, slot_grid
+from hamt.analysis.explorer.session import MAX_TOKENS, TIMES, Explorer, View
+from hamt.errors import UserError
+
+EXAMPLES = (
+    "The state of the Union is strong. The Congress of the United States has the power to act, and the "
+    "people of the United States expect it to act.",
+    "Peace with all nations is our policy. War is the last resort of a nation; peace is its first duty.",
+)
+WIDTH = 340  # pixels that a column needs; in a narrow window one goes below the other
+KEPT = 3600.0  # seconds that a text is kept for a page that asks nothing more
+NOTHING = "<p class='note'>Click a token of the text to see what it read from the memory, and from where.</p>"
+
+
+def build_app(explorer: Explorer, name: str) -> gr.Blocks:
+    """All of the page; nothing of it comes from elsewhere."""
+    layers = list(range(len(explorer.model.model.layers)))
+    page = _Page(explorer)
+    with gr.Blocks(title="HAMT: inside the memory", analytics_enabled=False) as app:
+        gr.Markdown(f"# Inside the memory\n{name}: {explorer.model.num_parameters():,} parameters.")
+        with gr.Tab("Read"):
+            _reading_tab(app, page, layers)
+        with gr.Tab("Write"):
+            _writing_tab(page, layers)
+    return app
+
+
+def _reading_tab(app: gr.Blocks, page: "_Page", layers: list[int]) -> None:
+    view = gr.State(None, time_to_live=KEPT)
+    text = gr.Textbox(label="Text", lines=4, max_lines=4, value=EXAMPLES[0], elem_id="text")
+    with gr.Row():
+        read = gr.Button("Read", variant="primary", elem_id="read")
+        layer = gr.Dropdown(layers, value=layers[-1], label="Layer", elem_id="layer")
+    status = gr.Markdown(elem_id="status")
+    tokens = gr.HighlightedText(
+        label="Tokens: the stronger the colour, the more strongly written. Click one.",
+        color_map={"": "white"},
+        elem_id="tokens",
+        interactive=False,
+    )
+    with gr.Row():
+        with gr.Column(min_width=WIDTH):
+            found = gr.HTML(NOTHING, elem_id="found")
+        with gr.Column(min_width=WIDTH):
+            label = "The memory after so many tokens"
+            time = gr.Slider(1, 2, value=1, step=1, label=label, elem_id="time")
+            slots = gr.HTML(elem_id="slots")
+    gr.Examples([[one] for one in EXAMPLES], [text])
+    outputs = [view, status, tokens, found, time, slots]
+    for event in (read.click, text.submit, app.load):
+        event(page.read, [text, layer], outputs, show_progress="minimal")
+    layer.change(
+        page.turn_to_layer, [view, layer, time], [tokens, found, slots], show_progress="hidden"
+    )
+    tokens.select(page.retrieve, [view, layer], found, show_progress="hidden")
+    time.change(page.slots, [view, layer, time], slots, show_progress="hidden")
+
+
+def _writing_tab(page: "_Page", layers: list[int]) -> None:
+    prompt = gr.Textbox(
+        label="Prompt", lines=2, value="The state of the Union is", elem_id="prompt"
+    )
+    with gr.Row():
+        temperature = gr.Slider(0, 2, value=0.8, step=0.05, label="Temperature (0 is greedy)")
+        top_p = gr.Slider(0.05, 1, value=0.95, step=0.05, label="Top-p")
+        count = gr.Slider(1, 400, value=80, step=1, label="Tokens to write", elem_id="count")
+        layer = gr.Dropdown(layers, value=layers[-1], label="Layer")
+    with gr.Row():
+        write = gr.Button("Write", variant="primary", elem_id="write")
+        stop = gr.Button("Stop", elem_id="stop")
+    written = gr.Textbox(label="Continuation", lines=6, interactive=False, elem_id="written")
+    live = gr.HTML(elem_id="live")
+    writing = write.click(page.write, [prompt, count, temperature, top_p, layer], [written, live])
+    stop.click(None, None, None, cancels=[writing])
+
+
+class _Page:
+    """What happens on the page; of everything a visitor may give there is an answer."""
+
+    def __init__(self, explorer: Explorer) -> None:
+        self.explorer = explorer
+
+    def read(self, text: str | None, layer: int) -> list[Any]:
+        try:
+            view = self.explorer.read(text)
+        except UserError as error:
+            return [None, f"**{_sentence(error)}**", [], NOTHING, gr.Slider(interactive=False), ""]
+        last = len(view.tokens)
+        slider = gr.Slider(1, max(last, 2), value=last, step=1, interactive=last > 1)
+        return [
+            view,
+            _status(view),
+            _tokens(view, layer),
+            NOTHING,
+            slider,
+            self.slots(view, layer, last),
+        ]
+
+    def turn_to_layer(self, view: View | None, layer: int, time: int) -> list[Any]:
+        if view is None:
+            return [[], NOTHING, ""]
+        return [_tokens(view, layer), NOTHING, self.slots(view, layer, time)]
+
+    def retrieve(self, view: View | None, layer: int, event: gr.SelectData) -> str:
+        # A click may come while another text is being drawn.
+        if view is None or int(event.index) >= len(view.tokens):
+            return NOTHING
+        token = int(event.index)
+        return retrieved_lists(view, self.explorer.retrieve(view, layer, token), layer, token)
+
+    def slots(self, view: View | None, layer: int, time: int) -> str:
+        if view is None:
+            return ""
+        index = int(np.abs(np.array(view.times) - time).argmin())
+        count = view.times[index]
+        caption = f"Layer {layer} after {count:,} tokens, the last “{view.tokens[count - 1]}”."
+        if len(view.tokens) > TIMES:
+            caption += f" Of a long text {TIMES} moments are kept; this is the nearest."
+        return slot_grid(view.norms[index, layer], float(view.norms[:, layer].max()), caption)
+
+    def write(
+        self, prompt: str | None, count: int, temperature: float, top_p: float, layer: int
+    ) -> Iterator[list[Any]]:
+        prompt, largest = prompt or "", 0.0
+        yield ["", "<p class='note'>Reading the prompt …</p>"]
+        try:
+            for one in self.explorer.write(prompt, int(count), temperature, top_p):
+                largest = max(largest, float(one.norms[layer].max()))
+                caption = f"Layer {layer} after {one.new_tokens} new tokens."
+                if one.ended:
+                    caption += " The model ended the document here."
+                yield [one.text, slot_grid(one.norms[layer], largest, caption)]
+        except UserError as error:
+            yield ["", f"<p class='note'>{html.escape(_sentence(error))}</p>"]
+
+
+def launch(app: gr.Blocks, host: str, port: int | None, block: bool = True) -> Any:
+    """Serve the page; fonts are the reader's own."""
+    theme = gr.themes.Base(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    return app.queue(default_concurrency_limit=1).launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        ssr_mode=False,
+        footer_links=[],
+        theme=theme,
+        css=STYLE,
+        prevent_thread_lock=not block,
+    )
+
+
+def _sentence(error: UserError) -> str:
+    said = str(error)
+    return f"{said[:1].upper()}{said[1:]}."
+
+
+def _status(view: View) -> str:
+    status = f"{len(view.tokens):,} tokens read."
+    if view.left_out:
+        status += f" The first {view.left_out:,} were left out: {MAX_TOKENS:,} are shown at most."
+    return status
+
+
+def _tokens(view: View, layer: int) -> list[tuple[str, float]]:
+    """Tokens with their write gates, from 0 for the weakest to 1."""
+    write = view.write[layer]
+    shares = (write - write.min()) / (np.ptp(write) or 1.0)
+    return list(zip(view.tokens, shares.tolist(), strict=True))

@@ -1,0 +1,70 @@
+"""``hamt explore``: a local web page to look into a model's memories."""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from hamt.analysis.explorer.session import Explorer
+from hamt.checkpoint import PRETRAINED, load_checkpoint
+from hamt.errors import UserError, reason
+from hamt.options import option, parse
+
+
+@dataclass
+class ExploreOptions:
+    """Look into a model's memories in the browser: read, click a token, scrub through time, let it write."""
+
+    checkpoint: str | None = option(
+        None, "a checkpoint folder, or a .pt file; none is the model in HAMT"
+    )
+    host: str = option("127.0.0.1", "the address to serve at; any but the default lets others in")
+    port: int | None = option(None, "the port; none is the first free one from 7860 on")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve the page until Ctrl-C."""
+    options = parse(ExploreOptions, arguments, "explore")
+    if options.port is not None and not 0 < options.port < 65536:
+        raise UserError(f"--port must lie from 1 to 65535; got {options.port}")
+    # Read when Gradio is imported: nothing is told to anybody.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Gradio looks whether its page is there, which no proxy can tell.
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(
+            filter(None, (os.environ.get(name), "127.0.0.1", "localhost", options.host))
+        )
+    try:
+        from hamt.analysis.explorer.app import build_app, launch
+    except ImportError as error:
+        if getattr(error, "name", None) == "gradio":
+            raise UserError('hamt explore needs Gradio: pip install "hamt[explore]"') from error
+        raise UserError(f"Gradio cannot be used here: {reason(error)}") from error
+    _check_address(options.host, options.port)
+    model, tokenizer = load_checkpoint(
+        PRETRAINED if options.checkpoint is None else options.checkpoint
+    )
+    app = build_app(Explorer(model, tokenizer), options.checkpoint or "The model in HAMT")
+    try:
+        _, address, _ = launch(app, options.host, options.port, block=False)
+    except Exception as error:  # whatever the libraries trip over
+        where = f"{options.host}, port {options.port or 'any'}"
+        raise UserError(f"cannot serve at {where}: {reason(error)}") from error
+    Console(soft_wrap=True, highlight=False).print(f"Open {address} in a browser; Ctrl-C ends it.")
+    app.block_thread()
+    return 0
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Raise a UserError if nothing can be served there."""
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port or 0))
+    except OSError as error:
+        where = f"{host}, port {port}" if port else host
+        raise UserError(
+            f"cannot serve at {where} ({error.strerror or error}): give another --host or --port"
+        ) from error

@@ -1,0 +1,203 @@
+"""What the page asks of a model, without the page.
+
+Shape legend: L layers, N tokens, T times, H heads, S slots.
+"""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from hamt.analysis.contributions import contributions
+from hamt.analysis.reading import largest_by_chance, permuted_keys
+from hamt.analysis.record import SEGMENT, Trace, record
+from hamt.analysis.report import token_texts
+from hamt.cache import HAMTCache
+from hamt.cpu.allocator import return_freed_memory
+from hamt.data.tokenizer import start_token
+from hamt.errors import UserError
+from hamt.model import HAMTForCausalLM
+
+MAX_TOKENS = 2048  # of a text; a page with more words would be slow to draw
+TIMES = 128  # states that can be scrubbed through
+NAMED = 6  # sources and items that are listed
+
+
+@dataclass
+class View:
+    """A text that was read.
+
+    ``traces`` by layer; ``tokens`` as text; ``write`` (L, N) mean write gates; ``times`` numbers of
+    tokens at which ``norms`` (T, L, H, S) were taken; ``left_out`` tokens of the text before the
+    first one shown.
+    """
+
+    traces: dict[int, Trace]
+    tokens: list[str]
+    write: np.ndarray
+    times: list[int]
+    norms: np.ndarray
+    left_out: int
+
+
+class Source(NamedTuple):
+    """A position and its share of a read-out."""
+
+    position: int
+    share: float
+
+
+class Retrieved(NamedTuple):
+    """What one token read: ``shares`` (N,) of all positions and the largest as ``sources``;
+
+    ``items``, the stored items that the read-out of ``head`` is most like, with cosines; ``theory``
+    and ``permuted``, the largest cosine that chance gives over all heads: with random directions,
+    and under the same key with its entries in another order (mean over 100 orders).
+    """
+
+    shares: np.ndarray
+    sources: list[Source]
+    head: int
+    items: list[tuple[int, float]]
+    theory: float
+    permuted: float
+
+
+class Written(NamedTuple):
+    """A text as far as it is written, the norms (L, H, S) of the slots, and whether the model ended it."""
+
+    text: str
+    new_tokens: int
+    norms: np.ndarray
+    ended: bool
+
+
+class Explorer:
+    """One model, asked by one visitor at a time."""
+
+    def __init__(self, model: HAMTForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        # Recording watches the modules of the model itself.
+        self._lock = threading.Lock()
+
+    def read(self, text: str | None) -> View:
+        """Read a text, the last ``MAX_TOKENS`` of it.
+
+        Raises:
+            UserError: if there is nothing to read.
+        """
+        ids = self._tokens(text)
+        if not ids:
+            raise UserError("there is no text yet: type some, or take one of the examples")
+        kept = torch.tensor(ids[-MAX_TOKENS:])
+        with self._lock:
+            recording = record(self.model, kept[None])
+        # A page keeps its text for as long as it is open: no more than is needed.
+        kept_traces = {
+            index: trace._replace(gate=None) for index, trace in recording.traces.items()
+        }
+        times = sorted({round(end) for end in np.linspace(1, len(kept), min(TIMES, len(kept)))})
+        traces = recording.traces.values()
+        norms = [
+            torch.stack([state[0].norm(dim=-1) for state in trace.states(times)])
+            for trace in traces
+        ]
+        write = torch.stack([trace.write[0].abs().mean(dim=(1, 2)) for trace in traces])
+        return_freed_memory()
+        return View(
+            kept_traces,
+            token_texts(self.tokenizer, kept),
+            write.numpy(),
+            times,
+            torch.stack(norms, dim=1).numpy(),
+            len(ids) - len(kept),
+        )
+
+    def _tokens(self, text: str | None) -> list[int]:
+        try:
+            return self.tokenizer(text or "", add_special_tokens=False).input_ids
+        except (TypeError, UnicodeEncodeError) as error:  # half of a pair of surrogates
+            raise UserError("this text has characters that are none: take them out") from error
+
+    def retrieve(self, view: View, layer: int, token: int) -> Retrieved:
+        """What a token read from the memory of a layer, and from where."""
+        trace = view.traces[layer]
+        parts = contributions(trace, [token])
+        shares = parts.tokens[0, 0].mean(dim=0)
+        best = shares.topk(min(NAMED, token + 1))
+        sources = [
+            Source(position, share)
+            for position, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            if share > 0
+        ]
+        # The read-out of each head, beside the items it holds; the head that is most like one of
+        # them.
+        algebra, key = trace.memory.algebra, trace.unbinding_keys[0, token]
+        stored = F.normalize(trace.items[0, : token + 1], dim=-1)
+        found = algebra.lift(trace.output[0, token]).to(stored)
+        held = algebra.bind(found, key)  # what the slots hold, mixed as the token reads them
+        found = torch.cat((found[None], algebra.unbind(held, permuted_keys(algebra, key))))
+        cosines = torch.einsum("nhf,ohf->ohn", stored, F.normalize(found, dim=-1))
+        largest = cosines.amax(dim=-1)
+        head = int(largest[0].argmax())
+        nearest = cosines[0, head].topk(min(NAMED, token + 1))
+        return Retrieved(
+            shares.numpy(),
+            sources,
+            head,
+            list(zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)),
+            largest_by_chance((token + 1) * largest.shape[1], stored.shape[-1]),
+            largest[1:].amax(dim=1).mean().item(),
+        )
+
+    @torch.no_grad()
+    def write(
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int | None = None,
+    ) -> Iterator[Written]:
+        """Continue a prompt token by token; a temperature of 0 is greedy, an empty prompt a new document."""
+        ids = self._tokens(prompt) or [start_token(self.tokenizer)]
+        generator = torch.Generator()
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        warpers = LogitsProcessorList([TopPLogitsWarper(float(top_p))] if top_p < 1 else [])
+        if temperature > 0:
+            warpers.insert(0, TemperatureLogitsWarper(float(temperature)))
+        cache = HAMTCache(len(self.model.model.layers))
+        new: list[int] = []
+        *before, part = torch.tensor([ids]).split(SEGMENT, dim=1)
+        for segment in before:
+            with self._lock:
+                self.model.model(segment, past_key_values=cache)
+        for _ in range(max_new_tokens):
+            with self._lock:
+                logits = (
+                    self.model(part, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+                )
+            if temperature > 0:
+                weights = warpers(part, logits).softmax(dim=-1)
+                part = torch.multinomial(weights, 1, generator=generator)
+            else:
+                part = logits.argmax(dim=-1, keepdim=True)
+            new.append(int(part))
+            ended = new[-1] == self.tokenizer.eos_token_id
+            norms = [
+                state.memory.memory[0].norm(dim=-1) for state in cache.states if state is not None
+            ]
+            text = str(self.tokenizer.decode(new, skip_special_tokens=True))
+            yield Written(text, len(new), torch.stack(norms).numpy(), ended)
+            if ended:
+                break

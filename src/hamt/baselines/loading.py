@@ -1,0 +1,69 @@
+"""Any causal language model by name: HAMT's checkpoints, Transformers' folders and hub names, GGUF files."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hamt.baselines.products import use_onednn_linear
+from hamt.checkpoint import load_checkpoint
+from hamt.config import HAMTConfig
+from hamt.data.hub import no_network
+from hamt.errors import UserError
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode and float32, its tokenizer, and what it is called in tables."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_any_model(name: str) -> Loaded:
+    """Load a model.
+
+    Args:
+        name: a folder or ``.pt`` file of HAMT, a folder of any causal language model of
+            Transformers, a ``.gguf`` file, or a name on the hub (``gpt2``).
+
+    Raises:
+        UserError: if it cannot be had.
+    """
+    path = Path(name)
+    label = path.stem if path.suffix in (".pt", ".gguf") else path.name
+    if path.suffix == ".pt" or _is_hamt(path):
+        return Loaded(*load_checkpoint(path), label)
+    gguf = {}
+    where, local = name, path.exists()
+    if path.suffix == ".gguf":
+        where, gguf = str(path.parent), {"gguf_file": path.name}
+        if not local:
+            raise UserError(f"no file {name}: give the path of a .gguf file")
+    try:
+        # The local cache answers at once; only then is the network worth a wait.
+        options = {"local_files_only": local or no_network(), **gguf}
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
+    except Exception as error:  # of many kinds, by format
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"no model {name!r} ({reason}): give a folder, a .pt or .gguf file, or a name on the hub"
+        ) from error
+    use_onednn_linear(model)
+    return Loaded(model.eval(), tokenizer, label)
+
+
+def _is_hamt(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == HAMTConfig.model_type

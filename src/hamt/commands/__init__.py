@@ -1,1 +1,0 @@
-"""The subcommands of ``hamt``, one module each."""

@@ -1,0 +1,75 @@
+"""``hamt generate``: continue a prompt, token by token."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TextStreamer, set_seed
+
+from hamt.checkpoint import PRETRAINED, load_checkpoint
+from hamt.cpu.linear import pack_weights
+from hamt.errors import UserError
+from hamt.options import option, parse
+
+
+@dataclass
+class GenerateOptions:
+    """Continue a prompt with a trained model, printing each word as it comes."""
+
+    prompt: str | None = option(None, "the text to continue; none starts a new document")
+    checkpoint: str | None = option(
+        None, "a checkpoint folder, or a .pt file; none is the model in HAMT"
+    )
+    max_new_tokens: int = option(200, "tokens to write at most")
+    temperature: float = option(0.8, "0 is greedy; higher is more varied")
+    top_p: float = option(0.95, "sample from the likeliest tokens that hold this much probability")
+    top_k: int = option(0, "sample from this many tokens; 0 is all")
+    repetition_penalty: float = option(1.0, "above 1 discourages words already written")
+    seed: int | None = option(None, "the same seed writes the same text")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Load the checkpoint and stream the continuation to standard output."""
+    options = parse(GenerateOptions, arguments, "generate", positional="prompt")
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens must be at least 1; got {options.max_new_tokens}")
+    if options.temperature < 0:
+        raise UserError(f"--temperature must be 0 or more; got {options.temperature}")
+    if not 0 < options.top_p <= 1:
+        raise UserError(f"--top_p must lie in (0, 1]; got {options.top_p}")
+    if options.top_k < 0:
+        raise UserError(f"--top_k must be 0 or more; got {options.top_k}")
+    if not options.repetition_penalty > 0:
+        raise UserError(f"--repetition_penalty must be positive; got {options.repetition_penalty}")
+    model, tokenizer = load_checkpoint(
+        PRETRAINED if options.checkpoint is None else options.checkpoint
+    )
+    pack_weights(model)
+    if options.seed is not None:
+        set_seed(options.seed)
+    stream_text(model, tokenizer, options.prompt or "", options)
+    return 0
+
+
+def stream_text(model, tokenizer, prompt: str, options: GenerateOptions) -> None:
+    """Print ``prompt`` and its continuation as it is written."""
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    # A model trained on whole documents knows how one starts: after the end of another.
+    ids = ids or [tokenizer.eos_token_id]
+    model.generate(
+        torch.tensor([ids]),
+        max_new_tokens=options.max_new_tokens,
+        repetition_penalty=options.repetition_penalty,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling(options.temperature, options.top_p, options.top_k),
+    )
+    sys.stdout.flush()
+
+
+def sampling(temperature: float, top_p: float = 1.0, top_k: int = 0) -> dict[str, Any]:
+    """Arguments of ``generate``; a temperature of 0 is greedy."""
+    if temperature <= 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}

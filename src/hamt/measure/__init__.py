@@ -1,0 +1,1 @@
+"""Measuring models: each command with its options, its run and its report."""

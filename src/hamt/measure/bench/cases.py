@@ -1,0 +1,102 @@
+"""Calls that are timed together, and those that would take too long or too much."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from hamt.cpu.allocator import return_freed_memory
+from hamt.cpu.linear import linear
+from hamt.measure.bench.options import BenchOptions
+from hamt.measure.timing import interleave, paired_ratio, spread
+
+# How many score matrices eager attention holds at once: the scores, masked, and their softmax.
+EAGER_MATRICES = 3
+LEAST = 0.5  # seconds of all measured calls together, before the rounds end
+
+
+class Predictor:
+    """Tells how long a call would take, from how long it took at shorter contexts."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, tuple[int, int, float]] = {}
+
+    def seconds(self, name: str, length: int, batch: int, quadratic: bool) -> float:
+        """Expected seconds; 0 if nothing is known. ``quadratic``: it grows with the square at worst."""
+        if name not in self.seen:
+            return 0.0
+        before, rows, seconds = self.seen[name]
+        growth = length / before
+        return seconds * growth ** (2 if quadratic else 1) * batch / rows
+
+    def note(self, name: str, length: int, batch: int, seconds: float) -> None:
+        """Remember a measurement."""
+        self.seen[name] = (length, batch, seconds)
+
+
+def eager_bytes(length: int, batch: int, heads: int) -> int:
+    """Bytes of the score matrices that eager attention holds at once."""
+    return EAGER_MATRICES * 4 * batch * heads * length * length
+
+
+def measure(
+    cases: Mapping[str, Callable[[], object]],
+    left_out: Mapping[str, str],
+    work: Mapping[str, float],
+    rounds: int,
+    warmup: int,
+    least: float = LEAST,
+) -> dict[str, Any]:
+    """Time the cases in one interleaved run.
+
+    Args:
+        cases: by name; ``matmul`` is the yardstick, which is no row of its own.
+        left_out: why a case is not among them, by name.
+        work: floating-point operations of a call, by name.
+        rounds: measured rounds, at least.
+        warmup: rounds before them.
+        least: seconds to be measured, in more rounds if need be; 0 where every call adds to a
+            context.
+
+    Returns:
+        Per case seconds (median and quartiles), operations a second and as a share of the
+        yardstick; speeds of the first case over each other one; what was left out.
+    """
+    return_freed_memory()  # what was kept of other cases may be more than these can spare
+    timings = interleave(cases, rounds, warmup, least)
+    matmul = timings.pop("matmul", None)
+    first, others = next(iter(timings), ""), list(timings)[1:]
+    found: dict[str, Any] = {
+        "seconds": {name: spread(t.times_s)._asdict() for name, t in timings.items()},
+        "ratios": {
+            f"{first} over {other}": paired_ratio(
+                timings[other].times_s, timings[first].times_s
+            )._asdict()
+            for other in others
+        },
+        "flops": {name: work[name] for name in timings if name in work},
+        "left_out": dict(left_out),
+        "times_s": {name: t.times_s for name, t in timings.items()},
+    }
+    if matmul is not None:
+        found["share_of_matmul"] = {
+            name: spread(
+                [
+                    work[name] / work["matmul"] * m / s
+                    for m, s in zip(matmul.times_s, t.times_s, strict=True)
+                ]
+            )._asdict()
+            for name, t in timings.items()
+        }
+    return found
+
+
+def yardstick(options: BenchOptions) -> tuple[Callable[[], object], float]:
+    """A square matrix product in float32, and its operations."""
+    square = torch.randn(2, options.matmul_size, options.matmul_size)
+    return (lambda: linear(square[0], square[1])), 2.0 * options.matmul_size**3
+
+
+def compiled(run: Callable, options: BenchOptions) -> Callable:
+    """``run``, through the compiler if the options ask for it."""
+    return torch.compile(run, dynamic=False, fullgraph=True) if options.compile else run

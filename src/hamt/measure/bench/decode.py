@@ -1,0 +1,125 @@
+"""Decoding after long contexts.
+
+Beside HAMT stands a Llama-type transformer of Transformers with as many parameters, with a cache
+that has its final size from the start (``StaticCache``) and with one that grows (``DynamicCache``).
+Its cache is filled with random numbers: the time of a step does not depend on what it reads. The
+large matrices of both are packed where that exists (``hamt.cpu.linear.pack_weights``).
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
+
+from hamt.baselines.architectures import rival
+from hamt.cache import HAMTCache
+from hamt.cpu.linear import pack_weights
+from hamt.measure.bench.cases import measure
+from hamt.measure.bench.options import SEGMENT, BenchOptions
+from hamt.measure.peak_memory import cache_bytes
+from hamt.model import HAMTForCausalLM
+
+DECODERS = ("hamt", "static", "dynamic")
+LEAST_ROUNDS = 3  # a median of fewer says nothing
+
+
+def make_models(options: BenchOptions) -> tuple[HAMTForCausalLM, LlamaForCausalLM]:
+    """HAMT and a Llama with as many parameters, in evaluation mode."""
+    ours = HAMTForCausalLM(options.model_config()).eval()
+    theirs = rival(
+        "llama",
+        hidden_dim=options.hidden_dim,
+        num_layers=options.num_layers,
+        vocab_size=options.vocab_size,
+        context=max((*options.decode_contexts, *options.memory_lengths)) + SEGMENT,
+        parameters=ours.num_parameters(),
+    )
+    # The weights themselves are narrow, as is usual for inference; StaticCache does not work under
+    # autocast.
+    dtype = getattr(torch, options.dtype)
+    return ours.to(dtype), theirs.eval().to(dtype)
+
+
+def key_value_bytes(model: LlamaForCausalLM, length: int, batch: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of ``length`` tokens."""
+    config = model.config
+    return 2 * dtype.itemsize * config.num_hidden_layers * config.hidden_size * length * batch
+
+
+def filled(
+    model: LlamaForCausalLM,
+    cache: Cache,
+    length: int,
+    batch: int,
+    dtype: torch.dtype = torch.float32,
+) -> Cache:
+    """``cache`` with random keys and values of ``length`` tokens."""
+    config = model.config
+    heads = config.num_attention_heads
+    shape = (batch, heads, length, config.hidden_size // heads)
+    for layer in range(config.num_hidden_layers):
+        cache.update(torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype), layer)
+    return cache
+
+
+# ------------------------------------------------------------------ decoding
+
+
+@torch.no_grad()
+def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
+    """All rows so far, after each one: one for every context, with its batch."""
+    ours, theirs = make_models(options)
+    packed = {"hamt": pack_weights(ours), "transformer": pack_weights(theirs)}
+    parameters = {"hamt": ours.num_parameters(), "transformer": theirs.num_parameters()}
+    rows, dtype = [], getattr(torch, options.dtype)
+    for length, batch in zip(options.decode_contexts, options.decode_batches, strict=True):
+        token = torch.zeros(batch, 1, dtype=torch.long)
+        state = HAMTCache(ours.config.num_layers)
+        for _ in range(2):  # its cost depends on no context: two segments stand for all
+            ours(
+                torch.randint(options.vocab_size, (batch, 64)),
+                past_key_values=state,
+                logits_to_keep=1,
+            )
+        steps = options.decode_tokens
+        cases: dict[str, Callable[[], object]] = {
+            "hamt": partial(_decode, ours, token, state, steps)
+        }
+        sizes, left_out = {"hamt": cache_bytes(state)}, {}
+        needed = key_value_bytes(theirs, length, batch, dtype)
+        if needed > options.max_bytes:
+            left_out = dict.fromkeys(
+                DECODERS[1:], f"keys and values would take {needed / 1e9:.1f} GB"
+            )
+        else:
+            # Room for the token that is decoded: each step takes the place of the one before.
+            static = filled(
+                theirs, StaticCache(theirs.config, max_cache_len=length + 1), length, batch, dtype
+            )
+            cases["static"] = partial(_decode, theirs, token, static, steps, length)
+            dynamic = filled(theirs, DynamicCache(config=theirs.config), length, batch, dtype)
+            cases["dynamic"] = partial(_decode, theirs, token, dynamic, steps)
+            sizes |= {"static": cache_bytes(static), "dynamic": cache_bytes(dynamic)}
+        rounds = max(-(-options.decode_steps // steps), LEAST_ROUNDS)
+        found = measure(cases, left_out, {}, rounds, options.warmup, least=0)
+        shape = {"phase": "decode", "length": length, "batch": batch, "steps": steps}
+        rows.append({**shape, **found, "cache_bytes": sizes})
+        yield {"parameters": parameters, "packed_bytes": packed, "rows": rows}
+
+
+@torch.no_grad()
+def _decode(
+    model: HAMTForCausalLM | LlamaForCausalLM,
+    token: torch.Tensor,
+    cache: Cache,
+    steps: int,
+    length: int | None = None,
+) -> None:
+    """Decode ``steps`` tokens, after ``length`` of a static cache each."""
+    for _ in range(steps):
+        if length is not None:
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(length)  # type: ignore[union-attr]
+        model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -1,0 +1,94 @@
+"""Memory: of a training step, and while long texts are read."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from transformers import Cache, LlamaForCausalLM
+
+from hamt.baselines.transformer import transformer
+from hamt.measure.bench.decode import make_models
+from hamt.measure.bench.models import call
+from hamt.measure.bench.options import SEGMENT, BenchOptions
+from hamt.measure.peak_memory import cache_bytes, peak_memory_of
+from hamt.model import HAMTForCausalLM
+
+PACE = 5e10  # operations a second of attention: what it would take is told beforehand
+
+
+def measure_memory(options: BenchOptions) -> Iterator[dict[str, Any]]:
+    """All rows so far: bytes at the peak of a training step at each of its contexts; then, for every length,
+
+    bytes at the peak while it is read in segments, and bytes carried along.
+    """
+    rows: list[dict[str, Any]] = []
+    for row in chain(_training(options), _reading(options)):
+        rows.append(row)
+        yield {"segment": SEGMENT, "rows": rows}
+
+
+def _training(options: BenchOptions) -> Iterator[dict[str, Any]]:
+    """The peaks of training steps: activations, gradients, whatever the step needs beside what was there."""
+    config = options.model_config()
+    models = {"hamt": HAMTForCausalLM(config), "transformer": transformer(config)}
+    steps = {}
+    for name, model in models.items():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        steps[name] = partial(call, "train", model, model, optimizer, options=options)
+        steps[name](ids=torch.zeros(1, 8, dtype=torch.long))()  # the optimizer makes its state once
+    for length in options.train_lengths:
+        for batch in options.batches(length):
+            row = _row("training", length) | {"batch": batch}
+            ids = torch.randint(options.vocab_size, (batch, length))
+            for name, step in steps.items():
+                # Forwards and twice backwards, half of the square each.
+                if name == "transformer" and _late(row, 6.0 * batch * length * length, options):
+                    continue
+                row["peak_bytes"][name] = peak_memory_of(step(ids=ids))
+            yield row
+
+
+def _reading(options: BenchOptions) -> Iterator[dict[str, Any]]:
+    ours, theirs = make_models(options)
+    for model in (ours, theirs):  # what a first call makes once is nobody's peak
+        _read(model, SEGMENT, options, [])
+    for length in options.memory_lengths:
+        row = _row("memory", length)
+        for name, model in (("hamt", ours), ("transformer", theirs)):
+            # Attention reads all keys for every segment: half of the square of the length.
+            if name == "transformer" and _late(row, 2.0 * length * length, options):
+                continue
+            caches: list[Cache] = []
+            row["peak_bytes"][name] = peak_memory_of(partial(_read, model, length, options, caches))
+            row["cache_bytes"][name] = cache_bytes(caches.pop())
+        yield row
+
+
+def _row(phase: str, length: int) -> dict[str, Any]:
+    return {"phase": phase, "length": length, "left_out": {}, "peak_bytes": {}, "cache_bytes": {}}
+
+
+def _late(row: dict[str, Any], pairs: float, options: BenchOptions) -> bool:
+    """Note that attention over so many pairs would take too long, 4 d operations each, if it would."""
+    seconds = pairs * options.hidden_dim * options.num_layers / PACE
+    if seconds > options.max_seconds:
+        row["left_out"]["transformer"] = f"would take about {seconds:.0f} s"
+    return seconds > options.max_seconds
+
+
+@torch.no_grad()
+def _read(
+    model: HAMTForCausalLM | LlamaForCausalLM,
+    length: int,
+    options: BenchOptions,
+    caches: list[Cache],
+) -> None:
+    """Read ``length`` random tokens in segments; the cache goes to ``caches``."""
+    cache: Cache | None = None
+    for begin in range(0, length, SEGMENT):
+        ids = torch.randint(options.vocab_size, (1, min(SEGMENT, length - begin)))
+        cache = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+    assert cache is not None
+    caches.append(cache)

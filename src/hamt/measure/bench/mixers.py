@@ -1,0 +1,112 @@
+"""One token mixer by itself: the bare memory against bare attention, and both with their projections."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hamt.baselines.transformer import attend, attention_head_dim, transformer
+from hamt.config import HAMTConfig
+from hamt.layers import HAMTLayer
+from hamt.measure.bench.cases import Predictor, compiled, eager_bytes, measure
+from hamt.measure.bench.options import BenchOptions
+from hamt.model import HAMTForCausalLM
+
+MIXERS = ("hamt", "sdpa", "eager")
+LEVELS = ("core", "sublayer")
+PASSES = ("forward", "forward+backward")
+
+
+def measure_mixers(options: BenchOptions) -> Iterator[dict[str, Any]]:
+    """All rows so far, after each one: for every level, pass and context; one layer, one row of tokens."""
+    width = options.mixer_dim
+    config = HAMTConfig(hidden_dim=width, num_layers=1, vocab_size=1)
+    rows, predictor = [], Predictor()
+    heads = width // attention_head_dim(width)
+    memory = f"{config.num_heads} heads × {config.num_slots} slots, D = {config.hcm_dim}"
+    attention = f"{heads} heads × {attention_head_dim(width)}"
+    for length in options.lengths:
+        for level in LEVELS:
+            make = _core if level == "core" else _sublayer
+            for kind in PASSES:
+                cases: dict[str, Callable[[], object]] = {}
+                left_out: dict[str, str] = {}
+                for name in MIXERS:
+                    case = f"{level} {kind} {name}"
+                    seconds = predictor.seconds(case, length, 1, name != "hamt")
+                    if name == "eager" and eager_bytes(length, 1, heads) > options.max_bytes:
+                        left_out[name] = "scores would take too much memory"
+                    elif seconds > options.max_seconds:
+                        left_out[name] = f"would take about {seconds:.0f} s a call"
+                    else:
+                        cases[name] = _pass(kind, *make(name, config, length, options), options)
+                found = measure(cases, left_out, {}, options.rounds, options.warmup)
+                for name in found["seconds"]:
+                    median = found["seconds"][name]["median"]
+                    predictor.note(f"{level} {kind} {name}", length, 1, median)
+                rows.append({"level": level, "phase": kind, "length": length, "batch": 1, **found})
+                yield {"hidden_dim": width, "memory": memory, "attention": attention, "rows": rows}
+
+
+Made = tuple[Callable[..., Tensor], Sequence[Tensor], Sequence[Tensor]]
+
+
+def _core(name: str, config: HAMTConfig, length: int, options: BenchOptions) -> Made:
+    """The mixer on inputs that are ready: function, inputs, parameters."""
+    narrow = getattr(torch, options.dtype)
+    if name != "hamt":
+        head_dim = attention_head_dim(config.hidden_dim)
+        shape = (1, config.hidden_dim // head_dim, length, head_dim)
+        qkv = [torch.randn(shape, dtype=narrow) for _ in range(3)]
+        return (lambda q, k, v: attend(q, k, v, name)), qkv, ()
+    layer = HAMTLayer(config)
+    memory, algebra = layer.memory, layer.memory.algebra
+    size = (1, length, config.num_heads)
+    items = torch.randn(*size, memory.head_dim, dtype=narrow)
+    keys, unbinding_keys = (algebra.random_keys(*size, memory.key_size) for _ in range(2))
+    write, read, forget = (torch.randn(*size, memory.num_slots) for _ in range(3))
+    inputs = (items, keys, unbinding_keys, write.sigmoid(), read, nn.functional.logsigmoid(forget))
+    rotation = None if layer.rotation is None else layer.rotation(keys)
+
+    def run(*tensors: Tensor) -> Tensor:
+        items, keys, unbinding_keys, write, read, log_forget = tensors
+        return memory(items, keys, unbinding_keys, write, read, log_forget, rotation=rotation)[0]
+
+    return run, inputs, ()
+
+
+def _sublayer(name: str, config: HAMTConfig, length: int, options: BenchOptions) -> Made:
+    """The mixer with its projections, initialised as in a model."""
+    model = HAMTForCausalLM(config) if name == "hamt" else transformer(config, core=name)
+    mixer = model.model.layers[0].mixer
+    inputs = (torch.randn(1, length, config.hidden_dim),)
+    return (lambda x: mixer(x)[0]), inputs, tuple(mixer.parameters())
+
+
+def _pass(
+    kind: str,
+    run: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    options: BenchOptions,
+) -> Callable[[], object]:
+    """A forward pass without gradients, or one with gradients of all inputs and parameters."""
+    run = compiled(run, options)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        with options.autocast():
+            return run(*inputs)
+
+    if kind == "forward":
+        return forward
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    gradient = torch.randn_like(forward())
+
+    def backward() -> None:
+        with options.autocast():
+            output = run(*leaves)
+        torch.autograd.grad(output, [*leaves, *parameters], gradient)
+
+    return backward

@@ -1,0 +1,124 @@
+"""Whole models: a forward pass, a training step and a prefill, over contexts.
+
+``hamt`` beside a RoPE transformer with as many parameters, with PyTorch's fused attention
+(``sdpa``) and step by step (``eager``), and beside its ``ceiling``: the transformer without any
+attention, whose projections and rotary positions stay.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hamt.baselines.transformer import attention_head_dim, non_embedding_parameters, transformer
+from hamt.measure.bench.cases import Predictor, compiled, eager_bytes, measure, yardstick
+from hamt.measure.bench.options import BenchOptions
+from hamt.measure.energy import joules
+from hamt.measure.flops import count_flops
+from hamt.model import HAMTForCausalLM
+
+MODELS = ("hamt", "sdpa", "eager", "ceiling")
+PHASES = ("train", "forward", "prefill")
+
+
+def measure_models(options: BenchOptions) -> Iterator[dict[str, Any]]:
+    """All rows so far, after each one: a row for every phase and context."""
+    config = options.model_config()
+    models = {
+        "hamt": HAMTForCausalLM(config),
+        "sdpa": transformer(config),
+        "eager": transformer(config, core="eager"),
+        "ceiling": transformer(config, core="none"),
+    }
+    optimizers = {
+        name: torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        for name, model in models.items()
+    }
+    parameters = {
+        name: {"non_embedding": non_embedding_parameters(model), "total": model.num_parameters()}
+        for name, model in models.items()
+    }
+    predictor, rows = Predictor(), []
+    for length in options.lengths:
+        if options.compile:
+            torch.compiler.reset()  # too many graphs, and the compiler would give up
+        for batch in options.batches(length):
+            ids = torch.randint(options.vocab_size, (batch, length))
+            for phase in PHASES:
+                if phase == "train" and length not in options.train_lengths:
+                    continue
+                rows.append(_row(models, optimizers, phase, ids, predictor, options))
+                yield {"parameters": parameters, "rows": rows}
+
+
+def _row(
+    models: dict[str, HAMTForCausalLM],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    phase: str,
+    ids: Tensor,
+    predictor: Predictor,
+    options: BenchOptions,
+) -> dict[str, Any]:
+    batch, length = ids.shape
+    cases: dict[str, Callable[[], object]] = {}
+    left_out: dict[str, str] = {}
+    work: dict[str, float] = {}
+    heads = options.hidden_dim // attention_head_dim(options.hidden_dim)
+    for name, model in models.items():
+        seconds = predictor.seconds(f"{phase} {name}", length, batch, name in ("sdpa", "eager"))
+        # A training step keeps the weights of every layer for the backward pass.
+        layers = options.num_layers if phase == "train" else 1
+        if name == "eager" and layers * eager_bytes(length, batch, heads) > options.max_bytes:
+            left_out[name] = "scores would take too much memory"
+        elif seconds > options.max_seconds:
+            left_out[name] = f"would take about {seconds:.0f} s a call"
+        else:
+            cases[name] = call(
+                phase, model, compiled(model, options), optimizers[name], ids, options
+            )
+            work[name] = count_flops(call(phase, model, model, optimizers[name], ids, options))
+    cases["matmul"], work["matmul"] = yardstick(options)
+    found = measure(cases, left_out, work, options.rounds, options.warmup)
+    energy = {name: joules(cases[name]) for name in found["seconds"]}
+    if None not in energy.values():
+        found["joules_per_token"] = {
+            name: (used or 0) / ids.numel() for name, used in energy.items()
+        }
+    for name in found["seconds"]:
+        median = found["seconds"][name]["median"]
+        predictor.note(f"{phase} {name}", length, batch, median)
+    return {"phase": phase, "length": length, "batch": batch, **found}
+
+
+def call(
+    phase: str,
+    model: HAMTForCausalLM,
+    run: Callable,
+    optimizer: torch.optim.Optimizer,
+    ids: Tensor,
+    options: BenchOptions,
+) -> Callable[[], None]:
+    """A call of one of ``PHASES``, through ``run``; it leaves no graph and no gradient behind."""
+
+    def train() -> None:
+        model.train()
+        with options.autocast():
+            loss = run(ids, labels=ids, return_logits=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def forward() -> None:
+        model.eval()
+        with options.autocast():
+            run(ids, labels=ids, return_logits=False)
+
+    @torch.no_grad()
+    def prefill() -> None:
+        model.eval()
+        with options.autocast():
+            run(ids, logits_to_keep=1)
+
+    return {"train": train, "forward": forward, "prefill": prefill}[phase]

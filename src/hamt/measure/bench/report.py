@@ -1,0 +1,296 @@
+"""Tables and plots of ``hamt bench``."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from hamt.measure.tables import markdown, megabytes
+from hamt.visualization import Series, fitted_slope, scaling
+
+RIVALS = ("hamt", "transformer")  # whose memory is measured
+Row = Mapping[str, Any]
+Column = tuple[str, Callable[[Row], str]]  # what stands above it, and its cell for a row
+
+
+def bench_tables(result: Mapping[str, Any]) -> str:
+    """Markdown: medians, with quartiles (of fewer than 7 rounds, extremes) of the ratios in brackets."""
+    tables = {"model": _models, "mixer": _mixers, "decode": _decoding, "memory": _memory}
+    found = [table(result[part]) for part, table in tables.items() if part in result]
+    if "model" in result and "flops_per_token" in result:
+        found.append(_operations(result["flops_per_token"]))
+    return "\n\n".join(found)
+
+
+def _groups(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def _models(part: Mapping[str, Any]) -> str:
+    counts = part["parameters"]
+    sizes = ", ".join(
+        f"{name} {count['total']:,}" for name, count in counts.items() if name != "eager"
+    )
+    tables = [f"## Whole models\n\nParameters: {sizes}."]
+    if not any("joules_per_token" in row for row in part["rows"]):
+        tables.append(
+            "Joules per token: not measured, this machine has no counter that can be read (RAPL)."
+        )
+    for phase, rows in _phases(part["rows"]).items():
+        names = [name for name in counts if any(name in row["seconds"] for row in rows)]
+        columns = [_column("N", _length), _column("batch", _batch)]
+        columns += [_column(f"{name} tokens/s", _rate, name) for name in names]
+        columns += _ratios(name for name in names if name != "hamt")
+        if {"ceiling", "sdpa"} <= {*names}:
+            columns.append(_column("ceiling over sdpa", _quotient, "ceiling", "sdpa"))
+        columns += [
+            _column(f"{name} of matmul", _share, name) for name in ("hamt", "sdpa") if name in names
+        ]
+        if any("joules_per_token" in row for row in rows):
+            columns += [_column(f"{name} J/token", _joules, name) for name in ("hamt", "sdpa")]
+        tables.append(f"### {phase}\n\n{_table(columns, rows)}{_summary(rows)}{_notes(rows)}")
+    return "\n\n".join(tables)
+
+
+def _phases(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by phase; where a context was measured with several batches, by batch, too."""
+    places = [(row["phase"], row["length"]) for row in rows]
+    if len(set(places)) == len(places):
+        return _groups(rows, lambda row: row["phase"])
+    return _groups(rows, lambda row: f"{row['phase']}, batch {row['batch']}")
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    """Exponents and crossover, below a table."""
+    said = [f"time of {name} ∝ N^{slope:.2f}" for name, slope in slopes(rows).items()]
+    if crossing := crossover(rows):
+        said.append(f"HAMT overtakes sdpa at about N = {crossing:,.0f}")
+    return f"\n\n{'; '.join(said)}." if said else ""
+
+
+def _mixers(part: Mapping[str, Any]) -> str:
+    tables = [
+        f"## One mixer, d = {part['hidden_dim']}\n\n{part['memory']} against {part['attention']}."
+    ]
+    for title, rows in _groups(part["rows"], lambda row: f"{row['level']}, {row['phase']}").items():
+        names = [
+            name
+            for name in ("hamt", "sdpa", "eager")
+            if any(name in row["seconds"] for row in rows)
+        ]
+        columns = [
+            _column("N", _length),
+            *(_column(f"{name} ms", _milliseconds, name) for name in names),
+        ]
+        columns += _ratios(names[1:])
+        tables.append(f"### {title}\n\n{_table(columns, rows)}{_summary(rows)}{_notes(rows)}")
+    return "\n\n".join(tables)
+
+
+def _decoding(part: Mapping[str, Any]) -> str:
+    counts = ", ".join(f"{name} {count:,}" for name, count in part["parameters"].items())
+    columns = [
+        _column("context", _length),
+        _column("batch", _batch),
+        _column("hamt tokens/s", _decoded, "hamt"),
+        _column("static cache", _decoded, "static"),
+        _column("growing cache", _decoded, "dynamic"),
+        _column("hamt over static", _ratio, "hamt over static"),
+        _column("hamt over growing", _ratio, "hamt over dynamic"),
+        _column("hamt state MB", _megabytes, "cache_bytes", "hamt"),
+        _column("keys and values MB", _megabytes, "cache_bytes", "static"),
+    ]
+    table = _table(columns, part["rows"])
+    packed = "; their large matrices packed" if any(part["packed_bytes"].values()) else ""
+    return f"## Decoding\n\nParameters: {counts}{packed}.\n\n{table}{_notes(part['rows'])}"
+
+
+def _memory(part: Mapping[str, Any]) -> str:
+    tables = ["## Memory\n\nTensors at the peak, beside the weights and what the optimizer keeps."]
+    groups = _groups(part["rows"], lambda row: row["phase"])
+    if rows := groups.get("training"):
+        columns = [_column("N", _length), _column("batch", _batch)]
+        columns += [_column(f"{name}, peak MB", _megabytes, "peak_bytes", name) for name in RIVALS]
+        tables.append(f"### training step\n\n{_table(columns, rows)}{_notes(rows)}")
+    if rows := groups.get("memory"):
+        columns = [_column("N", _length)]
+        for name in RIVALS:
+            columns.append(_column(f"{name}, carried MB", _megabytes, "cache_bytes", name))
+            columns.append(_column(f"{name}, peak MB", _megabytes, "peak_bytes", name))
+        title = f"reading, in segments of {part['segment']:,} tokens"
+        tables.append(f"### {title}\n\n{_table(columns, rows)}{_notes(rows)}")
+    return "\n\n".join(tables)
+
+
+def _operations(part: Mapping[str, Mapping[str, float]]) -> str:
+    columns = ["N", "hamt GFLOP/token", "transformer GFLOP/token"]
+    lines = [
+        [f"{int(length):,}", f"{found['hamt_gflops']:.4f}", f"{found['standard_gflops']:.4f}"]
+        for length, found in part.items()
+    ]
+    what = "By formula, a forward pass; a transformer of HAMT's width, its MLP as wide as HAMT's."
+    return f"## Operations\n\n{what}\n\n{markdown(columns, lines, text=())}"
+
+
+def slopes(rows: Sequence[Row]) -> dict[str, float]:
+    """Exponent of the time of a token row against N, for each model: 1 is linear."""
+    found = {}
+    for name in dict.fromkeys(name for row in rows for name in row["seconds"]):
+        with_it = [row for row in rows if name in row["seconds"]]
+        times = [row["seconds"][name]["median"] / row["batch"] for row in with_it]
+        if len(times) > 1:
+            found[name] = fitted_slope([row["length"] for row in with_it], times)
+    return found
+
+
+def crossover(rows: Sequence[Row]) -> float | None:
+    """The context where HAMT becomes as fast as fused attention, between two that were measured."""
+    points = [
+        (np.log(row["length"]), np.log(row["ratios"]["hamt over sdpa"]["median"]))
+        for row in rows
+        if "hamt over sdpa" in row["ratios"]
+    ]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if y0 < 0 <= y1:
+            return float(np.exp(x0 - y0 * (x1 - x0) / (y1 - y0)))
+    return None
+
+
+def bench_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
+    """Log-log plots of time against context, with fitted slopes."""
+    figures = {}
+    groups = {}
+    if "model" in result:
+        groups["model"] = _phases(result["model"]["rows"])
+    if "mixer" in result:
+        groups["mixer"] = _groups(
+            result["mixer"]["rows"], lambda row: f"{row['level']}, {row['phase']}"
+        )
+    for part, phases in groups.items():
+        plots = {title: _series(rows) for title, rows in phases.items()}
+        figures[f"{part}_time"] = scaling(plots, "seconds for one row")
+    if "decode" in result:
+        by_batch = _groups(result["decode"]["rows"], lambda row: f"decoding, batch {row['batch']}")
+        plots = {
+            title: _series([{**row, "batch": row["steps"]} for row in rows])
+            for title, rows in by_batch.items()
+        }
+        figures["decode_time"] = scaling(plots, "seconds for one step", "context (tokens)")
+    if "memory" in result:
+        rows = [row for row in result["memory"]["rows"] if row["phase"] == "memory"]
+        plots = {
+            title: {
+                name: Series(*_points(rows, what, name))
+                for name in RIVALS
+                if _points(rows, what, name)[0]
+            }
+            for title, what in (
+                ("carried along while reading", "cache_bytes"),
+                ("at the peak while reading", "peak_bytes"),
+            )
+        }
+        figures["memory"] = scaling({title: plot for title, plot in plots.items() if plot}, "bytes")
+    return figures
+
+
+def _points(rows: Sequence[Row], what: str, name: str) -> tuple[list[float], list[float]]:
+    found = [(row["length"], row[what][name]) for row in rows if row[what].get(name)]
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def _series(rows: Sequence[Row]) -> dict[str, Series]:
+    names = dict.fromkeys(name for row in rows for name in row["seconds"])
+    found = {}
+    for name in names:
+        with_it = [row for row in rows if name in row["seconds"]]
+        low, middle, high = (
+            [row["seconds"][name][which] / row["batch"] for row in with_it]
+            for which in ("low", "median", "high")
+        )
+        found[name] = Series([row["length"] for row in with_it], middle, low, high)
+    return found
+
+
+# ----------------------------------------------------------------------- cells
+
+
+def _column(title: str, cell: Callable[..., str], *arguments: str) -> Column:
+    return title, lambda row: cell(row, *arguments)
+
+
+def _ratios(names: Iterable[str]) -> list[Column]:
+    return [_column(f"hamt over {name}", _ratio, f"hamt over {name}") for name in names]
+
+
+def _table(columns: Sequence[Column], rows: Iterable[Row]) -> str:
+    lines = [[cell(row) for _, cell in columns] for row in rows]
+    return markdown([title for title, _ in columns], lines, text=())
+
+
+def _length(row: Row) -> str:
+    return f"{row['length']:,}"
+
+
+def _batch(row: Row) -> str:
+    return str(row["batch"])
+
+
+def _megabytes(row: Row, what: str, name: str) -> str:
+    return megabytes(row[what].get(name))
+
+
+def _rate(row: Row, name: str) -> str:
+    if name not in row["seconds"]:
+        return "–"
+    return f"{row['batch'] * row['length'] / row['seconds'][name]['median']:,.0f}"
+
+
+def _decoded(row: Row, name: str) -> str:
+    if name not in row["seconds"]:
+        return "–"
+    return f"{row['batch'] * row['steps'] / row['seconds'][name]['median']:,.1f}"
+
+
+def _milliseconds(row: Row, name: str) -> str:
+    return f"{1e3 * row['seconds'][name]['median']:.2f}" if name in row["seconds"] else "–"
+
+
+def _ratio(row: Row, name: str) -> str:
+    if name not in row["ratios"]:
+        return "–"
+    low, middle, high = (row["ratios"][name][which] for which in ("low", "median", "high"))
+    return f"{middle:.2f}× ({low:.2f}–{high:.2f})"
+
+
+def _quotient(row: Row, a: str, b: str) -> str:
+    if not {a, b} <= row["times_s"].keys():
+        return "–"
+    values = [y / x for x, y in zip(row["times_s"][a], row["times_s"][b], strict=True)]
+    return f"{np.median(values):.2f}× ({min(values):.2f}–{max(values):.2f})"
+
+
+def _share(row: Row, name: str) -> str:
+    share = row.get("share_of_matmul", {}).get(name)
+    return "–" if share is None else f"{share['median']:.0%}"
+
+
+def _joules(row: Row, name: str) -> str:
+    used = row.get("joules_per_token", {}).get(name)
+    return "–" if used is None else f"{used:.2e}"
+
+
+def _notes(rows: Iterable[Row]) -> str:
+    """Why there are dashes."""
+    notes = [
+        f"{name} at N = {row['length']:,} was not measured: it {reason}"
+        if reason.startswith("would")
+        else f"{name} at N = {row['length']:,} was not measured: its {reason}"
+        for row in rows
+        for name, reason in row["left_out"].items()
+    ]
+    return "\n\n" + "; ".join(notes) + "." if notes else ""

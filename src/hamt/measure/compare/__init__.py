@@ -1,0 +1,1 @@
+"""``hamt compare``: a model beside baselines."""

@@ -1,0 +1,1 @@
+"""``hamt evaluate``: perplexity, benchmark tasks and samples of one model."""

@@ -1,0 +1,210 @@
+"""Perplexity, with all that a figure depends on: context, stride, what counts as a word, bits of a byte.
+
+A text is a stream of tokens behind one that starts it, the end-of-text token; every token of the
+text is predicted exactly once, nothing is padded. Three ways to choose what a token is predicted
+from:
+
+* blocks (``stride`` equal to ``context``): the tokens before it in its block, and the last one of
+  the block before; the last block reaches back to be whole. These are the rolling windows of
+  lm-evaluation-harness;
+* a sliding window (``stride`` below ``context``): at least ``context - stride`` tokens before it;
+* carried (``context`` None): all tokens before it, through a state that is carried along, for
+  models whose state has a fixed size.
+
+Shape legend: B windows at a time, N tokens of a window, V vocabulary.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hamt.cache import HAMTCache
+from hamt.data.tokenizer import start_token
+from hamt.errors import UserError
+from hamt.model import HAMTForCausalLM
+
+SEGMENT = 1024  # tokens that HAMT reads at a time, its state carried along
+LOGITS = 2**27  # that are computed at a time, if a batch has more than one row
+
+
+@dataclass
+class Score:
+    """Summed loss of a text, and what it is divided by.
+
+    ``by_position`` holds, for each position of a window (or of the text, where the state is carried
+    along), the summed loss and the number of tokens scored there, (positions, 2).
+    """
+
+    nats: float = 0.0
+    tokens: int = 0
+    words: int = 0
+    num_bytes: int = 0
+    by_position: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
+
+    @property
+    def token_perplexity(self) -> float:
+        """exp of the mean loss of a token; depends on the tokenizer."""
+        return _exp(self.nats / self.tokens)
+
+    @property
+    def word_perplexity(self) -> float:
+        """exp of the loss per word between white space, as lm-evaluation-harness counts words."""
+        return _exp(self.nats / self.words)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Loss in bits per byte of UTF-8; comparable between tokenizers."""
+        return self.nats / self.num_bytes / math.log(2)
+
+    def figures(self) -> dict[str, float | None]:
+        """All of them, as they are written to files; None is a perplexity without a number for it."""
+        by_token, by_word = self.token_perplexity, self.word_perplexity
+        return {
+            "nats_per_token": self.nats / self.tokens,
+            "token_perplexity": by_token if math.isfinite(by_token) else None,
+            "word_perplexity": by_word if math.isfinite(by_word) else None,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+            "words": self.words,
+            "bytes": self.num_bytes,
+        }
+
+    @property
+    def longest(self) -> int:
+        """Positions that were scored."""
+        scored = self.by_position[:, 1].nonzero()[0]
+        return int(scored[-1]) + 1 if len(scored) else 0
+
+    def mean_by_position(self, edges: Iterable[int]) -> list[tuple[int, int, float]]:
+        """(first, last + 1, mean loss in nats per token) of the positions between ``edges``."""
+        found = []
+        for first, last in pairwise(edges):
+            nats, tokens = self.by_position[first:last].sum(axis=0)
+            if tokens:
+                found.append((first, last, float(nats / tokens)))
+        return found
+
+    def add(self, losses: np.ndarray, first_position: int) -> None:
+        """Count the losses (tokens,) of consecutive positions."""
+        self.nats += float(losses.sum())
+        self.tokens += len(losses)
+        end = first_position + len(losses)
+        if end > len(self.by_position):
+            more = np.zeros((max(end, 2 * len(self.by_position)) - len(self.by_position), 2))
+            self.by_position = np.concatenate((self.by_position, more))
+        self.by_position[first_position:end] += np.stack((losses, np.ones_like(losses)), axis=1)
+
+
+def _exp(nats: float) -> float:
+    """Infinite where there is no such number: a text without spaces is one word."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def score_documents(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[str],
+    *,
+    context: int | None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> Score:
+    """Score documents one by one, each from its start.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        documents: texts; empty ones are left out.
+        context: N, most tokens that a prediction sees; None carries the state along.
+        stride: tokens by which the window moves; None is ``context``.
+        batch_size: B.
+
+    Raises:
+        UserError: if the stride does not fit, or a state cannot be carried.
+    """
+    if context is not None and not 1 <= (stride or context) <= context:
+        raise UserError(f"the stride must lie between 1 and the context, {context}; got {stride}")
+    start = start_token(tokenizer)
+    score, was_training = Score(), model.training
+    model.eval()
+    for text in documents:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if ids:
+            stream = torch.tensor([start, *ids])
+            parts = (
+                _carried(model, stream)
+                if context is None
+                else _windows(model, stream, context, stride or context, batch_size)
+            )
+            for losses, position in parts:
+                score.add(losses, position)
+            score.words += len(re.split(r"\s+", text))
+            score.num_bytes += len(text.encode())
+    model.train(was_training)
+    if not score.tokens:
+        raise UserError("there is no text to score")
+    return score
+
+
+def _windows(
+    model: PreTrainedModel, stream: Tensor, context: int, stride: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Losses of the tokens that each window is the first to see, and their first position in the window."""
+    # (begin, end, first scored) of the inputs; the target of input i is token i + 1.
+    last = len(stream) - 1
+    places = [(0, min(context, last), 0)]
+    while places[-1][1] < last:
+        end = min(places[-1][1] + stride, last)
+        places.append((max(end - context, 0), end, places[-1][1]))
+    whole = [place for place in places if place[1] - place[0] == context]
+    rest = [place for place in places if place[1] - place[0] != context]
+    groups = [whole[i : i + batch_size] for i in range(0, len(whole), batch_size)]
+    for group in [*groups, *([place] for place in rest)]:
+        ids = torch.stack([stream[begin : end + 1] for begin, end, _ in group])
+        losses = np.concatenate([_losses(model, rows) for rows in ids.split(_rows(model, context))])
+        for row, (begin, _, scored) in zip(losses, group, strict=True):
+            yield row[scored - begin :], scored - begin
+
+
+def _carried(model: PreTrainedModel, stream: Tensor) -> Iterator[tuple[np.ndarray, int]]:
+    """Losses of all tokens, each predicted from all before it."""
+    if not isinstance(model, HAMTForCausalLM):
+        raise UserError(
+            "only a HAMT model can carry its state over a text of any length: give a context"
+        )
+    cache = HAMTCache(model.config.num_layers)
+    for begin in range(0, len(stream) - 1, SEGMENT):
+        ids = stream[begin : begin + SEGMENT + 1][None]
+        yield _forward(model, ids, past_key_values=cache)[0], begin
+
+
+def _rows(model: PreTrainedModel, context: int) -> int:
+    """Rows whose logits may be held at once."""
+    length = min(context, SEGMENT) if isinstance(model, HAMTForCausalLM) else context
+    return max(LOGITS // (length * model.config.get_text_config().vocab_size), 1)
+
+
+def _losses(model: PreTrainedModel, ids: Tensor) -> np.ndarray:
+    """Loss of every token but the first of each row, (B, N), in float64; HAMT reads a segment at a time."""
+    length = ids.shape[1] - 1
+    if not isinstance(model, HAMTForCausalLM) or length <= SEGMENT:
+        return _forward(model, ids)
+    cache = HAMTCache(model.config.num_layers)
+    parts = (ids[:, begin : begin + SEGMENT + 1] for begin in range(0, length, SEGMENT))
+    return np.concatenate([_forward(model, part, past_key_values=cache) for part in parts], axis=1)
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel, ids: Tensor, **options) -> np.ndarray:
+    ids = ids.to(next(model.parameters()).device)
+    logits = model(ids[:, :-1], **options).logits.float()
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids), -1).double().cpu().numpy()

@@ -1,0 +1,1 @@
+"""``hamt recall``: what a memory of a given size remembers."""

@@ -1,0 +1,271 @@
+"""How much a holographic memory holds: measured on ``HolographicMemory``, beside what theory says.
+
+Random items of a Gaussian are written under random keys, and one is read back. It comes back with
+the others as noise. With n items in a memory of D features (Plate 1995, IEEE Trans. Neural Netw. 6;
+Frady, Kleyko and Sommer 2018, Neural Comput. 30):
+
+* the cosine of what is read and what was written is 1/√n in every algebra with unit keys;
+* R copies, each under keys of its own (heads), averaged: √(R / (R + n - 1)); copies that share
+  their keys (slots) carry the same noise and gain nothing;
+* under the convex rule with a gate g, the item L writes back, many before it: (1 - g)^L · √(g (2 -
+  g));
+* the item is the nearest of M candidates with probability ∫ φ(h) Φ(h + √(D/n))^(M-1) dh.
+
+Items that are spread over S slots, each in one of them, meet n / S - 1 others; at equal state (S ·
+D) that changes nothing for the cleanup. The cosines hold up to terms of order 1/D.
+
+Shape legend: T trials, n items, R copies, S slots, D features of an item, K key size, M candidates.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from hamt.measure.tables import markdown
+from hamt.memory.algebra import ALGEBRAS, similarity
+from hamt.memory.holographic import HolographicMemory, MemoryState
+from hamt.visualization import Series, capacity_against_theory
+
+ROWS = 2**22  # numbers that are handled at a time
+COSINE, COPIES, CONVEX, CLEANUP = "cosine", "copies", "convex", "cleanup"  # parts of the sweep
+EQUAL_STATE, MORE_STATE = "slots, equal state", "slots, more state"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement: the mean over trials, its standard error, and the theory.
+
+    An item is written to all heads (``copies``), there to all slots or (``spread``) to one of them
+    in turn.
+    """
+
+    part: str
+    algebra: str
+    dimension: int
+    items: int
+    copies: int = 1
+    slots: int = 1
+    spread: bool = False
+    candidates: int | None = None
+    gate: float | None = None
+    lag: int | None = None
+    trials: int = 0
+    measured: float = math.nan
+    standard_error: float = math.nan
+    theory: float = math.nan
+
+    @property
+    def deviation(self) -> float:
+        """Measured minus theory in standard errors; 0 where both are the same without any spread."""
+        difference = self.measured - self.theory
+        if abs(difference) < 1e-5:
+            return 0.0
+        return difference / self.standard_error if self.standard_error else math.inf
+
+
+def cosine_theory(items: int, copies: int = 1) -> float:
+    """√(S / (S + n - 1))."""
+    return math.sqrt(copies / (copies + items - 1))
+
+
+def convex_theory(gate: float, lag: int) -> float:
+    """(1 - g)^L · √(g (2 - g))."""
+    return (1 - gate) ** lag * math.sqrt(gate * (2 - gate))
+
+
+def cleanup_theory(items: int, dimension: int, candidates: int) -> float:
+    """∫ φ(h) Φ(h + √(D/n))^(M-1) dh, by the trapezoidal rule."""
+    h = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    density = torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
+    below = torch.special.log_ndtr(h + math.sqrt(dimension / items))
+    return float(torch.trapezoid(density * torch.exp((candidates - 1) * below), h))
+
+
+def measure(point: Point, trials: int, seed: int = 0) -> Point:
+    """Fill in what ``point`` asks for, from so many independent trials."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = max(ROWS // (point.dimension * max(point.copies, 1)), 1)
+    found = []
+    for begin in range(0, trials, batch):
+        found.append(_trials(point, min(batch, trials - begin), generator))
+    values = torch.cat(found).double()
+    theory = _theory(point)
+    # Of shares by their theory: one that is 1 in all trials still has an error.
+    deviation = (
+        values.std().item() if point.candidates is None else math.sqrt(theory * (1 - theory))
+    )
+    return replace(
+        point,
+        trials=trials,
+        measured=values.mean().item(),
+        standard_error=deviation / math.sqrt(trials),
+        theory=theory,
+    )
+
+
+def _theory(point: Point) -> float:
+    met = math.ceil(point.items / point.slots) if point.spread else point.items
+    if point.candidates is not None:
+        return cleanup_theory(met, point.dimension, point.candidates)
+    if point.gate is not None and point.lag is not None:
+        return convex_theory(point.gate, point.lag)
+    return cosine_theory(met, point.copies)
+
+
+def _trials(point: Point, count: int, generator: torch.Generator) -> Tensor:
+    """Cosines, or whether the nearest candidate is the right one, (T,)."""
+    memory = HolographicMemory(
+        point.dimension * point.copies,
+        num_slots=point.slots,
+        num_heads=point.copies,  # each with keys of its own; the slots of a head share theirs
+        binding_type=point.algebra,
+        write_rule="gated" if point.gate is None else "convex",
+        decay_rate=0.0,
+    )
+    asked = point.items - 1 - (point.lag or 0)
+    state: MemoryState = memory.initial_state(count)
+    for index in range(point.items):
+        item = torch.randn(count, 1, point.dimension, generator=generator)
+        key = memory.algebra.random_keys(count, point.copies, memory.key_size, generator=generator)
+        state = memory.write(state, item, key, _slots(point, index))
+        if index == asked:
+            wanted, wanted_key = item.squeeze(1), key
+    read = _slots(point, asked) if point.spread else None
+    retrieved = memory.retrieve(state, wanted_key, read).mean(dim=1)
+    if point.candidates is None:
+        return similarity(retrieved, wanted)
+    others = torch.randn(point.candidates - 1, point.dimension, generator=generator)
+    # The nearest by cosine, as a cleanup memory finds it.
+    others = others / others.norm(dim=-1, keepdim=True)
+    right = (retrieved * wanted).sum(dim=-1) / wanted.norm(dim=-1)
+    nearest = torch.cat([(part @ others.T).amax(dim=-1) for part in retrieved.split(256)])
+    return right > nearest
+
+
+def _slots(point: Point, index: int) -> Tensor | None:
+    """Write weights of an item, (1, 1, S): its gate, the slot that it is spread to, or None for all alike."""
+    if point.gate is not None:
+        return torch.full((1, 1, point.slots), point.gate)
+    if not point.spread:
+        return None
+    return torch.nn.functional.one_hot(torch.tensor([[index % point.slots]]), point.slots).float()
+
+
+# ------------------------------------------------------------------ the sweep
+
+
+def points(quick: bool = False) -> Iterator[tuple[Point, int]]:
+    """What ``hamt recall --capacity`` measures, each with its number of trials."""
+    sizes = (1, 2, 5, 10, 50) if quick else (1, 2, 5, 10, 20, 50, 100)
+    some, many = (50, 200) if quick else (200, 1000)  # trials
+    for algebra in ALGEBRAS:
+        for items in sizes:
+            yield Point(COSINE, algebra, 1024, items), some
+    for copies in (1, 2, 4, 8):
+        for items in (5, 40):
+            yield Point(COPIES, "phasor", 512, items, copies=copies), some
+            yield Point(COPIES, "phasor", 512, items, slots=copies), some
+    for slots in (1, 2, 4, 8):
+        cleanup: dict[str, Any] = {"slots": slots, "spread": True, "candidates": 1000}
+        yield Point(EQUAL_STATE, "phasor", 2048 // slots, 104, **cleanup), many
+        yield Point(MORE_STATE, "phasor", 512, 104, **cleanup), many
+    for gate in (0.05, 0.12, 0.5):
+        for lag in (0, 1, 2, 5) if quick else (0, 1, 2, 5, 10, 20, 40):
+            # Enough before the item that the start of the memory is forgotten.
+            items = lag + 1 + math.ceil(8 / gate)
+            yield Point(CONVEX, "phasor", 1024, items, gate=gate, lag=lag), some
+    for dimension in (512,) if quick else (512, 1024, 2048):
+        for share in (0.01, 0.02, 0.03, 0.045, 0.07):
+            items = max(round(share * dimension), 1)
+            yield Point(CLEANUP, "phasor", dimension, items, candidates=1000), many
+    for items in () if quick else (46, 66, 115):
+        yield Point(CLEANUP, "phasor", 2048, items, candidates=50_257), many
+    for algebra in () if quick else ("elementwise", "circular_conv"):
+        yield Point(CLEANUP, algebra, 1024, 46, candidates=1000), many
+
+
+def measure_capacity(
+    quick: bool = False, seed: int = 0, told: Callable[[Point], None] = lambda point: None
+) -> list[Point]:
+    """All points of the sweep; ``told`` gets each as it is done."""
+    found = []
+    for number, (point, trials) in enumerate(points(quick)):
+        found.append(measure(point, trials, seed * 10_000 + number))
+        told(found[-1])
+    return found
+
+
+def capacity_table(found: list[Point]) -> str:
+    """Markdown: one row a point, and how many lie within three standard errors of theory."""
+    header = [
+        "part",
+        "algebra",
+        "D",
+        "items",
+        "heads",
+        "slots",
+        "candidates",
+        "gate",
+        "lag",
+        "trials",
+    ]
+    header += ["measured", "s.e.", "theory", "deviation (s.e.)"]
+    rows = [
+        [point.part, point.algebra, str(point.dimension), str(point.items), str(point.copies)]
+        + [f"{point.slots}, each item in one" if point.spread else str(point.slots)]
+        + ["" if x is None else f"{x:,}" for x in (point.candidates, point.gate, point.lag)]
+        + [
+            str(point.trials),
+            f"{point.measured:.4f}",
+            f"{point.standard_error:.4f}",
+            f"{point.theory:.4f}",
+        ]
+        + [f"{point.deviation:+.1f}"]
+        for point in found
+    ]
+    near = sum(abs(point.deviation) <= 3 for point in found)
+    summary = f"{near} of {len(found)} points lie within 3 standard errors of theory."
+    return f"{summary}\n\n{markdown(header, rows, text=(0, 1))}\n"
+
+
+def capacity_figure(found: list[Point]) -> Figure:
+    """A panel for each part: points with three standard errors, theory as lines."""
+    grouped: dict[str, dict[str, list[tuple[float, Point]]]] = {}
+    for point in found:
+        name, x = _LABELS[point.part](point)
+        grouped.setdefault(point.part, {}).setdefault(name, []).append((x, point))
+    panels: dict[str, Mapping[str, tuple[Series, Series]]] = {}
+    for part, lines in grouped.items():
+        panels[part] = {
+            name: _series(sorted(pairs, key=lambda pair: pair[0])) for name, pairs in lines.items()
+        }
+    return capacity_against_theory(panels)
+
+
+def _series(pairs: list[tuple[float, Point]]) -> tuple[Series, Series]:
+    x = [place for place, _ in pairs]
+    measured = [point.measured for _, point in pairs]
+    errors = [3 * point.standard_error for _, point in pairs]
+    return Series.with_errors(x, measured, errors), Series(x, [point.theory for _, point in pairs])
+
+
+# What a line of each panel is called, and where a point lies on it.
+_LABELS: dict[str, Callable[[Point], tuple[str, float]]] = {
+    COSINE: lambda point: (point.algebra, point.items),
+    COPIES: lambda point: (
+        f"{point.items} items, copies in {'slots' if point.slots > 1 else 'heads'}",
+        max(point.copies, point.slots),
+    ),
+    EQUAL_STATE: lambda point: (f"{point.items} items", point.slots),
+    MORE_STATE: lambda point: (f"{point.items} items", point.slots),
+    CONVEX: lambda point: (f"gate {point.gate}", point.lag or 0),
+    CLEANUP: lambda point: (
+        f"{point.algebra}, D = {point.dimension:,}, M = {point.candidates:,}",
+        point.items / point.dimension,
+    ),
+}

@@ -1,0 +1,151 @@
+"""``hamt recall``: what a model remembers, beside rivals that have as much to remember with."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from hamt.baselines.state import MODELS
+from hamt.environment import describe_environment, describe_runs, environment
+from hamt.errors import UserError, user_errors
+from hamt.files import check_writable
+from hamt.measure.recall.capacity import capacity_figure, capacity_table, measure_capacity
+from hamt.measure.recall.report import figure, table
+from hamt.measure.recall.settings import SETTINGS
+from hamt.measure.recall.sweep import Run, make_model, sweep
+from hamt.measure.report import write_report
+from hamt.measure.task_training import HELD_OUT
+from hamt.options import option, parse
+
+
+@dataclass
+class RecallOptions:
+    """Train small models on recall and state tracking, at equal state; or measure the memory's capacity."""
+
+    config: str | None = option(None, "a YAML file with any of these options; flags override it")
+    tasks: list[str] = option(["mqar"], f"of {', '.join(SETTINGS)}; or all")
+    models: list[str] = option(
+        ["hamt", "gated-deltanet", "mamba2"],
+        f"of {', '.join(MODELS)}; hamt:num_heads=1,rotation=none changes fields of HAMTConfig",
+    )
+    state_sizes: list[int] = option(
+        [1280], "floats that a layer carries: state, convolution tails, phases"
+    )
+    learning_rates: list[float] = option([0.01], "the best of them counts, for each model and size")
+    seeds: list[int] = option([0], "one run for each")
+    num_steps: int = option(2000, "training steps of a run")
+    batch_size: int = option(64, "examples of a step")
+    hidden_dim: int = option(64, "width of the models")
+    num_layers: int = option(2, "layers of the models")
+    num_examples: int = option(256, "examples of a test")
+    capacity: bool = option(False, "measure what the memory holds, over theory, and train nothing")
+    quick: bool = option(False, "with --capacity: fewer points")
+    workers: int = option(2, "runs at a time, each on one core")
+    output_dir: str = option(
+        "recall_output", "where runs, tables and plots go; runs that are there are kept"
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what is missing, and write ``recall.json``, ``recall.md`` and ``recall.png``."""
+    options = parse(RecallOptions, arguments, "recall")
+    if options.quick and not options.capacity:
+        raise UserError(
+            "--quick goes with --capacity; of a sweep, take fewer steps: --num_steps 200"
+        )
+    check_numbers(options)
+    check_writable(options.output_dir, make=True)
+    console = Console(soft_wrap=True, highlight=False)
+    header = environment()
+    if options.capacity:
+        return _capacity(options, header, console)
+    runs, folder = plan(options), Path(options.output_dir)
+
+    def told(run: Run, result: dict[str, Any]) -> None:
+        console.print(
+            f"{run.name}: {100 * result['mean_accuracy']:.1f} % in {result['seconds']:.0f} s"
+        )
+
+    console.print(f"{len(runs)} runs of {options.num_steps:,} steps, {options.workers} at a time")
+    results = sweep(runs, folder / "runs", options.workers, told)
+    came_from = describe_runs([result["environment"] for result in results])
+    content = {"environment": header, "options": vars(options), "runs": results}
+    text = f"# Recall at equal state\n\n{came_from}\n\n{table(results)}"
+    plot = figure(results)
+    paths = write_report(folder, "recall", content, text, {"recall": plot})
+    console.print(text, markup=False)
+    if plot is None:
+        console.print("no plot: the state of these models grows with the text")
+    console.print(f"wrote {', '.join(str(path) for path in paths)}")
+    return 0
+
+
+def _capacity(options: RecallOptions, header: dict[str, Any], console: Console) -> int:
+    """Write ``capacity.json``, ``capacity.md`` and ``capacity.png``."""
+    console.print("measuring the capacity of the memory")
+    points = measure_capacity(options.quick, options.seeds[0])
+    text = f"# Capacity of the memory\n\n{describe_environment(header)}\n\n{capacity_table(points)}"
+    found = [{**asdict(point), "deviation": point.deviation} for point in points]
+    content = {"environment": header, "options": vars(options), "points": found}
+    figures = {"capacity": capacity_figure(points)}
+    paths = write_report(options.output_dir, "capacity", content, text, figures)
+    console.print(text, markup=False)
+    console.print(f"wrote {', '.join(str(path) for path in paths)}")
+    return 0
+
+
+def check_numbers(options: RecallOptions) -> None:
+    """Refuse numbers that no run can have, before any is started.
+
+    Raises:
+        UserError: with the option and the value.
+    """
+    counts = (
+        "num_steps",
+        "batch_size",
+        "hidden_dim",
+        "num_layers",
+        "num_examples",
+        "workers",
+        "state_sizes",
+    )
+    for name in counts:
+        least = min(options.state_sizes) if name == "state_sizes" else getattr(options, name)
+        if least < 1:
+            raise UserError(f"--{name} must be at least 1; got {least}")
+    for rate in options.learning_rates:
+        if not 0 < rate < math.inf:
+            raise UserError(f"--learning_rates must be positive numbers; got {rate:g}")
+    for seed in options.seeds:
+        if not 0 <= seed < HELD_OUT:  # above are the seeds of the tests
+            raise UserError(f"--seeds must be from 0 to {HELD_OUT - 1:,}; got {seed}")
+
+
+def plan(options: RecallOptions) -> list[Run]:
+    """All runs that the options name, the cheapest comparison first: seed by seed.
+
+    Raises:
+        UserError: for names that there are not, and numbers that no run can have.
+    """
+    check_numbers(options)
+    tasks = list(SETTINGS) if options.tasks == ["all"] else options.tasks
+    if unknown := [name for name in tasks if name not in SETTINGS]:
+        raise UserError(f"no task {', '.join(unknown)}; there are {', '.join(SETTINGS)}")
+    sizes = {name: getattr(options, name) for name in ("hidden_dim", "num_layers", "num_examples")}
+    grid = product(
+        options.seeds, tasks, options.learning_rates, options.state_sizes, options.models
+    )
+    runs = [
+        Run(task, model, state, rate, seed, options.num_steps, options.batch_size, **sizes)
+        for seed, task, rate, state, model in grid
+    ]
+    runs = list(dict.fromkeys(runs))
+    with user_errors(), torch.device("meta"):  # before hours are spent on the others
+        for run in runs:
+            make_model(run)
+    return runs

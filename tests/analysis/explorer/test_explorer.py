@@ -1,0 +1,326 @@
+"""The page in a real browser, and what it asks of a model."""
+
+import copy
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from hamt.analysis.explorer.render import retrieved_lists, slot_grid
+from hamt.analysis.explorer.session import MAX_TOKENS, TIMES, Explorer, Retrieved
+from hamt.analysis.reading import largest_by_chance, permuted_keys
+from hamt.analysis.record import SEGMENT
+from hamt.checkpoint import PRETRAINED, load_checkpoint
+from hamt.cli import main
+from hamt.errors import UserError
+
+TEXT = "The state of the Union is strong. The Congress has the power to act."
+SPEECH = "The Congress of the United States has the power to act, and the people expect it to act. "
+
+
+@pytest.fixture(scope="module")
+def explorer():
+    return Explorer(*load_checkpoint(PRETRAINED))
+
+
+# ------------------------------------------------------------------- session
+
+
+def test_a_text_is_read_token_by_token(explorer):
+    view = explorer.read(TEXT)
+    assert "".join(view.tokens).replace("·", " ") == TEXT
+    assert view.write.shape == (4, len(view.tokens))
+    assert view.times == list(range(1, len(view.tokens) + 1))
+    assert view.norms.shape == (len(view.tokens), 4, 4, 16)
+    assert view.left_out == 0
+    last = view.traces[2].after.memory[0].norm(dim=-1)
+    np.testing.assert_allclose(view.norms[-1, 2], last, rtol=1e-4)
+
+
+def test_what_a_token_read_adds_up_and_comes_from_before_it(explorer):
+    view = explorer.read(TEXT)
+    for layer in range(4):
+        found = explorer.retrieve(view, layer, 6)
+        assert found.shares.sum() == pytest.approx(1, abs=1e-4)
+        assert all(0 <= position <= 6 and share > 0 for position, share in found.sources)
+        assert [share for _, share in found.sources] == sorted(
+            (s for _, s in found.sources), reverse=True
+        )
+        assert all(
+            0 <= position <= 6 and -1 <= cosine <= 1.0001 for position, cosine in found.items
+        )
+        assert found.theory == pytest.approx(largest_by_chance(7 * 4, 64))
+        assert 0 < found.permuted < 1
+    first = explorer.retrieve(view, 0, 0)
+    assert first.sources == [(0, pytest.approx(1, abs=1e-5))]
+
+
+def test_what_chance_gives_under_a_permuted_key_is_what_the_recurrence_says(explorer):
+    """Every head's slots, mixed as the token reads them, unbound with its key in another order."""
+    view = explorer.read(TEXT)
+    trace, token = view.traces[1], 9
+    algebra = trace.memory.algebra
+    state = next(trace.states([token + 1]))[0]
+    held = torch.einsum("hs,hsf->hf", trace.read[0, token], state)
+    torch.testing.assert_close(
+        algebra.unbind(held, trace.unbinding_keys[0, token]),
+        trace.output[0, token],
+        rtol=1e-3,
+        atol=1e-4,
+    )
+    stored = torch.nn.functional.normalize(trace.items[0, : token + 1], dim=-1)
+    levels = []
+    for key in permuted_keys(algebra, trace.unbinding_keys[0, token]):
+        out = torch.nn.functional.normalize(algebra.unbind(held, key), dim=-1)
+        levels.append((stored * out).sum(dim=-1).max().item())
+    assert explorer.retrieve(view, 1, token).permuted == pytest.approx(np.mean(levels), abs=1e-3)
+
+
+def test_long_texts_are_cut_and_short_ones_refused(explorer):
+    view = explorer.read(SPEECH * 200)
+    assert len(view.tokens) == MAX_TOKENS
+    assert view.left_out > 0
+    assert len(view.times) == TIMES
+    assert view.times[-1] == MAX_TOKENS
+    for empty in ("", None):
+        with pytest.raises(UserError, match="no text yet"):
+            explorer.read(empty)
+
+
+def test_a_prompt_of_512_tokens_is_answered_in_two_seconds(explorer):
+    text = SPEECH * 26
+    explorer.read(text)
+    start = time.process_time()
+    view = explorer.read(text)
+    found = explorer.retrieve(view, 3, len(view.tokens) - 1)
+    retrieved_lists(view, found, 3, len(view.tokens) - 1)
+    slot_grid(view.norms[-1, 3], 5.0, "now")
+    assert len(view.tokens) >= 512
+    assert time.process_time() - start < 2
+
+
+def test_writing_is_what_generate_writes_and_shows_the_state(explorer):
+    model, tokenizer = explorer.model, explorer.tokenizer
+    written = list(explorer.write("The state of the Union", 12, temperature=0, top_p=1))
+    ids = tokenizer("The state of the Union", return_tensors="pt").input_ids
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert written[-1].text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert [one.new_tokens for one in written] == list(range(1, 13))
+    assert written[-1].norms.shape == (4, 4, 16)
+    assert not np.allclose(written[0].norms, written[-1].norms)
+    sampled = [list(explorer.write("A", 8, 1.2, 0.9, seed=seed))[-1].text for seed in (0, 0, 1)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert list(explorer.write("", 3, 1, 1))[-1].new_tokens == 3
+
+
+def test_the_end_of_a_document_is_told(explorer):
+    ids = explorer.tokenizer("The state of the Union").input_ids
+    first = int(explorer.model(torch.tensor([ids])).logits[0, -1].argmax())
+    tokenizer = copy.copy(explorer.tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first)
+    (only,) = Explorer(explorer.model, tokenizer).write("The state of the Union", 5, 0, 1)
+    assert only.ended
+    assert only.new_tokens == 1
+
+
+def test_a_long_prompt_is_read_in_segments(explorer):
+    prompt = SPEECH * 70  # more than one segment
+    ids = explorer.tokenizer(prompt, return_tensors="pt").input_ids
+    assert ids.shape[1] > SEGMENT
+    expected = explorer.model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :]
+    *_, last = explorer.write(prompt, 3, 0, 1)
+    assert last.text == explorer.tokenizer.decode(expected)
+
+
+def test_characters_that_are_none_are_refused(explorer):
+    with pytest.raises(UserError, match="characters that are none"):
+        explorer.read("half \ud83d a smile")
+
+
+def test_visitors_do_not_meet_in_the_model(explorer):
+    """Recording watches the model's own modules: two texts at once would be mixed up."""
+    texts = [TEXT, SPEECH * 3, SPEECH[:40]]
+    alone = [explorer.read(text).write for text in texts]
+    found: dict[int, list[np.ndarray]] = {0: [], 1: [], 2: []}
+
+    def visit(index):
+        for _ in range(4):
+            found[index].append(explorer.read(texts[index]).write)
+
+    visitors = [threading.Thread(target=visit, args=(index,)) for index in range(3)]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join()
+    for index, views in found.items():
+        assert len(views) == 4
+        for view in views:
+            np.testing.assert_allclose(view, alone[index], rtol=1e-5)
+
+
+def test_words_are_shown_and_not_obeyed(explorer):
+    view = explorer.read("a <script>alert(1)</script> b")
+    found = explorer.retrieve(view, 0, len(view.tokens) - 1)
+    page = retrieved_lists(view, found, 0, len(view.tokens) - 1) + slot_grid(
+        view.norms[0, 0], 1.0, "<b>"
+    )
+    assert "<script" not in page
+    assert "<b>" not in page
+    empty = Retrieved(np.zeros(1), [], 0, [], 0.1, 0.2)
+    assert "token 0" in retrieved_lists(view, empty, 0, 0)
+    assert "rgba" in slot_grid(np.zeros((2, 3)), 0.0, "nothing yet")
+
+
+def test_mistakes_end_in_a_line(tmp_path, capsys):
+    assert main(["explore", "--port", "99999"]) == 2
+    assert "--port must lie" in capsys.readouterr().err
+    assert main(["explore", "--host", "192.0.2.1"]) == 2  # an address that no machine has
+    assert "give another --host or --port" in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["explore", "--port", str(taken.getsockname()[1])]) == 2
+    assert "cannot serve at 127.0.0.1, port" in capsys.readouterr().err
+    assert main(["explore", "--checkpoint", str(tmp_path)]) == 2
+    assert "hamt: " in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------- browser
+
+
+@pytest.fixture(scope="module")
+def address():
+    """``hamt explore`` in a process of its own, ended by Ctrl-C."""
+    pytest.importorskip("gradio")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "hamt.cli", "explore", "--port", str(port)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell lets jobs in the background, as tests may be, ignore Ctrl-C, and what they start
+        # does, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        said = process.stdout.readline()
+        assert f"http://127.0.0.1:{port}" in said, said
+        yield f"http://127.0.0.1:{port}"
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=30)[0]
+        assert process.returncode == 0, rest
+        assert "Traceback" not in rest
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def page(address):
+    """The page in a headless Chromium that may talk to nobody else."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
+    if path is None:
+        assert "HAMT_TEST_BROWSER" not in os.environ, "there is no Chromium"
+        pytest.skip("no Chromium here: apt install chromium")
+    strangers: list[str] = []
+    errors: list[str] = []
+
+    def gate(route):
+        if route.request.url.startswith((address, "data:", "blob:")):
+            route.continue_()
+        else:
+            strangers.append(route.request.url)
+            route.abort()
+
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        view = browser.new_page(viewport={"width": 1280, "height": 1000})
+        view.set_default_timeout(60_000)
+        view.on("pageerror", lambda error: errors.append(str(error)))
+        view.route("**/*", gate)
+        view.goto(address)
+        view.get_by_text("tokens read.").wait_for()
+        yield view
+        browser.close()
+    assert strangers == [], "nothing is fetched from elsewhere"
+    assert errors == []
+
+
+def test_load_type_click_and_scrub(page):
+    assert page.locator("#slots td").count() == 64, "an example is read when the page opens"
+    page.locator("#text textarea").fill(TEXT)
+    page.locator("#read").click()
+    page.locator("#status").get_by_text("16 tokens read.").wait_for()
+    page.locator("#tokens").get_by_text("Congress").click()
+    page.locator("#found").get_by_text("Congress” (token 9) read in layer 3").wait_for()
+    assert page.locator("#found table").first.locator("tr").count() >= 2
+    assert "0 back" in page.locator("#found").inner_text()
+    before = page.locator("#slots table").inner_html()
+    outlines = page.locator("#tokens .token").evaluate_all(
+        "tokens => tokens.map(token => getComputedStyle(token).outlineStyle)"
+    )
+    assert outlines[9] == "solid"
+    assert 2 <= outlines.count("solid") <= 7, "the token and its sources"
+    assert page.locator("#time input[type=range]").get_attribute("max") == "16"
+    page.locator("#time input[type=range]").fill("2")
+    page.locator("#slots").get_by_text("after 2 tokens").wait_for()
+    assert page.locator("#slots table").inner_html() != before
+    page.locator("#layer input").click()
+    page.get_by_role("option", name="0", exact=True).click()
+    page.locator("#slots").get_by_text("Layer 0 after").wait_for()
+
+
+def test_empty_and_long_texts_are_answered_kindly(page):
+    page.locator("#text textarea").fill("")
+    page.locator("#read").click()
+    page.locator("#status").get_by_text("There is no text yet").wait_for()
+    assert page.locator("#slots td").count() == 0
+    page.locator("#text textarea").fill(SPEECH * 120)
+    page.locator("#read").click()
+    page.locator("#status").get_by_text("were left out").wait_for()
+    assert page.locator("#slots td").count() == 64
+    assert page.locator("#time input[type=range]").get_attribute("max") == str(MAX_TOKENS)
+    page.locator("#tokens").get_by_text("Congress").first.click()
+    page.locator("#found").get_by_text("read in layer").wait_for()
+    box = page.locator("#found h4").bounding_box()
+    assert box["y"] < 950, "the answer is seen without scrolling"
+    page.locator("#time input[type=range]").fill("100")
+    page.locator("#slots").get_by_text("after 98 tokens").wait_for()
+
+
+def test_a_narrow_window_shows_everything(page):
+    page.set_viewport_size({"width": 420, "height": 900})
+    page.locator("#text textarea").fill(TEXT)
+    page.locator("#read").click()
+    page.locator("#status").get_by_text("16 tokens read.").wait_for()
+    page.locator("#tokens").get_by_text("Congress").click()
+    page.locator("#found h4").scroll_into_view_if_needed()
+    assert page.locator("#found h4").bounding_box()["width"] > 250
+    assert page.locator("#slots table").bounding_box()["width"] > 250
+    page.set_viewport_size({"width": 1280, "height": 1000})
+
+
+def test_writing_shows_words_and_slots(page):
+    page.get_by_role("tab", name="Write").click()
+    page.locator("#count input[type=number]").fill("12")
+    page.locator("#write").click()
+    page.locator("#live").get_by_text("after 12 new tokens").wait_for()
+    text = page.locator("#written textarea").input_value()
+    assert 12 < len(text) < 200
+    assert page.locator("#live td").count() == 64

@@ -1,0 +1,109 @@
+"""hamt analyze: what it writes and refuses, and how tokens are shown."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from hamt.analysis.contributions import contributions
+from hamt.analysis.record import record
+from hamt.analysis.report import TRACED, analyse, token_texts
+from hamt.checkpoint import PRETRAINED, load_checkpoint
+from hamt.cli import main
+from hamt.visualization import contribution_matrix, gates_over_text, save_figure
+
+
+def test_the_command_writes_figures_pictures_and_a_page(tmp_path, capsys):
+    text = "Fellow citizens, </script><b>the state of the Union is strong & growing." * 3
+    assert main(["analyze", "--text", text, "--output_dir", str(tmp_path)]) == 0
+    assert "wrote" in capsys.readouterr().out
+    results = json.loads((tmp_path / "analysis_results.json").read_text())
+    layer = results["layers"]["0"]
+    assert {"commit", "torch"} <= results["environment"].keys()
+    assert len(layer["half_life_tokens"]) == len(layer["loss_without"]) == 4
+    assert layer["retrieval"]["lag"][0] == 0
+    assert np.array(layer["norms"]).shape == (len(layer["after_tokens"]), 4, 16)
+    assert (
+        len(layer["write_gate_of_the_end"])
+        == len(results["tokens_of_the_end"])
+        == results["tokens"]
+    )
+    asked = layer["held"]
+    assert [row["back"] for row in asked] == [0, 1, 2, 4, 8, 16, 32, 64]
+    assert asked[0]["cosine"] > 0.8 > asked[0]["chance_theory"]
+    assert asked[0]["rank"] == 0
+    assert asked[0]["nearest"][0] == {
+        "token": asked[0]["token"],
+        "back": 0,
+        "cosine": asked[0]["cosine"],
+    }
+    pictures = {path.stem for path in tmp_path.glob("*.png")}
+    assert {"memory_evolution", "slots", "retrieval", "gates", "contributions_layer_3"} <= pictures
+    page = (tmp_path / "dashboard.html").read_text()
+    words = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page)
+    assert "http" not in words.replace("http-equiv", ""), "nothing is fetched"
+    assert "<b>" not in page
+    assert page.count("</script>") == 2
+    assert "<!--" not in page
+
+
+def test_pages_show_the_end_of_a_long_text():
+    """Sources, gates and what is held are those of the last tokens, each under its own word."""
+    model, tokenizer = load_checkpoint(PRETRAINED)
+    ids = torch.tensor(
+        tokenizer("The people of the United States expect the Congress to act. " * 30).input_ids
+    )
+    found = analyse(model, tokenizer, ids, silence=False)
+    assert len(ids) > TRACED == len(found.tokens)
+    trace = record(model, ids[None]).traces[2]
+    assert found.write[2][-1] == pytest.approx(trace.write[0, -1].abs().mean().item(), rel=1e-4)
+    shares = contributions(trace, [len(ids) - 1]).tokens[0, 0].mean(dim=0)
+    position, share = found.sources[2][-1][0]
+    assert len(ids) - TRACED + position == int(shares.argmax())
+    assert share == pytest.approx(shares.max().item(), abs=1e-3)
+    picture = found.figures["contributions_layer_2"].axes[0]
+    drawn = picture.images[0].get_array()
+    assert drawn[-1, -1] == pytest.approx(shares[-1].item(), abs=1e-3)
+    assert picture.get_xticklabels()[-1].get_text() == found.tokens[-1]
+
+
+def test_tokens_are_words_and_no_formulas(tmp_path):
+    """A lone pair of dollars is no formula, and a script that the font lacks no warning."""
+    names = ["$$", "${\\foo}$", "漢", "🙂"]
+    save_figure(tmp_path / "a.png", contribution_matrix(np.eye(4), names, "words"))
+    save_figure(tmp_path / "b.png", gates_over_text(names, {"layer": np.ones(4)}, "all tokens"))
+    assert (tmp_path / "b.png").stat().st_size > 1000
+
+
+def test_mistakes_end_in_a_line(tmp_path, capsys):
+    (tmp_path / "latin").write_bytes(b"\xe9t\xe9")
+    for arguments, message in (
+        (["--text", ""], "at least two tokens"),
+        (["--text", "  \n"], "at least two tokens"),
+        (["--text", str(tmp_path / "latin")], f"give it with --file {tmp_path / 'latin'}"),
+        (["--text", "a b c", "--file", "x"], "not both"),
+        (["--file", str(tmp_path / "none")], "no text"),
+        (["--file", str(tmp_path / "latin")], "not UTF-8"),
+        (["--max_tokens", "1"], "at least 2"),
+        (["--demo", "--text", "a b"], "--demo has its own"),
+        (["--checkpoint", str(tmp_path)], "config.json"),
+    ):
+        assert main(["analyze", *arguments, "--output_dir", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_tokens_are_shown_with_their_spaces():
+    class Tokenizer:
+        def decode(self, tokens):
+            return bytes(tokens).decode(errors="replace")
+
+    def texts(written: bytes):
+        return token_texts(Tokenizer(), torch.tensor(list(written)))
+
+    assert texts(b"a \n") == ["a", "·", "↵"]
+    assert texts("é🙂x".encode()) == ["…", "é", "…", "…", "…", "🙂", "x"]
+    assert texts("é".encode()[1:] + b"xy") == ["…", "x", "y"], "a text may begin within a character"
+    assert texts(b"\xff" * 5) == ["…", "…", "…", "∅", "…"]
+    assert texts(b"") == []

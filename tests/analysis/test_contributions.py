@@ -1,0 +1,154 @@
+"""Recording a model, and tracing read-outs to the positions they come from."""
+
+import pytest
+import torch
+
+from hamt import HAMTCache, HAMTConfig, HAMTForCausalLM
+from hamt.analysis.contributions import (
+    coefficients,
+    contributions,
+    logit_contributions,
+    logit_directions,
+)
+from hamt.analysis.record import observe, record
+from hamt.memory.scan import decays
+
+KINDS = [
+    {"binding_type": binding, "write_rule": rule, "rotation": rotation}
+    for binding in ("elementwise", "circular_conv", "phasor")
+    for rule in ("gated", "convex", "delta")
+    for rotation in ("none", "data_dependent")
+]
+
+
+def build(**options) -> HAMTForCausalLM:
+    torch.manual_seed(0)
+    config = {
+        "hidden_dim": 16,
+        "hcm_dim": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_slots": 3,
+        "vocab_size": 30,
+    }
+    model = HAMTForCausalLM(HAMTConfig(**{**config, **options})).double().eval()
+    with torch.no_grad():  # as if trained: rotations turn, norms and gates differ
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def text(length=37, rows=2, seed=0):
+    return torch.randint(30, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind.values()))
+def test_contributions_sum_to_the_read_out(kind):
+    """From an empty memory and from a filled one, along the read-out and along any direction."""
+    model, queries = build(**kind), [36, 0, 5, 17]
+    cache = HAMTCache(2)
+    model(text(9, seed=1), past_key_values=cache)
+    for state in (None, cache):
+        recording = record(model, text(), cache=state)
+        assert sorted(recording.traces) == [0, 1]
+        for trace in recording.traces.values():
+            shares = contributions(trace, queries)
+            torch.testing.assert_close(
+                shares.sum(), torch.ones(2, 4, 2).double(), rtol=1e-7, atol=1e-9
+            )
+            directions = torch.randn(2, 4, 2, 12, dtype=torch.float64)
+            found = contributions(trace, queries, directions).sum()
+            wanted = (trace.output[:, queries] * directions).sum(dim=-1)
+            torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9)
+            assert shares.initial.any() == (state is not None), "an empty memory gives nothing"
+            for query, row in zip(queries, shares.tokens.unbind(1), strict=True):
+                assert not row[..., query + 1 :].any(), "nothing comes from the future"
+
+
+def test_coefficients_of_the_delta_rule_are_those_of_its_triangular_solve():
+    model = build(write_rule="delta")
+    trace = record(model, text()).traces[1]
+    total = trace.log_forget.transpose(1, 2).cumsum(dim=-2)  # (B, H, N, S)
+    decay = decays(total, None)
+    write, read = trace.write.transpose(1, 2), trace.read.transpose(1, 2)
+    beta = trace.beta.transpose(1, 2)[..., None]
+    seen = torch.einsum("bhis,bhijs,bhjs->bhij", read, decay, write)
+    overlap = (beta * torch.einsum("bhis,bhijs,bhjs->bhij", write, decay, write)).tril(-1)
+    solved = torch.linalg.solve(overlap + torch.eye(37), torch.diag_embed(beta[..., 0]))
+    expected = (seen @ solved).transpose(1, 2)
+    torch.testing.assert_close(
+        coefficients(trace, range(37)).tokens, expected, rtol=1e-8, atol=1e-12
+    )
+
+
+def test_a_recording_is_the_memory_and_changes_nothing():
+    model = build(rotation="data_dependent", write_rule="delta")
+    before, memories = model(text()).logits, [block.mixer.memory for block in model.model.layers]
+    recording = record(model, text(), segment=10)
+    assert torch.equal(model(text()).logits, before)
+    assert [block.mixer.memory for block in model.model.layers] == memories
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    seen = []
+    with observe(model, lambda index, trace: seen.append((index, trace)), layers=[1]):
+        assert torch.equal(model(text()).logits, before)
+    assert [index for index, _ in seen] == [1]
+    whole = seen[0][1]
+    for name in ("items", "keys", "write", "read", "log_forget", "beta", "output", "gate"):
+        torch.testing.assert_close(getattr(recording.traces[1], name), getattr(whole, name))
+    torch.testing.assert_close(model.lm_head(model.model.norm(recording.final)), before)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind.values()))
+def test_states_in_between_are_those_of_a_shorter_text(kind):
+    model = build(**kind)
+    trace = record(model, text()).traces[1]
+    for end, state in zip((1, 4, 4, 37), trace.states([1, 4, 4, 37]), strict=True):
+        shorter = record(model, text()[:, :end], layers=[1]).traces[1]
+        torch.testing.assert_close(state, shorter.after.memory)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_output_gate": False}, {"conv_kernel_size": 1}], ids=str
+)
+def test_directions_of_a_logit_give_what_a_layer_adds_to_it(options):
+    """Measured the other way: the layer's output through the last norm, held fixed, and the head."""
+    model, queries = build(**options), [3, 20]
+    ids = text()
+    targets = torch.tensor([[4, 5], [6, 7]])
+    recording = record(model, ids)
+    outputs = {}
+    hooks = [
+        block.mixer.register_forward_hook(
+            lambda m, i, o, index=index: outputs.update({index: o[0]})
+        )
+        for index, block in enumerate(model.model.layers)
+    ]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    final = recording.final[:, queries]
+    scale = (
+        model.model.norm.weight
+        / (final.square().mean(dim=-1, keepdim=True) + model.model.norm.eps).sqrt()
+    )
+    rows = model.lm_head.weight[targets]
+    added = {
+        index: (output[:, queries] * scale * rows).sum(dim=-1) for index, output in outputs.items()
+    }
+    for index, trace in recording.traces.items():
+        directions = logit_directions(model, recording, index, queries, targets)
+        found = contributions(trace, queries, directions).sum().sum(dim=-1)
+        torch.testing.assert_close(found, added[index], rtol=1e-7, atol=1e-9)
+    total = logit_contributions(model, recording, queries, targets)
+    torch.testing.assert_close(total.sum(dim=-1), sum(added.values()), rtol=1e-7, atol=1e-9)
+
+
+def test_what_cannot_be_recorded_is_refused():
+    model = build()
+    with pytest.raises(ValueError, match="at least one token"):
+        record(model, torch.zeros(1, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match="positions from 0 to 36"):
+        coefficients(record(model, text()).traces[0], [37])
+    with observe(model, lambda *found: None), pytest.raises(ValueError, match="without padding"):
+        model(text(), attention_mask=torch.ones(2, 37).index_fill(1, torch.tensor([0]), 0))
+    assert torch.isfinite(model(text()).logits).all()

@@ -1,0 +1,174 @@
+"""What benchmarks stand on: a rival that differs from HAMT in the mixer alone, counted work, fair timing."""
+
+import time
+from functools import partial
+
+import pytest
+import torch
+from model_inputs import assert_close, gradients, random_ids, tiny_config
+
+from hamt import HAMTConfig, HAMTForCausalLM
+from hamt.baselines import transformer as rivals
+from hamt.environment import environment
+from hamt.measure import timing
+from hamt.measure.flops import count_flops
+
+
+def rival(core: str = "sdpa", short_convolution: bool = False, **options) -> HAMTForCausalLM:
+    """A rival of the tiny model, with two heads and loud enough for its mixers to be heard."""
+    config = tiny_config(hidden_dim=64, initializer_range=0.2, **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = rivals.transformer(config, core=core, short_convolution=short_convolution)
+        for block in model.model.layers:
+            torch.nn.init.normal_(block.mixer.output_proj.weight, std=0.25)
+    return model.eval()
+
+
+def changed_logits(model: HAMTForCausalLM, place: int = 5) -> torch.Tensor:
+    """Positions (N,) whose logits change when the token at ``place`` does."""
+    ids = random_ids(1, 12)
+    other = ids.clone()
+    other[0, place] = ids[0, place] % 96 + 1
+    difference = (model(ids).logits - model(other).logits).abs().amax(dim=-1)[0]
+    return difference > 1e-5
+
+
+@pytest.mark.parametrize("core", ["sdpa", "eager"])
+@pytest.mark.parametrize("short_convolution", [False, True])
+def test_transformer_sees_its_past_and_no_future(core, short_convolution):
+    changed = changed_logits(rival(core, short_convolution))
+    assert changed.tolist() == [False] * 5 + [True] * 7
+
+
+def test_ceiling_does_not_mix_tokens():
+    assert changed_logits(rival("none")).nonzero().tolist() == [[5]]
+
+
+def test_ceiling_with_short_convolution_reaches_as_far_as_it():
+    changed = changed_logits(rival("none", short_convolution=True, num_layers=1))
+    assert changed.nonzero().flatten().tolist() == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(("hidden_dim", "num_layers"), [(32, 1), (96, 3), (384, 7)])
+@pytest.mark.parametrize("short_convolution", [False, True])
+def test_parameters_are_matched(hidden_dim, num_layers, short_convolution):
+    config = HAMTConfig(hidden_dim=hidden_dim, num_layers=num_layers, vocab_size=64)
+    with torch.device("meta"):
+        ours = HAMTForCausalLM(config)
+        theirs = rivals.transformer(config, short_convolution=short_convolution)
+    target = rivals.non_embedding_parameters(ours)
+    assert target == ours.num_parameters() - 64 * hidden_dim
+    assert abs(rivals.non_embedding_parameters(theirs) / target - 1) < 0.005
+
+
+def test_ceiling_has_the_parameters_of_the_transformer():
+    shapes = [
+        {name: p.shape for name, p in rival(core).named_parameters()} for core in ("none", "sdpa")
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_sdpa_equals_eager():
+    ids = random_ids(2, 33)
+    assert_close(rival("sdpa")(ids).logits, rival("eager")(ids).logits, 1e-5)
+
+
+def test_scores_depend_on_relative_position_only():
+    query, key = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).unbind()
+    turned = rivals.rotate(torch.stack((query, key)).expand(1, 40, 2, 64))[0]
+    scores = turned[:, 0] @ turned[:, 1].T
+    for lag in range(-39, 40):
+        diagonal = scores.diagonal(lag)
+        assert_close(diagonal, diagonal[:1].expand_as(diagonal), 1e-5)
+    assert (scores[0] - scores[0, 0]).abs()[1:].min() > 1e-3  # and on that they do
+    assert_close(turned.norm(dim=-1), torch.stack((query, key)).norm(dim=-1).expand(40, 2), 1e-5)
+
+
+@pytest.mark.parametrize("core", ["sdpa", "eager", "none"])
+@pytest.mark.parametrize("short_convolution", [False, True])
+def test_every_parameter_gets_a_gradient(core, short_convolution):
+    model, ids = rival(core, short_convolution).train(), random_ids(2, 9)
+    model(ids, labels=ids).loss.backward()
+    for name, gradient in gradients(model).items():
+        assert gradient.abs().max() > 0, name
+
+
+def test_new_modules_are_initialised_by_the_rule_of_the_model():
+    torch.manual_seed(0)
+    model = rivals.transformer(
+        HAMTConfig(hidden_dim=128, num_layers=3, vocab_size=64), short_convolution=True
+    )
+    for block in model.model.layers:
+        mixer = block.mixer
+        assert mixer.qkv_proj[0].weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
+        assert mixer.output_proj.weight.std().item() == pytest.approx((6 * 128) ** -0.5, rel=0.05)
+        assert torch.equal(mixer.conv.weight[-1], torch.ones(128))
+
+
+def test_rivals_refuse_what_they_cannot_do():
+    model, ids = rival(), random_ids(1, 6)
+    with pytest.raises(NotImplementedError, match="without padding"):
+        model(ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]]))
+    with pytest.raises(NotImplementedError, match="packed documents"):
+        model(ids, seq_idx=torch.zeros_like(ids))
+    with pytest.raises(ValueError, match="core must be one of"):
+        rivals.RotaryAttention(tiny_config(), core="flash")
+    with pytest.raises(ValueError, match="multiple of 32; got 40"):
+        rivals.RotaryAttention(tiny_config(hidden_dim=40))
+    with pytest.raises(ValueError, match="conv_kernel_size"):
+        rivals.RotaryAttention(tiny_config(conv_kernel_size=0), short_convolution=True)
+
+
+def test_flops_of_attention_are_those_of_its_causal_half():
+    """The same model with the core in eager form has all N² scores counted by torch itself."""
+    ids, length, width, layers = random_ids(2, 16), 16, 64, 2
+    found = {}
+    for core in ("sdpa", "eager", "none"):
+        model = rival(core)
+        found[core] = count_flops(lambda model=model: model(ids, labels=ids).loss.backward())
+    assert found["eager"] - found["none"] == 3 * layers * 2 * (4 * length**2 * width)
+    assert found["sdpa"] - found["none"] == 3 * layers * 2 * (
+        4 * width * length * (length + 1) // 2
+    )
+
+
+def test_flops_count_the_einsum_of_the_memory():
+    a, b = torch.randn(3, 4, 5), torch.randn(3, 5, 6)
+    assert count_flops(lambda: torch.einsum("bij,bjk->bik", a, b)) == 2 * 3 * 4 * 5 * 6
+
+
+def test_interleave_shuffles_the_order_and_drops_the_warmup():
+    calls: list[str] = []
+    timings = timing.interleave({name: partial(calls.append, name) for name in "abc"}, 20, warmup=1)
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, 63, 3)]
+    assert all(sorted(turn) == list("abc") for turn in rounds)
+    assert len(set(rounds)) == 6
+    assert [len(timings[name].times_s) for name in "abc"] == [20] * 3
+
+
+def test_short_calls_are_measured_more_often():
+    brief = timing.interleave({"a": lambda: None}, 3, least=10.0)
+    assert len(brief["a"].times_s) == timing.MOST_ROUNDS, "a second of nothing would take all day"
+    nap = partial(time.sleep, 0.02)
+    napping = timing.interleave({"a": nap, "b": nap}, 2, least=0.15)
+    assert 3 <= len(napping["a"].times_s) == len(napping["b"].times_s) <= 4
+    assert len(timing.interleave({"a": lambda: None}, 40, least=10.0)["a"].times_s) == 40
+
+
+def test_ratios_are_taken_within_a_round():
+    """One slow round slows both: the ratio of medians would not see that the ratio never changed."""
+    assert timing.paired_ratio([2, 20, 6], [1, 10, 3]) == (2, 2, 2)
+    assert timing.spread(range(1, 10)) == (3, 5, 7)
+    assert timing.spread([1, 2, 3, 4, 5]) == (1, 3, 5)
+    assert timing.timing(range(1, 10))[:2] == (5, (3, 7))
+
+
+def test_header_names_the_machine_and_the_commit():
+    header = environment()
+    assert all(
+        header[name] for name in ("hamt", "torch", "transformers", "python", "processor", "date")
+    )
+    assert header["cores"] >= 1
+    assert header["threads"] == torch.get_num_threads()
+    assert {"commit", "omp_wait_policy", "load_average"} <= header.keys()

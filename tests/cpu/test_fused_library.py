@@ -1,0 +1,218 @@
+"""The library of the fused operator is found, compiled, or done without."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from memory_inputs import (
+    Case,
+    assert_same,
+    needs_fused,
+    random_inputs,
+    record,
+    record_calls,
+    whole,
+)
+
+from hamt.cpu import fused
+from hamt.cpu.fused import fused_available
+
+CASE = Case("phasor", "delta", rotates=True)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty cache folder, and no memory of a library found before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("HAMT_FUSED", raising=False)
+    fused._library.cache_clear()
+    yield tmp_path / "hamt"
+    fused._library.cache_clear()
+
+
+@pytest.fixture
+def compiler(monkeypatch, cache) -> Callable[..., list[list[str]]]:
+    """Let every compiler be a stand-in: it hands out a library compiled before, and records its commands."""
+    fused._library.cache_clear()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    library = fused._library()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
+    fused._library.cache_clear()
+
+    def stand_in(refuses: str = "nothing") -> list[list[str]]:
+        commands = []
+
+        def run(command, **options):
+            commands.append(command)
+            if refuses in command:
+                raise subprocess.CalledProcessError(1, command, stderr="no such option")
+            if "--version" not in command:
+                shutil.copy(library._name, command[command.index("-o") + 1])
+            return subprocess.CompletedProcess(command, 0, stdout="version 1")
+
+        monkeypatch.setattr(fused.subprocess, "run", run)
+        return commands
+
+    return stand_in
+
+
+def no_compiler(monkeypatch, folder):
+    monkeypatch.setattr(fused.shutil, "which", lambda name: None)
+
+
+def switched_off(monkeypatch, folder):
+    monkeypatch.setenv("HAMT_FUSED", "0")
+
+
+def a_compiler_that_fails(monkeypatch, folder):
+    script = folder / "compiler"
+    script.write_text("#!/bin/sh\n[ $1 = --version ] || exit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+
+
+def a_compiler_that_does_not_start(monkeypatch, folder):
+    script = folder / "compiler"
+    script.write_text("#!/bin/sh\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        no_compiler,
+        switched_off,
+        a_compiler_that_fails,
+        a_compiler_that_does_not_start,
+    ],
+)
+def test_without_a_library_the_chunked_form_takes_over(trouble, monkeypatch, cache, tmp_path):
+    trouble(monkeypatch, tmp_path)
+    if trouble is switched_off:
+        assert not fused_available(torch.empty(0))
+    else:
+        with pytest.warns(UserWarning, match="without its fused operator for CPUs"):
+            assert not fused_available(torch.empty(0))
+    inputs = random_inputs(CASE, 20)
+    seen = record(whole(CASE.memory(), None), inputs)
+    assert_same(seen, record(whole(CASE.memory(), "chunked"), inputs), 0)
+    with pytest.raises(ValueError, match="not available"):
+        whole(CASE.memory(), "fused")(inputs)
+    token = {name: x if name.startswith("initial") else x[:, :1] for name, x in inputs.items()}
+    seen = record(whole(CASE.memory(), None), token)
+    assert_same(seen, record(whole(CASE.memory(), "recurrent"), token), 0)
+    assert not list(cache.glob("*.so"))
+
+
+@needs_fused
+def test_with_a_library_it_is_the_fused_form_that_runs(monkeypatch):
+    calls = record_calls(monkeypatch)
+    for length in (1, 20):
+        whole(CASE.memory(), None)(random_inputs(CASE, length))
+    assert [name for name, _, _ in calls] == ["forward"] * 2
+    assert not fused_available(torch.empty(0, device="meta"))
+
+
+@needs_fused
+def test_an_empty_cache_is_filled_by_the_compiler_of_the_machine(cache, monkeypatch):
+    calls = record_calls(monkeypatch)
+    whole(CASE.memory(), None)(random_inputs(CASE, 20))
+    assert [name for name, _, _ in calls] == ["forward"]
+    (library,) = cache.iterdir()
+    assert fused._library()._name == str(library)
+
+
+@needs_fused
+def test_what_was_compiled_before_is_not_compiled_again(cache, compiler):
+    commands = compiler()
+    assert fused_available(torch.empty(0))
+    assert fused_available(torch.empty(0))
+    assert ["--version" in command for command in commands] == [True, False, False]
+    commands.clear()
+    fused._library.cache_clear()
+    assert fused_available(torch.empty(0))
+    assert ["--version" in command for command in commands] == [True]
+
+
+@needs_fused
+def test_another_source_or_processor_is_compiled_anew(monkeypatch, cache, compiler, tmp_path):
+    compiler()
+    source = tmp_path / "fused.cpp"
+    source.write_text(fused.SOURCE.read_text(encoding="utf-8") + "// changed\n", encoding="utf-8")
+    changes = {"SOURCE": source, "_processor": lambda: "another"}
+    for expected, (name, change) in enumerate(changes.items(), start=1):
+        assert fused_available(torch.empty(0))
+        assert len(list(cache.glob("*.so"))) == expected
+        monkeypatch.setattr(fused, name, change)
+        fused._library.cache_clear()
+    assert fused_available(torch.empty(0))
+    assert len(list(cache.glob("*.so"))) == 3
+
+
+@needs_fused
+def test_a_compiler_without_openmp_compiles_for_one_thread(compiler):
+    commands = compiler(refuses="-fopenmp")
+    assert fused_available(torch.empty(0))
+    assert ["-fopenmp" in command for command in commands if "-c" in command] == [True, False]
+
+
+def an_unwritable_cache(monkeypatch, folder):
+    (folder / "file").touch()  # a mode would not stop root
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "file"))
+
+
+def a_cache_that_others_may_write_to(monkeypatch, folder):
+    (folder / "hamt").mkdir()
+    (folder / "hamt").chmod(0o777)
+
+
+def a_cache_of_another_user(monkeypatch, folder):
+    monkeypatch.setattr(fused.os, "getuid", lambda: -1)
+
+
+def no_home(monkeypatch, folder):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(Path, "home", home)
+
+
+@needs_fused
+@pytest.mark.parametrize(
+    "trouble",
+    [an_unwritable_cache, a_cache_that_others_may_write_to, a_cache_of_another_user, no_home],
+)
+def test_a_cache_that_cannot_be_used_is_replaced_by_a_folder_for_the_process(
+    trouble, monkeypatch, cache, compiler, tmp_path
+):
+    compiler()
+    trouble(monkeypatch, tmp_path)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(fused.tempfile, "tempdir", str(temporary))
+    assert fused_available(torch.empty(0))
+    assert len(list(temporary.glob("hamt-*/*.so"))) == 1
+    assert not list(tmp_path.glob("hamt/*.so"))
+
+
+@needs_fused
+def test_a_failing_compiler_is_quoted(compiler):
+    compiler(refuses="-c")
+    with pytest.warns(UserWarning, match="no such option"):
+        assert not fused_available(torch.empty(0))
+
+
+@pytest.mark.parametrize(
+    "line", ["flags : avx512f", "model name : EPYC", "CPU part : 0xd40", "Features : asimd sve"]
+)
+def test_the_processor_is_told_by_every_architecture(line, monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, encoding: f"processor : 0\n{line}\nbogomips : 5"
+    )
+    assert fused._processor().splitlines()[1:] == [line]

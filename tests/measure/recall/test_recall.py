@@ -1,0 +1,375 @@
+"""Recall at equal state: what is counted, what is trained, what is reported."""
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from hamt.baselines.state import MODELS, build, state_floats
+from hamt.cli import main
+from hamt.data.tasks import MQAR
+from hamt.errors import UserError
+from hamt.measure.peak_memory import cache_bytes
+from hamt.measure.recall.command import RecallOptions, plan
+from hamt.measure.recall.report import best_groups, figure, table
+from hamt.measure.recall.settings import SETTINGS
+from hamt.measure.recall.sweep import Run, describe, perform, sweep
+from hamt.measure.recall.workers import in_processes
+
+SIZES = {"hidden_dim": 64, "num_layers": 2, "vocab_size": 40}
+TINY = Run(
+    "mqar",
+    "hamt",
+    768,
+    0.01,
+    0,
+    num_steps=2,
+    batch_size=2,
+    hidden_dim=32,
+    num_layers=1,
+    num_examples=4,
+)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"write_rule": "delta"}, {"rotation": "none"}, {"conv_kernel_size": 0}]
+)
+def test_the_state_of_hamt_is_what_its_cache_holds(options):
+    model = build("hamt", 1280, **SIZES, **options).eval()
+    cache = model(torch.zeros(1, 9, dtype=torch.long), use_cache=True).past_key_values
+    positions = 8 * SIZES["num_layers"]  # the count of tokens is not counted
+    assert 4 * state_floats(model) == cache.nbytes - positions == cache_bytes(cache) - positions
+
+
+def test_the_state_of_mamba2_is_what_its_cache_holds_but_for_a_column():
+    model = build("mamba2", 1280, **SIZES).eval()
+    cache = model(torch.zeros(1, 9, dtype=torch.long), use_cache=True).cache_params
+    layer = cache.layers[0]
+    recurrent, inputs = layer.recurrent_states[0], layer.conv_states[0]
+    # The library keeps as many columns as the kernel is wide; one less is needed.
+    needed = recurrent.numel() + inputs[..., 1:].numel()
+    assert state_floats(model) == SIZES["num_layers"] * needed
+
+
+def test_the_state_of_gated_deltanet_is_what_its_mixer_hands_on():
+    model = build("gated-deltanet", 1280, **SIZES).eval()
+    mixer = model.model.layers[0].linear_attn
+    recurrent = mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim
+    tail = (mixer.conv_kernel_size - 1) * mixer.conv1d.in_channels
+    assert state_floats(model) == SIZES["num_layers"] * (recurrent + tail)
+
+
+@pytest.mark.parametrize("state", [768, 1280, 2304])
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "transformer"])
+def test_models_have_the_state_that_is_asked_for(kind, state):
+    options = {"hcm_dim": 64} if kind == "hamt" else {}
+    model = build(kind, state, **SIZES, **options)
+    assert abs(state_floats(model) / (state * SIZES["num_layers"]) - 1) < 0.05
+    ids = torch.randint(40, (2, 8))
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_transformer_has_no_state_of_a_size():
+    assert state_floats(build("transformer", 1, **SIZES)) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "message"),
+    [("nothing", 768, "no model 'nothing'"), ("hamt", 8, "smallest state of hamt")],
+)
+def test_states_that_cannot_be_had_are_refused(kind, state, message):
+    with pytest.raises(ValueError, match=message):
+        build(kind, state, **SIZES)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_can_be_trained_and_tested(name):
+    setting = SETTINGS[name]
+    for task in setting.train:
+        for length in setting.training.get("lengths", (task.length,)):
+            task.check_length(length)
+    for test in setting.tests.values():
+        inputs, targets = test.task.sample(2, torch.Generator().manual_seed(0), test.length)
+        assert inputs.max() < setting.vocab_size
+        assert (targets[:, test.positions or slice(None)] >= 0).any()
+
+
+def test_a_run_is_described_by_all_that_bears_on_it():
+    assert describe(TINY)["setting"] == repr(SETTINGS["mqar"])
+    assert "num_kv_pairs=16" in describe(TINY)["setting"]
+
+
+def test_a_sweep_runs_what_is_missing_once(tmp_path):
+    told = []
+    other = Run(**{**vars(TINY), "model": "gated-deltanet"})
+    found = sweep([TINY, other], tmp_path, 2, lambda run, result: told.append(run))
+    assert set(told) == {TINY, other}
+    assert [one["run"]["model"] for one in found] == ["hamt", "gated-deltanet"]
+    for one in found:
+        assert one["mean_accuracy"] == pytest.approx(
+            sum(one["accuracy"].values()) / len(one["accuracy"])
+        )
+        assert set(one["accuracy"]) == set(SETTINGS["mqar"].tests)
+        assert one["environment"]["threads"] == 1
+    assert sweep([TINY, other], tmp_path, 2, lambda run, result: told.append(run)) == found
+    assert len(told) == 2
+
+
+def test_the_file_of_another_run_is_never_overwritten(tmp_path):
+    told = []
+    sweep([TINY], tmp_path, 1, lambda run, result: told.append(run))
+    file = tmp_path / f"{TINY.name}.json"
+    before = file.read_bytes()
+    longer = Run(**{**vars(TINY), "num_steps": 3, "batch_size": 4})  # of the same name
+    other = Run(**{**vars(TINY), "seed": 1})
+    message = rf"{file} .* \(num_steps, batch_size\): choose another --output_dir"
+    with pytest.raises(UserError, match=message):
+        sweep([other, longer], tmp_path, 1, lambda run, result: told.append(run))
+    assert told == [TINY]
+    assert file.read_bytes() == before
+    with pytest.raises(UserError, match="two runs would be written to"):
+        sweep(
+            [other, Run(**{**vars(other), "learning_rate": 0.010000001})],
+            tmp_path,
+            1,
+            lambda *_: None,
+        )
+    file.write_text("half a res", encoding="utf-8")
+    with pytest.raises(UserError, match="choose another --output_dir"):
+        sweep([TINY], tmp_path, 1, lambda *_: None)
+    assert file.read_text(encoding="utf-8") == "half a res"
+
+
+def test_a_sweep_that_is_stopped_ends_after_the_step_and_keeps_what_is_done(tmp_path):
+    endless = [Run(**{**vars(TINY), "num_steps": 10**6, "seed": seed}) for seed in (1, 2, 3)]
+    stopped: list[float] = []
+
+    def told(run: Run, result: dict) -> None:  # Ctrl-C, when the second run has begun
+        def stop() -> None:
+            stopped.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Timer(2.0, stop).start()
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep([TINY, *endless], tmp_path, 1, told)
+    assert time.monotonic() - stopped[0] < 20
+    assert [file.name for file in tmp_path.iterdir()] == [f"{TINY.name}.json"]
+
+
+def two_seconds(item: str, folder: Path) -> str:
+    """Of a worker: leaves a mark, and looks at nothing until it is done."""
+    (folder / item).touch()
+    time.sleep(0.0 if item == "first" else 2.0)
+    return item.upper()
+
+
+def test_no_run_begins_after_an_interrupt_and_none_that_is_finished_is_lost(tmp_path):
+    kept: list[tuple[str, str]] = []
+
+    def done(item: str, result: str) -> None:
+        kept.append((item, result))
+        if len(kept) == 1:  # Ctrl-C while the second is under way
+            while not (tmp_path / "second").exists():
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+
+    items = ["first", "second", "third", "fourth", "fifth"]
+    with pytest.raises(KeyboardInterrupt):
+        in_processes(partial(two_seconds, folder=tmp_path), items, 2, done)
+    assert set(kept) == {("first", "FIRST"), ("second", "SECOND")}
+    assert {file.name for file in tmp_path.iterdir()} == {"first", "second"}
+
+
+def test_a_run_that_diverges_counts_as_nothing_learned():
+    found = perform(Run(**{**vars(TINY), "learning_rate": 1e30, "num_steps": 6}))
+    assert found["diverged"]
+    assert found["mean_accuracy"] == 0
+    assert set(found["accuracy"]) == set(SETTINGS["mqar"].tests)
+    assert perform(TINY)["diverged"] is None
+
+
+def test_a_default_that_changes_makes_another_run(monkeypatch):
+    before = describe(TINY)
+    monkeypatch.setattr(
+        "hamt.measure.recall.sweep.make_model", lambda run: build("hamt", 768, **SIZES)
+    )
+    assert describe(TINY) != before
+
+
+def test_a_run_depends_on_its_seed_alone():
+    assert perform(TINY)["curve"] == perform(TINY)["curve"]
+    assert perform(TINY)["accuracy"] != perform(Run(**{**vars(TINY), "seed": 1}))["accuracy"]
+
+
+def result(model, state, rate, seed, accuracy):
+    run = {**describe(TINY), "model": model, "state": state, "learning_rate": rate, "seed": seed}
+    tests = {"first": accuracy, "second": accuracy / 2}
+    floats = None if model == "transformer" else 2 * state
+    return {
+        "run": run,
+        "accuracy": tests,
+        "mean_accuracy": 0.75 * accuracy,
+        "parameters": 1234,
+        "state_floats": floats,
+        "state_bytes": floats and 4 * floats,
+    }
+
+
+RESULTS = [
+    result("hamt", 768, 0.01, 0, 0.8),
+    result("hamt", 768, 0.01, 1, 0.6),
+    result("hamt", 768, 0.003, 0, 0.9),
+    result("hamt", 768, 0.003, 1, 0.1),
+    result("mamba2", 768, 0.01, 0, 0.5),
+    result("transformer", 768, 0.01, 0, 1.0),
+]
+
+
+def test_the_best_learning_rate_is_that_of_the_mean_over_seeds():
+    (group,) = best_groups(RESULTS)["mqar"]["hamt"]
+    assert {one["run"]["learning_rate"] for one in group} == {0.01}
+    text = table(RESULTS)
+    assert "| hamt | 1,536 | 1,234 | 0.01 | 2 | 70.0 ± 10.0 | 35.0 ± 5.0 | 52.5 ± 7.5 |" in text
+    assert "| transformer | grows | 1,234 | 0.01 | 1 | 100.0 | 50.0 | 75.0 |" in text
+
+
+def test_a_rate_with_fewer_seeds_is_not_the_best():
+    lucky = result("hamt", 768, 0.1, 0, 1.0)
+    (group,) = best_groups([*RESULTS, lucky])["mqar"]["hamt"]
+    assert len(group) == 2
+
+
+def test_the_plot_shows_models_of_fixed_state():
+    (axes,) = figure(RESULTS).axes
+    lines = {
+        container.get_label(): container.lines[0].get_xydata().tolist()
+        for container in axes.containers
+    }
+    assert lines == {"hamt": [[6144, pytest.approx(52.5)]], "mamba2": [[6144, pytest.approx(37.5)]]}
+
+
+def test_the_plan_has_every_combination_once():
+    models = ["hamt", "hamt:write_rule=delta", "mamba2", "mamba2"]
+    runs = plan(RecallOptions(models=models, state_sizes=[768, 1280], seeds=[0, 1]))
+    assert len(runs) == len({run.name for run in runs}) == 3 * 2 * 2
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    assert len(plan(RecallOptions(tasks=["all"], models=["hamt"]))) == len(SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tasks": ["nothing"]},
+        {"models": ["nothing"]},
+        {"models": ["hamt:heads=1"]},
+        {"models": ["mamba2:num_heads=1"]},
+        {"models": ["hamt:num_heads=7"]},
+        {"models": ["hamt:num_heads=abc"]},
+        {"models": ["hamt:num_slots=4"]},
+        {"num_steps": 0},
+        {"batch_size": 0},
+        {"num_examples": 0},
+        {"hidden_dim": 0},
+        {"num_layers": 0},
+        {"workers": 0},
+        {"state_sizes": [8]},
+        {"state_sizes": [1280, 0], "models": ["transformer"]},
+        {"learning_rates": [0.01, 0.0]},
+        {"learning_rates": [-1.0]},
+        {"learning_rates": [math.inf]},
+        {"learning_rates": [math.nan]},
+        {"seeds": [0, -1]},
+        {"seeds": [2**31]},
+    ],
+    ids=str,
+)
+def test_runs_that_cannot_be_are_refused_before_any_is_started(wrong):
+    with pytest.raises(UserError):
+        plan(RecallOptions(**wrong))
+
+
+def test_impossible_numbers_end_in_one_line_with_the_option(tmp_path, capsys):
+    wrong = {"--learning_rates": "nan", "--seeds": "-1", "--workers": "0", "--state_sizes": "0"}
+    for option, value in wrong.items():
+        assert main(["recall", option, value, "--output_dir", str(tmp_path / "none")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert option in line
+    assert not (tmp_path / "none").exists()
+
+
+def test_fields_of_hamt_are_changed_by_name():
+    config = build("hamt:num_heads=1,rotation=none", 768, **SIZES, write_rule="delta").config
+    assert (config.num_heads, config.rotation, config.write_rule) == (1, "none", "delta")
+
+
+SMALL = [
+    "--num_steps",
+    "2",
+    "--batch_size",
+    "2",
+    "--hidden_dim",
+    "32",
+    "--num_layers",
+    "1",
+    "--num_examples",
+    "4",
+]
+
+
+def test_the_command_writes_figures_table_and_plot(tmp_path, capsys):
+    command = ["recall", *SMALL, "--models", "hamt", "--output_dir", str(tmp_path)]
+    assert main(command) == 0
+    assert "4 pairs, 64 tokens" in capsys.readouterr().out
+    content = json.loads((tmp_path / "recall.json").read_text(encoding="utf-8"))
+    assert content["environment"]["torch"] == torch.__version__
+    assert [one["run"]["model"] for one in content["runs"]] == ["hamt"]
+    assert (
+        (tmp_path / "recall.md").read_text(encoding="utf-8").startswith("# Recall at equal state")
+    )
+    assert (tmp_path / "recall.png").read_bytes()[:4] == b"\x89PNG"
+    (file,) = (tmp_path / "runs").iterdir()
+    run = json.loads(file.read_text(encoding="utf-8"))  # as if it had been run elsewhere
+    run["environment"] |= {
+        "commit": "abc" * 13 + "d",
+        "date": "2001-02-03T04:05:06",
+        "processor": "Z80",
+    }
+    file.write_text(json.dumps(run), encoding="utf-8")
+    assert main(command) == 0
+    heading = (tmp_path / "recall.md").read_text(encoding="utf-8").splitlines()[2]
+    assert heading.startswith("1 run: Z80, ")
+    assert "(abcabcabcabc)" in heading
+    assert "; 2001-02-03, load " in heading
+
+
+def test_without_a_state_of_a_size_there_is_no_plot(tmp_path, capsys):
+    assert main(["recall", *SMALL, "--models", "transformer", "--output_dir", str(tmp_path)]) == 0
+    assert "no plot: the state of these models grows with the text" in capsys.readouterr().out
+    assert not (tmp_path / "recall.png").exists()
+    assert "| transformer | grows |" in (tmp_path / "recall.md").read_text(encoding="utf-8")
+
+
+def test_the_command_measures_the_capacity(tmp_path, capsys):
+    assert main(["recall", "--capacity", "--quick", "--output_dir", str(tmp_path)]) == 0
+    assert "points lie within 3 standard errors" in capsys.readouterr().out
+    points = json.loads((tmp_path / "capacity.json").read_text(encoding="utf-8"))["points"]
+    assert {point["part"] for point in points} >= {"cosine", "copies", "convex", "cleanup"}
+    assert (tmp_path / "capacity.png").exists()
+
+
+def test_the_recipe_of_the_results_is_the_setting_that_it_says():
+    text = (Path(__file__).parents[3] / "studies" / "recall.yaml").read_text(encoding="utf-8")
+    assert "vocabulary of 256" in " ".join(text.replace("#", " ").split())
+    tasks = [*SETTINGS["mqar"].train, *(test.task for test in SETTINGS["mqar"].tests.values())]
+    assert {task.vocab_size for task in tasks} == {256}
+    assert max(task.num_kv_pairs for task in tasks if isinstance(task, MQAR)) == 32
