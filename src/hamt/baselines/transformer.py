@@ -1,4 +1,4 @@
-"""What HAMT is compared with: a RoPE transformer of HAMT's own parts, so that only the mixer differs.
+"""The transformer that HAMT is compared with: made of HAMT's own parts, so that only mixers differ.
 
 Shape legend: B batch, N tokens, d hidden_dim, H heads, F features of a head.
 """
@@ -9,7 +9,6 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hamt.config import HAMTConfig
 from hamt.convolution import ShortConvolution
@@ -23,15 +22,16 @@ CORES = ("sdpa", "eager", "none")
 class RotaryAttention(nn.Module):
     """Causal softmax attention with rotary positions (Su et al. 2021, arXiv 2104.09864).
 
-    Stands where ``HAMTLayer`` does in a ``HAMTBlock``: (B, N, d) -> ((B, N, d), None, None).
+    It takes the place of ``HAMTLayer`` in a ``HAMTBlock``: (B, N, d) -> ((B, N, d), None, None).
 
     Args:
-        config: width, rotary base (``rotation_base``) and kernel of the short convolution.
-        short_convolution: put HAMT's short convolution in front.
-        one_projection: queries, keys and values by one matrix, which is faster; by three, as HAMT
-            has them, each is a matrix of its own to Muon.
-        core: ``sdpa``, ``eager`` (scores, mask and softmax one by one) or ``none``, the ceiling:
-            projections and rotations stay, but the values pass on unmixed.
+        config: width, rotary base (``rotation_base``) and kernel size of the short convolution.
+        short_convolution: put HAMT's short convolution in front of the projections.
+        one_projection: project to queries, keys and values by one matrix, which is faster. With
+            three, as HAMT has them, the Muon optimizer treats each as a matrix of its own.
+        core: ``sdpa`` is PyTorch's fused attention; ``eager`` computes scores, mask and softmax one
+            after the other; ``none`` passes the values on unmixed, projections and rotations kept:
+            the ceiling, the speed that no mixer of tokens can exceed.
 
     Raises:
         ValueError: if the heads do not divide the width or an option has no such value.
@@ -164,46 +164,27 @@ def transformer(
     core: str = "sdpa",
     one_projection: bool = True,
 ) -> HAMTForCausalLM:
-    """A RoPE transformer as wide, as deep and with as many non-embedding parameters as HAMT.
+    """The RoPE transformer of HAMT's parts: every mixer replaced by a ``RotaryAttention``.
 
-    Its MLP is as wide as that takes. Call it without a cache (its config says ``use_cache=False``).
+    The new modules are initialised by HAMT's own rule. There is no dropout, no auxiliary loss and
+    no cache (``use_cache`` is False).
+
+    Args:
+        config: sizes; those of the memory are of no effect.
+        short_convolution: see ``RotaryAttention``, as for the other options.
+        core: one of ``CORES``.
+        one_projection: one matrix for queries, keys and values instead of three.
     """
-    options = {
-        "short_convolution": short_convolution,
-        "core": core,
-        "one_projection": one_projection,
-    }
-    with torch.device("meta"):
-        target = non_embedding_parameters(HAMTForCausalLM(config))
-        least = non_embedding_parameters(_assemble(config, 1, options))
-    return _assemble(config, mlp_width(config, target - least), options)
-
-
-def mlp_width(config: HAMTConfig, missing: int) -> int:
-    """The ``intermediate_dim`` that comes nearest to ``missing`` parameters more than a width of 1 has."""
-    # A multiple of 8 from 256 on: odd widths cost matrix products up to a fifth of their speed.
-    step = 8 if config.hidden_dim >= 256 else 1
-    units = 1 + missing / (3 * config.hidden_dim * config.num_layers)
-    return max(step, step * round(units / step))
-
-
-def non_embedding_parameters(model: PreTrainedModel) -> int:
-    """Parameters of the blocks and the final norm, without embedding and head."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    outside = {
-        p for end in ends if end is not None for p in end.parameters()
-    }  # one where they are tied
-    return model.num_parameters() - sum(p.numel() for p in outside)
-
-
-def _assemble(config: HAMTConfig, intermediate_dim: int, options: dict) -> HAMTForCausalLM:
-    """HAMT with every mixer replaced by a ``RotaryAttention`` initialised by HAMT's own rule."""
     config = copy.deepcopy(config)
-    config.intermediate_dim, config.use_cache = intermediate_dim, False
-    config.dropout, config.use_auxiliary_loss = 0.0, False
+    config.use_cache, config.dropout, config.use_auxiliary_loss = False, 0.0, False
     model = HAMTForCausalLM(config)
     for block in model.model.layers:
-        block.mixer = RotaryAttention(config, **options)
-    # Only the new modules: Transformers marks and skips what it has initialised before.
+        block.mixer = RotaryAttention(
+            config,
+            short_convolution=short_convolution,
+            core=core,
+            one_projection=one_projection,
+        )
+    # Initialises the new modules only: Transformers marks, and skips, what it has initialised.
     model.init_weights()
     return model

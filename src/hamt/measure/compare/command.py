@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from transformers.utils import logging
 
-from hamt.baselines.architectures import RIVALS
+from hamt.baselines.catalogue import RIVALS
 from hamt.baselines.loading import Loaded, load_any_model
 from hamt.baselines.training import TrainedRival, read_run, train_rivals
 from hamt.checkpoint import PRETRAINED

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from hamt.baselines.state import MODELS
+from hamt.baselines.catalogue import MIXERS
 from hamt.environment import describe_environment, describe_runs, environment
 from hamt.errors import UserError, user_errors
 from hamt.files import check_writable
 from hamt.measure.recall.capacity import capacity_figure, capacity_table, measure_capacity
 from hamt.measure.recall.report import figure, table
+from hamt.measure.recall.runs import RecallRun, make_model
 from hamt.measure.recall.settings import SETTINGS
-from hamt.measure.recall.sweep import Run, make_model, sweep
 from hamt.measure.report import write_report
+from hamt.measure.sweep import Sweep
 from hamt.measure.task_training import HELD_OUT
 from hamt.options import option, parse
 
@@ -31,7 +32,7 @@ class RecallOptions:
     tasks: list[str] = option(["mqar"], f"of {', '.join(SETTINGS)}; or all")
     models: list[str] = option(
         ["hamt", "gated-deltanet", "mamba2"],
-        f"of {', '.join(MODELS)}; hamt:num_heads=1,rotation=none changes fields of HAMTConfig",
+        f"of {', '.join(MIXERS)}; hamt:num_heads=1,rotation=none sets fields of HAMTConfig",
     )
     state_sizes: list[int] = option(
         [1280], "floats that a layer carries: state, convolution tails, phases"
@@ -66,13 +67,18 @@ def main(arguments: Sequence[str]) -> int:
         return _capacity(options, header, console)
     runs, folder = plan(options), Path(options.output_dir)
 
-    def told(run: Run, result: dict[str, Any]) -> None:
+    def told(run: RecallRun, result: dict[str, Any]) -> None:
         console.print(
             f"{run.name}: {100 * result['mean_accuracy']:.1f} % in {result['seconds']:.0f} s"
         )
 
-    console.print(f"{len(runs)} runs of {options.num_steps:,} steps, {options.workers} at a time")
-    results = sweep(runs, folder / "runs", options.workers, told)
+    sweep = Sweep(runs, folder / "runs")
+    console.print(
+        f"{len(sweep.results)} of {len(runs)} runs are there; those that are missing take "
+        f"{options.num_steps:,} steps each, {options.workers} at a time"
+    )
+    sweep.perform(options.workers, told)
+    results = [result for _, result in sweep.results]
     came_from = describe_runs([result["environment"] for result in results])
     content = {"environment": header, "options": vars(options), "runs": results}
     text = f"# Recall at equal state\n\n{came_from}\n\n{table(results)}"
@@ -126,7 +132,7 @@ def check_numbers(options: RecallOptions) -> None:
             raise UserError(f"--seeds must be from 0 to {HELD_OUT - 1:,}; got {seed}")
 
 
-def plan(options: RecallOptions) -> list[Run]:
+def plan(options: RecallOptions) -> list[RecallRun]:
     """All runs that the options name, the cheapest comparison first: seed by seed.
 
     Raises:
@@ -141,7 +147,7 @@ def plan(options: RecallOptions) -> list[Run]:
         options.seeds, tasks, options.learning_rates, options.state_sizes, options.models
     )
     runs = [
-        Run(task, model, state, rate, seed, options.num_steps, options.batch_size, **sizes)
+        RecallRun(task, model, state, rate, seed, options.num_steps, options.batch_size, **sizes)
         for seed, task, rate, state, model in grid
     ]
     runs = list(dict.fromkeys(runs))

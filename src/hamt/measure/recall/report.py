@@ -2,12 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from hamt.measure.tables import markdown
+from hamt.measure.tables import markdown, standard_error
 from hamt.visualization import Series, accuracy_against_state
 
 Result = Mapping[str, Any]
@@ -73,13 +73,8 @@ def _row(model: str, group: Group) -> list[str]:
 
 def _percent(values: Sequence[float]) -> str:
     return f"{100 * mean(values):.1f}" + (
-        f" ± {100 * _error(values):.1f}" if len(values) > 1 else ""
+        f" ± {100 * standard_error(values):.1f}" if len(values) > 1 else ""
     )
-
-
-def _error(values: Sequence[float]) -> float:
-    """Standard error of the mean; 0 of one value."""
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def figure(results: Iterable[Result]) -> Figure | None:
@@ -96,7 +91,7 @@ def figure(results: Iterable[Result]) -> Figure | None:
                 continue
             values = [[100 * result["mean_accuracy"] for result in group] for group in fixed]
             sizes = [group[0]["state_bytes"] for group in fixed]
-            means, errors = [mean(one) for one in values], [_error(one) for one in values]
+            means, errors = [mean(one) for one in values], [standard_error(one) for one in values]
             series[model] = Series.with_errors(sizes, means, errors)
         if series:
             panels[task] = series
