@@ -99,12 +99,12 @@ def build(spec: dict[str, Any], vocab_size: int) -> PreTrainedModel:
         if kind := options.pop("kind", None):
             sizes = {name: fields[name] for name in ("hidden_dim", "num_layers", "vocab_size")}
             return rival(kind, **sizes, context=spec["training"]["length"], parameters=target)
-        return transformer(
-            HAMTConfig(**_matched(fields, True, target)), one_projection=False, **options
-        )
+        return transformer(HAMTConfig(**_matched(fields, True, target)), **options)
     model = _hamt(_matched(fields, spec["keys"], target), spec["keys"])
     for block in model.model.layers if spec["common_direction"] else ():
-        forget, write, _ = block.mixer.gating.sizes
+        forget, write, *_ = block.mixer.gating.rule.logit_sizes(
+            fields["num_heads"], fields["num_slots"]
+        )
         with torch.no_grad():
             block.mixer.gating.bias[forget : forget + write] += spec["common_direction"]
     return model

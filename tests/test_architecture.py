@@ -20,10 +20,11 @@ LAYERS = (
     {"options", "visualization"},
     {"memory"},
     {"cpu"},
-    {"cross_entropy", "losses"},
+    {"batch", "products"},
+    {"cross_entropy", "losses", "mixers"},
     {"config", "convolution"},
     {"layers", "utils"},
-    {"cache"},
+    {"attention", "block", "cache"},
     {"model"},
     {"checkpoint"},
     {"data"},
@@ -92,7 +93,7 @@ def test_no_circle_of_imports():
     TopologicalSorter({module_name(file): own_imports(file) for file in FILES}).prepare()
 
 
-@pytest.mark.parametrize("file", sorted((SOURCE / "memory").glob("*.py")), ids=module_name)
+@pytest.mark.parametrize("file", sorted((SOURCE / "memory").rglob("*.py")), ids=module_name)
 def test_the_memory_knows_nothing_of_models(file):
     """It takes tensors and numbers: no configuration, no Transformers."""
     found = imports(file)
@@ -105,7 +106,7 @@ def test_files_stay_short():
     lengths = {
         module_name(file): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES
     }
-    assert {name: length for name, length in lengths.items() if length > 360} == {}
+    assert {name: length for name, length in lengths.items() if length > 350} == {}
 
 
 def test_every_file_says_what_it_is():

@@ -9,7 +9,6 @@ import torch
 from transformers import TextStreamer, set_seed
 
 from hamt.checkpoint import PRETRAINED, load_checkpoint
-from hamt.cpu.linear import pack_weights
 from hamt.errors import UserError
 from hamt.options import option, parse
 
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     model, tokenizer = load_checkpoint(
         PRETRAINED if options.checkpoint is None else options.checkpoint
     )
-    pack_weights(model)
+    model.fuse_projections()
     if options.seed is not None:
         set_seed(options.seed)
     stream_text(model, tokenizer, options.prompt or "", options)

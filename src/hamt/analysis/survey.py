@@ -144,10 +144,9 @@ def _gather(found: _Gathered, trace: Trace, times: int) -> None:
     states = torch.stack(list(trace.states(ends)), dim=1)
     found.states.append((states.norm(dim=-1), effective_rank(states)))
     found.times += [found.seen + end for end in ends]
-    written, keep = trace.items.norm(dim=-1), trace.log_forget.exp()
-    if trace.beta is not None:
-        written = written * trace.beta
-        keep = keep * (1 - trace.beta[..., None] * trace.write.square())
+    rule = trace.memory.rule
+    written = trace.items.norm(dim=-1) * rule.strength(trace.gates)
+    keep = rule.kept(trace.gates)
     found.traces.append((trace.write, trace.read, keep, written))
     if length >= found.longest:  # items of one segment cannot be asked for in another
         found.longest = length

@@ -28,14 +28,10 @@ def state_floats(model: PreTrainedModel) -> int | None:
     """
     config = model.config
     if isinstance(model, HAMTForCausalLM):
-        mixer = model.model.layers[0].mixer
-        if not hasattr(mixer, "memory"):
+        mixers = [block.mixer for block in model.model.layers]
+        if any(0 in shape for mixer in mixers for shape in mixer.state_shapes().values()):
             return None
-        memory = mixer.memory
-        state = memory.num_heads * memory.num_slots * memory.head_dim
-        phases = 0 if mixer.rotation is None else memory.num_heads * memory.key_size
-        tail = 0 if mixer.conv is None else (config.conv_kernel_size - 1) * config.hidden_dim
-        return config.num_layers * (state + phases + tail)
+        return sum(mixer.state_size() for mixer in mixers)
     if config.model_type == "mamba2":
         width = config.expand * config.hidden_size
         tail = (config.conv_kernel - 1) * (width + 2 * config.n_groups * config.state_size)

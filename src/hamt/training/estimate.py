@@ -11,8 +11,10 @@ from rich.table import Table
 from hamt.cpu.linear import linear
 from hamt.model import HAMTForCausalLM
 from hamt.training.plan import Plan
-from hamt.utils import hamt_flops
+from hamt.utils import model_flops
 
+# Parts of a forward pass whose operations count.
+PRODUCTS = ("projections", "memory", "attention", "mlp", "head")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Bytes for a parameter while training in float32: the weight, its gradient, and the states of the
 # optimiser: one for Muon's matrices, two for AdamW; two is the upper bound.
@@ -26,8 +28,8 @@ def training_flops(model: HAMTForCausalLM) -> float:
     the memory, three times: the backward pass takes two (Kaplan et al. 2020, arXiv 2001.08361,
     appendix B).
     """
-    parts = hamt_flops(model.config)
-    return 3 * sum(parts[name] for name in ("projections", "memory", "mlp", "head"))
+    parts = model_flops(model.config, model.config.max_position_embeddings)
+    return 3 * sum(parts.get(name, 0) for name in PRODUCTS)
 
 
 def peak_flops(accelerator: Accelerator, size: int = 1024, repeats: int = 20) -> float:

@@ -195,7 +195,9 @@ class Explorer:
             new.append(int(part))
             ended = new[-1] == self.tokenizer.eos_token_id
             norms = [
-                state.memory.memory[0].norm(dim=-1) for state in cache.states if state is not None
+                state["slots"][0].norm(dim=-1)
+                for state in cache.states
+                if state and "slots" in state
             ]
             text = str(self.tokenizer.decode(new, skip_special_tokens=True))
             yield Written(text, len(new), torch.stack(norms).numpy(), ended)
