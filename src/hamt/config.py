@@ -121,9 +121,10 @@ class HAMTConfig(PreTrainedConfig):
             self.hcm_dim = 2 * self.hidden_dim
         if self.intermediate_dim is None:
             self.intermediate_dim = -(-8 * self.hidden_dim // 96) * 32
-        super().__post_init__(**kwargs)
-        # ``@strict`` calls it too, on every later save, but wraps the error in a type of its own.
+        # Before Transformers reads ``layer_types``. ``@strict`` calls it too, on every later save, but
+        # wraps the error in a type of its own.
         self.validate_architecture()
+        super().__post_init__(**kwargs)
 
     @property
     def layer_mixers(self) -> list[str]:

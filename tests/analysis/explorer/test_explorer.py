@@ -41,7 +41,7 @@ def test_a_text_is_read_token_by_token(explorer):
     assert view.times == list(range(1, len(view.tokens) + 1))
     assert view.norms.shape == (len(view.tokens), 4, 4, 16)
     assert view.left_out == 0
-    last = view.traces[2].after.memory[0].norm(dim=-1)
+    last = view.traces[2].after.slots[0].norm(dim=-1)
     np.testing.assert_allclose(view.norms[-1, 2], last, rtol=1e-4)
 
 

@@ -309,7 +309,7 @@ def test_the_command_writes_figures_tables_and_plots(tmp_path, capsys):
         (["--decode_batches", "1"], "one number for each"),
         (["--rounds", "0"], "at least 1"),
         (["--matmul_size", "0"], "at least 1"),
-        (["--hidden_dim", "100"], "multiple of 32; got 100"),
+        (["--hidden_dim", "100"], "divide hidden_dim = 100; got 32"),
     ],
 )
 def test_mistakes_end_in_one_line(options, message, capsys):
