@@ -16,7 +16,7 @@ SOURCE = Path(hamt.__file__).parent
 # Each layer may import those to its left. Packages (data, evaluation, ...) count as one layer each.
 LAYERS = (
     {"errors"},
-    {"environment", "files"},
+    {"environment", "files", "recipes"},
     {"options", "visualization"},
     {"memory"},
     {"cpu"},
@@ -34,6 +34,7 @@ LAYERS = (
     {"analysis"},
     {"measure"},
     {"cli"},
+    {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -9,8 +9,7 @@ import torch
 from transformers import TextStreamer, set_seed
 
 from hamt.checkpoint import PRETRAINED, load_checkpoint
-from hamt.errors import UserError
-from hamt.options import option, parse
+from hamt.options import MAX_SEED, option, parse
 
 
 @dataclass
@@ -21,27 +20,23 @@ class GenerateOptions:
     checkpoint: str | None = option(
         None, "a checkpoint folder, or a .pt file; none is the model in HAMT"
     )
-    max_new_tokens: int = option(200, "tokens to write at most")
-    temperature: float = option(0.8, "0 is greedy; higher is more varied")
-    top_p: float = option(0.95, "sample from the likeliest tokens that hold this much probability")
-    top_k: int = option(0, "sample from this many tokens; 0 is all")
-    repetition_penalty: float = option(1.0, "above 1 discourages words already written")
-    seed: int | None = option(None, "the same seed writes the same text")
+    max_new_tokens: int = option(200, "tokens to write at most", at_least=1)
+    temperature: float = option(0.8, "0 is greedy; higher is more varied", at_least=0)
+    top_p: float = option(
+        0.95, "sample from the likeliest tokens that hold this much probability", above=0, at_most=1
+    )
+    top_k: int = option(0, "sample from this many tokens; 0 is all", at_least=0)
+    repetition_penalty: float = option(
+        1.0, "above 1 discourages words already written", at_least=0.01
+    )
+    seed: int | None = option(
+        None, "the same seed writes the same text", at_least=0, at_most=MAX_SEED
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
     """Load the checkpoint and stream the continuation to standard output."""
-    options = parse(GenerateOptions, arguments, "generate", positional="prompt")
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens must be at least 1; got {options.max_new_tokens}")
-    if options.temperature < 0:
-        raise UserError(f"--temperature must be 0 or more; got {options.temperature}")
-    if not 0 < options.top_p <= 1:
-        raise UserError(f"--top_p must lie in (0, 1]; got {options.top_p}")
-    if options.top_k < 0:
-        raise UserError(f"--top_k must be 0 or more; got {options.top_k}")
-    if not options.repetition_penalty > 0:
-        raise UserError(f"--repetition_penalty must be positive; got {options.repetition_penalty}")
+    options = parse(GenerateOptions, arguments, "generate", positional=prompt)
     model, tokenizer = load_checkpoint(
         PRETRAINED if options.checkpoint is None else options.checkpoint
     )
@@ -50,6 +45,11 @@ def main(arguments: Sequence[str]) -> int:
         set_seed(options.seed)
     stream_text(model, tokenizer, options.prompt or "", options)
     return 0
+
+
+def prompt(text: str) -> tuple[str, str]:
+    """The text to continue, as --prompt."""
+    return "prompt", text
 
 
 def stream_text(model, tokenizer, prompt: str, options: GenerateOptions) -> None:

@@ -51,7 +51,7 @@ class AnalyzeOptions:
     )
     text: str | None = option(None, "the text to read; none is a short one of HAMT's own")
     file: str | None = option(None, "a file with the text to read")
-    max_tokens: int = option(16384, "tokens that are read, from the start of the text")
+    max_tokens: int = option(16384, "tokens that are read, from the start of the text", at_least=2)
     skip_silencing: bool = option(
         False, "leave out the loss without each slot, which takes longest"
     )
@@ -145,8 +145,6 @@ def _text(options: AnalyzeOptions) -> str:
         )
     if options.text is not None and options.file is not None:
         raise UserError("give --text or --file, not both")
-    if options.max_tokens < 2:
-        raise UserError(f"--max_tokens must be at least 2; got {options.max_tokens}")
     if options.file is None:
         return TEXT if options.text is None else given_text("--text", options.text, "--file")
     try:

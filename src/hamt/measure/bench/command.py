@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,7 +16,7 @@ from hamt.measure.bench.decode import measure_decoding
 from hamt.measure.bench.memory import measure_memory
 from hamt.measure.bench.mixers import measure_mixers
 from hamt.measure.bench.models import measure_models
-from hamt.measure.bench.options import PARTS, QUICK, BenchOptions
+from hamt.measure.bench.options import BenchOptions
 from hamt.measure.bench.report import bench_figures, bench_tables
 from hamt.measure.report import write_report
 from hamt.model import HAMTForCausalLM
@@ -34,8 +33,6 @@ MEASURES = {
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, and write ``bench.json``, ``bench.md`` and log-log plots."""
-    if "--quick" in arguments:  # before what the user asks for, which counts
-        arguments = [*_flags(QUICK), *arguments]
     options = parse(BenchOptions, arguments, "bench")
     _check(options)
     check_writable(options.output_dir, make=True)
@@ -64,44 +61,9 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _flags(values: dict[str, Any]) -> list[str]:
-    """Options as they stand on a command line."""
-    found: list[str] = []
-    for name, value in values.items():
-        found += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return found
-
-
 def _check(options: BenchOptions) -> None:
-    if unknown := [part for part in options.parts if part not in PARTS]:
-        raise UserError(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    if options.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype must be float32 or bfloat16; got {options.dtype}")
     if len(options.decode_contexts) != len(options.decode_batches):
         raise UserError("--decode_batches must give one number for each of --decode_contexts")
-    sizes = [
-        "hidden_dim",
-        "num_layers",
-        "vocab_size",
-        "mixer_dim",
-        "matmul_size",
-        "step_tokens",
-        "rounds",
-    ]
-    sizes += ["decode_steps", "decode_tokens"]
-    numbers = [
-        *options.lengths,
-        *options.train_lengths,
-        *options.decode_contexts,
-        *options.decode_batches,
-    ]
-    numbers += [
-        *options.memory_lengths,
-        *options.batch_sizes,
-        *(getattr(options, name) for name in sizes),
-    ]
-    if min(numbers) < 1:
-        raise UserError("lengths, batches, sizes and rounds must be at least 1")
     with (
         user_errors(),
         torch.device("meta"),
