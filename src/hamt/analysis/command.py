@@ -11,8 +11,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hamt.analysis.analyse import SILENCED, TRACED, Analysis, analyse, summarise
 from hamt.analysis.dashboard import dashboard
-from hamt.analysis.report import SILENCED, TRACED, Analysis, analyse, summarise
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.environment import describe_environment, environment
 from hamt.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hamt.analysis.report import Analysis, summarise
+from hamt.analysis.analyse import Analysis, summarise
 from hamt.visualization import as_png
 
 

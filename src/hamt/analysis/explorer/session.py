@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
 from hamt.analysis.contributions import contributions
 from hamt.analysis.reading import largest_by_chance, permuted_keys
 from hamt.analysis.record import SEGMENT, Trace, record
-from hamt.analysis.report import token_texts
+from hamt.analysis.tokens import token_texts
 from hamt.cache import HAMTCache
 from hamt.cpu.allocator import return_freed_memory
 from hamt.data.tokenizer import start_token
