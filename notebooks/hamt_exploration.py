@@ -122,11 +122,11 @@ print(f"a model that knows nothing: {np.log(1000):.3f}")
 
 # %%
 from hamt.analysis.contributions import contributions
+from hamt.analysis.pictures import contribution_matrix, memory_evolution
 from hamt.analysis.record import record
-from hamt.analysis.report import slot_evolution, token_texts
 from hamt.analysis.survey import survey
+from hamt.analysis.tokens import token_texts
 from hamt.checkpoint import PRETRAINED, load_checkpoint
-from hamt.visualization import contribution_matrix
 
 trained, tokenizer = load_checkpoint(PRETRAINED)
 text = "The state of the Union is strong. The Congress of the United States has the power to act, and the people of the United States expect it to act."
@@ -138,7 +138,7 @@ for index, layer in layers.items():
         f"layer {index}: half-lives {half_lives.min():.1f} to {half_lives.max():.0f} tokens, "
         f"cosine of a write read back at once {layer.retrieval.right[0]:.2f}, dead slots {len(layer.dead())}"
     )
-display(slot_evolution(layers))
+display(memory_evolution(layers))
 
 # %% [markdown]
 # From where does a token's read-out come? With the keys and gates it had, exactly: the shares of all earlier

@@ -174,7 +174,5 @@ def test_names_and_numbers_of_mixers_are_checked():
 def test_the_state_of_another_mixer_is_refused(mixers):
     ids = random_ids(1, 4)
     other = attention_model("memory")(ids, use_cache=True).past_key_values
-    with pytest.raises(
-        ValueError, match="comes from another model: its slots has shape .* the model's None"
-    ):
+    with pytest.raises(ValueError, match="comes from another model: its slots"):
         attention_model(mixers)(ids, past_key_values=other)

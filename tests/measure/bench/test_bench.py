@@ -328,7 +328,7 @@ def test_quick_leaves_what_was_given(tmp_path, monkeypatch):
     monkeypatch.setattr(
         bench_command, "MEASURES", {"memory": lambda options: seen.append(options) or ()}
     )
-    monkeypatch.setattr("hamt.measure.bench.command.bench_tables", lambda result: "")
+    monkeypatch.setattr("hamt.measure.bench.command.bench_page", lambda result: "")
     monkeypatch.setattr("hamt.measure.bench.command.bench_figures", lambda result: {})
     arguments = ["--quick", "--parts", "memory", "--rounds", "5", "--output_dir", str(tmp_path)]
     assert main(["bench", *arguments]) == 0

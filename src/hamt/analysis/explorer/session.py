@@ -21,7 +21,8 @@ from transformers.generation.logits_process import (
 from hamt.analysis.contributions import contributions
 from hamt.analysis.reading import largest_by_chance, permuted_keys
 from hamt.analysis.record import SEGMENT, Trace, record
-from hamt.analysis.report import token_texts
+from hamt.analysis.survey import mean_half_lives
+from hamt.analysis.tokens import token_texts
 from hamt.cache import HAMTCache
 from hamt.cpu.allocator import return_freed_memory
 from hamt.data.tokenizer import start_token
@@ -29,6 +30,7 @@ from hamt.errors import UserError
 from hamt.model import HAMTForCausalLM
 
 MAX_TOKENS = 2048  # of a text; a page with more words would be slow to draw
+MAX_CHARACTERS = 16 * MAX_TOKENS  # of a text or prompt; what stands before them is not tokenised
 TIMES = 128  # states that can be scrubbed through
 NAMED = 6  # sources and items that are listed
 
@@ -37,17 +39,23 @@ NAMED = 6  # sources and items that are listed
 class View:
     """A text that was read.
 
-    ``traces`` by layer; ``tokens`` as text; ``write`` (L, N) mean write gates; ``times`` numbers of
-    tokens at which ``norms`` (T, L, H, S) were taken; ``left_out`` tokens of the text before the
-    first one shown.
+    Attributes:
+        traces: what each layer did, by its index.
+        tokens: as text.
+        write: mean write gates (L, N).
+        half_lives: of each slot by its forget gates over the text, in tokens (L, H, S).
+        times: T numbers of tokens after which ``norms`` were taken.
+        norms: of the slots, (T, L, H, S).
+        left_out: whether the text has more before the first token.
     """
 
     traces: dict[int, Trace]
     tokens: list[str]
     write: np.ndarray
+    half_lives: np.ndarray
     times: list[int]
     norms: np.ndarray
-    left_out: int
+    left_out: bool
 
 
 class Source(NamedTuple):
@@ -58,11 +66,16 @@ class Source(NamedTuple):
 
 
 class Retrieved(NamedTuple):
-    """What one token read: ``shares`` (N,) of all positions and the largest as ``sources``;
+    """What one token read.
 
-    ``items``, the stored items that the read-out of ``head`` is most like, with cosines; ``theory``
-    and ``permuted``, the largest cosine that chance gives over all heads: with random directions,
-    and under the same key with its entries in another order (mean over 100 orders).
+    Attributes:
+        shares: of its read-out by position, (N,), averaged over heads.
+        sources: the positions with the largest shares.
+        head: the head whose read-out is most like an item that is stored.
+        items: the stored items that this read-out is most like, with cosines.
+        theory: the largest cosine that random directions would have, over all heads.
+        permuted: the largest cosine under the same key with its entries in another order, over all
+            heads; mean over 100 orders.
     """
 
     shares: np.ndarray
@@ -74,7 +87,14 @@ class Retrieved(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A text as far as it is written, the norms (L, H, S) of the slots, and whether the model ended it."""
+    """A text as far as it is written.
+
+    Attributes:
+        text: without the prompt.
+        new_tokens: how many it has.
+        norms: of the slots, (L, H, S).
+        ended: whether the model ended the document.
+    """
 
     text: str
     new_tokens: int
@@ -96,6 +116,7 @@ class Explorer:
         Raises:
             UserError: if there is nothing to read.
         """
+        text = text or ""
         ids = self._tokens(text)
         if not ids:
             raise UserError("there is no text yet: type some, or take one of the examples")
@@ -113,19 +134,22 @@ class Explorer:
             for trace in traces
         ]
         write = torch.stack([trace.write[0].abs().mean(dim=(1, 2)) for trace in traces])
+        slots = torch.stack([mean_half_lives(trace.log_forget) for trace in traces])
         return_freed_memory()
         return View(
             kept_traces,
             token_texts(self.tokenizer, kept),
             write.numpy(),
+            slots.numpy(),
             times,
             torch.stack(norms, dim=1).numpy(),
-            len(ids) - len(kept),
+            len(ids) > len(kept) or len(text) > MAX_CHARACTERS,
         )
 
-    def _tokens(self, text: str | None) -> list[int]:
+    def _tokens(self, text: str) -> list[int]:
+        """The tokens of the last ``MAX_CHARACTERS`` of a text."""
         try:
-            return self.tokenizer(text or "", add_special_tokens=False).input_ids
+            return self.tokenizer(text[-MAX_CHARACTERS:], add_special_tokens=False).input_ids
         except (TypeError, UnicodeEncodeError) as error:  # half of a pair of surrogates
             raise UserError("this text has characters that are none: take them out") from error
 
@@ -140,14 +164,13 @@ class Explorer:
             for position, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)
             if share > 0
         ]
-        # The read-out of each head, beside the items it holds; the head that is most like one of
-        # them.
+        # The read-out of each head beside the items that it holds.
         algebra, key = trace.memory.algebra, trace.unbinding_keys[0, token]
         stored = F.normalize(trace.items[0, : token + 1], dim=-1)
-        found = algebra.lift(trace.output[0, token]).to(stored)
-        held = algebra.bind(found, key)  # what the slots hold, mixed as the token reads them
-        found = torch.cat((found[None], algebra.unbind(held, permuted_keys(algebra, key))))
-        cosines = torch.einsum("nhf,ohf->ohn", stored, F.normalize(found, dim=-1))
+        read_out = algebra.lift(trace.output[0, token]).to(stored)
+        held = algebra.bind(read_out, key)  # what the slots hold, mixed as the token reads them
+        read_outs = torch.cat((read_out[None], algebra.unbind(held, permuted_keys(algebra, key))))
+        cosines = torch.einsum("nhf,ohf->ohn", stored, F.normalize(read_outs, dim=-1))
         largest = cosines.amax(dim=-1)
         head = int(largest[0].argmax())
         nearest = cosines[0, head].topk(min(NAMED, token + 1))

@@ -9,15 +9,20 @@ from rich.console import Console
 from hamt.baselines.transformer import transformer
 from hamt.config import HAMTConfig
 from hamt.cpu.allocator import keep_freed_memory
-from hamt.environment import describe_environment, environment
+from hamt.environment import environment
 from hamt.errors import UserError, user_errors
 from hamt.files import check_writable, write_json
 from hamt.measure.bench.decode import measure_decoding
 from hamt.measure.bench.memory import measure_memory
 from hamt.measure.bench.mixers import measure_mixers
 from hamt.measure.bench.models import measure_models
+<<<<<<< HEAD
 from hamt.measure.bench.options import BenchOptions
 from hamt.measure.bench.report import bench_figures, bench_tables
+=======
+from hamt.measure.bench.options import PARTS, QUICK, BenchOptions
+from hamt.measure.bench.report import bench_figures, bench_page
+>>>>>>> wt-plots
 from hamt.measure.report import write_report
 from hamt.model import HAMTForCausalLM
 from hamt.options import parse
@@ -53,8 +58,7 @@ def main(arguments: Sequence[str]) -> int:
             )  # a machine may fail within hours
             row = found["rows"][-1]
             console.print(f"  {row.get('level', '')} {row['phase']} at {row['length']:,}")
-    heading = f"# Speed and memory\n\n{describe_environment(header)} {options.dtype}."
-    text = f"{heading}\n\n{bench_tables(result)}\n"
+    text = bench_page(result)
     paths = write_report(options.output_dir, "bench", result, text, bench_figures(result))
     console.print(text, markup=False)
     console.print(f"wrote {', '.join(str(path) for path in paths)}")

@@ -24,8 +24,13 @@ from hamt.measure.compare.run import REFERENCE_CODE, longest_context, prefill_me
 from hamt.measure.report import write_report
 from hamt.measure.tables import markdown, megabytes, number
 from hamt.model import HAMTForCausalLM
+<<<<<<< HEAD
 from hamt.options import MAX_SEED, option, parse
 from hamt.visualization import bars
+=======
+from hamt.options import option, parse
+from hamt.visualization import bars, short_labels
+>>>>>>> wt-plots
 
 
 @dataclass
@@ -113,9 +118,8 @@ def main(arguments: Sequence[str]) -> int:
     longest = max(options.contexts)
     able = {name: model for name, model in bare.items() if not _left_out(timings, name, longest)}
     result["peak_bytes"] = {"context": longest, **prefill_memory(able, longest)}
-    text = f"# Comparison\n\n{describe_environment(header)}\n\n{table(result)}\n"
-    console.print(text, markup=False)  # first: what is printed cannot be lost to a full disk
-    paths = write_report(folder, "compare", result, text, {"compare": figure(result)})
+    console.print(page(result), markup=False)  # first: a full disk cannot take what is printed
+    paths = write_report(folder, "compare", result, page(result), {"compare": figure(result)})
     console.print(f"wrote {', '.join(str(path) for path in paths)}")
     return 0
 
@@ -232,6 +236,11 @@ def _score(
 # ---------------------------------------------------------------------- report
 
 
+def page(result: dict[str, Any]) -> str:
+    """What ``compare.md`` says."""
+    return f"# Comparison\n\n{describe_environment(result['environment'])}\n\n{table(result)}\n"
+
+
 def table(result: dict[str, Any]) -> str:
     """Markdown: a column for each model, a line for each figure."""
     models = result["models"]
@@ -339,4 +348,6 @@ def figure(result: dict[str, Any]) -> Figure:
             title = f"{phase}, tokens/s at {row['length']:,} × {row['batch']}"
             seconds = [row["seconds"].get(name, {}).get("median") for name in names]
             panels[title] = [float("nan") if one is None else tokens / one for one in seconds]
-    return bars(_named(result["models"], "\n"), panels)
+    labels = short_labels(names)
+    labelled = {labels[name]: row for name, row in result["models"].items()}
+    return bars(_named(labelled, "\n"), panels)

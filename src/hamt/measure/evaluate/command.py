@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from transformers import set_seed
 
-from hamt.analysis.report import slot_evolution
+from hamt.analysis.pictures import memory_evolution
 from hamt.analysis.survey import survey
 from hamt.baselines.loading import Loaded, load_any_model
 from hamt.checkpoint import PRETRAINED
@@ -291,7 +291,9 @@ def _memory(model: HAMTForCausalLM, tokenizer: Any, documents: Iterable[str] | N
         ids += [start_token(tokenizer), *tokenizer(document, add_special_tokens=False).input_ids]
         if len(ids) >= PICTURED:
             break
-    return slot_evolution(survey(model, torch.tensor([ids[:PICTURED] or [start_token(tokenizer)]])))
+    return memory_evolution(
+        survey(model, torch.tensor([ids[:PICTURED] or [start_token(tokenizer)]]))
+    )
 
 
 # ------------------------------------------------------------ tasks and samples

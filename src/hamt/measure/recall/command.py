@@ -10,11 +10,11 @@ import torch
 from rich.console import Console
 
 from hamt.baselines.state import MODELS
-from hamt.environment import describe_environment, describe_runs, environment
+from hamt.environment import environment
 from hamt.errors import UserError, user_errors
 from hamt.files import check_writable
-from hamt.measure.recall.capacity import capacity_figure, capacity_table, measure_capacity
-from hamt.measure.recall.report import figure, table
+from hamt.measure.recall.capacity import capacity_figure, capacity_page, measure_capacity
+from hamt.measure.recall.report import figure, recall_page
 from hamt.measure.recall.settings import SETTINGS
 from hamt.measure.recall.sweep import Run, make_model, sweep
 from hamt.measure.report import write_report
@@ -74,9 +74,8 @@ def main(arguments: Sequence[str]) -> int:
 
     console.print(f"{len(runs)} runs of {options.num_steps:,} steps, {options.workers} at a time")
     results = sweep(runs, folder / "runs", options.workers, told)
-    came_from = describe_runs([result["environment"] for result in results])
     content = {"environment": header, "options": vars(options), "runs": results}
-    text = f"# Recall at equal state\n\n{came_from}\n\n{table(results)}"
+    text = recall_page(results)
     plot = figure(results)
     paths = write_report(folder, "recall", content, text, {"recall": plot})
     console.print(text, markup=False)
@@ -90,7 +89,7 @@ def _capacity(options: RecallOptions, header: dict[str, Any], console: Console) 
     """Write ``capacity.json``, ``capacity.md`` and ``capacity.png``."""
     console.print("measuring the capacity of the memory")
     points = measure_capacity(options.quick, options.seeds[0])
-    text = f"# Capacity of the memory\n\n{describe_environment(header)}\n\n{capacity_table(points)}"
+    text = capacity_page(header, points)
     found = [{**asdict(point), "deviation": point.deviation} for point in points]
     content = {"environment": header, "options": vars(options), "points": found}
     figures = {"capacity": capacity_figure(points)}
