@@ -51,15 +51,8 @@ class AnalyzeOptions:
     )
     text: str | None = option(None, "the text to read; none is a short one of HAMT's own")
     file: str | None = option(None, "a file with the text to read")
-<<<<<<< HEAD
     max_tokens: int = option(16384, "tokens that are read, from the start of the text", at_least=2)
-    skip_silencing: bool = option(
-        False, "leave out the loss without each slot, which takes longest"
-    )
-=======
-    max_tokens: int = option(16384, "tokens that are read, from the start of the text")
     skip_silencing: bool = option(False, "leave out the loss without each slot, the longest part")
->>>>>>> wt-plots
     demo: bool = option(False, "the model and the text that come with HAMT")
     output_dir: str = option("analyze_output", "where everything goes")
 

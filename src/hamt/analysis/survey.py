@@ -44,7 +44,7 @@ class LayerSurvey:
 
     def half_lives(self) -> Tensor:
         """Tokens after which half of what a slot held is left, by its mean gates: (H, S)."""
-        return mean_half_lives(self.keep.clamp(min=1e-30).log())
+        return mean_half_lives(self.keep)
 
     def write_share(self) -> Tensor:
         """The share of a head's writing that goes to each slot, by |w| · |x|: (H, S), rows sum to 1.
@@ -74,11 +74,9 @@ class LayerSurvey:
         return [(int(h), int(s)) for h, s in idle.nonzero()]
 
 
-def mean_half_lives(log_keep: Tensor) -> Tensor:
-    """Half-lives (H, S) in tokens, by the mean logarithm of what each token lets be kept.
-
-    ``log_keep`` (B, N, H, S): logarithms of the shares of their content that slots keep.
-    """
+def mean_half_lives(keep: Tensor) -> Tensor:
+    """Half-lives (H, S) in tokens, by the mean logarithm of the shares that slots keep (B, N, H, S)."""
+    log_keep = keep.clamp(min=1e-30).log()
     return math.log(2) / -log_keep.mean(dim=(0, 1)).clamp(max=-1e-12)
 
 

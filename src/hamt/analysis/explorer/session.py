@@ -134,7 +134,8 @@ class Explorer:
             for trace in traces
         ]
         write = torch.stack([trace.write[0].abs().mean(dim=(1, 2)) for trace in traces])
-        slots = torch.stack([mean_half_lives(trace.log_forget) for trace in traces])
+        kept = (trace.memory.rule.kept(trace.gates) for trace in traces)
+        slots = torch.stack([mean_half_lives(share) for share in kept])
         return_freed_memory()
         return View(
             kept_traces,

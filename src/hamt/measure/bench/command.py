@@ -16,13 +16,8 @@ from hamt.measure.bench.decode import measure_decoding
 from hamt.measure.bench.memory import measure_memory
 from hamt.measure.bench.mixers import measure_mixers
 from hamt.measure.bench.models import measure_models
-<<<<<<< HEAD
 from hamt.measure.bench.options import BenchOptions
-from hamt.measure.bench.report import bench_figures, bench_tables
-=======
-from hamt.measure.bench.options import PARTS, QUICK, BenchOptions
 from hamt.measure.bench.report import bench_figures, bench_page
->>>>>>> wt-plots
 from hamt.measure.report import write_report
 from hamt.model import HAMTForCausalLM
 from hamt.options import parse

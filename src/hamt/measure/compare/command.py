@@ -24,13 +24,8 @@ from hamt.measure.compare.run import REFERENCE_CODE, longest_context, prefill_me
 from hamt.measure.report import write_report
 from hamt.measure.tables import markdown, megabytes, number
 from hamt.model import HAMTForCausalLM
-<<<<<<< HEAD
 from hamt.options import MAX_SEED, option, parse
-from hamt.visualization import bars
-=======
-from hamt.options import option, parse
 from hamt.visualization import bars, short_labels
->>>>>>> wt-plots
 
 
 @dataclass
