@@ -1,6 +1,5 @@
 """What a run will cost, said before it starts: ``hamt train --dry_run``."""
 
-import platform
 import time
 
 import torch
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from hamt.cpu.linear import linear
 from hamt.model import HAMTForCausalLM
+from hamt.peak_memory import process_peak_memory
 from hamt.training.plan import Plan
 from hamt.utils import hamt_flops
 
@@ -78,7 +78,7 @@ def print_estimate(plan: Plan, console: Console) -> None:
         "epochs": f"{steps / plan.batches.steps_per_epoch:.2f}",
         "operations": f"{training_flops(plan.model) * steps * plan.tokens_per_step:.2e}",
         "memory": f"{memory / 2**30:.2f} GiB for parameters, "
-        f"{(peak_memory() or 0) / 2**30:.2f} GiB at most in one step",
+        f"{(process_peak_memory() or 0) / 2**30:.2f} GiB at most in one step",
         "disk": f"{disk_bytes(plan) / 2**30:.2f} GiB",
         "time on this machine": f"{_duration(seconds * steps)} ({seconds:.2f} s a step, without evaluations)",
     }
@@ -104,15 +104,3 @@ def _duration(seconds: float) -> str:
     if seconds < 48 * 3600:
         return f"{seconds / 3600:.1f} hours"
     return f"{seconds / 86400:.1f} days"
-
-
-def peak_memory() -> int | None:
-    """Bytes of memory that this process has had at most; None where that cannot be told."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -16,6 +16,7 @@ from hamt.environment import environment
 from hamt.errors import UserError, reason
 from hamt.files import write_file, write_json
 from hamt.model import HAMTForCausalLM
+from hamt.peak_memory import process_peak_memory
 from hamt.training.card import write_card
 from hamt.training.checkpoints import (
     check_space,
@@ -28,7 +29,6 @@ from hamt.training.divergence import DivergenceError
 from hamt.training.estimate import (
     disk_bytes,
     peak_flops,
-    peak_memory,
     print_estimate,
     training_flops,
 )
@@ -294,7 +294,7 @@ def training_info(plan: Plan, result: TrainingResult[Loss], final: Loss | None) 
         "held_out_loss": None if final is None else final._asdict(),
         **asdict(result),
         "tokens_per_second": result.tokens_per_second,
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": process_peak_memory(),
         "date": here["date"],
         "commit": here["commit"],
         "config": plan.model.config.to_dict(),

@@ -18,8 +18,8 @@ from hamt.cache import HAMTCache
 from hamt.cpu.linear import pack_weights
 from hamt.measure.bench.cases import measure
 from hamt.measure.bench.options import SEGMENT, BenchOptions
-from hamt.measure.peak_memory import cache_bytes
 from hamt.model import HAMTForCausalLM
+from hamt.peak_memory import cache_bytes
 
 DECODERS = ("hamt", "static", "dynamic")
 LEAST_ROUNDS = 3  # a median of fewer says nothing
