@@ -16,9 +16,9 @@ from hamt.analysis.sources import recall_sources
 from hamt.analysis.survey import LayerSurvey, effective_rank, effective_slots, survey
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.data.tasks import MQAR
-from hamt.measure.peak_memory import peak_memory_of
 from hamt.measure.task_training import train_on_task
 from hamt.memory import Gates, HolographicMemory
+from hamt.peak_memory import call_peak_memory
 
 SIZES = {
     "hidden_dim": 16,
@@ -260,7 +260,7 @@ def test_a_survey_costs_little_more_than_what_it_watches():
 def test_a_long_text_takes_memory_for_its_gates_only():
     model = build(num_heads=1, num_slots=2, hcm_dim=128, num_layers=1)
     sizes = {
-        n: peak_memory_of(lambda n=n: survey(model, text(n), segment=256)) for n in (512, 4096)
+        n: call_peak_memory(lambda n=n: survey(model, text(n), segment=256)) for n in (512, 4096)
     }
     # write, read, keep, and the norm of what was written; items and keys would be 4 · 128 floats a
     # token.

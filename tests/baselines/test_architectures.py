@@ -11,7 +11,7 @@ from hamt.baselines.architectures import RIVALS, rival
 from hamt.baselines.products import use_onednn_linear
 from hamt.baselines.transformer import non_embedding_parameters
 from hamt.measure.energy import joules
-from hamt.measure.peak_memory import cache_bytes, peak_memory_of
+from hamt.peak_memory import cache_bytes
 from hamt.training.optim import build_optimizers
 
 SIZES = {"hidden_dim": 64, "num_layers": 2, "vocab_size": 300, "context": 32}
@@ -101,14 +101,6 @@ def test_sharing_products_changes_nothing_but_who_computes_them(kind, tmp_path):
 def test_there_are_no_other_rivals():
     with pytest.raises(ValueError, match="no rival 'rnn'; there are gpt2"):
         make("rnn")
-
-
-def test_the_peak_of_a_call_is_what_it_holds_at_once():
-    before = torch.ones(5_000_000)
-    assert peak_memory_of(lambda: [torch.ones(10_000_000) for _ in range(3)]) == 120_000_000
-    one_by_one = peak_memory_of(lambda: [torch.ones(10_000_000).sum() for _ in range(3)])
-    assert one_by_one == pytest.approx(40e6, abs=1000)
-    assert peak_memory_of(lambda: before.add_(1)) < 1000
 
 
 def test_cache_bytes_are_keys_values_and_states():

@@ -1,4 +1,4 @@
-"""``hamt demo``: the main job on real text, in minutes, from nothing."""
+"""``hamt demo``: train a small model on real text in minutes, and let it write."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class DemoOptions:
     data: str = option("sotu", "sotu (embedded), or the path of a UTF-8 text file")
     num_steps: int = option(600, "optimiser steps", at_least=1)
     max_minutes: float = option(
-        4.5, "end training within this time, on a slow machine with fewer steps", above=0
+        4.5, "end training within this time; on a slow machine that leaves fewer steps", above=0
     )
     prompt: str = option("Fellow citizens", "what the model continues at the end")
     seed: int = option(0, "seed of weights, data order and sampling", at_least=0, at_most=MAX_SEED)

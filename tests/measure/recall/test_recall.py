@@ -16,12 +16,12 @@ from hamt.baselines.state import MODELS, build, state_floats
 from hamt.cli import main
 from hamt.data.tasks import MQAR
 from hamt.errors import UserError
-from hamt.measure.peak_memory import cache_bytes
 from hamt.measure.recall.command import RecallOptions, plan
 from hamt.measure.recall.report import best_groups, figure, table
 from hamt.measure.recall.settings import SETTINGS
 from hamt.measure.recall.sweep import Run, describe, perform, sweep
 from hamt.measure.recall.workers import in_processes
+from hamt.peak_memory import cache_bytes
 
 SIZES = {"hidden_dim": 64, "num_layers": 2, "vocab_size": 40}
 TINY = Run(

@@ -12,11 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from hamt.analysis.contributions import contributions
 from hamt.analysis.reading import largest_by_chance, permuted_keys
@@ -25,8 +20,8 @@ from hamt.analysis.survey import mean_half_lives
 from hamt.analysis.tokens import token_texts
 from hamt.cache import HAMTCache
 from hamt.cpu.allocator import return_freed_memory
-from hamt.data.tokenizer import start_token
 from hamt.errors import UserError
+from hamt.generation import continue_tokens, encode_prompt, encode_text
 from hamt.model import HAMTForCausalLM
 
 MAX_TOKENS = 2048  # of a text; a page with more words would be slow to draw
@@ -117,7 +112,7 @@ class Explorer:
             UserError: if there is nothing to read.
         """
         text = text or ""
-        ids = self._tokens(text)
+        ids = encode_text(self.tokenizer, text[-MAX_CHARACTERS:])
         if not ids:
             raise UserError("there is no text yet: type some, or take one of the examples")
         kept = torch.tensor(ids[-MAX_TOKENS:])
@@ -134,8 +129,8 @@ class Explorer:
             for trace in traces
         ]
         write = torch.stack([trace.write[0].abs().mean(dim=(1, 2)) for trace in traces])
-        kept = (trace.memory.rule.kept(trace.gates) for trace in traces)
-        slots = torch.stack([mean_half_lives(share) for share in kept])
+        shares = (trace.memory.rule.kept(trace.gates) for trace in traces)
+        slots = torch.stack([mean_half_lives(share) for share in shares])
         return_freed_memory()
         return View(
             kept_traces,
@@ -146,13 +141,6 @@ class Explorer:
             torch.stack(norms, dim=1).numpy(),
             len(ids) > len(kept) or len(text) > MAX_CHARACTERS,
         )
-
-    def _tokens(self, text: str) -> list[int]:
-        """The tokens of the last ``MAX_CHARACTERS`` of a text."""
-        try:
-            return self.tokenizer(text[-MAX_CHARACTERS:], add_special_tokens=False).input_ids
-        except (TypeError, UnicodeEncodeError) as error:  # half of a pair of surrogates
-            raise UserError("this text has characters that are none: take them out") from error
 
     def retrieve(self, view: View, layer: int, token: int) -> Retrieved:
         """What a token read from the memory of a layer, and from where."""
@@ -184,46 +172,34 @@ class Explorer:
             largest[1:].amax(dim=1).mean().item(),
         )
 
-    @torch.no_grad()
     def write(
-        self,
-        prompt: str,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int | None = None,
+        self, prompt: str, max_new_tokens: int, temperature: float, top_p: float
     ) -> Iterator[Written]:
-        """Continue a prompt token by token; a temperature of 0 is greedy, an empty prompt a new document."""
-        ids = self._tokens(prompt) or [start_token(self.tokenizer)]
-        generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
-        warpers = LogitsProcessorList([TopPLogitsWarper(float(top_p))] if top_p < 1 else [])
-        if temperature > 0:
-            warpers.insert(0, TemperatureLogitsWarper(float(temperature)))
-        cache = HAMTCache(len(self.model.model.layers))
-        new: list[int] = []
-        *before, part = torch.tensor([ids]).split(SEGMENT, dim=1)
-        for segment in before:
-            with self._lock:
-                self.model.model(segment, past_key_values=cache)
+        """Continue a prompt token by token, and show the slots after each.
+
+        At a temperature of 0 the likeliest token is taken; an empty prompt begins a text.
+        """
+        ids = encode_prompt(self.tokenizer, prompt)
+        length, cache = len(ids), HAMTCache(len(self.model.model.layers))
         for _ in range(max_new_tokens):
-            with self._lock:
-                logits = (
-                    self.model(part, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+            with self._lock:  # for one token at a time, so that others can ask in between
+                ids += continue_tokens(
+                    self.model,
+                    self.tokenizer,
+                    ids,
+                    1,
+                    temperature,
+                    top_p=top_p,
+                    past_key_values=cache,
+                    prefill_chunk_size=SEGMENT,
                 )
-            if temperature > 0:
-                weights = warpers(part, logits).softmax(dim=-1)
-                part = torch.multinomial(weights, 1, generator=generator)
-            else:
-                part = logits.argmax(dim=-1, keepdim=True)
-            new.append(int(part))
-            ended = new[-1] == self.tokenizer.eos_token_id
             norms = [
                 state["slots"][0].norm(dim=-1)
                 for state in cache.states
                 if state and "slots" in state
             ]
-            text = str(self.tokenizer.decode(new, skip_special_tokens=True))
-            yield Written(text, len(new), torch.stack(norms).numpy(), ended)
+            text = str(self.tokenizer.decode(ids[length:], skip_special_tokens=True))
+            ended = ids[-1] == self.tokenizer.eos_token_id
+            yield Written(text, len(ids) - length, torch.stack(norms).numpy(), ended)
             if ended:
                 break

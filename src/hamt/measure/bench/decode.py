@@ -18,8 +18,8 @@ from hamt.baselines.products import OneDNNLinear
 from hamt.cache import HAMTCache
 from hamt.measure.bench.cases import measure
 from hamt.measure.bench.options import SEGMENT, BenchOptions
-from hamt.measure.peak_memory import cache_bytes
 from hamt.model import HAMTForCausalLM
+from hamt.peak_memory import cache_bytes
 from hamt.products import fuse
 
 DECODERS = ("hamt", "static", "dynamic")
