@@ -11,17 +11,20 @@
 # %% [markdown]
 # # Train HAMT on a GPU
 #
-# For Colab or any machine with a GPU: set up, choose one of the recipes `configs/50M.yaml`, `100M.yaml`, `200M.yaml`
-# (sizes by the parameters they really have), train, resume after a disconnect, download. The recipes name what they
-# should take on an A100; these are estimates, they have not been run by us.
+# This notebook trains a model on Colab or on any machine with a GPU.
+# You choose one of the recipes `configs/50M.yaml`, `100M.yaml` and `200M.yaml` (named by the
+# parameters they have), train, resume after a disconnect, and download the result.
+# The recipes name what they should take on an A100; these are estimates, since they have not been
+# run.
 #
-# Without a GPU, or with `HAMT_TINY=1` in the environment, every cell runs with a tiny model on a small text, to
-# see that all works.
+# Without a GPU, or with `HAMT_TINY=1` in the environment, every cell runs with a tiny model on a
+# small text, to show that everything works.
 
 # %% [markdown]
 # ## Set up
 #
-# On Colab: *Runtime → Change runtime type → GPU*, and upload or clone the HAMT repository next to this notebook.
+# On Colab: *Runtime → Change runtime type → GPU*, and upload or clone the HAMT repository next to
+# this notebook.
 
 # %%
 import os
@@ -41,7 +44,8 @@ if "google.colab" in sys.modules:  # elsewhere it is installed already: make set
 print("GPU:", torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "| tiny:", TINY)
 
 # %% [markdown]
-# On Colab, keep what is written on Drive: a disconnect then costs nothing but the time since the last checkpoint.
+# On Colab, what is written goes to Drive, so that a disconnect costs no more than the time since
+# the last checkpoint.
 
 # %%
 OUTPUT = Path(os.environ.get("HAMT_OUTPUT", "outputs")) / ("tiny" if TINY else f"hamt_{SIZE}")
@@ -68,7 +72,8 @@ def hamt(*arguments: str) -> None:
 # %% [markdown]
 # ## What it will cost
 #
-# `--dry_run` measures a few steps and says how long all of it will take, and how much memory.
+# `--dry_run` measures a few steps, and says how long the whole run will take and how much memory it
+# needs.
 
 # %%
 if TINY:
@@ -85,7 +90,7 @@ hamt("train", *recipe, "--dry_run")
 # %% [markdown]
 # ## Train
 #
-# Interrupt it (■) whenever you like: it finishes the step and writes a checkpoint.
+# You may interrupt the run (■) whenever you like: it finishes its step and writes a checkpoint.
 
 # %%
 hamt("train", *recipe)
@@ -93,8 +98,9 @@ hamt("train", *recipe)
 # %% [markdown]
 # ## Resume
 #
-# The same command with `--resume` goes on from the last checkpoint, bit for bit on a CPU. After a finished run it
-# says that there is nothing left to do, unless there are more steps than before.
+# The same command with `--resume` goes on from the last checkpoint, on a CPU bit for bit.
+# After a finished run it says that nothing is left to do, unless more steps are asked for than
+# before.
 
 # %%
 more = ["--max_steps", "8"] if TINY else []

@@ -11,9 +11,10 @@
 # %% [markdown]
 # # HAMT by hand
 #
-# A holographic memory superposes many items in one vector and gives each back under its key. This notebook takes
-# it from binding two vectors to a language model that one can look into. It runs on a laptop in under three
-# minutes and needs no network. In a checkout of HAMT: `make setup`, `venv/bin/pip install -e ".[notebook]"`, then
+# A holographic memory superposes many items in one vector and gives each back under its key.
+# This notebook goes from binding two vectors to a language model that one can look into.
+# It runs on a laptop in under three minutes and needs no network.
+# In a clone of HAMT run `make setup`, `venv/bin/pip install -e ".[notebook]"`, and then
 # `venv/bin/jupyter notebook notebooks/hamt_exploration.ipynb`.
 
 # %%
@@ -34,8 +35,10 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## 1. Binding and unbinding
 #
-# A key is a random member of an algebra (here phases: each rotates a pair of features). Binding an item with it
-# keeps the norm and makes it look like noise; unbinding with the same key undoes it exactly.
+# A key is a random member of an algebra: here it is a vector of phases, angles that each rotate a
+# pair of the item's features.
+# Binding an item to a key keeps the item's norm and makes it look like noise.
+# Unbinding with the same key undoes this exactly.
 
 # %%
 memory = HolographicMemory(hcm_dim=1024, num_slots=1, binding_type="phasor")
@@ -51,13 +54,17 @@ assert torch.allclose(memory.unbind(bound, key), item, atol=1e-4)
 # %% [markdown]
 # ## 2. Superposition: one slot and eight
 #
-# n bound items are added up in one slot. Each comes back with a cosine of about 1/√n: the others are noise. Spread
-# over eight slots, each item shares its slot with an eighth of the others, and comes back with √8 times the cosine.
+# A *slot* is one vector to which bound items are added.
+# Of n items in one slot each comes back with a cosine of about 1/√n, since the others are noise.
+# Spread over eight slots, an item shares its slot with an eighth of the others, and comes back with
+# √8 times the cosine.
 #
-# Eight slots are eight times the memory, though. With 8 slots of 128 features, as large as 1 of 1,024, the cosine is as
-# high, but so is what chance gives: a random vector of 128 features has a cosine of 1/√128 with another. In
-# units of that chance one slot and eight tell the same number of items apart. What several slots do
-# give at equal size is memory that forgets at several speeds, and that the model can choose between.
+# Eight slots are eight times the memory, though.
+# With 8 slots of 128 features, as large as 1 of 1,024, the cosine is as high, but so is what chance
+# gives: a random vector of 128 features has a cosine of 1/√128 with another.
+# In units of that chance one slot and eight tell the same number of items apart.
+# What several slots do give at equal size is memory that forgets at several speeds, between which
+# the model can choose.
 
 
 # %%
@@ -102,7 +109,8 @@ assert abs(curves["1 slot of 1,024"][1] - 2**-0.5) < 0.05
 # %% [markdown]
 # ## 3. A whole model
 #
-# In the model keys, items and gates are learned from data. `HAMTModel` is a causal language model of Transformers.
+# In the model keys, items and gates are learned from data. `HAMTModel` is a causal language model
+# of Transformers.
 
 # %%
 config = HAMTConfig(hidden_dim=128, num_layers=2, num_slots=8, vocab_size=1000)
@@ -116,17 +124,17 @@ print(f"a model that knows nothing: {np.log(1000):.3f}")
 # %% [markdown]
 # ## 4. Inside a trained memory
 #
-# HAMT comes with a small model trained on two centuries of State of the Union addresses. `survey` reads a text
-# and measures every slot: how strongly it is held (norms, not normalised), how long it keeps what it is told, how much of the
-# writing and reading it gets.
+# HAMT comes with a small model trained on two centuries of State of the Union addresses.
+# `survey` reads a text and measures every slot: its norm while the text is read, how long it keeps
+# what was written, and which share of the writing and reading it gets.
 
 # %%
 from hamt.analysis.contributions import contributions
+from hamt.analysis.pictures import contribution_matrix, memory_evolution
 from hamt.analysis.record import record
-from hamt.analysis.report import slot_evolution, token_texts
 from hamt.analysis.survey import survey
+from hamt.analysis.tokens import token_texts
 from hamt.checkpoint import PRETRAINED, load_checkpoint
-from hamt.visualization import contribution_matrix
 
 trained, tokenizer = load_checkpoint(PRETRAINED)
 text = "The state of the Union is strong. The Congress of the United States has the power to act, and the people of the United States expect it to act."
@@ -138,11 +146,13 @@ for index, layer in layers.items():
         f"layer {index}: half-lives {half_lives.min():.1f} to {half_lives.max():.0f} tokens, "
         f"cosine of a write read back at once {layer.retrieval.right[0]:.2f}, dead slots {len(layer.dead())}"
     )
-display(slot_evolution(layers))
+display(memory_evolution(layers))
 
 # %% [markdown]
-# From where does a token's read-out come? With the keys and gates it had, exactly: the shares of all earlier
-# positions add up to one. (After the short convolution a position is a mixture of its token and the few before it.)
+# From where does a token's read-out come?
+# With the keys and gates that the text had this is known exactly: the shares of all earlier
+# positions add up to one.
+# (After the short convolution a position is a mixture of its token and the few before it.)
 
 # %%
 trace = record(trained, prompt[None]).traces[3]
@@ -154,7 +164,8 @@ assert torch.allclose(shares.sum(), torch.ones(()), atol=1e-3)
 # %% [markdown]
 # ## 5. Writing
 #
-# The state is all that the model keeps of a text, and it is as large after ten tokens as after ten thousand.
+# The state is all that the model keeps of a text, and it is as large after ten tokens as after ten
+# thousand.
 
 # %%
 from hamt import HAMTCache
@@ -175,8 +186,10 @@ assert sizes[0] == sizes[1]
 # %% [markdown]
 # ## 6. What a token costs
 #
-# By formula, and by the clock: attention compares each token with all before it, the memory does the same for each.
-# The measured comparison of whole models, with its ceilings, is in `docs/results/bench`.
+# Here is what a token costs by formula, and then by the clock.
+# Attention compares each token with all before it; the memory does the same amount of work for
+# every token.
+# The measured comparison of whole models is in `docs/results/bench`.
 
 # %%
 from hamt.utils import compute_flops_per_token

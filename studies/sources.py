@@ -6,7 +6,9 @@ venv/bin/python studies/sources.py
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from hamt.analysis.contributions import logit_contributions
 from hamt.analysis.record import record
@@ -19,7 +21,7 @@ from hamt.measure.tables import markdown
 from hamt.measure.task_training import HELD_OUT
 from hamt.model import HAMTForCausalLM
 from hamt.training.loop import seed_everything
-from hamt.visualization import contributions_of_answers
+from hamt.visualization import COLOURS, DIVERGING, panels
 
 SETTING = SETTINGS["mqar"]
 EXAMPLES = 64
@@ -41,7 +43,7 @@ def trained(options: argparse.Namespace) -> HAMTForCausalLM:
     return model.eval()
 
 
-def picture(model: HAMTForCausalLM, seed: int):
+def picture(model: HAMTForCausalLM, seed: int) -> Figure:
     """The contributions to the right answers of one example."""
     task = SETTING.tests["16 pairs, 64 tokens"].task
     inputs, targets = task.sample(1, torch.Generator().manual_seed(seed))
@@ -49,7 +51,23 @@ def picture(model: HAMTForCausalLM, seed: int):
     recording = record(model, inputs)
     added = logit_contributions(model, recording, queries.tolist(), targets[:, queries])[0]
     values = [value_position(inputs[0], int(v), task.num_kv_pairs) for v in targets[0, queries]]
-    return contributions_of_answers(added.numpy(), queries.tolist(), values)
+    return draw(added.numpy(), queries.tolist(), values)
+
+
+def draw(added: np.ndarray, queries: list[int], values: list[int]) -> Figure:
+    """What each position adds to the logits of right answers, (Q, N); rings where they were given."""
+    figure, (axes,) = panels(1, size=(9.0, 1.2 + 0.25 * len(added)))
+    axes.grid(visible=False)
+    extreme = float(np.abs(added).max()) or 1.0
+    image = axes.imshow(added, aspect="auto", cmap=DIVERGING, vmin=-extreme, vmax=extreme)
+    figure.colorbar(image, ax=axes, label="added to the logit of the answer")
+    axes.plot(
+        values, range(len(values)), "o", markersize=9, markerfacecolor="none", color=COLOURS[2]
+    )
+    axes.set_yticks(range(len(queries)), [str(query) for query in queries], fontsize="small")
+    axes.set_xlabel("position that contributes; rings: where the value was given")
+    axes.set_ylabel("query at position")
+    return figure
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Random inputs for a holographic memory, runs that record every gradient, and their comparison.
 
-Shape legend as in ``hamt.memory.holographic``: B batch, N tokens, H heads, S slots, F features, K
+Shape legend as in ``hamt.memory``: B batch, N tokens, H heads, S slots, F features, K
 key size.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hamt.cpu import fused
 from hamt.cpu.fused import fused_available
-from hamt.memory.holographic import FORMS, HolographicMemory, MemoryState
+from hamt.memory import FORMS, Gates, HolographicMemory, MemoryState, number_documents
 
 HEADS, SLOTS, HEAD_DIM = 2, 3, 4
 Leaves = dict[str, Tensor]
@@ -102,24 +102,46 @@ def random_inputs(
     return {name: value.to(dtype) for name, value in inputs.items()}
 
 
-def initial_state(leaves: Leaves, seq_idx: Tensor | None = None) -> MemoryState:
-    return MemoryState(leaves["initial_memory"], leaves.get("initial_phase"), seq_idx)
+def initial_state(leaves: Leaves) -> MemoryState:
+    return MemoryState(leaves["initial_memory"], leaves.get("initial_phase"))
 
 
-def tokens_of(leaves: Leaves, part: slice | Tensor = slice(None)) -> Leaves:
-    """The arguments that have a token dimension, cut to the tokens ``part``."""
+def sequences_of(leaves: Leaves, part: slice | Tensor = slice(None)) -> Leaves:
+    """The leaves that have a token dimension, cut to the tokens ``part``."""
     return {name: x[:, part] for name, x in leaves.items() if not name.startswith("initial_")}
+
+
+def tokens_of(leaves: Leaves, part: slice | Tensor = slice(None)) -> dict:
+    """The arguments of the memory that have a token dimension, cut to the tokens ``part``."""
+    return as_arguments(sequences_of(leaves, part))
+
+
+def as_arguments(leaves: Leaves) -> dict:
+    """Gates together, as the memory takes them."""
+    gates = Gates(leaves["write"], leaves.get("log_forget"), leaves.get("beta"))
+    others = {name: x for name, x in leaves.items() if name not in Gates._fields}
+    return {**others, "gates": gates}
+
+
+def documents_of(seq_idx: Tensor | None, state_seq_idx: Tensor | None) -> Tensor | None:
+    return None if seq_idx is None else number_documents(seq_idx, state_seq_idx)
 
 
 # ------------------------------------------------------------------ ways to run one sequence
 
 
 def whole(
-    memory: HolographicMemory, form: str, state_seq_idx: Tensor | None = None, **arguments
+    memory: HolographicMemory,
+    form: str,
+    seq_idx: Tensor | None = None,
+    state_seq_idx: Tensor | None = None,
+    **arguments,
 ) -> Run:
+    documents = documents_of(seq_idx, state_seq_idx)
+
     def run(leaves: Leaves) -> tuple[Tensor, MemoryState]:
-        state = initial_state(leaves, state_seq_idx)
-        return memory(**tokens_of(leaves), initial_state=state, form=form, **arguments)
+        told = {"initial_state": initial_state(leaves), "documents": documents, "form": form}
+        return memory(**tokens_of(leaves), **told, **arguments)
 
     return run
 
@@ -130,11 +152,12 @@ def stepwise(memory: HolographicMemory) -> Run:
 
     def run(leaves: Leaves) -> tuple[Tensor, MemoryState]:
         state, outputs = initial_state(leaves), []
-        sequences = {renamed.get(name, name): x.unbind(1) for name, x in tokens_of(leaves).items()}
+        sequences = {
+            renamed.get(name, name): x.unbind(1) for name, x in sequences_of(leaves).items()
+        }
         for t in range(leaves["items"].shape[1]):
-            output, state = memory.step(
-                **{name: x[t] for name, x in sequences.items()}, state=state
-            )
+            token = as_arguments({name: x[t] for name, x in sequences.items()})
+            output, state = memory.step(**token, state=state)
             outputs.append(output)
         return torch.stack(outputs, dim=1), state
 
@@ -151,13 +174,15 @@ def segmented(
     """Segment after segment, with the state carried over; ``cuts`` are where segments begin."""
 
     def run(leaves: Leaves) -> tuple[Tensor, MemoryState]:
-        state, outputs = initial_state(leaves, state_seq_idx), []
+        state, outputs, before = initial_state(leaves), [], state_seq_idx
         bounds = [0, *cuts, leaves["items"].shape[1]]
         for start, end in pairwise(bounds):
-            documents = None if seq_idx is None else seq_idx[:, start:end]
+            names = None if seq_idx is None else seq_idx[:, start:end]
             part = tokens_of(leaves, slice(start, end))
-            output, state = memory(**part, initial_state=state, seq_idx=documents, form=form)
+            documents = documents_of(names, before)
+            output, state = memory(**part, initial_state=state, documents=documents, form=form)
             outputs.append(output)
+            before = None if names is None else names[:, -1]
         return torch.cat(outputs, dim=1), state
 
     return run
@@ -182,9 +207,9 @@ def separate_documents(
                 start += size
             rows.append(torch.cat(outputs, dim=1))
             states.append(state)
-        phases = [state.phase for state in states if state.phase is not None]
-        memories = torch.cat([state.memory for state in states])
-        return torch.cat(rows), MemoryState(memories, torch.cat(phases) if phases else None)
+        keys = [state.position_key for state in states if state.position_key is not None]
+        slots = torch.cat([state.slots for state in states])
+        return torch.cat(rows), MemoryState(slots, torch.cat(keys) if keys else None)
 
     return run
 
@@ -209,10 +234,10 @@ def record(run: Run, inputs: Leaves, autocast: bool = False) -> Leaves:
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         output, state = run(leaves)
-    seen = {"output": output, "memory": state.memory}
-    if state.phase is not None:
-        seen["phase"] = state.phase
-        assert state.phase.abs().max() <= math.pi * (1 + 1e-6), "the phase is not wrapped"
+    seen = {"output": output, "memory": state.slots}
+    if state.position_key is not None:
+        seen["phase"] = state.position_key
+        assert seen["phase"].abs().max() <= math.pi * (1 + 1e-6), "the phase is not wrapped"
     generator = torch.Generator().manual_seed(99)
     loss = 0
     for x in seen.values():

@@ -16,14 +16,15 @@ SOURCE = Path(hamt.__file__).parent
 # Each layer may import those to its left. Packages (data, evaluation, ...) count as one layer each.
 LAYERS = (
     {"errors"},
-    {"environment", "files"},
+    {"environment", "files", "peak_memory", "recipes"},
     {"options", "visualization"},
     {"memory"},
     {"cpu"},
-    {"cross_entropy", "losses"},
+    {"batch", "products"},
+    {"cross_entropy", "losses", "mixers"},
     {"config", "convolution"},
     {"layers", "utils"},
-    {"cache"},
+    {"attention", "block", "cache"},
     {"model"},
     {"checkpoint"},
     {"data"},
@@ -33,6 +34,7 @@ LAYERS = (
     {"analysis"},
     {"measure"},
     {"cli"},
+    {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -92,7 +94,7 @@ def test_no_circle_of_imports():
     TopologicalSorter({module_name(file): own_imports(file) for file in FILES}).prepare()
 
 
-@pytest.mark.parametrize("file", sorted((SOURCE / "memory").glob("*.py")), ids=module_name)
+@pytest.mark.parametrize("file", sorted((SOURCE / "memory").rglob("*.py")), ids=module_name)
 def test_the_memory_knows_nothing_of_models(file):
     """It takes tensors and numbers: no configuration, no Transformers."""
     found = imports(file)
@@ -105,7 +107,7 @@ def test_files_stay_short():
     lengths = {
         module_name(file): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES
     }
-    assert {name: length for name, length in lengths.items() if length > 360} == {}
+    assert {name: length for name, length in lengths.items() if length > 350} == {}
 
 
 def test_every_file_says_what_it_is():

@@ -25,12 +25,14 @@ GOLDEN = Path(__file__).parent / "golden_tiny.json"
 def test_a_recipe_is_what_its_file_says(path):
     options = parse(TrainOptions, ["--config", str(path)], "train")
     names = {
-        name for field in fields(TrainOptions) for name in (field.name, *field.metadata["aliases"])
+        name: field.name
+        for field in fields(TrainOptions)
+        for name in (field.name, *field.metadata["aliases"])
     }
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert content.keys() <= names
+    assert content.keys() <= names.keys()
     for name, value in content.items():
-        assert getattr(options, name) == value
+        assert getattr(options, names[name]) == value
     assert path.read_text(encoding="utf-8").startswith("# "), "what it costs, and what it reaches"
 
 

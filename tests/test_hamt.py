@@ -35,10 +35,8 @@ def test_2_a_layer_keeps_the_shape(binding_type):
     outputs, state = layer(inputs)[:2]
     assert outputs.shape == inputs.shape
     assert outputs.std() > 0.01
-    assert state.memory.memory.shape == (2, 4, 8, 64)
-    assert (
-        state.memory.memory.abs().sum(dim=-1).min() > 0
-    )  # every slot of every head was written to
+    assert state["slots"].shape == (2, 4, 8, 64)
+    assert state["slots"].abs().sum(dim=-1).min() > 0  # every slot of every head was written to
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ import torch.nn.functional as F
 from model_inputs import BINDINGS, assert_close, tiny_model, variants
 from torch import Tensor
 
-from hamt.layers import GatingNetwork, HAMTLayer, LayerState, RetrievalHead, ShortConvolution
+from hamt.batch import Batch, Past
+from hamt.layers import GatingNetwork, HAMTLayer, RetrievalHead, ShortConvolution
+from hamt.memory import WRITE_RULES
 from hamt.memory.algebra import wrap_phase
-from hamt.memory.holographic import WRITE_RULES, MemoryState
+from hamt.mixers import State
 
 WIDTH = 32
 write_rules = pytest.mark.parametrize("write_rule", WRITE_RULES)
@@ -27,35 +30,51 @@ def random_inputs(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randn(batch, length, WIDTH, generator=generator, dtype=torch.float64)
 
 
-def assert_same_state(actual: LayerState, expected: LayerState, tolerance: float = 1e-9) -> None:
-    assert_close(actual.memory.memory, expected.memory.memory, tolerance)
-    assert (actual.memory.phase is None) == (expected.memory.phase is None)
-    if expected.memory.phase is not None:
-        turned = wrap_phase(actual.memory.phase - expected.memory.phase)
-        assert_close(turned, torch.zeros_like(turned), tolerance)
-    assert (actual.conv is None) == (expected.conv is None)
-    if expected.conv is not None:
-        assert_close(actual.conv, expected.conv, tolerance)
-    assert actual.position.tolist() == expected.position.tolist()
+class Read(NamedTuple):
+    """What a layer carries, and what has been read, as a cache keeps both."""
+
+    state: State
+    past: Past
 
 
-def row_of(state: LayerState, b: int) -> LayerState:
+def read(
+    layer: HAMTLayer,
+    inputs: Tensor,
+    attention_mask: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    state: Read | None = None,
+) -> tuple[Tensor, Read]:
+    batch = Batch.of(attention_mask, seq_idx, None if state is None else state.past)
+    outputs, after, _ = layer(inputs, batch, None if state is None else state.state)
+    return outputs, Read(after, batch.after(inputs))
+
+
+def assert_same_state(actual: Read, expected: Read, tolerance: float = 1e-9) -> None:
+    assert actual.state.keys() == expected.state.keys()
+    for name, wanted in expected.state.items():
+        difference = actual.state[name] - wanted
+        if name == "position_key":
+            difference = wrap_phase(difference)
+        assert_close(difference, torch.zeros_like(difference), tolerance)
+    assert actual.past.num_tokens.tolist() == expected.past.num_tokens.tolist()
+
+
+def row_of(state: Read, b: int) -> Read:
     return map_state(lambda x: x[b : b + 1], state)
 
 
-def nothing_like(state: LayerState, identity: float) -> LayerState:
+def nothing_like(state: Read, identity: float) -> Read:
     """An empty state of the same shape, at the position ``identity``."""
     empty = map_state(torch.zeros_like, state)
-    if empty.memory.phase is None:
-        return empty
-    return empty._replace(memory=empty.memory._replace(phase=empty.memory.phase + identity))
+    if "position_key" in empty.state:
+        empty.state["position_key"] += identity
+    return empty
 
 
-def map_state(function: Callable[[Tensor], Tensor], state: LayerState) -> LayerState:
-    memory = MemoryState(*(None if x is None else function(x) for x in state.memory))
-    return LayerState(
-        memory, None if state.conv is None else function(state.conv), function(state.position)
-    )
+def map_state(function: Callable[[Tensor], Tensor], state: Read) -> Read:
+    seq_idx = state.past.seq_idx
+    past = Past(function(state.past.num_tokens), None if seq_idx is None else function(seq_idx))
+    return Read({name: function(x) for name, x in state.state.items()}, past)
 
 
 # ---------------------------------------------------------------- the whole layer
@@ -130,10 +149,10 @@ def test_the_layer_is_its_equations(options, extra):
 @variants
 def test_token_by_token_equals_the_whole_in_outputs_and_state(options, kernel):
     layer, inputs = tiny_layer(**options, conv_kernel_size=kernel), random_inputs(2, 11)
-    expected, expected_state = layer(inputs)[:2]
+    expected, expected_state = read(layer, inputs)
     outputs, state = [], None
     for t in range(11):
-        output, state = layer(inputs[:, t : t + 1], state=state)[:2]
+        output, state = read(layer, inputs[:, t : t + 1], state=state)
         outputs.append(output)
     assert_close(torch.cat(outputs, dim=1), expected, 1e-9)
     assert_same_state(state, expected_state)
@@ -153,13 +172,13 @@ MASKS = {
 def test_padding_is_as_if_it_were_absent(options, kind, continued):
     """Wherever it stands, also on top of a filled state, whatever the padded inputs are."""
     layer, inputs = tiny_layer(**options), random_inputs(3, 9)
-    state = layer(random_inputs(3, 6, seed=1))[1] if continued else None
+    state = read(layer, random_inputs(3, 6, seed=1))[1] if continued else None
     mask = torch.tensor([MASKS[kind], MASKS["gaps"], [1] * 9])
-    outputs, after = layer(inputs, attention_mask=mask, state=state)[:2]
+    outputs, after = read(layer, inputs, attention_mask=mask, state=state)
     for b in range(3):
         real, own_state = mask[b].bool(), None if state is None else row_of(state, b)
         if real.any():
-            expected, own_state = layer(inputs[b : b + 1, real], state=own_state)[:2]
+            expected, own_state = read(layer, inputs[b : b + 1, real], state=own_state)
             assert_close(outputs[b : b + 1, real], expected, 1e-9)
         elif own_state is None:
             own_state = nothing_like(row_of(after, b), layer.memory.algebra.identity)
@@ -170,14 +189,14 @@ def test_padding_is_as_if_it_were_absent(options, kind, continued):
 def test_documents_of_a_row_are_strangers_even_if_their_names_come_again(options):
     layer, inputs = tiny_layer(**options), random_inputs(2, 12)
     names = torch.tensor([[0] * 3 + [1] + [0] * 2 + [2] * 6, [5] * 12])
-    outputs, after = layer(inputs, seq_idx=names)[:2]
+    outputs, after = read(layer, inputs, seq_idx=names)
     for document in (slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 12)):
-        expected, last_state = layer(inputs[:1, document])[:2]
+        expected, last_state = read(layer, inputs[:1, document])
         assert_close(outputs[:1, document], expected, 1e-9)
-    expected, whole_state = layer(inputs[1:])[:2]
+    expected, whole_state = read(layer, inputs[1:])
     assert_close(outputs[1:], expected, 1e-9)
     for b, alone in enumerate((last_state, whole_state)):
-        assert after.memory.seq_idx[b] == names[b, -1]
+        assert after.past.seq_idx[b] == names[b, -1]
         assert_same_state(row_of(after, b), alone)
 
 
@@ -185,18 +204,18 @@ def test_documents_of_a_row_are_strangers_even_if_their_names_come_again(options
 def test_a_state_goes_on_only_in_its_own_document(options):
     """Rows: the document goes on; it ends; it goes on for one token, then its name comes again."""
     layer, before, inputs = tiny_layer(**options), random_inputs(3, 5, seed=1), random_inputs(3, 6)
-    state = layer(before, seq_idx=torch.full((3, 5), 7))[1]
+    state = read(layer, before, seq_idx=torch.full((3, 5), 7))[1]
     names = torch.tensor([[7] * 6, [8] * 6, [7, 8, 7, 7, 7, 7]])
-    outputs, after = layer(inputs, seq_idx=names, state=state)[:2]
+    outputs, after = read(layer, inputs, seq_idx=names, state=state)
     joined = torch.cat((before, inputs), dim=1)
-    expected, expected_state = layer(joined[:1])[:2]
+    expected, expected_state = read(layer, joined[:1])
     assert_close(outputs[:1], expected[:, 5:], 1e-9)
     assert_same_state(row_of(after, 0), expected_state)
-    expected, expected_state = layer(inputs[1:2])[:2]
+    expected, expected_state = read(layer, inputs[1:2])
     assert_close(outputs[1:2], expected, 1e-9)
     assert_same_state(row_of(after, 1), expected_state)
-    assert_close(outputs[2:, :1], layer(joined[2:, :6])[0][:, 5:], 1e-9)
-    expected, expected_state = layer(inputs[2:, 2:])[:2]
+    assert_close(outputs[2:, :1], read(layer, joined[2:, :6])[0][:, 5:], 1e-9)
+    expected, expected_state = read(layer, inputs[2:, 2:])
     assert_close(outputs[2:, 2:], expected, 1e-9)
     assert_same_state(row_of(after, 2), expected_state)
 
@@ -206,22 +225,22 @@ def test_padding_joins_the_document_beside_it():
     layer, inputs = tiny_layer(), random_inputs(2, 8)
     names = torch.tensor([[9, 9, 3, 3, 3, 3, 3, 3], [3, 3, 3, 3, 3, 3, -1, -1]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0]])
-    earlier = layer(random_inputs(2, 4, seed=1), seq_idx=torch.full((2, 4), 3))[1]
-    after = layer(inputs, attention_mask=mask, seq_idx=names, state=earlier)[1]
+    earlier = read(layer, random_inputs(2, 4, seed=1), seq_idx=torch.full((2, 4), 3))[1]
+    after = read(layer, inputs, attention_mask=mask, seq_idx=names, state=earlier)[1]
     for b, part in enumerate((slice(2, 8), slice(0, 6))):
         assert_same_state(
-            row_of(after, b), layer(inputs[b : b + 1, part], state=row_of(earlier, b))[1]
+            row_of(after, b), read(layer, inputs[b : b + 1, part], state=row_of(earlier, b))[1]
         )
 
 
 @pytest.mark.parametrize(
     ("other", "what"),
     [
-        ({"num_slots": 4}, "memory"),
-        ({"hcm_dim": 128}, "memory"),
-        ({"rotation": "none"}, "phase"),
-        ({"binding_type": "elementwise"}, "phase"),
-        ({"binding_type": "elementwise", "rotation": "data_dependent"}, "phase"),
+        ({"num_slots": 4}, "slots"),
+        ({"hcm_dim": 128}, "slots"),
+        ({"rotation": "none"}, "position_key"),
+        ({"binding_type": "elementwise"}, "position_key"),
+        ({"binding_type": "elementwise", "rotation": "data_dependent"}, "position_key"),
         ({"conv_kernel_size": 0}, "conv"),
         ({"conv_kernel_size": 3}, "conv"),
     ],
@@ -229,13 +248,7 @@ def test_padding_joins_the_document_beside_it():
 def test_the_state_of_another_layer_is_refused(other, what):
     inputs = random_inputs(2, 5)
     with pytest.raises(ValueError, match=f"comes from another model: its {what}"):
-        tiny_layer()(inputs, state=tiny_layer(**other)(inputs)[1])
-
-
-def test_a_state_with_another_number_of_rows_is_refused():
-    layer = tiny_layer(conv_kernel_size=0)
-    with pytest.raises(ValueError, match="1 rows, the input 3"):
-        layer(random_inputs(3, 5), state=layer(random_inputs(1, 5))[1])
+        read(tiny_layer(), inputs, state=read(tiny_layer(**other), inputs)[1])
 
 
 # ---------------------------------------------------------------- the parts
@@ -250,7 +263,8 @@ def test_the_choices_of_the_configuration_reach_the_memory():
         "write_rule": "convex",
     }
     memory = tiny_layer(**options, hcm_dim=48, binding_type="circular_conv").memory
-    assert {name: getattr(memory, name) for name in options} == options
+    rule = {"decay_rate": memory.rule.decay_rate, "write_rule": memory.rule.name}
+    assert {**{name: getattr(memory, name, None) for name in options}, **rule} == options
     assert (memory.head_dim, memory.algebra.name) == (12, "circular_conv")
 
 
@@ -276,7 +290,7 @@ def test_slots_start_with_half_lives_from_shortest_to_longest_in_every_head(writ
     network = gating(
         write_rule=write_rule, num_slots=8, num_heads=2, min_half_life=2, max_half_life=500
     )
-    log_forget, write, _ = network(torch.zeros(1, 1, WIDTH))
+    write, log_forget, _ = network(torch.zeros(1, 1, WIDTH))
     kept = 1 - write if log_forget is None else log_forget.exp()
     half_lives = (math.log(0.5) / kept.log())[0, 0]
     assert half_lives.min().item() == pytest.approx(2, rel=1e-3)
@@ -290,7 +304,7 @@ def test_slots_start_with_half_lives_from_shortest_to_longest_in_every_head(writ
 @write_rules
 def test_gates_depend_on_the_token_unless_told_otherwise(write_rule):
     inputs = random_inputs(2, 5).float()
-    log_forget, write, beta = gating(write_rule=write_rule)(inputs)
+    write, log_forget, beta = gating(write_rule=write_rule)(inputs)
     assert (write.flatten(0, 1).std(dim=0) > 0.01).all()
     assert (log_forget is None) == (write_rule == "convex")
     assert (beta is None) == (write_rule != "delta")
@@ -300,7 +314,7 @@ def test_gates_depend_on_the_token_unless_told_otherwise(write_rule):
         if gate is not None:
             assert gate.shape[:3] == (2, 5, 2)
             assert torch.equal(gate, gate[:1, :1].expand_as(gate))
-    write = constant(inputs)[1]
+    write = constant(inputs).write
     assert write.shape == (2, 5, 2, 3)
     assert (write.norm(dim=-1) > 0.1).all()  # something is written
 
@@ -308,7 +322,7 @@ def test_gates_depend_on_the_token_unless_told_otherwise(write_rule):
 def test_gates_are_probabilities_and_logarithms_in_float32_whatever_the_layer_is():
     network, inputs = gating(), random_inputs(2, 5)
     for cast in (torch.bfloat16, torch.float32):
-        log_forget, write, _ = network.to(cast)(100 * inputs.to(cast))
+        write, log_forget, _ = network.to(cast)(100 * inputs.to(cast))
         assert log_forget.dtype == write.dtype == torch.float32
         assert log_forget.max() <= 0
         assert ((write >= 0) & (write <= 1)).all()
@@ -322,7 +336,7 @@ def test_delta_gates_are_a_direction_and_a_strength_in_float32_whatever_the_laye
     with torch.autocast("cpu", torch.bfloat16):
         assert all(map(torch.equal, network(inputs), expected))
     for gates in (expected, network.to(torch.bfloat16)(inputs.to(torch.bfloat16))):
-        log_forget, write, beta = gates
+        write, log_forget, beta = gates
         assert {gate.dtype for gate in gates} == {torch.float32}
         assert log_forget.shape == write.shape == (2, 5, 2, 3)
         assert beta.shape == (2, 5, 2)
@@ -335,7 +349,7 @@ def test_delta_gates_are_a_direction_and_a_strength_in_float32_whatever_the_laye
 
 def test_an_item_outlives_a_few_dozen_writes_of_the_delta_rule_at_initialisation():
     network = gating(write_rule="delta", num_slots=8)
-    _, write, beta = network(random_inputs(16, 64).float())
+    write, _, beta = network(random_inputs(16, 64).float())
     left = write[:, 0]  # how the slots hold the first item, (B, H, S)
     for direction, strength in zip(write[:, 1:].unbind(1), beta[:, 1:].unbind(1), strict=True):
         held = (direction * left).sum(dim=-1, keepdim=True)

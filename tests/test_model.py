@@ -309,7 +309,7 @@ def test_autocast_is_close_to_float32_and_keeps_the_state_in_float32():
     assert 0 < error < 0.05 * expected.logits.std()
     assert outputs.loss.item() == pytest.approx(expected.loss.item(), rel=0.01)
     for state in outputs.past_key_values.states:
-        assert state.memory.memory.dtype == state.memory.phase.dtype == torch.float32
+        assert state["slots"].dtype == state["position_key"].dtype == torch.float32
     outputs.loss.backward()
     for name, gradient in gradients(model).items():
         assert gradient.dtype == torch.float32
@@ -328,7 +328,7 @@ def test_a_model_in_bfloat16_runs_trains_and_keeps_the_state_in_float32(options)
     expected = tiny_model(**options)(ids, labels=ids)
     assert outputs.loss.item() == pytest.approx(expected.loss.item(), rel=0.02)
     for state in outputs.past_key_values.states:
-        tensors = [state.memory.memory, state.memory.phase]
+        tensors = [state["slots"], state.get("position_key")]
         assert {x.dtype for x in tensors if x is not None} == {torch.float32}
     outputs.loss.backward()
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())

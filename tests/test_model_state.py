@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening, DynamicCache
 
 from hamt import HAMTCache, HAMTModel
-from hamt.cpu.fused import fused_available, fused_scan
+from hamt.cpu.fused import fused_available
+from hamt.memory import FORMS
 
 CUTS = [(10,), (1, 2, 5, 6), (4, 8, 12, 16), (20,)]
 
@@ -130,8 +131,8 @@ def test_padded_rows_leave_and_continue_the_state_of_their_real_tokens(options, 
             whole = logits_of(model, torch.cat((rows[b], later[b], last[b])))
             assert_close(logits[b, later_mask[b].bool()], whole[len(rows[b]) : -1])
             assert_close(final[b], whole[-1:])
-        for state in cache.states:
-            assert state.position.tolist() == [len(rows[b]) + len(later[b]) + 1 for b in range(3)]
+        wanted = [len(rows[b]) + len(later[b]) + 1 for b in range(3)]
+        assert cache.past.num_tokens.tolist() == wanted
 
 
 def test_padding_fed_one_token_at_a_time_is_still_padding():
@@ -188,7 +189,7 @@ def test_packed_documents_may_be_cut_anywhere(options, told, cuts):
     logits, cache = in_segments(model, PACKED, cuts, **told)
     for document, part in zip(DOCUMENTS, logits[0].split(LENGTHS), strict=True):
         assert_close(part, logits_of(model, document))
-    assert cache.states[0].position.tolist() == [4]
+    assert cache.past.num_tokens.tolist() == [4]
 
 
 @pytest.mark.parametrize(
@@ -246,8 +247,7 @@ def test_the_flattening_collator_gives_the_loss_of_separate_documents(flags):
 
 def without_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there is no C++ compiler, or on a GPU."""
-    monkeypatch.setattr("hamt.memory.holographic.fused_available", lambda _: False)
-    monkeypatch.setattr("hamt.memory.holographic.fused_scan", None)
+    monkeypatch.delitem(FORMS, "fused")
 
 
 @pytest.mark.skipif(not fused_available(torch.zeros(1)), reason="there is no C++ compiler")
@@ -257,9 +257,9 @@ def test_the_fused_form_changes_nothing(options, monkeypatch):
     model, more = tiny_model(**options).double(), random_ids(2, 4)
     ids, mask = padded(ragged_rows(14, 7), "left")
     calls = []
-    monkeypatch.setattr(
-        "hamt.memory.holographic.fused_scan", lambda *args: calls.append(1) or fused_scan(*args)
-    )
+    form = FORMS["fused"]
+    noted = form._replace(run=lambda *args: calls.append(1) or form.run(*args))
+    monkeypatch.setitem(FORMS, "fused", noted)
     fused_logits, fused_cache = continue_twice(model, ids, mask, more)
     assert len(calls) == 6, "the fused form was not used in every call of every layer"
     expected = gradients(model)
@@ -267,9 +267,9 @@ def test_the_fused_form_changes_nothing(options, monkeypatch):
     logits, cache = continue_twice(model, ids, mask, more)
     assert_close(logits, fused_logits, 1e-9)
     for state, fused_state in zip(cache.states, fused_cache.states, strict=True):
-        assert_close(state.memory.memory, fused_state.memory.memory, 1e-9)
-        if model.config.rotation != "none":
-            assert_close(state.memory.phase, fused_state.memory.phase, 1e-9)
+        assert state.keys() == fused_state.keys()
+        for name, tensor in state.items():
+            assert_close(tensor, fused_state[name], 1e-9)
     assert_same_gradients(model, expected, 1e-8)
 
 
@@ -349,7 +349,7 @@ def test_what_is_not_a_state_of_this_model_is_refused():
         ValueError, match="this state has 1 layers, the model 2: it comes from another model"
     ):
         model(ids, past_key_values=tiny_model(num_layers=1)(ids).past_key_values)
-    with pytest.raises(ValueError, match="comes from another model: its memory"):
+    with pytest.raises(ValueError, match="comes from another model: its slots"):
         model(ids, past_key_values=tiny_model(num_slots=5)(ids).past_key_values)
     with pytest.raises(ValueError, match="2 rows, the input 1"):
         model(ids[:1], past_key_values=model(ids).past_key_values)

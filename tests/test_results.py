@@ -1,4 +1,4 @@
-"""Figures of README follow from the files of the runs in docs/results."""
+"""Figures in the tables of README and of docs/results follow from the files of the runs."""
 
 import json
 import re
@@ -7,28 +7,40 @@ from statistics import mean, median
 
 import pytest
 
+from hamt.measure.bench.report import crossover
+
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "docs" / "results"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OVERVIEW = (RESULTS / "README.md").read_text(encoding="utf-8")
 
 
 def load(name):
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def figures(pattern):
-    found = [
-        json.loads(path.read_text(encoding="utf-8"))["figure"] for path in RESULTS.glob(pattern)
-    ]
-    assert found, pattern
-    return mean(found)
+def figures(pattern, seeds):
+    """The mean of one variant's runs, which must be as many as the table says."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob(pattern)]
+    assert len(found) == seeds, pattern
+    return mean(run["figure"] for run in found)
 
 
-def row(label):
+def line(page, label):
+    (found,) = (line for line in page.splitlines() if line.startswith(f"| {label}"))
+    return found
+
+
+def row(page, label):
     """Numbers of the cells of a table's row, by how many decimals they are written with."""
-    (line,) = (line for line in README.splitlines() if line.startswith(f"| {label}"))
-    cells = [re.search(r"\d+(?:\.(\d+))?", cell) for cell in line.strip("| ").split(" | ")[1:]]
-    return [None if cell is None else (float(cell[0]), len(cell[1] or "")) for cell in cells]
+    cells = [
+        re.search(r"\d[\d,]*(?:\.(\d+))?", cell)
+        for cell in line(page, label).strip("| ").split(" | ")[1:]
+    ]
+    return [
+        None if cell is None else (float(cell[0].replace(",", "")), len(cell[1] or ""))
+        for cell in cells
+    ]
 
 
 def same(written, measured):
@@ -41,62 +53,136 @@ def same(written, measured):
             assert number == pytest.approx(value, abs=0.51 * 10**-decimals)
 
 
-def test_what_was_learned():
-    half = ("hamt-no-rotation", "transformer-conv", "mamba2", "gated-deltanet")
-    same(
-        row("WikiText-2, half an epoch"),
-        [figures(f"wikitext2/half-{name}-[01].json") for name in half],
-    )
-    whole = [
-        figures(f"wikitext2/epoch-{name}-0.json")
-        for name in ("hamt-no-rotation", "transformer-conv")
-    ]
-    same(row("the same, a whole epoch"), [*whole, None, None])
-    characters = ("shakespeare-no-rotation-[012]", "shakespeare-transformer-conv-lr-0.01-[012]")
-    same(
-        row("tiny-shakespeare"),
-        [*(figures(f"ablation/{name}.json") for name in characters), None, None],
-    )
+# ------------------------------------------------------------- what was learned
+
+HALF = ("hamt-no-rotation", "transformer-conv", "mamba2", "gated-deltanet")
+WHOLE = ("hamt-no-rotation", "transformer-conv")
 
 
 @pytest.mark.parametrize(
-    ("label", "state"),
-    [("recall of up to 32 pairs", 768), ("with 1,280", 1280), ("with 2,304", 2304)],
+    ("page", "half", "whole"),
+    [
+        (README, "WikiText-2, half an epoch", "WikiText-2, a whole epoch"),
+        (OVERVIEW, "WikiText-2, half an epoch", "the same, a whole epoch"),
+    ],
+    ids=("README", "overview"),
 )
-def test_what_was_recalled(label, state):
+def test_what_was_learned_of_wikitext(page, half, whole):
+    assert "2 seeds" in line(page, half)
+    same(row(page, half), [figures(f"wikitext2/half-{name}-*.json", 2) for name in HALF])
+    assert "1 seed" in line(page, whole)
+    figures_of_epoch = [figures(f"wikitext2/epoch-{name}-*.json", 1) for name in WHOLE]
+    same(row(page, whole), [*figures_of_epoch, None, None])
+    # As equal in size as the table says.
+    for label, pattern, names in ((half, "half-{}-*", HALF), (whole, "epoch-{}-[0-9]", WHOLE)):
+        size = re.search(r"([\d.]+)M parameters", line(page, label))
+        for name in names if size else ():
+            for path in (RESULTS / "wikitext2").glob(f"{pattern.format(name)}.json"):
+                parameters = load(path)["num_parameters"]
+                assert parameters / 1e6 == pytest.approx(float(size[1]), rel=0.02)
+
+
+def test_the_transformer_is_worse_without_the_convolution():
+    without = figures("wikitext2/epoch-transformer-[0-9].json", 1)
+    assert without > figures("wikitext2/epoch-transformer-conv-*.json", 1)
+    assert f"({without:.3f} over the epoch)" in " ".join(OVERVIEW.split())
+
+
+def test_what_was_learned_of_characters():
+    assert "3 seeds" in line(OVERVIEW, "tiny-shakespeare, characters")
+    names = ("shakespeare-no-rotation", "shakespeare-transformer-conv-lr-0.01")
+    learned = [figures(f"ablation/{name}-[0-9].json", 3) for name in names]
+    same(row(OVERVIEW, "tiny-shakespeare, characters"), [*learned, None, None])
+
+
+@pytest.mark.parametrize(
+    ("page", "label", "state"),
+    [
+        (README, "recall of up to 32 pairs with a state of 768 floats a layer, 3 seeds", 768),
+        (README, "recall of up to 32 pairs with a state of 2,304 floats a layer, 3 seeds", 2304),
+        (OVERVIEW, "recall of up to 32 pairs with 768 floats", 768),
+        (OVERVIEW, "with 1,280", 1280),
+        (OVERVIEW, "with 2,304", 2304),
+    ],
+)
+def test_what_was_recalled(page, label, state):
     wanted = []
     for model in ("hamt:hcm_dim=64,num_heads=1,rotation=none", "mamba2", "gated-deltanet"):
         rates: dict[float, list[float]] = {}
         for one in load("recall/recall.json")["runs"]:
             if one["run"]["model"] == model and one["run"]["state"] == state:
+                assert max(int(name.split()[0]) for name in one["accuracy"]) == 32
                 rates.setdefault(one["run"]["learning_rate"], []).append(100 * one["mean_accuracy"])
         assert all(len(seeds) == 3 for seeds in rates.values())
         wanted.append(max(mean(seeds) for seeds in rates.values()))
-    same(row(label), [wanted[0], None, *wanted[1:]])
+    same(row(page, label), [wanted[0], None, *wanted[1:]])
 
 
-def test_what_it_costs():
-    train = {
-        r["length"]: r for r in load("bench/bench.json")["model"]["rows"] if r["phase"] == "train"
+# --------------------------------------------------------------- what it costs
+
+TRAINING = {
+    r["length"]: r for r in load("bench/bench.json")["model"]["rows"] if r["phase"] == "train"
+}
+DECODING = {r["length"]: r for r in load("decode/bench.json")["decode"]["rows"]}
+
+
+def times_as_fast(length):
+    return TRAINING[length]["ratios"]["hamt over sdpa"]["median"]
+
+
+def ceiling(length):
+    times = TRAINING[length]["times_s"]
+    pairs = zip(times["ceiling"], times["sdpa"], strict=True)
+    return median(sdpa / ceiling for ceiling, sdpa in pairs)
+
+
+def decoding(cache):
+    return lambda length: DECODING[length]["ratios"][f"hamt over {cache}"]["median"]
+
+
+def megabytes(model):
+    return lambda length: DECODING[length]["cache_bytes"][model] / DECODING[length]["batch"] / 1e6
+
+
+@pytest.mark.parametrize(
+    ("page", "label", "measured", "lengths"),
+    [
+        (README, "training: times as fast", times_as_fast, TRAINING),
+        (README, "decoding: times as fast", decoding("static"), DECODING),
+        (README, "carried while decoding, MB a row: HAMT", megabytes("hamt"), DECODING),
+        (README, "carried while decoding, MB a row: the Llama", megabytes("static"), DECODING),
+        (OVERVIEW, "training, over a RoPE transformer", times_as_fast, TRAINING),
+        (OVERVIEW, "ceiling: that transformer", ceiling, TRAINING),
+        (OVERVIEW, "decoding, over a Llama, cache of fixed", decoding("static"), DECODING),
+        (OVERVIEW, "decoding, over a Llama, cache that", decoding("dynamic"), DECODING),
+        (OVERVIEW, "what is carried while decoding, MB a row: HAMT", megabytes("hamt"), DECODING),
+        (OVERVIEW, "the Llama |", megabytes("static"), DECODING),
+    ],
+)
+def test_what_it_costs(page, label, measured, lengths):
+    heading = {
+        README: "20M parameters, float32, 2 CPU cores; context",
+        OVERVIEW: "context (tokens)",
     }
-    lengths = (128, 512, 2048, 8192, 16384)
-    ratios = [train[n]["ratios"]["hamt over sdpa"]["median"] for n in lengths]
-    same(row("training ([bench]"), [*ratios, None])
-    pairs = [
-        zip(train[n]["times_s"]["ceiling"], train[n]["times_s"]["sdpa"], strict=True)
-        for n in lengths
-    ]
-    ceilings = [median(sdpa / ceiling for ceiling, sdpa in pair) for pair in pairs]
-    same(row("ceiling"), [*ceilings, None])
-    decode = load("decode/bench.json")["decode"]["rows"]
+    contexts = [int(number) for number, _ in row(page, heading[page])]
+    assert set(DECODING) <= set(contexts)
+    same(row(page, label), [measured(n) if n in lengths else None for n in contexts])
 
-    def spread_out(values):
-        return [None, None, values[0], values[1], None, values[2]]
 
-    for label, name in (
-        ("decoding, cache of fixed", "static"),
-        ("decoding, cache that", "dynamic"),
-    ):
-        same(row(label), spread_out([r["ratios"][f"hamt over {name}"]["median"] for r in decode]))
-    for label, name in (("what is carried", "hamt"), ("the transformer |", "static")):
-        same(row(label), spread_out([r["cache_bytes"][name] / r["batch"] / 1e6 for r in decode]))
+@pytest.mark.parametrize(("name", "part"), [("bench", "model"), ("decode", "decode")])
+def test_costs_are_of_the_models_that_the_table_names(name, part):
+    found = load(f"{name}/bench.json")
+    assert (found["environment"]["cores"], found["options"]["dtype"]) == (2, "float32")
+    for size in found[part]["parameters"].values():
+        parameters = size if isinstance(size, int) else size["total"]
+        assert parameters / 1e6 == pytest.approx(20, rel=0.02)
+
+
+def test_where_it_costs_more():
+    assert "slower below some 230 tokens, and takes 1.3 times the RoPE transformer's" in README
+    steps = [r for r in load("memory/bench.json")["memory"]["rows"] if r["phase"] == "training"]
+    for step in steps:
+        assert step["peak_bytes"]["hamt"] / step["peak_bytes"]["transformer"] == pytest.approx(
+            1.3, abs=0.05
+        )
+    assert crossover(list(TRAINING.values())) == pytest.approx(230, abs=5)

@@ -7,7 +7,7 @@ from model_inputs import random_ids, tiny_config
 from hamt import HAMTConfig, HAMTForCausalLM
 from hamt.baselines.transformer import transformer
 from hamt.measure.flops import count_flops
-from hamt.utils import compute_flops_per_token, hamt_flops, transformer_flops
+from hamt.utils import compute_flops_per_token, model_flops
 
 COUNTED = ("projections", "memory", "mlp", "head")  # what torch counts: the rest is elementwise
 
@@ -31,15 +31,13 @@ def test_matrix_products_are_those_that_torch_counts(options):
     model, ids = HAMTForCausalLM(config).eval(), random_ids(1, 24)
     with torch.no_grad():
         counted = count_flops(lambda: model(ids))
-    parts = hamt_flops(config)
+    parts = model_flops(config, 24)
     assert sum(parts[name] for name in COUNTED) * 24 == counted
 
 
 def test_matrix_products_of_a_transformer_are_those_that_torch_counts():
-    config = tiny_config(hidden_dim=64)
-    model = transformer(config).eval()  # its MLP is wider, to have as many parameters
-    config.intermediate_dim = model.config.intermediate_dim
-    parts, ids = transformer_flops(config, 33), random_ids(1, 33)
+    model = transformer(tiny_config(hidden_dim=64)).eval()
+    parts, ids = model_flops(model.config, 33), random_ids(1, 33)
     with torch.no_grad():
         counted = count_flops(lambda: model(ids))
     assert sum(

@@ -36,5 +36,5 @@ def __dir__() -> list[str]:
 # ``import hamt`` registers the model with the Auto classes. Only the ``hamt`` command waits until a
 # subcommand needs it, so that its help answers without importing torch.
 _NAMED = Path(sys.argv[0]).name in ("hamt", "hamt.exe")
-if not (_NAMED or (sys.argv[0] == "-m" and "hamt.cli" in sys.orig_argv)):
+if not (_NAMED or (sys.argv[0] == "-m" and {"hamt", "hamt.cli"} & {*sys.orig_argv})):
     importlib.import_module("hamt.model")

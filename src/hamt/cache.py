@@ -1,7 +1,8 @@
-"""The state of a model as a Transformers ``Cache``: fixed size, forkable, kept in a file.
+"""The state of a model as a Transformers ``Cache``: forked without a copy, kept in a file.
 
-States are values: a forward pass replaces them and never writes into them. So a fork, a snapshot
-and a roll-back are references, and gradients can flow through a carried state.
+States are values: a forward pass replaces them and never writes into them. So a fork, a snapshot and a
+roll-back are references, and gradients can flow through a carried state. Each layer's mixer names the
+tensors of its own state; what is here knows none of them.
 """
 
 import os
@@ -14,22 +15,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
+from hamt.batch import Past
 from hamt.files import write_file
-from hamt.layers import LayerState
-from hamt.memory.holographic import MemoryState
+from hamt.mixers import State
 
-_FORMAT = "hamt-state-2"
+_FORMAT = "hamt-state-3"
 
 
 class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
-    """The state of one block; None before the first token."""
+    """The state of one layer's mixer; None before the first token."""
 
     # The state is replaced, not written in place, so a cache cannot be a static input of a graph.
     is_compileable = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: LayerState | None = None
+        self.state: State | None = None
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         """Nothing to prepare: the first forward pass makes the state."""
@@ -52,26 +53,16 @@ class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Rows of the state, -1 before the first token."""
-        return -1 if self.state is None else len(self.state.position)
+        return -1 if self.state is None else len(next(iter(self.state.values())))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply ``function`` to every tensor of the state."""
         if self.state is not None:
-            self.state = _map(function, self.state)
+            self.state = {name: function(x) for name, x in self.state.items()}
 
     def reset(self) -> None:
         """Forget everything."""
         self.state = None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in the order of ``beam_idx``, for beam search."""
-        self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    batch_select_indices = reorder_cache
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times."""
-        self.map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def offload(self) -> None:
         """Nothing to gain: the state is smaller than one layer's keys and values of a short prompt."""
@@ -80,9 +71,10 @@ class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
 
 
 class HAMTCache(Cache):
-    """The state of all blocks after the tokens seen so far.
+    """The state of all layers after the tokens seen so far.
 
-    Pass it as ``past_key_values``. Its size does not depend on the number of tokens.
+    Pass it as ``past_key_values``. If all layers are memories, its size does not depend on the number
+    of tokens. ``past`` is what holds for all layers: how many tokens of its document each row has read.
     """
 
     layers: list[HAMTCacheLayer]  # type: ignore[assignment]
@@ -90,16 +82,18 @@ class HAMTCache(Cache):
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[HAMTCacheLayer() for _ in range(num_layers)])
         self.seen_tokens = 0
+        self.past: Past | None = None
 
     @property
-    def states(self) -> list[LayerState | None]:
-        """The state of each block, None before the first token."""
+    def states(self) -> list[State | None]:
+        """The state of each layer, None before the first token."""
         return [layer.state for layer in self.layers]
 
-    def advance(self, states: Sequence[LayerState | None], length: int) -> None:
-        """Take over the states after ``length`` more tokens."""
+    def advance(self, states: Sequence[State | None], past: Past | None, length: int) -> None:
+        """Take over what there is after ``length`` more tokens."""
         for layer, state in zip(self.layers, states, strict=True):
             layer.state = state
+        self.past = past
         self.seen_tokens += length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -115,36 +109,63 @@ class HAMTCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.seen_tokens = 0
+        self.seen_tokens, self.past = 0, None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors of the state."""
-        return sum(x.nbytes for state in self.states if state for x in _flatten(state).values())
+        """Bytes of all tensors."""
+        return sum(x.nbytes for name, x in self._tensors().items())
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``function`` to every tensor; their first dimension is that of the rows."""
+        for layer in self.layers:
+            layer.map(function)
+        if self.past is not None:
+            seq_idx = self.past.seq_idx
+            self.past = Past(
+                function(self.past.num_tokens), None if seq_idx is None else function(seq_idx)
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in the order of ``beam_idx``, for beam search."""
+        self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """The rows ``indices``."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times."""
+        self.map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def fork(self) -> "HAMTCache":
         """An independent continuation of the same past; costs no copy."""
         fork = HAMTCache(len(self.layers))
-        fork.advance(self.states, self.seen_tokens)
+        fork.advance(self.states, self.past, self.seen_tokens)
         return fork
 
     def detach(self) -> "HAMTCache":
         """A fork through which no gradient flows, for truncated backpropagation."""
         fork = self.fork()
-        for layer in fork.layers:
-            layer.map(torch.Tensor.detach)
+        fork.map(torch.Tensor.detach)
         return fork
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """The state as named tensors, ``seen_tokens`` among them."""
-        tensors = {
-            f"layers.{index}.{name}": tensor.detach().contiguous().clone()
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {
+            f"layers.{index}.{name}": tensor
             for index, layer in enumerate(self.layers)
-            if layer.state is not None
-            for name, tensor in _flatten(layer.state).items()
+            for name, tensor in (layer.state or {}).items()
         }
-        counts = torch.tensor([len(self.layers), self.seen_tokens])
-        return {**tensors, "counts": counts}
+        if self.past is not None:
+            found["num_tokens"] = self.past.num_tokens
+            if self.past.seq_idx is not None:
+                found["seq_idx"] = self.past.seq_idx
+        return found
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The state as named tensors, the numbers of layers and of tokens seen among them."""
+        tensors = {name: x.detach().contiguous().clone() for name, x in self._tensors().items()}
+        return {**tensors, "counts": torch.tensor([len(self.layers), self.seen_tokens])}
 
     @classmethod
     def from_tensors(
@@ -156,15 +177,23 @@ class HAMTCache(Cache):
             ValueError: if a part is missing.
         """
         num_layers, seen_tokens = tensors["counts"].tolist() if "counts" in tensors else (1, 0)
-        cache = cls(num_layers)
-        states = []
+        cache, states = cls(num_layers), []
         for index in range(num_layers):
-            found = (tensors.get(f"layers.{index}.{name}") for name in _NAMES)
-            *memory, conv, position = (None if x is None else x.to(device) for x in found)
-            if memory[0] is None or position is None:
-                raise ValueError("not a whole HAMT state: save it again")
-            states.append(LayerState(MemoryState(*memory), conv, position))  # type: ignore[arg-type]
-        cache.advance(states, seen_tokens)
+            prefix = f"layers.{index}."
+            states.append(
+                {
+                    name.removeprefix(prefix): x.to(device)
+                    for name, x in tensors.items()
+                    if name.startswith(prefix)
+                }
+            )
+        if "num_tokens" not in tensors or not all(states):
+            raise ValueError("not a whole HAMT state: save it again")
+        seq_idx = tensors.get("seq_idx")
+        past = Past(
+            tensors["num_tokens"].to(device), None if seq_idx is None else seq_idx.to(device)
+        )
+        cache.advance(states, past, seen_tokens)
         return cache
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -183,7 +212,7 @@ class HAMTCache(Cache):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is not a HAMT state.
+            ValueError: if the file is not a HAMT state, or one of an earlier version.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no state file {path}")
@@ -193,24 +222,14 @@ class HAMTCache(Cache):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
-        if metadata.get("format") != _FORMAT:
+        form = metadata.get("format", "")
+        if form.startswith("hamt-state-") and form != _FORMAT:
+            raise ValueError(
+                f"{path} is a state of an earlier version of HAMT: read the prompt again and save it"
+            )
+        if form != _FORMAT:
             raise ValueError(f"{path} is not a HAMT state; HAMTCache.save writes one")
         try:
             return cls.from_tensors(tensors, device)
         except ValueError as error:
             raise ValueError(f"{path} is {error}") from error
-
-
-_NAMES = (*MemoryState._fields, "conv", "position")
-
-
-def _flatten(state: LayerState) -> dict[str, Tensor]:
-    values = (*state.memory, state.conv, state.position)
-    return {name: value for name, value in zip(_NAMES, values, strict=True) if value is not None}
-
-
-def _map(function: Callable[[Tensor], Tensor], state: LayerState) -> LayerState:
-    *memory, conv, position = (
-        None if x is None else function(x) for x in (*state.memory, state.conv, state.position)
-    )
-    return LayerState(MemoryState(*memory), conv, position)  # type: ignore[arg-type]

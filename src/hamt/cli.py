@@ -1,12 +1,11 @@
-"""The ``hamt`` command: a name, a function, nothing more."""
+"""The ``hamt`` command: names of commands, and the modules whose ``main`` runs them."""
 
+import contextlib
 import errno
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
-from hamt.cpu.allocator import keep_freed_memory
 from hamt.errors import UserError, reason
 
 # Modules are named, not imported: help must not wait for torch.
@@ -50,14 +49,10 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errn
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``hamt COMMAND OPTIONS``; returns the exit code: 0, or 2 for a mistake of the user."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # Threads that spin while they wait starve each other on a busy machine (a training step took 22
-    # s instead of 0.5); with those that sleep at once a decoding step takes up to 1.7 times as long
-    # on an idle one. So they spin for some microseconds, where the library can be told so
-    # (docs/LOG.md). Read with torch.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    keep_freed_memory()
+    with contextlib.suppress(ModuleNotFoundError):  # hamt.cpu makes commands faster, nothing else
+        importlib.import_module("hamt.cpu.process").prepare_process()
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_usage())
@@ -69,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if arguments[0] not in COMMANDS:
             raise UserError(f"no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
-        return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:]) or 0
+        command = importlib.import_module(COMMANDS[arguments[0]][0])
+        _hide_bars_of_libraries()
+        return command.main(arguments[1:]) or 0
     except UserError as error:
         print(f"hamt: {error}", file=sys.stderr)
         return 2
@@ -88,12 +85,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _hide_bars_of_libraries() -> None:
+    """Progress bars for files of a few MB would drown what a command has to say."""
+    from transformers.utils import logging  # every command has loaded it by now
+
+    logging.disable_progress_bar()
+
+
 def _usage() -> str:
     commands = "\n".join(f"  {name:<14}{help}" for name, (_, help) in COMMANDS.items())
     return (
         "hamt: language models whose token mixer is a fixed-size holographic memory\n\n"
         f"usage: hamt COMMAND [--options]\n\n{commands}\n\n"
-        "hamt COMMAND --help lists the options of a command."
+        "hamt COMMAND --help, or hamt help COMMAND, lists the options of a command."
     )
 
 

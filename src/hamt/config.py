@@ -6,10 +6,16 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from hamt.memory.algebra import ALGEBRAS, get_algebra
-from hamt.memory.holographic import WRITE_RULES
+from hamt.memory import ALGEBRAS, WRITE_RULES, get_algebra
+from hamt.mixers import GATING_NETWORKS, MIXERS, RETRIEVAL_HEADS, look_up
 
 ROTATIONS = ("none", "constant", "data_dependent")
+CHOICES = {
+    "write_rule": WRITE_RULES,
+    "rotation": ROTATIONS,
+    "gating_network": GATING_NETWORKS,
+    "retrieval_head": RETRIEVAL_HEADS,
+}
 
 
 @strict
@@ -24,7 +30,9 @@ class HAMTConfig(PreTrainedConfig):
         vocab_size: tokens in the vocabulary.
         hidden_dim: d, width of the residual stream.
         hcm_dim: D, memory width over all heads; None is 2 · hidden_dim.
-        num_layers: blocks of memory and MLP.
+        num_layers: blocks of mixer and MLP.
+        mixers: the token mixer of each layer, one name for all or a list of ``num_layers`` names:
+            ``memory`` or ``full_attention`` (see ``hamt.mixers.MIXERS``); None is ``memory``.
         num_slots: S, slots per head.
         num_heads: H, heads; an item of a head has hcm_dim / num_heads features.
         binding_type: ``phasor``, ``circular_conv`` or ``elementwise`` (see
@@ -44,6 +52,11 @@ class HAMTConfig(PreTrainedConfig):
         conv_kernel_size: width of the short convolution; 0 leaves it out.
         use_gating: gates depend on the token; False leaves a learned constant for each slot.
         use_output_gate: multiply the read-out by SiLU(W_g x).
+        gating_network: what makes the gates, by its name in ``hamt.mixers.GATING_NETWORKS``.
+        retrieval_head: what makes unbinding keys and read weights, by its name in
+            ``hamt.mixers.RETRIEVAL_HEADS``.
+        attention_head_dim: features of a head of attention layers; None is 64 from a width of 256 on,
+            below it 32.
         intermediate_dim: width of the SwiGLU MLP; None is 8/3 · hidden_dim, rounded up to 32; 0
             leaves the MLP out.
         max_position_embeddings: advisory, the context trained on; the memory has no length limit.
@@ -70,6 +83,7 @@ class HAMTConfig(PreTrainedConfig):
     hidden_dim: int = 256
     hcm_dim: int | None = None
     num_layers: int = 4
+    mixers: list[str] | str | None = None
     num_slots: int = 16
     num_heads: int = 4
     binding_type: str = "phasor"
@@ -83,6 +97,9 @@ class HAMTConfig(PreTrainedConfig):
     conv_kernel_size: int = 4
     use_gating: bool = True
     use_output_gate: bool = True
+    gating_network: str = "linear"
+    retrieval_head: str = "linear"
+    attention_head_dim: int | None = None
     intermediate_dim: int | None = None
     max_position_embeddings: int = 1024
     dropout: float | int = 0.0
@@ -104,9 +121,22 @@ class HAMTConfig(PreTrainedConfig):
             self.hcm_dim = 2 * self.hidden_dim
         if self.intermediate_dim is None:
             self.intermediate_dim = -(-8 * self.hidden_dim // 96) * 32
-        super().__post_init__(**kwargs)
-        # ``@strict`` calls it too, on every later save, but wraps the error in a type of its own.
+        # Before Transformers reads ``layer_types``. ``@strict`` calls it too, on every later save, but
+        # wraps the error in a type of its own.
         self.validate_architecture()
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_mixers(self) -> list[str]:
+        """The name of each layer's mixer."""
+        if isinstance(self.mixers, list):
+            return self.mixers
+        return [self.mixers or "memory"] * self.num_layers
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What Transformers calls them."""
+        return [look_up(MIXERS, mixer).layer_type for mixer in self.layer_mixers]
 
     def validate_architecture(self) -> None:
         """Refuse what cannot be built.
@@ -141,11 +171,19 @@ class HAMTConfig(PreTrainedConfig):
             )
         if self.binding_type not in ALGEBRAS:
             get_algebra(self.binding_type)
-        for name, choices in (("write_rule", WRITE_RULES), ("rotation", ROTATIONS)):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}"
                 )
+        if isinstance(self.mixers, list) and len(self.mixers) != self.num_layers:
+            raise ValueError(
+                f"mixers must name one mixer for each of the {self.num_layers} layers, or one for all; "
+                f"got {len(self.mixers)}"
+            )
+        for mixer in self.layer_mixers:
+            if mixer not in MIXERS:
+                raise ValueError(f"mixers must be among {', '.join(MIXERS)}; got {mixer!r}")
         if self.rotation == "constant" and not get_algebra(self.binding_type).has_phase:
             raise ValueError(
                 "rotation='constant' needs a binding with phases: use rotation='none' or 'data_dependent', "

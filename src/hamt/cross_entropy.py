@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hamt.cpu.linear import linear
+from hamt.products import linear
 
 IGNORE_INDEX = -100  # the target where no loss is wanted, as everywhere in PyTorch and Transformers
 # Tokens whose logits exist at a time, and whose logits are worked on at a time.

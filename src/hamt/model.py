@@ -18,27 +18,20 @@ from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
-    GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hamt.batch import Batch, names_of_documents, padding_mask
+from hamt.block import HAMTBlock
 from hamt.cache import HAMTCache
 from hamt.config import HAMTConfig
 from hamt.convolution import ShortConvolution
-from hamt.cpu.linear import Linear, linear_together, matrices
 from hamt.cross_entropy import IGNORE_INDEX, next_token_loss
-from hamt.layers import (
-    GatingNetwork,
-    HAMTLayer,
-    LayerState,
-    ResidualLinear,
-    RetrievalHead,
-    RMSNorm,
-    Rotation,
-)
+from hamt.layers import GatingNetwork, RetrievalHead, RMSNorm, Rotation
+from hamt.products import fuse, project, unfuse
 
 
 @dataclass
@@ -53,56 +46,6 @@ class HAMTCausalLMOutput(CausalLMOutputWithPast):
     """``aux_loss`` as in ``HAMTBackboneOutput``, unweighted."""
 
     aux_loss: Tensor | None = None
-
-
-class HAMTMLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202): (B, N, d) -> (B, N, d)."""
-
-    def __init__(self, config: HAMTConfig) -> None:
-        super().__init__()
-        assert config.intermediate_dim is not None  # HAMTConfig fills it in
-        self.gate_proj = Linear(config.hidden_dim, config.intermediate_dim, bias=False)
-        self.up_proj = Linear(config.hidden_dim, config.intermediate_dim, bias=False)
-        self.down_proj = ResidualLinear(config.intermediate_dim, config.hidden_dim, bias=False)
-
-    def same_input(self) -> list[Tensor]:
-        """The matrices that are multiplied with what comes in: ``hamt.cpu.linear.SameInput``."""
-        return matrices(self.gate_proj, self.up_proj)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Transform each token by itself."""
-        products = linear_together(hidden_states, self.same_input)
-        gate, up = products or (self.gate_proj(hidden_states), self.up_proj(hidden_states))
-        return self.down_proj(F.silu(gate) * up)
-
-
-class HAMTBlock(GradientCheckpointingLayer):
-    """Pre-norm residual block: memory, then MLP. The state goes in and out as a value."""
-
-    def __init__(self, config: HAMTConfig) -> None:
-        super().__init__()
-        self.mixer_norm = RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
-        self.mixer = HAMTLayer(config)
-        has_mlp = config.intermediate_dim != 0
-        self.mlp_norm = RMSNorm(config.hidden_dim, eps=config.rms_norm_eps) if has_mlp else None
-        self.mlp = HAMTMLP(config) if has_mlp else None
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        state: LayerState | None = None,
-    ) -> tuple[Tensor, LayerState, Tensor | None]:
-        """Return hidden states (B, N, d), the state after the last token, and the auxiliary loss."""
-        mixed, state, aux_loss = self.mixer(
-            self.mixer_norm(hidden_states), attention_mask, seq_idx, state
-        )
-        hidden_states = hidden_states + self.dropout(mixed)
-        if self.mlp is not None and self.mlp_norm is not None:
-            hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
-        return hidden_states, state, aux_loss
 
 
 class HAMTPreTrainedModel(PreTrainedModel):
@@ -124,7 +67,7 @@ class HAMTPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear):
             # Variance-preserving at any width, where the usual 0.02 would make small models deaf;
             # into the residual stream so that its scale stays constant (Radford et al. 2019).
-            depth = 2 * self.config.num_layers if isinstance(module, ResidualLinear) else 1
+            depth = 2 * self.config.num_layers if getattr(module, "into_residual", False) else 1
             init.normal_(module.weight, std=(depth * module.in_features) ** -0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -145,6 +88,29 @@ class HAMTPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def fuse_projections(self) -> int:
+        """Decode faster on a CPU, at the price of a second copy of the weights; returns its bytes.
+
+        Maps with the same input become one product (``hamt.products.fuse``). Until ``unfuse_projections``
+        the model computes with the weights as they are now: call it again if you change them. Training
+        and a change of dtype or device undo it.
+        """
+        return fuse(self)
+
+    def unfuse_projections(self) -> None:
+        """Undo ``fuse_projections``."""
+        unfuse(self)
+
+    def train(self, mode: bool = True):
+        """As ``nn.Module.train``; weights that are about to change are not fused any more."""
+        if mode:
+            unfuse(self)
+        return super().train(mode)
+
+    def _apply(self, *arguments, **options):
+        unfuse(self)
+        return super()._apply(*arguments, **options)
+
 
 class HAMTBackbone(HAMTPreTrainedModel):
     """Embedding, blocks and final norm, without a head; what ``AutoModel`` gives."""
@@ -154,7 +120,7 @@ class HAMTBackbone(HAMTPreTrainedModel):
         # No padding_idx: padding is masked, and a tokenizer that pads with its end-of-text token
         # (GPT-2's) would leave that token without an embedding to learn.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_dim)
-        self.layers = nn.ModuleList(HAMTBlock(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(HAMTBlock(config, mixer) for mixer in config.layer_mixers)
         self.norm = RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
         self.post_init()
 
@@ -202,24 +168,28 @@ class HAMTBackbone(HAMTPreTrainedModel):
                 "it comes from another model"
             )
         states = [None] * len(self.layers) if cache is None else cache.states
-        mask = _padding(attention_mask, hidden_states.shape[1])
+        past = None if cache is None else cache.past
+        rows, length = hidden_states.shape[:2]
+        if past is not None and len(past.num_tokens) != rows:
+            raise ValueError(
+                f"this state has {len(past.num_tokens)} rows, the input {rows}: "
+                "change its rows with HAMTCache.batch_repeat_interleave or batch_select_indices"
+            )
         if seq_idx is None:
-            if position_ids is not None or cu_seq_lens_q is not None:
-                states = [_in_a_document(state) for state in states]
-            seq_idx = _documents(position_ids, cu_seq_lens_q, hidden_states, states[0])
+            seq_idx, past = names_of_documents(position_ids, cu_seq_lens_q, hidden_states, past)
+        batch = Batch.of(padding_mask(attention_mask, length), seq_idx, past)
         new_states, aux_losses = [], []
         for layer, state in zip(self.layers, states, strict=True):
-            hidden_states, state, aux_loss = layer(
-                hidden_states, attention_mask=mask, seq_idx=seq_idx, state=state
-            )
+            hidden_states, state, aux_loss = layer(hidden_states, batch, state)
             new_states.append(state)
-            aux_losses.append(aux_loss)
+            if aux_loss is not None:
+                aux_losses.append(aux_loss)
         if cache is not None:
-            cache.advance(new_states, hidden_states.shape[1])
+            cache.advance(new_states, batch.after(hidden_states), length)
         return HAMTBackboneOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=cache,
-            aux_loss=None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
+            aux_loss=torch.stack(aux_losses).mean() if aux_losses else None,
         )
 
 
@@ -238,7 +208,7 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
     def __init__(self, config: HAMTConfig) -> None:
         super().__init__(config)
         self.model = HAMTBackbone(config)
-        self.lm_head = Linear(config.hidden_dim, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -281,7 +251,7 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
             kept = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
-            logits = self.lm_head(hidden_states[:, kept])
+            logits = project(self.lm_head, hidden_states[:, kept])
         if labels is not None:
             shifted, total = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
             if logits is None:
@@ -325,46 +295,6 @@ class HAMTForSequenceClassification(GenericForSequenceClassification, HAMTPreTra
 
 
 HAMTModel = HAMTForCausalLM
-
-
-def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """The mask of these ``length`` tokens, (B, N), or None where nothing is padding."""
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
-        raise ValueError(
-            f"attention_mask must be (batch, tokens) and cover the {length} tokens of the input; "
-            f"got {tuple(attention_mask.shape)}. Packed documents are told apart by seq_idx"
-        )
-    mask = attention_mask[:, -length:]
-    # Reading values would break a graph.
-    return None if not torch.compiler.is_compiling() and mask.ne(0).all() else mask
-
-
-def _in_a_document(state: LayerState | None) -> LayerState | None:
-    """The same state, named as document 0 if it has no name, so that another document can begin."""
-    if state is None or state.memory.seq_idx is not None:
-        return state
-    return state._replace(memory=state.memory._replace(seq_idx=torch.zeros_like(state.position)))
-
-
-def _documents(
-    position_ids: Tensor | None,
-    cu_seq_lens: Tensor | None,
-    hidden_states: Tensor,
-    state: LayerState | None,
-) -> Tensor | None:
-    """Document of each token (B, N) as the flattening collators tell it, or None for one document."""
-    batch, length = hidden_states.shape[:2]
-    before = None if state is None else state.memory.seq_idx
-    if cu_seq_lens is not None:
-        index = torch.arange(length, device=hidden_states.device)
-        documents = torch.searchsorted(cu_seq_lens.to(index), index, right=True).expand(batch, -1)
-    elif position_ids is not None:
-        documents = position_ids.eq(0).cumsum(dim=1).expand(batch, -1)
-    else:
-        return None if before is None else before[:, None].expand(-1, length)
-    return documents if before is None else documents + before[:, None]
 
 
 AutoConfig.register("hamt", HAMTConfig)

@@ -1,79 +1,157 @@
-"""Command-line options from dataclasses: fields carry the help, mistakes end in one line."""
+"""Command-line options from dataclasses: a field declares help, range and choices of its option.
+
+Values come from flags, from a recipe (``--config FILE``) or from Python. All are checked here, and
+a mistake ends in one line.
+"""
 
 import argparse
 import difflib
-from collections.abc import Sequence
-from dataclasses import field, fields
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
-
-import yaml
-from transformers import HfArgumentParser
-from transformers.utils import logging
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin
 
 from hamt.errors import UserError
+from hamt.recipes import read_recipe
 
 T = TypeVar("T")
 
+MAX_SEED = 2**32 - 1  # NumPy takes none above
+_TINY, _HUGE = 1e-37, 1e37  # well within float32, which models compute in
+_WORDS = {
+    **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),
+}
 
-def option(default: Any, help: str, *aliases: str) -> Any:
-    """A dataclass field with a default, the line that ``--help`` shows, and other names of its flag.
 
-    A list takes several values (``--seeds 0 1 2``).
+@dataclass(frozen=True)
+class _Range:
+    """Numbers that an option takes; infinity is one only where it is named as a bound."""
+
+    above: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __contains__(self, number: float) -> bool:
+        low, high = self.at_least, self.at_most
+        return (
+            (number > -math.inf if low is None else number >= low)
+            and (self.above is None or number > self.above)
+            and (number < math.inf if high is None else number <= high)
+        )
+
+    def __str__(self) -> str:
+        """What a number must do."""
+        low = self.at_least if self.above is None else self.above
+        if low is not None and self.at_most is not None:
+            return f"lie in {'[' if self.above is None else '('}{low}, {self.at_most}]"
+        if self.above is not None:
+            return f"be above {self.above}" if self.above else "be positive"
+        if self.at_least is not None:
+            return f"be at least {self.at_least}"
+        return "be finite" if self.at_most is None else f"be at most {self.at_most}"
+
+
+def option(
+    default: Any,
+    help: str,
+    *aliases: str,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    choices: Iterable[str] = (),
+    group: str | None = None,
+    shown_default: Any = None,
+) -> Any:
+    """A dataclass field that is an option of a command.
+
+    Args:
+        default: its value when nothing is given; a list makes an option of several values
+            (``--seeds 0 1 2``). None stands for "not given" and is in every range.
+        help: the line that ``--help`` shows.
+        aliases: other names of its flag.
+        above: every number must be larger.
+        at_least: no number may be smaller.
+        at_most: no number may be larger; ``math.inf`` allows infinity, which is refused otherwise.
+        choices: the words that it takes.
+        group: heading in ``--help``.
+        shown_default: what ``--help`` shows in the place of ``default``.
     """
-    metadata = {"help": help, "aliases": [f"--{name}" for name in aliases]}
+    metadata = {
+        "help": help,
+        "aliases": aliases,
+        "range": _Range(above, at_least, at_most),
+        "choices": tuple(choices),
+        "group": group,
+        "shown_default": default if shown_default is None else shown_default,
+    }
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (hamt {self.prog.split()[-1]} --help lists the options)")
+def check(options: Any) -> None:
+    """Refuse values that are of another type than declared, out of range, or none of the choices.
+
+    Raises:
+        UserError: with the option, what it takes and the value.
+    """
+    for one in fields(options):
+        _check(one, getattr(options, one.name))
 
 
 def parse(
-    options: type[T], arguments: Sequence[str], command: str, positional: str | None = None
+    options: type[T],
+    arguments: Sequence[str],
+    command: str,
+    positional: Callable[[str], tuple[str, str]] | None = None,
 ) -> T:
     """Fill the dataclass ``options`` from ``arguments``; its docstring heads ``--help``.
 
-    The field called ``positional`` is given without a flag. ``--config FILE`` reads options from a
-    YAML file; those on the command line go before them, and before those that they replace:
-    ``REPLACES`` of the dataclass, if it has one.
+    Options of the command line go before those of the recipe that ``--config`` names. Two
+    dictionaries of the dataclass, if it has them, relate options to others: ``REPLACES`` names
+    those of which the recipe's values do not count once the option is given as a flag, ``IMPLIES``
+    the values that a switch puts in the place of defaults.
+
+    Args:
+        options: a dataclass whose fields were made by ``option``.
+        arguments: what follows the command's name.
+        command: that name.
+        positional: the option that the one argument without a flag belongs to, and its value. Name
+            and docstring of the function stand in ``--help``.
 
     Raises:
-        UserError: for unknown options, with the nearest known one, and for values of a wrong type.
+        UserError: for unknown options, with the nearest known one, and for values that ``check``
+            refuses; of those in a recipe, with its path.
     """
-    if "config" in options.__dataclass_fields__:  # type: ignore[attr-defined]
-        arguments = [*_from_file(options, arguments), *arguments]
-    # Bars of libraries for files of a few MB would drown what the command has to say.
-    logging.disable_progress_bar()
-    parser = _Parser(
-        cast(Any, options),
-        prog=f"hamt {command}",
-        description=(options.__doc__ or "").splitlines()[0],
-        allow_abbrev=False,
-    )
-    if positional:
-        # A second declaration under another name; the flag stays usable.
-        help = options.__dataclass_fields__[positional].metadata["help"]  # type: ignore[attr-defined]
-        parser.add_argument("_positional", nargs="?", metavar=positional, help=help)
+    parser = _parser(options, command, positional)
     namespace, unknown = parser.parse_known_args(list(arguments))
     if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"hamt {command} --help lists the options"
-        if not unknown[0].startswith("-"):
-            hint = (
-                f"a text of several words stands in quotes; hamt {command} --help lists the options"
-            )
-        where = (
-            f" (in {namespace.config}, or as a flag)" if getattr(namespace, "config", None) else ""
-        )
-        raise UserError(f"unknown option {unknown[0]}{where}: {hint}")
-    values = {name: value for name, value in vars(namespace).items() if name != "_positional"}
-    if positional and namespace._positional is not None:
-        values[positional] = namespace._positional
+        raise _unknown_option(options, unknown[0], command)
+    given = vars(namespace)
+    if positional and "_positional" in given:
+        name, value = positional(given.pop("_positional"))
+        if name in given:
+            raise UserError(f"give {value} or --{name} {given[name]}, not both")
+        given[name] = value
+    found = dict(given)
+    if "config" in given:
+        found = _from_recipe(options, given["config"], set(given), command) | given
+    values: dict[str, Any] = {}
+    for one in fields(options):  # type: ignore[arg-type]
+        if one.name not in found:
+            continue
+        try:
+            value = _convert(one, found[one.name])
+            _check(one, value)
+        except UserError as error:
+            where = "" if one.name in given else f" (in {given['config']})"
+            raise UserError(f"{error}{where}") from error
+        values[one.name] = value
+    for switch, implied in getattr(options, "IMPLIES", {}).items():
+        values = {**(implied if values.get(switch) else {}), **values}
     return options(**values)
 
 
@@ -94,37 +172,131 @@ def given_text(flag: str, text: str, for_files: str) -> str:
     return text
 
 
-def _from_file(options: type, arguments: Sequence[str]) -> list[str]:
-    """The options of the file that ``--config`` names, as they would stand on the command line."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(list(arguments))[0].config
-    if path is None:
-        return []
-    if Path(path).suffix not in (".yaml", ".yml"):
-        raise UserError(f"{path} is no recipe (.yaml): a text is given with --data {path}")
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (hamt {self.prog.split()[-1]} --help lists the options)")
+
+
+def _parser(options: type, command: str, positional: Callable | None) -> argparse.ArgumentParser:
+    """A parser that keeps what is given as text, and leaves out what is not."""
+    parser = _Parser(
+        prog=f"hamt {command}",
+        usage=f"hamt {command} {f'[{positional.__name__}] ' if positional else ''}[--options]",
+        description=(options.__doc__ or "").splitlines()[0],
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    if positional:
+        help = (positional.__doc__ or "").splitlines()[0]
+        parser.add_argument("_positional", nargs="?", metavar=positional.__name__, help=help)
+    groups: dict[str | None, Any] = {None: parser}
+    for one in fields(options):
+        title = one.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        kind = _kind(one)
+        shape: dict[str, Any] = {"dest": one.name, "metavar": kind.type.__name__.upper()}
+        if one.metadata["choices"]:
+            shape["metavar"] = f"{{{','.join(one.metadata['choices'])}}}"
+        if kind.type is bool:
+            shape |= {"nargs": "?", "const": "true"}
+        elif kind.several:
+            shape["nargs"] = "+"
+        flags = [f"--{name}" for name in (one.name, *one.metadata["aliases"])]
+        groups[title].add_argument(*flags, help=_help(one), **shape)
+        hyphenated = [flag.replace("_", "-") for flag in flags if "_" in flag]
+        if hyphenated:
+            parser.add_argument(*hyphenated, help=argparse.SUPPRESS, **shape)
+    return parser
+
+
+def _help(one: Field) -> str:
+    default = one.metadata["shown_default"]
+    words = " ".join(map(str, default if isinstance(default, list) else [default])) or "None"
+    limits = str(one.metadata["range"]).split(" ", 1)[1]
+    words += "" if limits == "finite" else f"; {limits}"
+    return f"{one.metadata['help']} (default: {words})".replace("%", "%%")
+
+
+class _Kind(NamedTuple):
+    type: type  # of one value
+    one: bool  # may a value stand alone?
+    several: bool  # may there be a list of them?
+
+
+def _kind(one: Field) -> _Kind:
+    """What ``int``, ``int | None``, ``list[int]`` or ``list[str] | str`` stand for."""
+    parts = get_args(one.type) if get_origin(one.type) in (Union, UnionType) else (one.type,)
+    lists = [get_args(part)[0] for part in parts if get_origin(part) is list]
+    alone = [part for part in parts if get_origin(part) is not list and part is not NoneType]
+    found = [*alone, *lists]
+    return _Kind(float if float in found else found[0], bool(alone), bool(lists))
+
+
+def _convert(one: Field, given: str | list[str]) -> Any:
+    """The value that text stands for."""
+    kind = _kind(one)
+    texts = given if isinstance(given, list) else [given]
+    if not kind.several and len(texts) != 1:
+        raise UserError(f"--{one.name} takes one value; got {len(texts)}")
+    values = [_value(one.name, kind.type, text) for text in texts]
+    return values if kind.several and not (kind.one and len(values) == 1) else values[0]
+
+
+def _value(name: str, kind: type, text: str) -> Any:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"no recipe {path} ({error.strerror})") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{path} cannot be read as YAML ({' '.join(str(error).split())})"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold lines of the kind `name: value`")
-    flags = {argument.split("=")[0] for argument in arguments}
-    given = [one for one in fields(options) if flags & {f"--{one.name}", *one.metadata["aliases"]}]
+        value = _WORDS[text.lower()] if kind is bool else kind(text)
+        if kind is int and abs(value) >= 2**63:
+            raise ValueError(value)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"--{name}: invalid {kind.__name__} value {text!r}") from error
+    return value
+
+
+def _check(one: Field, value: Any) -> None:
+    if value is None and one.default is None:
+        return
+    kind, choices = _kind(one), one.metadata["choices"]
+    values: list[Any] = value if kind.several and isinstance(value, list) else [value]
+    if not values and one.default_factory is not MISSING and one.default_factory():
+        raise UserError(f"--{one.name} needs at least one value")
+    for each in values:
+        wanted: Any = (int, float) if kind.type is float else kind.type
+        if not isinstance(each, wanted) or (isinstance(each, bool) and kind.type is not bool):
+            raise UserError(f"--{one.name}: invalid {kind.type.__name__} value {each!r}")
+        if choices and each not in choices:
+            raise UserError(f"--{one.name} must be one of {', '.join(choices)}; got {each!r}")
+        if kind.type in (int, float) and each not in one.metadata["range"]:
+            raise UserError(f"--{one.name} must {one.metadata['range']}; got {each}")
+        if kind.type is float and each and each < math.inf and not _TINY < abs(each) < _HUGE:
+            raise UserError(f"--{one.name} must be a number that float32 can hold; got {each}")
+
+
+def _from_recipe(options: type, path: str, given: set[str], command: str) -> dict[str, Any]:
+    """The settings of a recipe by option, without those that ``given`` options replace."""
+    known = {
+        name: one.name for one in fields(options) for name in (one.name, *one.metadata["aliases"])
+    }
+    del known["config"]
     replaces: dict[str, tuple[str, ...]] = getattr(options, "REPLACES", {})
-    replaced = {name for one in given for name in replaces.get(one.name, ())}
-    switches = {one.name for one in fields(options) if one.type is bool}
-    found: list[str] = []
-    for name, value in content.items():
-        if value is None or name in replaced:
-            continue
-        values = value if isinstance(value, list) else [value]
-        # YAML reads `no` as false, also where it is a word.
-        words = ("true", "false") if name in switches else ("yes", "no")
-        found.append(f"--{name}")
-        found += [words[not one] if isinstance(one, bool) else str(one) for one in values]
+    replaced = {name for flag in given for name in replaces.get(flag, ())}
+    found: dict[str, Any] = {}
+    for name, value in read_recipe(path).items():
+        if name not in known:
+            raise _unknown_option(options, f"--{name}", command, f" (in {path})")
+        if known[name] not in replaced:
+            found[known[name]] = value
     return found
+
+
+def _unknown_option(options: type, flag: str, command: str, where: str = "") -> UserError:
+    hint = f"hamt {command} --help lists the options"
+    if not flag.startswith("-"):
+        hint = f"a text of several words stands in quotes; {hint}"
+    name = flag.lstrip("-").split("=")[0].replace("-", "_")
+    names = {known for one in fields(options) for known in (one.name, *one.metadata["aliases"])}
+    names.discard(name)  # --config in a recipe
+    if flag.startswith("-") and (near := difflib.get_close_matches(name, names, 1)):
+        hint = f"did you mean --{near[0]}?"
+    return UserError(f"unknown option {flag}{where}: {hint}")

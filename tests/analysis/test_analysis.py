@@ -16,9 +16,9 @@ from hamt.analysis.sources import recall_sources
 from hamt.analysis.survey import LayerSurvey, effective_rank, effective_slots, survey
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.data.tasks import MQAR
-from hamt.measure.peak_memory import peak_memory_of
 from hamt.measure.task_training import train_on_task
-from hamt.memory.holographic import HolographicMemory
+from hamt.memory import Gates, HolographicMemory
+from hamt.peak_memory import call_peak_memory
 
 SIZES = {
     "hidden_dim": 16,
@@ -45,12 +45,12 @@ def random_trace(algebra, items, features=512, slots=1, decay=1.0):
     memory = HolographicMemory(features, slots, 1, algebra)
     values = torch.randn(1, items, 1, features, generator=generator)
     keys = memory.algebra.random_keys(1, items, 1, memory.key_size, generator=generator)
-    gates = torch.ones(1, items, 1, slots)
-    forget = math.log(decay) * gates
-    output, after = memory(values, keys, keys, gates, gates, forget)
+    read = torch.ones(1, items, 1, slots)
+    gates = Gates(read, math.log(decay) * read)
+    output, after = memory(values, keys, keys, gates, read)
     before = memory.initial_state()
     lifted = memory.algebra.lift(values)
-    return Trace(memory, lifted, keys, keys, gates, gates, forget, None, before, after, output)
+    return Trace(memory, lifted, keys, keys, gates, read, before, after, output)
 
 
 # ------------------------------------------------------------------- reading
@@ -126,15 +126,15 @@ def test_a_survey_is_what_was_recorded(rule):
         trace = traces[index]
         torch.testing.assert_close(found.write, trace.write)
         torch.testing.assert_close(found.read, trace.read)
-        kept = trace.log_forget.exp()
+        kept = trace.gates.log_forget.exp()
         if rule == "delta":
-            kept = kept * (1 - trace.beta[..., None] * trace.write**2)
+            kept = kept * (1 - trace.gates.beta[..., None] * trace.write**2)
         torch.testing.assert_close(found.keep, kept)
         assert found.times == [1, 10, 20, 21, 30, 40, 41, 46, 50]
         states = torch.stack(list(trace.states(found.times)), dim=1)
         torch.testing.assert_close(found.norms, states.norm(dim=-1), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(found.turn, trace.turn)
-        strength = 1.0 if trace.beta is None else trace.beta
+        strength = 1.0 if trace.gates.beta is None else trace.gates.beta
         torch.testing.assert_close(found.written, trace.items.norm(dim=-1) * strength)
 
 
@@ -166,12 +166,12 @@ def test_the_half_life_of_a_corrected_slot_counts_what_writes_erase():
     """Of the first state of a slot, passed on through the recurrence, half is left after about as long."""
     model = build(write_rule="delta", min_half_life=50, max_half_life=500, num_slots=8, hcm_dim=32)
     trace = record(model, text(300)).traces[0]
-    kept = trace.log_forget.exp()
+    kept = trace.gates.log_forget.exp()
     half_lives = survey(model, text(300))[0].half_lives()
     for head in range(2):
         state, left = torch.eye(8), []
         for token in range(300):
-            write, beta = trace.write[0, token, head], trace.beta[0, token, head]
+            write, beta = trace.write[0, token, head], trace.gates.beta[0, token, head]
             state = kept[0, token, head][:, None] * state
             state = state - beta * torch.outer(write, write @ state)
             left.append(state.diagonal().abs())
@@ -260,7 +260,7 @@ def test_a_survey_costs_little_more_than_what_it_watches():
 def test_a_long_text_takes_memory_for_its_gates_only():
     model = build(num_heads=1, num_slots=2, hcm_dim=128, num_layers=1)
     sizes = {
-        n: peak_memory_of(lambda n=n: survey(model, text(n), segment=256)) for n in (512, 4096)
+        n: call_peak_memory(lambda n=n: survey(model, text(n), segment=256)) for n in (512, 4096)
     }
     # write, read, keep, and the norm of what was written; items and keys would be 4 · 128 floats a
     # token.

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from hamt.analysis.analyse import TRACED, analyse
 from hamt.analysis.contributions import contributions
+from hamt.analysis.pictures import contribution_matrix, gates_over_text
 from hamt.analysis.record import record
-from hamt.analysis.report import TRACED, analyse, token_texts
+from hamt.analysis.tokens import token_texts
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.cli import main
-from hamt.visualization import contribution_matrix, gates_over_text, save_figure
+from hamt.visualization import save_figure
 
 
 def test_the_command_writes_figures_pictures_and_a_page(tmp_path, capsys):

@@ -68,10 +68,10 @@ def test_contributions_sum_to_the_read_out(kind):
 def test_coefficients_of_the_delta_rule_are_those_of_its_triangular_solve():
     model = build(write_rule="delta")
     trace = record(model, text()).traces[1]
-    total = trace.log_forget.transpose(1, 2).cumsum(dim=-2)  # (B, H, N, S)
+    total = trace.gates.log_forget.transpose(1, 2).cumsum(dim=-2)  # (B, H, N, S)
     decay = decays(total, None)
     write, read = trace.write.transpose(1, 2), trace.read.transpose(1, 2)
-    beta = trace.beta.transpose(1, 2)[..., None]
+    beta = trace.gates.beta.transpose(1, 2)[..., None]
     seen = torch.einsum("bhis,bhijs,bhjs->bhij", read, decay, write)
     overlap = (beta * torch.einsum("bhis,bhijs,bhjs->bhij", write, decay, write)).tril(-1)
     solved = torch.linalg.solve(overlap + torch.eye(37), torch.diag_embed(beta[..., 0]))
@@ -93,7 +93,7 @@ def test_a_recording_is_the_memory_and_changes_nothing():
         assert torch.equal(model(text()).logits, before)
     assert [index for index, _ in seen] == [1]
     whole = seen[0][1]
-    for name in ("items", "keys", "write", "read", "log_forget", "beta", "output", "gate"):
+    for name in ("items", "keys", "gates", "read", "output", "gate"):
         torch.testing.assert_close(getattr(recording.traces[1], name), getattr(whole, name))
     torch.testing.assert_close(model.lm_head(model.model.norm(recording.final)), before)
 
@@ -104,7 +104,7 @@ def test_states_in_between_are_those_of_a_shorter_text(kind):
     trace = record(model, text()).traces[1]
     for end, state in zip((1, 4, 4, 37), trace.states([1, 4, 4, 37]), strict=True):
         shorter = record(model, text()[:, :end], layers=[1]).traces[1]
-        torch.testing.assert_close(state, shorter.after.memory)
+        torch.testing.assert_close(state, shorter.after.slots)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hamt import HAMTConfig, HAMTForCausalLM
 from hamt.baselines.catalogue import RIVALS, non_embedding_parameters, with_parameters
 from hamt.baselines.products import use_onednn_linear
 from hamt.measure.energy import joules
-from hamt.measure.peak_memory import cache_bytes, peak_memory_of
+from hamt.peak_memory import cache_bytes
 from hamt.training.optim import build_optimizers
 
 SIZES = {"hidden_dim": 64, "num_layers": 2, "vocab_size": 300, "context": 32}
@@ -42,7 +42,7 @@ def test_parameters_are_matched_at_the_same_width(kind, sizes):
     )
 
 
-@pytest.mark.parametrize("kind", RIVALS)
+@pytest.mark.parametrize("kind", [kind for kind in RIVALS if kind != "transformer"])
 @pytest.mark.parametrize("width", [32, 100, 136, 160])
 def test_rivals_have_any_width_that_hamt_has(kind, width):
     model, _ = make(kind, hidden_dim=width)
@@ -100,14 +100,6 @@ def test_sharing_products_changes_nothing_but_who_computes_them(kind, tmp_path):
 def test_there_are_no_other_rivals():
     with pytest.raises(ValueError, match="no architecture 'rnn'; there are hamt, gpt2"):
         make("rnn")
-
-
-def test_the_peak_of_a_call_is_what_it_holds_at_once():
-    before = torch.ones(5_000_000)
-    assert peak_memory_of(lambda: [torch.ones(10_000_000) for _ in range(3)]) == 120_000_000
-    one_by_one = peak_memory_of(lambda: [torch.ones(10_000_000).sum() for _ in range(3)])
-    assert one_by_one == pytest.approx(40e6, abs=1000)
-    assert peak_memory_of(lambda: before.add_(1)) < 1000
 
 
 def test_cache_bytes_are_keys_values_and_states():

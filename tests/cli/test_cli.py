@@ -95,6 +95,30 @@ def test_help_without_a_command_lists_them(capsys):
     assert capsys.readouterr().out.count("quick-train") == 2
 
 
+def test_help_is_a_command_too(capsys):
+    assert main(["help"]) == 0
+    assert "usage: hamt COMMAND" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["help", "generate"])
+    assert stop.value.code == 0
+    assert "usage: hamt generate [prompt] [--options]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["hamt", "hamt.cli"])
+def test_the_package_runs_as_a_module_and_its_help_needs_no_torch(module):
+    command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "usage: hamt COMMAND" in done.stdout
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not {"torch", "transformers"} & loaded
+
+
+def test_the_command_needs_nothing_of_what_only_makes_a_cpu_faster(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hamt.cpu.process", None)  # as if there was no such file
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("hamt ")
+
+
 def test_quick_train_writes_what_the_documents_say(checkpoint):
     names = {path.name for path in checkpoint.iterdir()}
     assert {
@@ -184,6 +208,9 @@ def test_demo_trains_compares_and_writes(text, tmp_path, capsys):
         ),
         (["generate", "hello", "--top_p", "2"], "--top_p must lie in"),
         (["generate", "hello", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
+        (["generate", "hello", "--seed", "-1"], "--seed must lie in [0, 4294967295]; got -1"),
+        (["demo", "--max_minutes", "0"], "--max_minutes must be positive; got 0.0"),
+        (["help", "no-such-command"], "there are demo, quick-train, train, generate"),
     ],
 )
 def test_mistakes_end_in_one_line_that_says_what_to_do(

@@ -17,7 +17,7 @@ from memory_inputs import (
     whole,
 )
 
-from hamt.cpu import fused
+from hamt.cpu import library as build
 from hamt.cpu.fused import fused_available
 
 CASE = Case("phasor", "delta", rotates=True)
@@ -28,19 +28,19 @@ def cache(monkeypatch, tmp_path):
     """An empty cache folder, and no memory of a library found before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("HAMT_FUSED", raising=False)
-    fused._library.cache_clear()
+    build.fused_library.cache_clear()
     yield tmp_path / "hamt"
-    fused._library.cache_clear()
+    build.fused_library.cache_clear()
 
 
 @pytest.fixture
 def compiler(monkeypatch, cache) -> Callable[..., list[list[str]]]:
     """Let every compiler be a stand-in: it hands out a library compiled before, and records its commands."""
-    fused._library.cache_clear()
+    build.fused_library.cache_clear()
     monkeypatch.delenv("XDG_CACHE_HOME")
-    library = fused._library()
+    library = build.fused_library()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
-    fused._library.cache_clear()
+    build.fused_library.cache_clear()
 
     def stand_in(refuses: str = "nothing") -> list[list[str]]:
         commands = []
@@ -53,14 +53,14 @@ def compiler(monkeypatch, cache) -> Callable[..., list[list[str]]]:
                 shutil.copy(library._name, command[command.index("-o") + 1])
             return subprocess.CompletedProcess(command, 0, stdout="version 1")
 
-        monkeypatch.setattr(fused.subprocess, "run", run)
+        monkeypatch.setattr(build.subprocess, "run", run)
         return commands
 
     return stand_in
 
 
 def no_compiler(monkeypatch, folder):
-    monkeypatch.setattr(fused.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
 
 
 def switched_off(monkeypatch, folder):
@@ -123,7 +123,7 @@ def test_an_empty_cache_is_filled_by_the_compiler_of_the_machine(cache, monkeypa
     whole(CASE.memory(), None)(random_inputs(CASE, 20))
     assert [name for name, _, _ in calls] == ["forward"]
     (library,) = cache.iterdir()
-    assert fused._library()._name == str(library)
+    assert build.fused_library()._name == str(library)
 
 
 @needs_fused
@@ -133,7 +133,7 @@ def test_what_was_compiled_before_is_not_compiled_again(cache, compiler):
     assert fused_available(torch.empty(0))
     assert ["--version" in command for command in commands] == [True, False, False]
     commands.clear()
-    fused._library.cache_clear()
+    build.fused_library.cache_clear()
     assert fused_available(torch.empty(0))
     assert ["--version" in command for command in commands] == [True]
 
@@ -142,13 +142,13 @@ def test_what_was_compiled_before_is_not_compiled_again(cache, compiler):
 def test_another_source_or_processor_is_compiled_anew(monkeypatch, cache, compiler, tmp_path):
     compiler()
     source = tmp_path / "fused.cpp"
-    source.write_text(fused.SOURCE.read_text(encoding="utf-8") + "// changed\n", encoding="utf-8")
+    source.write_text(build.SOURCE.read_text(encoding="utf-8") + "// changed\n", encoding="utf-8")
     changes = {"SOURCE": source, "_processor": lambda: "another"}
     for expected, (name, change) in enumerate(changes.items(), start=1):
         assert fused_available(torch.empty(0))
         assert len(list(cache.glob("*.so"))) == expected
-        monkeypatch.setattr(fused, name, change)
-        fused._library.cache_clear()
+        monkeypatch.setattr(build, name, change)
+        build.fused_library.cache_clear()
     assert fused_available(torch.empty(0))
     assert len(list(cache.glob("*.so"))) == 3
 
@@ -171,7 +171,7 @@ def a_cache_that_others_may_write_to(monkeypatch, folder):
 
 
 def a_cache_of_another_user(monkeypatch, folder):
-    monkeypatch.setattr(fused.os, "getuid", lambda: -1)
+    monkeypatch.setattr(build.os, "getuid", lambda: -1)
 
 
 def no_home(monkeypatch, folder):
@@ -194,7 +194,7 @@ def test_a_cache_that_cannot_be_used_is_replaced_by_a_folder_for_the_process(
     trouble(monkeypatch, tmp_path)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    monkeypatch.setattr(fused.tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(build.tempfile, "tempdir", str(temporary))
     assert fused_available(torch.empty(0))
     assert len(list(temporary.glob("hamt-*/*.so"))) == 1
     assert not list(tmp_path.glob("hamt/*.so"))
@@ -215,4 +215,4 @@ def test_the_processor_is_told_by_every_architecture(line, monkeypatch):
     monkeypatch.setattr(
         Path, "read_text", lambda path, encoding: f"processor : 0\n{line}\nbogomips : 5"
     )
-    assert fused._processor().splitlines()[1:] == [line]
+    assert build._processor().splitlines()[1:] == [line]

@@ -1,5 +1,7 @@
 """Linear maps by oneDNN are linear maps."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hamt.cpu.linear
 from hamt import HAMTConfig, HAMTModel
-from hamt.cpu.linear import LARGE, WORK, Linear, linear
+from hamt.cpu.linear import MIN_FLOPS, MIN_NUMEL, linear
+from hamt.products import project
 
 # PyTorch's own, when it first differentiates forwards.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -171,8 +174,8 @@ def test_what_onednn_is_not_for_is_left_to_pytorch(call, product):
 
 def test_many_rows_of_a_small_matrix_are_worth_it(product):
     small = random(64, 64)
-    assert small.numel() < LARGE
-    linear(random(WORK // small.numel(), 64), small)
+    assert small.numel() < MIN_NUMEL
+    linear(random(MIN_FLOPS // small.numel(), 64), small)
     assert len(product) == 1
 
 
@@ -195,7 +198,6 @@ def test_operations_are_counted():
 def test_a_model_computes_the_same_without_it(product):
     torch.manual_seed(0)
     model = HAMTModel(HAMTConfig(hidden_dim=256, num_layers=1, vocab_size=1000)).eval()
-    assert all(type(module) is not torch.nn.Linear for module in model.modules())
     ids = torch.randint(1000, (2, 20))
     with torch.no_grad(), without_onednn():
         expected = model(ids).logits
@@ -206,8 +208,8 @@ def test_a_model_computes_the_same_without_it(product):
 
 def test_compiled_it_is_the_same(product):
     torch._dynamo.reset()
-    layer, inputs = Linear(FEATURES, OUTPUTS), random(40, FEATURES).requires_grad_()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    layer, inputs = torch.nn.Linear(FEATURES, OUTPUTS), random(40, FEATURES).requires_grad_()
+    compiled = torch.compile(partial(project, layer), backend="aot_eager", fullgraph=True)
 
     def derivatives(function):
         return torch.autograd.grad(function(inputs).tanh().sum(), [inputs, *layer.parameters()])
@@ -215,7 +217,7 @@ def test_compiled_it_is_the_same(product):
     expected = derivatives(layer)
     product.clear()
     for found, wanted in zip(derivatives(compiled), expected, strict=True):
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
     assert len(product) == 3
 
 
@@ -231,8 +233,10 @@ def test_compiled_forward_mode_is_right():
 
 def test_compiled_for_any_number_of_rows():
     torch._dynamo.reset()
-    layer = Linear(FEATURES, OUTPUTS)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    layer = torch.nn.Linear(FEATURES, OUTPUTS)
+    compiled = torch.compile(
+        partial(project, layer), backend="aot_eager", fullgraph=True, dynamic=True
+    )
     for rows in (90, 133, 257):
         inputs = random(rows, FEATURES).requires_grad_()
         found = torch.autograd.grad(compiled(inputs).tanh().sum(), [inputs, *layer.parameters()])

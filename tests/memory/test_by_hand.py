@@ -15,13 +15,14 @@ from memory_inputs import (
     initial_state,
     random_inputs,
     record,
+    sequences_of,
     stepwise,
     tokens_of,
     whole,
 )
 
+from hamt.memory import Gates, HolographicMemory
 from hamt.memory.algebra import similarity
-from hamt.memory.holographic import HolographicMemory
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)
 binding_types = pytest.mark.parametrize("binding_type", ["elementwise", "circular_conv", "phasor"])
@@ -39,7 +40,7 @@ def test_an_item_written_by_a_constant_convex_gate_fades_as_one_minus_g_to_the_l
     keys = memory.algebra.random_keys(1, length, 1, memory.key_size).double()
     gates = torch.full((1, length, 1, 1), g, dtype=torch.float64)
     asked = keys[:, 3:4].expand_as(keys)
-    output, _ = memory(items, keys, asked, gates, torch.ones_like(gates), form=form)
+    output, _ = memory(items, keys, asked, Gates(gates), torch.ones_like(gates), form=form)
     lag = torch.arange(length - 3, dtype=torch.float64)
     expected = g * ((1 - g) * (1 - decay_rate)) ** lag
     assert_same({"y": output[0, 3:, 0]}, {"y": expected[:, None] * items[0, 3, 0]}, 1e-12)
@@ -54,9 +55,9 @@ def test_a_slot_forgets_by_exactly_the_product_of_its_gates(form):
     forget = torch.tensor([[0.3, 0.7], [0.5, 1.0], [0.5, 0.25], [0.1, 1.0]])[None, :, None]
     for slot, expected in ((0, [1, 0.5, 0.25, 0.025]), (1, [1, 1, 0.25, 0.25])):
         read = torch.eye(2)[slot].expand(1, 4, 1, 2)
-        output, state = memory(one, one, one, write, read, forget.log(), form=form)
+        output, state = memory(one, one, one, Gates(write, forget.log()), read, form=form)
         torch.testing.assert_close(output[0, :, 0, 0], torch.tensor(expected))
-        torch.testing.assert_close(state.memory[0, 0, slot, 0], torch.tensor(expected[-1]))
+        torch.testing.assert_close(state.slots[0, 0, slot, 0], torch.tensor(expected[-1]))
 
 
 @binding_types
@@ -80,12 +81,12 @@ def test_one_of_five_superposed_pairs_comes_back_at_cosine_one_over_root_five(bi
 def test_gates_left_out_write_the_item_whole_forget_nothing_and_read_every_slot(binding_type):
     case = Case(binding_type)
     memory, inputs = case.memory(), random_inputs(case, 1)
-    token = {name: x[:, 0] for name, x in tokens_of(inputs).items()}
+    token = {name: x[:, 0] for name, x in sequences_of(inputs).items()}
     state = initial_state(inputs)
     written = memory.write(state, token["items"], token["keys"])
     bound = memory.algebra.bind(memory.algebra.lift(token["items"]), token["keys"])
-    assert_same({"M": written.memory}, {"M": state.memory + bound[:, :, None]}, 1e-12)
-    total = memory.algebra.lower(written.memory.sum(dim=2))
+    assert_same({"M": written.slots}, {"M": state.slots + bound[:, :, None]}, 1e-12)
+    total = memory.algebra.lower(written.slots.sum(dim=2))
     retrieved = memory.retrieve(written, token["keys"])
     assert_same({"y": retrieved}, {"y": memory.unbind(total, token["keys"])}, 1e-12)
 
@@ -96,15 +97,13 @@ def test_write_and_retrieve_are_the_two_halves_of_a_step(case):
     for name in ("rotation", "initial_phase"):
         inputs.pop(name, None)
     state = initial_state(inputs)
-    token = {name: x[:, 0] for name, x in tokens_of(inputs).items()}
+    token = {name: x[:, 0] for name, x in sequences_of(inputs).items()}
     memory = case.memory()
     gates = (token.get(name) for name in ("write", "log_forget", "beta"))
     written = memory.write(state, token["items"], token["keys"], *gates)
     retrieved = memory.retrieve(written, token["unbinding_keys"], token["read"])
     output, after = memory(**tokens_of(inputs), initial_state=state, form="recurrent")
-    assert_same(
-        {"y": retrieved, "M": written.memory}, {"y": output[:, 0], "M": after.memory}, 1e-12
-    )
+    assert_same({"y": retrieved, "M": written.slots}, {"y": output[:, 0], "M": after.slots}, 1e-12)
 
 
 # ---------------------------------------------------------------- the delta rule
@@ -173,8 +172,8 @@ def test_the_size_of_the_state_does_not_depend_on_the_context(binding_type, form
     for length in (1, 17, 400):
         inputs = random_inputs(case, length)
         _, state = case.memory()(**tokens_of(inputs), form=form)
-        assert state.memory.shape == (2, HEADS, SLOTS, HEAD_DIM)
-        assert state.phase.shape == (2, HEADS, case.memory().key_size)
+        assert state.slots.shape == (2, HEADS, SLOTS, HEAD_DIM)
+        assert state.position_key.shape == (2, HEADS, case.memory().key_size)
 
 
 @pytest.mark.parametrize(
@@ -228,11 +227,11 @@ def test_each_write_rule_refuses_the_gates_of_the_other(form):
 def test_documents_masks_and_rotations_that_do_not_fit_are_refused_and_rows_are_shared(form):
     case = Case("phasor", rotates=True)
     memory, inputs = case.memory(), tokens_of(random_inputs(case, 20))
-    seq_idx = torch.arange(20)[None].div(7, rounding_mode="floor")
-    output, _ = memory(**inputs, seq_idx=seq_idx, form=form)
-    expected, _ = memory(**inputs, seq_idx=seq_idx.expand(2, -1), form=form)
+    documents = torch.arange(20)[None].div(7, rounding_mode="floor")
+    output, _ = memory(**inputs, documents=documents, form=form)
+    expected, _ = memory(**inputs, documents=documents.expand(2, -1), form=form)
     assert torch.equal(output, expected)
-    for name, wrong in (("seq_idx", seq_idx[:, :12]), ("mask", seq_idx.expand(3, -1))):
+    for name, wrong in (("documents", documents[:, :12]), ("mask", documents.expand(3, -1))):
         with pytest.raises(ValueError, match=rf"{name} must have the shape \(2, 20\)"):
             memory(**inputs, **{name: wrong}, form=form)
     inputs["rotation"] = inputs["rotation"].repeat(1, 1, 2, 1)

@@ -12,9 +12,12 @@ from memory_inputs import (
     record,
     segmented,
     separate_documents,
+    sequences_of,
     tokens_of,
     whole,
 )
+
+from hamt.memory import number_documents
 
 EXACT = 1e-9
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)
@@ -57,9 +60,11 @@ def test_packed_documents_equal_separate_runs(case, state_seq_idx, form):
 @full_cases
 def test_packed_documents_start_empty_without_an_initial_state(case, form):
     inputs = random_inputs(case, 70, batch=len(ROWS))
-    output, state = case.memory(8)(**tokens_of(inputs), seq_idx=SEQ_IDX, form=form)
+    output, state = case.memory(8)(
+        **tokens_of(inputs), documents=number_documents(SEQ_IDX, None), form=form
+    )
     expected, last = separate_documents(case.memory(), SEQ_IDX, STRANGERS)(inputs)
-    assert_same({"y": output, "M": state.memory}, {"y": expected, "M": last.memory}, EXACT)
+    assert_same({"y": output, "M": state.slots}, {"y": expected, "M": last.slots}, EXACT)
 
 
 @every_form
@@ -80,15 +85,6 @@ def test_a_packed_row_cut_into_segments_equals_separate_runs(case, state_seq_idx
     ]  # on the first and the second token of documents, and elsewhere
     run = segmented(case.memory(4), form, cuts, SEQ_IDX, state_seq_idx)
     assert_same(record(run, inputs), expected, EXACT)
-
-
-@every_form
-def test_the_final_state_names_the_last_document(form):
-    case = FULL_CASES[-1]
-    inputs = random_inputs(case, 70, batch=len(ROWS))
-    for documents in STATE_DOCUMENTS.values():
-        _, state = whole(case.memory(8), form, seq_idx=SEQ_IDX, state_seq_idx=documents)(inputs)
-        assert torch.equal(state.seq_idx, SEQ_IDX[:, -1])
 
 
 @every_form
@@ -130,7 +126,7 @@ def assert_invisible(case, inputs: dict, longer: dict, form: str, **arguments) -
         return output[:, REAL], state
 
     seen = record(outputs_of_real_tokens, longer)
-    for name in tokens_of(inputs):
+    for name in sequences_of(inputs):
         seen[f"gradient of {name}"] = seen[f"gradient of {name}"][:, REAL]
     assert_same(seen, record(whole(case.memory(), "recurrent"), inputs), EXACT)
 
@@ -177,7 +173,7 @@ def test_rows_are_masked_each_by_its_own_mask(form):
         )
         seen = {
             "y": output[b : b + 1, start:],
-            "M": state.memory[b : b + 1],
-            "phase": state.phase[b : b + 1],
+            "M": state.slots[b : b + 1],
+            "phase": state.position_key[b : b + 1],
         }
-        assert_same(seen, {"y": alone, "M": last.memory, "phase": last.phase}, EXACT)
+        assert_same(seen, {"y": alone, "M": last.slots, "phase": last.position_key}, EXACT)

@@ -59,7 +59,7 @@ def test_an_empty_start_is_a_state_of_zeros(case):
     expected = record(whole(memory, "recurrent"), inputs)
     for form in ("recurrent", *PARALLEL_FORMS):
         output, state = memory(**tokens_of(inputs), form=form)
-        seen = {"output": output, "memory": state.memory}
+        seen = {"output": output, "memory": state.slots}
         assert_same(seen, {name: expected[name] for name in seen}, EXACT)
 
 
@@ -145,7 +145,9 @@ def test_gradients_equal_finite_differences(case, form):
     def flat(*values):
         output, state = whole(memory, form)(dict(zip(leaves, values, strict=True)))
         return (
-            (output, state.memory) if state.phase is None else (output, state.memory, state.phase)
+            (output, state.slots)
+            if state.position_key is None
+            else (output, state.slots, state.position_key)
         )
 
     assert torch.autograd.gradcheck(flat, tuple(leaves.values()), eps=1e-6, atol=1e-6)
@@ -172,7 +174,7 @@ def test_with_keys_of_ones_the_memory_is_gated_linear_attention(form):
         output_final_state=True,
     )
     assert_same(
-        {"output": output, "memory": state.memory}, {"output": expected, "memory": final}, 1e-5
+        {"output": output, "memory": state.slots}, {"output": expected, "memory": final}, 1e-5
     )
 
 
@@ -191,7 +193,7 @@ def test_with_keys_of_ones_and_open_gates_the_delta_memory_is_delta_net(form):
     read, write, items, beta = in_heads
     # It scales the queries by K^-0.5.
     expected, final = naive.delta_rule_recurrence(read * SLOTS**0.5, write, items, beta)
-    seen = {"output": output, "memory": state.memory}
+    seen = {"output": output, "memory": state.slots}
     assert_same(seen, {"output": expected.transpose(1, 2), "memory": final}, 1e-5)
 
 
@@ -240,5 +242,5 @@ def test_the_memory_equals_a_literal_loop_in_the_space_of_the_items(case, form):
         mixture = (token["read"][..., None] * matrix).sum(dim=2)
         outputs.append(natural_unbind(case.binding_type, mixture, unbinding_key))
 
-    actual = {"output": output, "memory": memory.algebra.lower(state.memory)}
+    actual = {"output": output, "memory": memory.algebra.lower(state.slots)}
     assert_same(actual, {"output": torch.stack(outputs, dim=1), "memory": matrix}, EXACT)

@@ -13,8 +13,8 @@ from memory_inputs import (
     initial_state,
     random_inputs,
     record,
+    sequences_of,
     stepwise,
-    tokens_of,
     whole,
 )
 
@@ -163,13 +163,13 @@ def test_autocast_changes_nothing_of_what_is_given_in_float32(case):
 @full_cases
 def test_autocast_changes_nothing_of_write_and_retrieve(case):
     memory, inputs = case.memory(), random_inputs(case, 1, dtype=torch.float32)
-    token = {name: x[:, 0] for name, x in tokens_of(inputs).items()}
+    token = {name: x[:, 0] for name, x in sequences_of(inputs).items()}
 
     def write_and_retrieve():
         state = initial_state(inputs)
         gates = (token.get(name) for name in ("write", "log_forget", "beta"))
         state = memory.write(state, token["items"], token["keys"], *gates)
-        return state.memory, memory.retrieve(state, token["unbinding_keys"], token["read"])
+        return state.slots, memory.retrieve(state, token["unbinding_keys"], token["read"])
 
     expected = write_and_retrieve()
     with torch.autocast("cpu", dtype=torch.bfloat16):

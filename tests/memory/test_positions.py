@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hamt.memory.algebra import Algebra, get_algebra
-from hamt.memory.positions import accumulate_positions
+from hamt.memory.positions import accumulate_positions, number_documents
 
 HEADS, SIZE = 2, 3
 PHASOR, SIGNS = get_algebra("phasor"), get_algebra("elementwise")
@@ -50,9 +50,8 @@ def accumulate(
     length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, length = batch or rotation.shape[0], length or rotation.shape[1]
-    positions, last = accumulate_positions(
-        algebra, rotation, phase, seq_idx, document, mask, batch, length
-    )
+    documents = None if seq_idx is None else number_documents(seq_idx, document)
+    positions, last = accumulate_positions(algebra, rotation, phase, documents, mask, batch, length)
     assert positions.abs().max() <= math.pi * (1 + 1e-6), "a position is not wrapped"
     assert algebra.has_phase or (positions.abs() == 1).all()
     assert last.shape == (batch, rotation.shape[2] if phase is None else HEADS, SIZE)

@@ -11,8 +11,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hamt.analysis.analyse import SILENCED, TRACED, Analysis, analyse, summarise
 from hamt.analysis.dashboard import dashboard
-from hamt.analysis.report import SILENCED, TRACED, Analysis, analyse, summarise
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.environment import describe_environment, environment
 from hamt.errors import UserError
@@ -21,46 +21,44 @@ from hamt.options import given_text, option, parse
 from hamt.visualization import save_figure
 
 TEXT = (
-    "Mr. Speaker, Mr. Vice President, Members of Congress, my fellow Americans: The state of the Union is "
-    "strong. Our economy is growing, and the people of the United States are at work. I ask the Congress to "
-    "act this year on the budget, on taxes, and on the defense of the nation. The Congress of the United "
-    "States has the power to act, and the people of the United States expect it to act. Let us work "
-    "together, and the state of the Union will be stronger still."
+    "Mr. Speaker, Mr. Vice President, Members of Congress, my fellow Americans: The state of the "
+    "Union is strong. Our economy is growing, and the people of the United States are at work. I "
+    "ask the Congress to act this year on the budget, on taxes, and on the defense of the nation. "
+    "The Congress of the United States has the power to act, and the people of the United States "
+    "expect it to act. Let us work together, and the state of the Union will be stronger still."
 )
 CAPTIONS = {
-    "memory_evolution": "Norms of the slots while the text is read, not normalised; the fastest slots are "
-    "lowest.",
-    "slots": "How evenly slots are written and read, how long they keep what they are told, and what the "
-    f"loss of the first {SILENCED} tokens rises by when a slot is never read.",
-    "retrieval": "What is read back under the key of a token, some tokens after it was written, beside what "
-    "another key gives.",
+    "memory_evolution": "Norms of the slots while the text is read, not normalised; the slots with "
+    "the shortest half-lives are lowest.",
+    "slots": "How evenly slots are written and read, how long they keep what they are told, and by "
+    f"how much the loss of the first {SILENCED} tokens rises when a slot is never read.",
+    "retrieval": "What is read back under the key of a token, some tokens after it was written, "
+    "beside what the keys of other tokens give.",
     "gates": "How strongly each token is written, averaged over heads and slots.",
 }
 CONTRIBUTIONS = (
-    "From where each read-out came: exact shares with keys and gates held fixed; the part of what came "
-    "before the first token shown is left out."
+    "Where each read-out came from: exact shares with keys and gates held fixed. What came before "
+    "the first token shown is left out."
 )
 
 
 @dataclass
 class AnalyzeOptions:
-    """Look into the memories of a model while it reads a text: figures, pictures, a page with everything."""
+    """Look into the memories of a model while it reads a text: figures, pictures, one page."""
 
     checkpoint: str | None = option(
         None, "a checkpoint folder, or a .pt file; none is the model in HAMT"
     )
     text: str | None = option(None, "the text to read; none is a short one of HAMT's own")
     file: str | None = option(None, "a file with the text to read")
-    max_tokens: int = option(16384, "tokens that are read, from the start of the text")
-    skip_silencing: bool = option(
-        False, "leave out the loss without each slot, which takes longest"
-    )
+    max_tokens: int = option(16384, "tokens that are read, from the start of the text", at_least=2)
+    skip_silencing: bool = option(False, "leave out the loss without each slot, the longest part")
     demo: bool = option(False, "the model and the text that come with HAMT")
     output_dir: str = option("analyze_output", "where everything goes")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Analyse, and write ``analysis_results.json``, one PNG for each picture, and ``dashboard.html``."""
+    """Analyse; write ``analysis_results.json``, a PNG for each picture, and ``dashboard.html``."""
     options = parse(AnalyzeOptions, arguments, "analyze")
     text = _text(options)
     check_writable(options.output_dir, make=True)
@@ -73,13 +71,13 @@ def main(arguments: Sequence[str]) -> int:
     analysis = analyse(model, tokenizer, input_ids, silence=not options.skip_silencing)
     analysis.results["tokens_of_the_text"] = len(ids)
     header = environment()
-    name = options.checkpoint or "the model in HAMT"
+    name = options.checkpoint or "The model in HAMT"
     console.print(f"{name}: {model.num_parameters():,} parameters, {_read(analysis)}", markup=False)
     console.print(summary(analysis))
     slots = len(analysis.results["layers"]["0"]["write_share"][0])
     console.print(
-        f"half-lives in tokens; slots as good as in use, of {slots} a head; effective rank of a head; "
-        "fidelity, the cosine of a write that is read back at once (docs/analysis.md)"
+        f"half-lives in tokens; slots as good as in use, of {slots} a head; effective rank of a "
+        "head; fidelity, the cosine of a write that is read back at once (docs/analysis.md)"
     )
     for path in write(analysis, options, header, name):
         console.print(f"wrote {path}", markup=False)
@@ -87,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def summary(analysis: Analysis) -> Table:
-    """A line for each layer."""
+    """A table with a line for each layer."""
     table = Table()
     for column in (
         "layer",
@@ -100,15 +98,15 @@ def summary(analysis: Analysis) -> Table:
     ):
         table.add_column(column, justify="right")
     for index, layer in analysis.results["layers"].items():
-        found = summarise(layer)
+        line = summarise(layer)
         table.add_row(
             index,
-            f"{found.half_lives[0]:,.1f} to {found.half_lives[-1]:,.0f}",
-            f"{found.written:.1f}",
-            f"{found.read:.1f}",
-            str(found.dead),
-            f"{found.rank:.1f}",
-            f"{found.fidelity:.3f}",
+            f"{line.half_lives[0]:,.1f} to {line.half_lives[-1]:,.0f}",
+            f"{line.written:.1f}",
+            f"{line.read:.1f}",
+            str(line.dead),
+            f"{line.rank:.1f}",
+            f"{line.fidelity:.3f}",
         )
     return table
 
@@ -116,7 +114,7 @@ def summary(analysis: Analysis) -> Table:
 def write(
     analysis: Analysis, options: AnalyzeOptions, header: dict[str, Any], name: str
 ) -> list[Path]:
-    """Everything into the output folder; the paths."""
+    """Write everything into the output folder; returns the paths."""
     folder = Path(options.output_dir)
     results = {"environment": header, "options": vars(options), "model": name, **analysis.results}
     paths = [folder / "analysis_results.json"]
@@ -124,7 +122,8 @@ def write(
     for plot, figure in analysis.figures.items():
         paths.append(folder / f"{plot}.png")
         save_figure(paths[-1], figure)
-    heading = f"{name}; {_read(analysis)}, the last {min(TRACED, results['tokens'])} shown. "
+    shown = f"the last {TRACED} shown" if results["tokens"] > TRACED else "all shown"
+    heading = f"{name}; {_read(analysis)}, {shown}. "
     captions = {plot: CAPTIONS.get(plot, CONTRIBUTIONS) for plot in analysis.figures}
     paths.append(folder / "dashboard.html")
     write_text(paths[-1], dashboard(analysis, heading + describe_environment(header), captions))
@@ -145,8 +144,6 @@ def _text(options: AnalyzeOptions) -> str:
         )
     if options.text is not None and options.file is not None:
         raise UserError("give --text or --file, not both")
-    if options.max_tokens < 2:
-        raise UserError(f"--max_tokens must be at least 2; got {options.max_tokens}")
     if options.file is None:
         return TEXT if options.text is None else given_text("--text", options.text, "--file")
     try:

@@ -66,20 +66,15 @@ def coefficients(trace: Trace, queries: Sequence[int]) -> Coefficients:
     # the others.
     weight = trace.read[:, at[order]]
     tokens = trace.write.new_zeros(batch, len(at), heads, length)
-    kept = trace.log_forget.exp()
     under_way = 0
     for j in range(length - 1, -1, -1):
         while under_way < len(waiting) and waiting[under_way] >= j:
             under_way += 1
         if not under_way:
             continue
-        adjoint, write = weight[:, :under_way], trace.write[:, j, None]
-        share = (adjoint * write).sum(dim=-1)
-        if trace.beta is not None:
-            share = share * trace.beta[:, j, None]
-            adjoint.sub_(write * share[..., None])
-        tokens[:, :under_way, :, j] = share
-        adjoint.mul_(kept[:, j, None])
+        now = trace.gates.tokens([j])
+        share, before = trace.memory.rule.adjoint(weight[:, :under_way], now)
+        tokens[:, :under_way, :, j], weight[:, :under_way] = share, before
     back = order.argsort()
     return Coefficients(tokens[:, back], weight[:, back])
 
@@ -111,7 +106,7 @@ def contributions(
     sought = algebra.bind(algebra.lift(directions.to(wide)), trace.unbinding_keys[:, at])
     bound = algebra.bind(trace.items, trace.keys)
     tokens = weight.tokens * torch.einsum("bqhf,bjhf->bqhj", sought, bound)
-    initial = torch.einsum("bqhs,bhsf,bqhf->bqh", weight.initial, trace.before.memory, sought)
+    initial = torch.einsum("bqhs,bhsf,bqhf->bqh", weight.initial, trace.before.slots, sought)
     return Contributions(tokens, initial)
 
 

@@ -9,12 +9,18 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hamt.analysis.report import Analysis, summarise
+from hamt.analysis.analyse import Analysis, summarise
 from hamt.visualization import as_png
 
 
 def dashboard(analysis: Analysis, heading: str, captions: Mapping[str, str]) -> str:
-    """The page: text whose tokens can be clicked, a table of layers, the pictures with their captions."""
+    """The page as HTML: a text whose tokens can be clicked, tables, and the pictures.
+
+    Args:
+        analysis: of the text.
+        heading: what was read, by which model, where.
+        captions: of pictures by their names.
+    """
     template = files("hamt.analysis").joinpath("dashboard.html").read_text(encoding="utf-8")
     layers = analysis.results["layers"]
     data = {
@@ -22,6 +28,10 @@ def dashboard(analysis: Analysis, heading: str, captions: Mapping[str, str]) -> 
         "sources": {str(layer): rows for layer, rows in analysis.sources.items()},
         "write": {str(layer): row for layer, row in analysis.write.items()},
         "held": {index: layer["held"] for index, layer in layers.items()},
+        "slots": {
+            index: {"half_lives": layer["half_life_tokens"], "norms": layer["norms"][-1]}
+            for index, layer in layers.items()
+        },
     }
     pictures = "\n".join(
         f'<figure><img alt="{html.escape(name)}" src="{_embedded(figure)}">'
@@ -41,15 +51,15 @@ def dashboard(analysis: Analysis, heading: str, captions: Mapping[str, str]) -> 
 
 
 def _row(index: str, layer: Mapping[str, Any]) -> str:
-    found = summarise(layer)
+    summary = summarise(layer)
     cells = [
         index,
-        " – ".join(f"{x:,.1f}" for x in found.half_lives),
-        f"{found.written:.1f}",
-        f"{found.read:.1f}",
-        str(found.dead),
-        f"{found.rank:.1f}",
-        f"{found.fidelity:.2f}",
+        " – ".join(f"{half_life:,.1f}" for half_life in summary.half_lives),
+        f"{summary.written:.1f}",
+        f"{summary.read:.1f}",
+        str(summary.dead),
+        f"{summary.rank:.1f}",
+        f"{summary.fidelity:.2f}",
     ]
     return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
 

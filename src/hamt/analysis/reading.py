@@ -78,7 +78,7 @@ def read_memory(
     for name, (index, limit) in limits.items():
         if not 0 <= index < limit:
             raise ValueError(f"{name} must lie from 0 to {limit - 1}; got {index}")
-    state = trace.after.memory if after + 1 == length else next(trace.states([after + 1]))
+    state = trace.after.slots if after + 1 == length else next(trace.states([after + 1]))
     held = state[row, head]
     held = held[slot] if slot is not None else trace.read[row, after, head] @ held
     keys, items = trace.keys[row, : after + 1, head], trace.items[row, : after + 1, head]

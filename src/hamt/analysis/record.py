@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hamt.cache import HAMTCache
 from hamt.layers import HAMTLayer
-from hamt.memory.holographic import HolographicMemory, MemoryState
-from hamt.memory.positions import accumulate_positions
+from hamt.memory import Gates, HolographicMemory, MemoryState, Tokens
+from hamt.memory.forms import positions_of
 from hamt.model import HAMTForCausalLM
 
 SEGMENT = 1024  # tokens of a long text that are read at a time
@@ -37,45 +37,35 @@ class Trace(NamedTuple):
     items: Tensor
     keys: Tensor
     unbinding_keys: Tensor
-    write: Tensor
+    gates: Gates
     read: Tensor
-    log_forget: Tensor
-    beta: Tensor | None
     before: MemoryState
     after: MemoryState
     output: Tensor
     turn: Tensor | None = None
     gate: Tensor | None = None
 
+    @property
+    def write(self) -> Tensor:
+        """The write gates w, (B, N, H, S)."""
+        return self.gates.write
+
     def states(self, ends: Iterable[int]) -> Iterator[Tensor]:
-        """The memory (B, H, S, F) after the first n tokens, for every n of ``ends`` in rising order."""
-        state, begin = MemoryState(self.before.memory), 0
-        # Positions are in the keys; log α is resolved, as the gated rule takes it.
-        memory = self.memory
-        rule = "delta" if self.beta is not None else "gated"
-        plain = HolographicMemory(
-            memory.num_heads * memory.head_dim,
-            memory.num_slots,
-            memory.num_heads,
-            "elementwise" if memory.algebra.name == "elementwise" else "phasor",
-            rule,
-            chunk_size=memory.chunk_size,
-        )
+        """The slots (B, H, S, F) after the first n tokens, for every n of ``ends`` in rising order."""
+        state, begin = MemoryState(self.before.slots), 0  # positions are in the keys
         for end in ends:
             if end > begin:
                 part = slice(begin, end)
-                _, state = plain(
+                tokens = Tokens(
                     self.items[:, part],
                     self.keys[:, part],
                     self.unbinding_keys[:, part],
-                    self.write[:, part],
                     self.read[:, part],
-                    self.log_forget[:, part],
-                    None if self.beta is None else self.beta[:, part],
-                    initial_state=state,
+                    self.gates.tokens(part),
                 )
+                _, state = self.memory.run(tokens, state)
                 begin = end
-            yield state.memory
+            yield state.slots
 
 
 @dataclass
@@ -99,9 +89,14 @@ def observe(
     """
     blocks = model.model.layers
     with ExitStack() as stack:
-        for index in range(len(blocks)) if layers is None else layers:
+        for index in memory_layers(model) if layers is None else layers:
             stack.enter_context(_observed(blocks[index].mixer, index, observer))
         yield
+
+
+def memory_layers(model: HAMTForCausalLM) -> list[int]:
+    """Indices of the layers whose mixer is a memory."""
+    return [i for i, block in enumerate(model.model.layers) if isinstance(block.mixer, HAMTLayer)]
 
 
 @contextmanager
@@ -110,8 +105,8 @@ def _observed(
 ) -> Iterator[None]:
     memory, pending = mixer.memory, []
 
-    def run(*tensors: Tensor, **options: Any) -> tuple[Tensor, MemoryState]:
-        output, state = memory(*tensors, **options)  # type: ignore[arg-type]
+    def run(*tensors: Any, **options: Any) -> tuple[Tensor, MemoryState]:
+        output, state = memory(*tensors, **options)
         pending.append(_trace(memory, tensors, options, output, state))
         return output, state
 
@@ -149,7 +144,7 @@ class _Rerouted:
     def __init__(self, memory: HolographicMemory, run: Callable) -> None:
         self._memory, self._run = memory, run
 
-    def __call__(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, MemoryState]:
+    def __call__(self, *tensors: Any, **options: Any) -> tuple[Tensor, MemoryState]:
         return self._run(*tensors, **options)
 
     def __getattr__(self, name: str) -> Any:
@@ -158,36 +153,37 @@ class _Rerouted:
 
 def _trace(
     memory: HolographicMemory,
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Any, ...],
     options: dict[str, Any],
     output: Tensor,
     after: MemoryState,
 ) -> Trace:
-    items, keys, unbinding_keys, write, read = tensors
-    if options["mask"] is not None or options["seq_idx"] is not None:
+    items, keys, unbinding_keys, gates, read = tensors
+    if options["mask"] is not None or options["documents"] is not None:
         raise ValueError(
             "one document without padding can be recorded: leave attention_mask and seq_idx out"
         )
     wide = torch.promote_types(items.dtype, torch.float32)
     before = options["initial_state"] or memory.initial_state(len(items), wide, items.device)
-    rotation, beta, turn = options["rotation"], options["beta"], None
+    complete = memory.rule.complete(gates, wide).map(lambda gate: gate.to(wide))
+    rotation, turn = options["rotation"], None
+    tokens = Tokens(
+        memory.algebra.lift(items).to(wide), keys, unbinding_keys, read.to(wide), complete, rotation
+    )
     if rotation is not None:
         size = rotation.abs() if memory.algebra.has_phase else rotation < 0
         turn = size.to(wide).mean(dim=(0, 1)).expand(memory.num_heads, -1)
-        positions, _ = accumulate_positions(
-            memory.algebra, rotation, before.phase, None, None, None, *items.shape[:2]
-        )
+        positions, _ = positions_of(memory.algebra, tokens, before)
+        assert positions is not None
         keys = memory.algebra.compose(keys, positions)
         unbinding_keys = memory.algebra.compose(unbinding_keys, positions)
     return Trace(
         memory,
-        memory.algebra.lift(items).to(wide),
+        tokens.items,
         keys,
         unbinding_keys,
-        write.to(wide),
-        read.to(wide),
-        memory.resolve_log_forget(write, options["log_forget"], beta, wide),
-        None if beta is None else beta.to(wide),
+        complete,
+        tokens.read,
         before,
         after,
         output,
@@ -266,18 +262,13 @@ def _joined(parts: Sequence[Trace]) -> Trace:
         tensors = [getattr(part, name) for part in parts]
         return None if tensors[0] is None else torch.cat(tensors, dim=1)
 
-    sequences = (
-        "items",
-        "keys",
-        "unbinding_keys",
-        "write",
-        "read",
-        "log_forget",
-        "beta",
-        "output",
-        "gate",
-    )
+    gates = zip(*(part.gates for part in parts), strict=True)
+    whole = (None if gate[0] is None else torch.cat(gate, dim=1) for gate in gates)
+    sequences = ("items", "keys", "unbinding_keys", "read", "output", "gate")
     turn = mean_turn([(part.items.shape[1], part.turn) for part in parts])
     return parts[0]._replace(
-        after=parts[-1].after, turn=turn, **{name: joined(name) for name in sequences}
+        gates=Gates(*whole),  # type: ignore[arg-type]
+        after=parts[-1].after,
+        turn=turn,
+        **{name: joined(name) for name in sequences},
     )

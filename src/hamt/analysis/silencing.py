@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hamt.analysis.record import rerouted
+from hamt.analysis.record import memory_layers, rerouted
 from hamt.cross_entropy import next_token_loss
 from hamt.memory.holographic import HolographicMemory, MemoryState
 from hamt.model import HAMTForCausalLM
@@ -37,7 +37,7 @@ def loss_without_slots(
             f"input_ids must be one text of at least two tokens; got {tuple(input_ids.shape)}"
         )
     blocks, input_ids = model.model.layers, input_ids.to(model.device)
-    asked = range(len(blocks)) if layers is None else layers
+    asked = memory_layers(model) if layers is None else layers
     entering = [
         model.model.embed_tokens(input_ids[None])
     ]  # what enters each block: those before are not run again

@@ -44,7 +44,7 @@ class LayerSurvey:
 
     def half_lives(self) -> Tensor:
         """Tokens after which half of what a slot held is left, by its mean gates: (H, S)."""
-        return math.log(2) / -self.keep.clamp(min=1e-30).log().mean(dim=(0, 1)).clamp(max=-1e-12)
+        return mean_half_lives(self.keep)
 
     def write_share(self) -> Tensor:
         """The share of a head's writing that goes to each slot, by |w| · |x|: (H, S), rows sum to 1.
@@ -72,6 +72,12 @@ class LayerSurvey:
         least = DEAD / self.write.shape[-1]
         idle = (self.write_share() < least) | (self.read_share() < least)
         return [(int(h), int(s)) for h, s in idle.nonzero()]
+
+
+def mean_half_lives(keep: Tensor) -> Tensor:
+    """Half-lives (H, S) in tokens, by the mean logarithm of the shares that slots keep (B, N, H, S)."""
+    log_keep = keep.clamp(min=1e-30).log()
+    return math.log(2) / -log_keep.mean(dim=(0, 1)).clamp(max=-1e-12)
 
 
 def effective_slots(share: Tensor) -> Tensor:
@@ -144,10 +150,9 @@ def _gather(found: _Gathered, trace: Trace, times: int) -> None:
     states = torch.stack(list(trace.states(ends)), dim=1)
     found.states.append((states.norm(dim=-1), effective_rank(states)))
     found.times += [found.seen + end for end in ends]
-    written, keep = trace.items.norm(dim=-1), trace.log_forget.exp()
-    if trace.beta is not None:
-        written = written * trace.beta
-        keep = keep * (1 - trace.beta[..., None] * trace.write.square())
+    rule = trace.memory.rule
+    written = trace.items.norm(dim=-1) * rule.strength(trace.gates)
+    keep = rule.kept(trace.gates)
     found.traces.append((trace.write, trace.read, keep, written))
     if length >= found.longest:  # items of one segment cannot be asked for in another
         found.longest = length

@@ -23,7 +23,7 @@ from hamt.baselines.rivals import gated_deltanet, gpt2, llama, mamba2
 from hamt.baselines.transformer import transformer
 from hamt.config import HAMTConfig
 from hamt.model import HAMTForCausalLM
-from hamt.utils import hamt_flops, transformer_flops
+from hamt.utils import model_flops
 
 STATE = (
     "State: floats that all layers carry from token to token for one sequence (recurrent state, "
@@ -92,25 +92,17 @@ def hamt(*, keys: bool = True, common_direction: float = 0.0, **fields: Any) -> 
             mixer.key_proj = NoKeys(mixer.key_proj.out_features)
             mixer.retrieval.key_proj = NoKeys(mixer.retrieval.key_proj.out_features)
         if common_direction:
-            forget, write, _ = mixer.gating.sizes
+            sizes = model.config.num_heads, model.config.num_slots
+            forget, write, *_ = mixer.gating.rule.logit_sizes(*sizes)
             with torch.no_grad():
                 mixer.gating.bias[forget : forget + write] += common_direction
     return model
 
 
 def _transformer(
-    *,
-    short_convolution: bool = False,
-    core: str = "sdpa",
-    one_projection: bool = True,
-    **fields: Any,
+    *, short_convolution: bool = False, core: str = "sdpa", **fields: Any
 ) -> HAMTForCausalLM:
-    return transformer(
-        _config(**fields),
-        short_convolution=short_convolution,
-        core=core,
-        one_projection=one_projection,
-    )
+    return transformer(_config(**fields), short_convolution=short_convolution, core=core)
 
 
 def _config(*, context: int | None = None, **fields: Any) -> HAMTConfig:
@@ -124,15 +116,14 @@ def _mlp_step(hidden_dim: int) -> int:
 
 
 def _hamt_state(model: HAMTForCausalLM) -> int | None:
-    """Of HAMT; None for the transformer of its parts, which is of the same class."""
-    mixer, config = model.model.layers[0].mixer, model.config
-    if not hasattr(mixer, "memory"):
-        return None
-    memory = mixer.memory
-    state = memory.num_heads * memory.num_slots * memory.head_dim
-    phases = 0 if mixer.rotation is None else memory.num_heads * memory.key_size
-    tail = 0 if mixer.conv is None else (config.conv_kernel_size - 1) * config.hidden_dim
-    return config.num_layers * (state + phases + tail)
+    mixers = [block.mixer for block in model.model.layers]
+    if any(0 in shape for mixer in mixers for shape in mixer.state_shapes().values()):
+        return None  # a size of 0 grows with the text
+    return sum(mixer.state_size() for mixer in mixers)
+
+
+def _hamt_flops(model: HAMTForCausalLM, length: int) -> float:
+    return sum(model_flops(model.config, length).values())
 
 
 # ------------------------------------------------------------------ Transformers' classes
@@ -163,7 +154,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         state_size="num_slots",
         mixers_only={"intermediate_dim": 0},
         state_floats=_hamt_state,
-        flops=lambda model, length: sum(hamt_flops(model.config).values()),
+        flops=_hamt_flops,
     ),
     "gpt2": Architecture(
         title="GPT-2 (Transformers' class): learned positions",
@@ -207,14 +198,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         parameter_size="intermediate_dim",
         parameter_step=_mlp_step,
         mixers_only={"intermediate_dim": 0, "short_convolution": True},
-        flops=lambda model, length: sum(transformer_flops(model.config, length).values()),
+        state_floats=_hamt_state,
+        flops=_hamt_flops,
     ),
 }
 
-# What is trained with as many parameters as a checkpoint has: classes that load without HAMT.
-RIVALS = tuple(
-    name for name, entry in ARCHITECTURES.items() if entry.model_type != HAMTConfig.model_type
-)
+# What HAMT is compared with at an equal number of parameters.
+RIVALS = tuple(name for name in ARCHITECTURES if name != "hamt")
 # What can stand without MLPs, so that only its mixers are compared.
 MIXERS = tuple(name for name, entry in ARCHITECTURES.items() if entry.mixers_only is not None)
 

@@ -3,7 +3,15 @@
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hamt.cpu.linear import Linear, linear
+from hamt.products import linear, multiply
+
+
+class OneDNNLinear(nn.Linear):
+    """A linear map of a model of Transformers, multiplied as HAMT's are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return multiply(self, input)
 
 
 class _Conv1D(Conv1D):
@@ -17,10 +25,10 @@ def use_onednn_linear(model: nn.Module) -> None:
     """Compute the linear maps of a model of Transformers as HAMT's are computed.
 
     What is compared are architectures, and not the libraries that multiply their matrices: see
-    ``hamt.cpu.linear``. The weights stay the same tensors under the same names.
+    ``hamt.products``. The weights stay the same tensors under the same names.
     """
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.__class__ = Linear
+            module.__class__ = OneDNNLinear
         elif type(module) is Conv1D:
             module.__class__ = _Conv1D

@@ -25,8 +25,8 @@ from transformers import (
 )
 from transformers import initialization as init
 
+from hamt.attention import usual_head_dim
 from hamt.baselines.products import use_onednn_linear
-from hamt.baselines.transformer import attention_head_dim
 
 M = TypeVar("M", bound=PreTrainedModel)
 
@@ -42,7 +42,7 @@ def gpt2(
         n_positions=context,
         n_embd=hidden_dim,
         n_layer=num_layers,
-        n_head=hidden_dim // nearest_divisor(hidden_dim, attention_head_dim(hidden_dim)),
+        n_head=hidden_dim // nearest_divisor(hidden_dim, usual_head_dim(hidden_dim)),
         n_inner=mlp_width,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
@@ -64,8 +64,7 @@ def llama(
         hidden_size=hidden_dim,
         intermediate_size=mlp_width,
         num_hidden_layers=num_layers,
-        num_attention_heads=hidden_dim
-        // nearest_divisor(hidden_dim, attention_head_dim(hidden_dim)),
+        num_attention_heads=hidden_dim // nearest_divisor(hidden_dim, usual_head_dim(hidden_dim)),
         tie_word_embeddings=True,
         initializer_range=hidden_dim**-0.5,
         bos_token_id=None,

@@ -1,37 +1,25 @@
-"""The fused form: the recurrence as one operator for CPUs, compiled on the machine when first needed.
+"""The fused form: the recurrence as one operator for CPUs.
 
 ``fused.cpp`` runs the loop over tokens with the slots in the first cache, binds on the way in and
-unbinds on the way out, so that only inputs and outputs travel to memory. It needs a C++ compiler
-(g++ or clang++, or the one named by CXX; several threads need g++); without one, HAMT uses the
-chunked form. The library is kept in ``~/.cache/hamt``. HAMT_FUSED=0 switches it off. Differentiable
-once, and not by ``torch.func``.
+unbinds on the way out, so that only inputs and outputs travel to memory. ``hamt.cpu.library`` compiles
+it on the machine; without a compiler, HAMT uses the chunked form. Differentiable once, and not by
+``torch.func``.
 
 Shape legend: B batch, N tokens, H heads, S slots, F features, K key size, P parts of a head.
 """
 
-import atexit
 import ctypes
-import hashlib
 import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hamt.files import user_cache, write_file
+from hamt.cpu.library import fused_library, library_found
 from hamt.memory.algebra import Algebra
+from hamt.memory.forms import FORMS, Form, Memory, MemoryState, Tokens, positions_of
 
-SOURCE = Path(__file__).with_suffix(".cpp")
 # Tokens between the states that the backward pass starts from: its workspace stays in the second
 # cache.
 CHUNK = 16
@@ -61,77 +49,82 @@ class _Sizes(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in _SIZES]
 
 
-def fused_available(x: Tensor) -> bool:
-    """Whether ``fused_scan`` runs where ``x`` is."""
-    return x.device.type == "cpu" and _found()
+def fused_available(items: Tensor) -> bool:
+    """Whether the fused form runs where ``items`` are."""
+    return items.device.type == "cpu" and library_found()
+
+
+def fused(memory: Memory, tokens: Tokens, state: MemoryState) -> tuple[Tensor, MemoryState]:
+    """The fused form of ``hamt.memory.forms``.
+
+    Raises:
+        ValueError: if it is not available here, the state is neither float32 nor float64, or a shape
+            does not fit.
+    """
+    if not fused_available(tokens.items):
+        raise ValueError(
+            "form='fused' is not available here (see hamt.cpu.library); leave form out"
+        )
+    algebra = memory.algebra
+    positions, last = positions_of(algebra, tokens, state)
+    output, slots = fused_scan(algebra, tokens, positions, state.slots)
+    return output, MemoryState(slots, last)
+
+
+FORMS["fused"] = Form(fused, fused_available)
 
 
 def fused_scan(
-    algebra: Algebra,
-    lifted: Tensor,
-    keys: Tensor,
-    unbinding_keys: Tensor,
-    write: Tensor,
-    read: Tensor,
-    log_forget: Tensor,
-    beta: Tensor | None,
-    positions: Tensor | None,
-    memory: Tensor,
-    documents: Tensor | None,
+    algebra: Algebra, tokens: Tokens, positions: Tensor | None, slots: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Bind, superpose, read and unbind.
 
     Args:
         algebra: of the keys.
-        lifted: v, (B, N, H, F).
-        keys: k, (B, N, H, K), without their position, as are
-        unbinding_keys: u.
-        write: w, (B, N, H, S).
-        read: r, (B, N, H, S).
-        log_forget: log α, (B, N, H, S), floored.
-        beta: β, (B, N, H), under the delta rule; else None.
+        tokens: the sequence; its rotation and mask are in ``positions`` and the gates already.
         positions: p, (1 or B, N, 1 or H, K), or None without rotation.
-        memory: the state before the first token, (B, H, S, F).
-        documents: (B, N) numbers of documents, 0 for the one of ``memory``; None is one document.
+        slots: M before the first token, (B, H, S, F).
 
     Returns:
-        y (B, N, H, F) in the dtype of ``lifted``, and the state after the last token.
+        y (B, N, H, F) in the dtype of the items, and M after the last token.
 
     Raises:
         ValueError: if the state is neither float32 nor float64.
-        RuntimeError: if a shape does not fit, or the operator is not available.
+        RuntimeError: if a shape does not fit.
     """
-    wide = memory.dtype
+    wide = slots.dtype
     if wide not in _TYPES:
         raise ValueError(f"the state must be float32 or float64; got {wide}")
+    lifted, keys, unbinding_keys, read, gates = tokens[:5]
     if positions is not None and not algebra.has_phase:
-        keys, unbinding_keys = (
-            algebra.compose(keys, positions),
-            algebra.compose(unbinding_keys, positions),
-        )
+        keys, unbinding_keys = (algebra.compose(key, positions) for key in (keys, unbinding_keys))
         positions = None
     # The operator trusts its shapes: what does not broadcast to them is refused here.
-    tokens, slots, key_size = lifted.shape[:3], memory.shape[2], algebra.key_size(lifted.shape[3])
-    keys, unbinding_keys = (a.expand(*tokens, key_size) for a in (keys, unbinding_keys))
+    shape, count, key_size = lifted.shape[:3], slots.shape[2], algebra.key_size(lifted.shape[3])
+    keys, unbinding_keys = (a.expand(*shape, key_size) for a in (keys, unbinding_keys))
     positions = None if positions is None else positions.expand(-1, -1, -1, key_size)
-    write, read, log_forget = (a.expand(*tokens, slots) for a in (write, read, log_forget))
-    beta = None if beta is None else beta.expand(tokens)
-    memory = memory.expand(tokens[0], tokens[2], slots, lifted.shape[3])
+    assert gates.log_forget is not None
+    write, read, log_forget = (
+        a.expand(*shape, count) for a in (gates.write, read, gates.log_forget)
+    )
+    beta = None if gates.beta is None else gates.beta.expand(shape)
+    slots = slots.expand(shape[0], shape[2], count, lifted.shape[3])
     reset = None
-    if documents is not None:
-        reset = documents.diff(dim=1, prepend=documents.new_zeros(len(documents), 1)).ne(0)
+    if tokens.documents is not None:
+        first = tokens.documents.new_zeros(len(tokens.documents), 1)
+        reset = tokens.documents.diff(dim=1, prepend=first).ne(0)
     tensors = (lifted, keys, unbinding_keys, write, read, log_forget, beta, positions)
     inputs = [None if x is None else x.to(wide) for x in tensors]
     keep = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (*inputs, memory)
+        x is not None and x.requires_grad for x in (*inputs, slots)
     )
     # A decoding step spends more time on its way through the dispatcher than in the operator.
     step = (
-        tokens[1] == 1 and not keep and type(lifted) is Tensor and not torch.compiler.is_compiling()
+        shape[1] == 1 and not keep and type(lifted) is Tensor and not torch.compiler.is_compiling()
     )
     run: Callable[..., tuple[Tensor, Tensor, Tensor]] = _forward if step else _scan
-    output, memory, _ = run(*inputs, reset, memory, algebra.has_phase, keep)
-    return output.to(lifted.dtype), memory
+    output, slots, _ = run(*inputs, reset, slots, algebra.has_phase, keep)
+    return output.to(lifted.dtype), slots
 
 
 def _forward(
@@ -267,7 +260,7 @@ def _prepare(
 
 
 def _call(name: str, dtype: torch.dtype, sizes: _Sizes, inputs: Tensors, outputs: Tensors) -> None:
-    library = _library()
+    library = fused_library()
     if library is None:
         raise RuntimeError("the fused form is not available here: see hamt.cpu.fused")
     function = getattr(library, f"hamt_{name}_{_TYPES[dtype]}")
@@ -278,94 +271,3 @@ def _call(name: str, dtype: torch.dtype, sizes: _Sizes, inputs: Tensors, outputs
         )
 
     function(ctypes.byref(sizes), addresses(inputs), addresses(outputs))
-
-
-@torch.compiler.assume_constant_result  # torch.compile is not to trace the search for a compiler
-def _found() -> bool:
-    return _library() is not None
-
-
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
-    """Compile, or find what was compiled before; None, with a warning, where that does not work."""
-    if os.environ.get("HAMT_FUSED") == "0":
-        return None
-    candidates = (shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"])
-    compiler = next((words for words in candidates if words and shutil.which(words[0])), None)
-    reason = "there is no C++ compiler, such as g++"
-    for flags in (["-fopenmp"], []):  # Apple's clang has no OpenMP: one thread then
-        if compiler is None:
-            break
-        try:
-            return ctypes.CDLL(str(_compile(compiler, flags)))
-        except (OSError, subprocess.SubprocessError) as error:
-            said = getattr(error, "stderr", None)
-            reason = f"{shlex.join(compiler)} could not build it: {said.strip() if said else error}"
-    warnings.warn(
-        f"HAMT runs without its fused operator for CPUs, several times slower: {reason}. "
-        "HAMT_FUSED=0 says that this is meant",
-        stacklevel=2,
-    )
-    return None
-
-
-def _compile(compiler: list[str], flags: list[str]) -> Path:
-    """Path of the library for this source, compiler and processor; compiled if it is missing."""
-    flags = [
-        "-O3",
-        "-march=native",
-        "-ffp-contract=fast",
-        "-std=c++17",
-        "-fPIC",
-        "-Wno-psabi",
-        *flags,
-    ]
-    run = partial(subprocess.run, capture_output=True, text=True, check=True, timeout=300)
-    version = run([*compiler, "--version"]).stdout
-    tag = "\n".join([SOURCE.read_text(encoding="utf-8"), *flags, version, _processor()])
-    target = _folder() / f"fused-{hashlib.sha256(tag.encode()).hexdigest()[:16]}.so"
-
-    def build(file: Path) -> None:
-        # Linked without -fopenmp: the calls then go to the thread pool that PyTorch has brought
-        # along, where a second one would compete with it for the cores.
-        unit = file.with_suffix(".o")
-        run([*compiler, *flags, "-c", str(SOURCE), "-o", str(unit)])
-        run([*compiler, "-shared", str(unit), "-o", str(file)])
-        unit.unlink()
-
-    if not target.exists():
-        write_file(target, build)
-    return target
-
-
-def _folder() -> Path:
-    """Where libraries are kept: the user's cache, or a folder for this process where that cannot be used.
-
-    A library is code: a folder that others may write to is not trusted.
-    """
-    try:
-        folder = user_cache()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        own = not hasattr(os, "getuid") or (
-            status.st_uid == os.getuid() and not status.st_mode & 0o022
-        )
-        if own and os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
-        pass
-    folder = Path(tempfile.mkdtemp(prefix="hamt-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by several machines."""
-    cpuinfo, kinds = Path("/proc/cpuinfo"), ("model name", "flags", "CPU ", "Features")
-    lines = (
-        cpuinfo.read_text(encoding="utf-8").splitlines()
-        if cpuinfo.exists()
-        else [platform.processor()]
-    )
-    described = {line for line in lines if line.startswith(kinds) or not cpuinfo.exists()}
-    return "\n".join([platform.machine(), *sorted(described)])

@@ -1,128 +1,32 @@
-"""Linear maps, in float32 on CPUs by oneDNN.
+"""Linear maps in float32 on CPUs, multiplied by oneDNN.
 
 PyTorch leaves float32 products on x86 to MKL, which does not use all of a processor that is not
-Intel's, and which packs the whole matrix for a handful of tokens. oneDNN, which PyTorch brings
-along and uses for bfloat16, does neither: large products take half as long on the AMD processor
-that HAMT was measured on, and those of a decoding step two thirds (docs/LOG.md).
+Intel's, and which packs the whole matrix for a handful of tokens. oneDNN, which PyTorch brings along
+and uses for bfloat16, does neither: large products take half as long on the AMD processor that HAMT was
+measured on, and those of a decoding step two thirds (docs/LOG.md).
 
 Shape legend: I inputs and O outputs of a map, T rows.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules import module as hooks_of_all
 from torch.utils.flop_counter import flop_registry, register_flop_formula
-from torch.utils.weak import WeakTensorKeyDictionary
 
-# Private: what torch.compile makes of maps with constant weights. Without it all is as PyTorch does
-# it.
+# Private operators: what torch.compile makes of maps with constant weights. Without them everything
+# is as PyTorch does it.
 _PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-# By matrix, of several for one input by the first: what each was when they were packed, and all of
-# them, one below the other, in oneDNN's own layout.
-_PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# Below, MKL is as fast or faster: operations of a product, numbers of a matrix for a few rows, its
-# sides.
-WORK, LARGE, NARROW = 2**22, 2**17, 16
-# oneDNN makes code for each number of rows, whose memory is not given back: rows come in so many
-# numbers between a power of two and the next.
-STEPS = 8
-# Rows up to which matrices with the same input are multiplied at once: more make each product worth
-# its way.
-FEW = 128
-
-
-class Linear(nn.Linear):
-    """``nn.Linear`` through ``linear``."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        return linear(inputs, self.weight, self.bias)
-
-
-@runtime_checkable
-class SameInput(Protocol):
-    """A module that multiplies one input with several matrices, by ``linear_together``."""
-
-    def same_input(self) -> list[Tensor]:
-        """``matrices`` of these maps, (O, I) each; none if one of them is more than that now."""
-
-
-def pack_weights(model: nn.Module) -> int:
-    """Keep the large matrices of a model in oneDNN's own layout, too: decoding on a CPU gets faster.
-
-    Matrices that a module multiplies with the same input (``SameInput``) become one, used for a few
-    rows, without gradients and outside of ``torch.compile``. The matrices are in memory twice until
-    the model goes; what is packed is not saved or copied with it. A matrix that changes is used as
-    it is then, until it is packed again; a change by way of ``.data``, as merging adapters with
-    peft makes it, is not noticed.
-
-    Args:
-        model: its ``Linear`` maps and groups in float32 on a CPU; all else is left alone, as is
-            everything where PyTorch has no oneDNN.
-
-    Returns:
-        Bytes that it takes.
-    """
-    for weight in model.parameters():
-        _PACKED.pop(weight, None)
-    groups = [module.same_input() for module in model.modules() if isinstance(module, SameInput)]
-    groups += [[module.weight] for module in model.modules() if isinstance(module, Linear)]
-    taken = 0
-    seen: set[int] = set()
-    for weights in groups:
-        if seen.intersection(map(id, weights)) or not _packable(weights):
-            continue
-        with torch.no_grad():
-            whole = torch.cat([weight.detach() for weight in weights])
-            packed = _PACK(whole)  # type: ignore[misc]
-        _PACKED[weights[0]] = ([_State(weight) for weight in weights], packed)
-        seen.update(map(id, weights))
-        taken += whole.nbytes
-    return taken
-
-
-def _packable(weights: Sequence[Tensor]) -> bool:
-    return (
-        None not in (_PRODUCT, _PACK)
-        and torch._C._get_mkldnn_enabled()
-        and all(_plain(weight) and weight.ndim == 2 for weight in weights)
-        and not any(weight.is_inference() for weight in weights)  # whose changes are not counted
-        and len({weight.shape[1] for weight in weights}) == 1
-        and sum(weight.numel() for weight in weights) >= LARGE
-        and min(sum(len(weight) for weight in weights), weights[0].shape[1]) >= NARROW
-    )
-
-
-class _State:
-    """By what a matrix is known to be the same: its version and its place."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.version, self.place = weight._version, weight.data_ptr()
-        # While this lives no other storage can be taken for it, even if memory is given out again.
-        self.storage = StorageWeakRef(weight.untyped_storage())
-
-    def holds(self, weight: Tensor) -> bool:
-        return (
-            not weight.is_inference()
-            and self.version == weight._version
-            and self.place == weight.data_ptr()
-            and self.storage.cdata == weight.untyped_storage()._cdata
-        )
-
-
-def _packed(weights: Sequence[Tensor]) -> Tensor | None:
-    """What was packed of just these matrices, if they are still the same."""
-    states, packed = _PACKED.get(weights[0], ((), None))
-    same = len(states) == len(weights) and all(map(_State.holds, states, weights))
-    return packed if same else None
+# Below these sizes MKL is as fast or faster: operations of a product, numbers of a matrix for a few
+# rows, its shorter side.
+MIN_FLOPS, MIN_NUMEL, MIN_SIDE = 2**22, 2**17, 16
+# oneDNN compiles code for each number of rows and keeps it: rows are padded to one of so many numbers
+# between a power of two and the next.
+ROW_BUCKETS = 8
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -135,55 +39,41 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     )
     if not _suits(inputs, weight, bias, learns):
         return F.linear(inputs, weight, bias)
-    # A decoding step would spend as much time on its way through the dispatcher as in small
-    # products.
+    # A decoding step would spend as much time in the dispatcher as in its small products.
     product = _linear if learns or torch.compiler.is_compiling() else _product
     return product(inputs, weight, bias)
 
 
-def linear_together(
-    inputs: Tensor, same_input: Callable[[], list[Tensor]]
-) -> tuple[Tensor, ...] | None:
-    """``linear(inputs, weight)`` for each of several matrices, if they were packed together; else None.
+def pack(weights: Sequence[Tensor]) -> Tensor | None:
+    """Matrices (O, I) with the same I, one below the other, in oneDNN's own layout.
 
-    A decoding step spends more time on its way to five small products than in one that is as large.
-
-    Args:
-        inputs: (..., I); up to ``FEW`` rows are worth it.
-        same_input: gives the matrices, (O, I) each, in the order in which they were packed.
-
-    Returns:
-        (..., O) for each, in this order, or None.
+    None where oneDNN is not there or would not be faster.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _PACKED:
-        return None
-    weights = same_input()
     if (
-        not weights
-        or inputs.numel() > FEW * weights[0].shape[1]
-        or not _fits(inputs, weights[0], None)
+        None in (_PRODUCT, _PACK)
         or not torch._C._get_mkldnn_enabled()
-        or (packed := _packed(weights)) is None
+        or not all(_plain(weight) and weight.ndim == 2 for weight in weights)
+        or sum(weight.numel() for weight in weights) < MIN_NUMEL
+        or min(sum(len(weight) for weight in weights), weights[0].shape[1]) < MIN_SIDE
     ):
         return None
-    sizes = [len(weight) for weight in weights]
-    # To autograd these are no views: each may be changed in place.
-    return _multiply(inputs, packed, sum(sizes), None).unsafe_split_with_sizes(sizes, dim=-1)
+    with torch.no_grad():
+        return _PACK(torch.cat([weight.detach() for weight in weights]))  # type: ignore[misc]
 
 
-def matrices(*maps: nn.Module) -> list[Tensor]:
-    """Those of the maps, (O, I) each, if multiplying is all that each of them does; else none."""
-    return [] if any(map(is_more, maps)) else [each.weight for each in maps]  # type: ignore[misc]
+def packed_linear(inputs: Tensor, packed: Tensor, outputs: int) -> Tensor | None:
+    """The product (..., I) -> (..., O) with what ``pack`` gave, without gradients.
 
-
-def is_more(module: nn.Module, kind: type[nn.Module] = Linear) -> bool:
-    """Whether a module does more than its kind, a map more than multiply: an adapter, a hook, a bias."""
-    return (
-        type(module) is not kind
-        or (kind is Linear and module.bias is not None)
-        or bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-        or bool(hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks)
-    )
+    None where oneDNN cannot take these inputs, or is switched off.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or not _fits(inputs, packed.shape[1], None, outputs)
+        or not torch._C._get_mkldnn_enabled()
+    ):
+        return None
+    return _multiply(inputs, packed, outputs, None)
 
 
 def _suits(inputs: Tensor, weight: Tensor, bias: Tensor | None, learns: bool) -> bool:
@@ -191,21 +81,24 @@ def _suits(inputs: Tensor, weight: Tensor, bias: Tensor | None, learns: bool) ->
     return (
         _PRODUCT is not None
         and weight.ndim == 2
-        and (inputs.numel() * weight.shape[0] >= WORK or (weight.numel() >= LARGE and not learns))
-        and min(weight.shape) >= NARROW
+        and (
+            inputs.numel() * weight.shape[0] >= MIN_FLOPS
+            or (weight.numel() >= MIN_NUMEL and not learns)
+        )
+        and min(weight.shape) >= MIN_SIDE
         and _plain(weight)
-        and _fits(inputs, weight, bias)
+        and _fits(inputs, weight.shape[1], bias, weight.shape[0])
     )
 
 
-def _fits(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _fits(inputs: Tensor, size: int, bias: Tensor | None, outputs: int) -> bool:
     """Whether inputs and bias are what the operator takes, here and now."""
     return (
         inputs.ndim > 0
         and inputs.numel() > 0
-        and inputs.shape[-1] == weight.shape[1]
+        and inputs.shape[-1] == size
         and _plain(inputs)
-        and (bias is None or (_plain(bias) and bias.shape == weight.shape[:1]))
+        and (bias is None or (_plain(bias) and bias.shape == (outputs,)))
         and not torch.is_autocast_enabled("cpu")
         # Transformations of functions want operators that they know.
         and not torch._C._are_functorch_transforms_active()
@@ -214,7 +107,7 @@ def _fits(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _plain(x: Tensor) -> bool:
-    """Whether a tensor is what the operator takes it for: numbers in memory, not what stands for them."""
+    """Whether a tensor is what the operator takes it for: float32 numbers in this machine's memory."""
     return (
         x.dtype is torch.float32
         and x.is_cpu
@@ -227,13 +120,10 @@ def _plain(x: Tensor) -> bool:
 def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _PRODUCT is None or not torch._C._get_mkldnn_enabled():
         return F.linear(inputs, weight, bias)
-    matrix = _packed([weight]) if _PACKED else None
     # Any other layout is multiplied by reference code, a thousand times as slow.
-    if matrix is None:
-        matrix = (
-            weight if weight.is_contiguous() or weight.T.is_contiguous() else weight.contiguous()
-        )
-    return _multiply(inputs, matrix, weight.shape[0], None if bias is None else bias.contiguous())
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        weight = weight.contiguous()
+    return _multiply(inputs, weight, len(weight), None if bias is None else bias.contiguous())
 
 
 def _multiply(inputs: Tensor, matrix: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
@@ -251,11 +141,10 @@ def _multiply(inputs: Tensor, matrix: Tensor, outputs: int, bias: Tensor | None)
 def _padded(rows: Tensor) -> Tensor:
     """(T, I) with rows of zeros behind, to one of a few numbers of rows."""
     count = rows.shape[0]
-    if (
-        not isinstance(count, int) or count <= 2 * STEPS
-    ):  # a symbol, while a compiler traces gradients
+    # The number is a symbol while a compiler traces gradients.
+    if not isinstance(count, int) or count <= 2 * ROW_BUCKETS:
         return rows
-    step = 2 ** ((count - 1).bit_length() - 1) // STEPS
+    step = 2 ** ((count - 1).bit_length() - 1) // ROW_BUCKETS
     return rows if count % step == 0 else F.pad(rows, (0, 0, 0, -count % step))
 
 

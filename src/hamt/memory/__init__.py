@@ -1,15 +1,22 @@
 """The holographic memory, readable by itself: algebras, write rules, positions, forms that agree."""
 
 from hamt.memory.algebra import ALGEBRAS, Algebra, get_algebra, similarity
-from hamt.memory.holographic import FORMS, WRITE_RULES, HolographicMemory, MemoryState
+from hamt.memory.forms import FORMS, MemoryState, Tokens
+from hamt.memory.holographic import HolographicMemory
+from hamt.memory.positions import number_documents
+from hamt.memory.write_rules import WRITE_RULES, Gates, WriteRule
 
 __all__ = [
     "ALGEBRAS",
     "FORMS",
     "WRITE_RULES",
     "Algebra",
+    "Gates",
     "HolographicMemory",
     "MemoryState",
+    "Tokens",
+    "WriteRule",
     "get_algebra",
+    "number_documents",
     "similarity",
 ]

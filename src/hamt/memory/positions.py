@@ -26,21 +26,19 @@ def number_documents(seq_idx: Tensor, document: Tensor | None) -> Tensor:
 def accumulate_positions(
     algebra: Algebra,
     rotation: Tensor,
-    phase: Tensor | None,
-    seq_idx: Tensor | None,
-    document: Tensor | None,
+    start: Tensor | None,
+    documents: Tensor | None,
     mask: Tensor | None,
     batch: int,
     length: int,
 ) -> tuple[Tensor, Tensor]:
-    """Positions after each token: p_t = p_{t-1} ⊛ ρ_t, from the identity at the start of every document.
+    """Positions after each token: p_t = p_{t-1} ⊛ ρ_t, from the identity at the start of a document.
 
     Args:
         algebra: whose keys they are.
         rotation: ρ, (1 or B, 1 or N, 1 or H, K), phases in radians or signs.
-        phase: the position before the first token, (B, H, K); None is the identity.
-        seq_idx: (B, N) document of each token, or None if the row is one document.
-        document: (B,) document that ``phase`` belongs to; needed with ``seq_idx``.
+        start: the position key before the first token, (B, H, K); None is the identity.
+        documents: (B, N) numbers of documents, 0 for the one of ``start``; None is one document.
         mask: (B, N), false where a token does not advance; None if all do.
         batch: B.
         length: N.
@@ -48,28 +46,25 @@ def accumulate_positions(
     Returns:
         p (1 or B, N, 1 or H, K), phases in [-π, π] or signs, and its last entry (B, 1 or H, K).
     """
-    start = None if seq_idx is None else _starts(seq_idx)
+    first = None if documents is None else _starts(documents)
     constant = rotation.shape[1] == 1 and algebra.has_phase and not rotation.requires_grad
     if constant and rotation.device.type != "mps":  # which has no float64
-        positions = wrap_steps(rotation, _steps(start, mask, length, rotation.device))
+        positions = wrap_steps(rotation, _steps(first, mask, length, rotation.device))
     else:
         rotation = rotation.expand(-1, length, -1, -1)
         if mask is not None:
             rotation = rotation.where(mask.bool()[..., None, None], algebra.identity)
         positions = algebra.cumulate(rotation)
-        if start is not None:
+        if first is not None:
             # Take away what had gone round before the first token of the document.
             positions = positions.expand(batch, -1, -1, -1)
             before = F.pad(positions, (0, 0, 0, 0, 1, 0), value=algebra.identity)
-            before = before.gather(1, start[..., None, None].expand_as(positions))
+            before = before.gather(1, first[..., None, None].expand_as(positions))
             positions = algebra.wrap(algebra.divide(positions, before))
-    if phase is not None:
-        carried = phase[:, None]
-        if seq_idx is not None:
-            assert document is not None
-            carried = carried.where(
-                (seq_idx == document[:, None])[..., None, None], algebra.identity
-            )
+    if start is not None:
+        carried = start[:, None]
+        if documents is not None:
+            carried = carried.where(documents.eq(0)[..., None, None], algebra.identity)
         positions = algebra.wrap(algebra.compose(positions, carried))
     return positions, positions[:, -1].expand(batch, -1, -1)
 
@@ -88,8 +83,8 @@ def _steps(start: Tensor | None, mask: Tensor | None, length: int, device: torch
     return steps if start is None else steps - F.pad(steps, (1, 0)).gather(1, start)
 
 
-def _starts(seq_idx: Tensor) -> Tensor:
+def _starts(documents: Tensor) -> Tensor:
     """Index of the first token of each token's document: (B, N) -> (B, N)."""
-    index = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-    first = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=False)
+    index = torch.arange(documents.shape[1], device=documents.device)
+    first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=False)
     return torch.where(first, index, 0).cummax(dim=1).values

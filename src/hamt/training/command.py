@@ -1,19 +1,20 @@
-"""``hamt train``: train a language model that a person would trust with a week of compute."""
+"""``hamt train``: train a language model."""
 
 from collections.abc import Sequence
 
 from rich.console import Console
 
+from hamt.data.corpus import LOCAL, is_source
+from hamt.errors import UserError
 from hamt.options import parse
+from hamt.recipes import find_recipe, recipe_names
 from hamt.training.options import TrainOptions
 from hamt.training.run import train_model
 
 
 def main(arguments: Sequence[str]) -> int:
     """Train as the options and the configuration file say."""
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--config", *arguments]
-    options = parse(TrainOptions, arguments, "train")
+    options = parse(TrainOptions, arguments, "train", positional=recipe_or_text)
     console = Console(soft_wrap=True, highlight=False)
     run = train_model(options, console)
     if run is None or run.final is None:
@@ -28,10 +29,22 @@ def main(arguments: Sequence[str]) -> int:
     if 0 < step < run.result.steps:
         checkpoint = f"{options.output_dir}/checkpoints/best.pt"
         console.print(
-            f"the loss was lowest at step {step} ({best.nats_per_token:.3f} nats/token on the sample): that "
-            f"model is {checkpoint}; fewer epochs, --dropout 0.1 or more text "
+            f"the loss was lowest at step {step} ({best.nats_per_token:.3f} nats/token on the "
+            f"sample): that model is {checkpoint}; fewer epochs, --dropout 0.1 or more text "
             "would help"
         )
     prompt = "Fellow citizens" if options.data == "sotu" else "The"
     console.print(f'try: hamt generate "{prompt}" --checkpoint {checkpoint}')
     return 0
+
+
+def recipe_or_text(value: str) -> tuple[str, str]:
+    """A recipe (a .yaml file, or one of HAMT's by name), or a text as --data takes it."""
+    if find_recipe(value):
+        return "config", value
+    if is_source(value):
+        return "data", value
+    raise UserError(
+        f"no recipe or text {value}: the recipes are {', '.join(recipe_names())}; "
+        f"for a text {LOCAL}, or a dataset of the hub such as wikitext-2"
+    )

@@ -1,17 +1,20 @@
-"""``hamt demo``: the main job on real text, in minutes, from nothing."""
+"""``hamt demo``: train a small model on real text in minutes, and let it write."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from hamt.generation import GenerateOptions, stream_text
-from hamt.options import option, parse
+from hamt.options import MAX_SEED, option, parse
 from hamt.training.options import TrainOptions
 from hamt.training.run import compare_with_ngrams, train_model
+
+SIZE: dict[str, Any] = {"hidden_dim": 128, "num_layers": 4}
 
 
 @dataclass
@@ -20,12 +23,12 @@ class DemoOptions:
 
     output_dir: str = option("checkpoints/demo", "where the checkpoint goes")
     data: str = option("sotu", "sotu (embedded), or the path of a UTF-8 text file")
-    num_steps: int = option(600, "optimiser steps")
+    num_steps: int = option(600, "optimiser steps", at_least=1)
     max_minutes: float = option(
-        4.5, "end training within this time, on a slow machine with fewer steps"
+        4.5, "end training within this time; on a slow machine that leaves fewer steps", above=0
     )
     prompt: str = option("Fellow citizens", "what the model continues at the end")
-    seed: int = option(0, "seed of weights, data order and sampling")
+    seed: int = option(0, "seed of weights, data order and sampling", at_least=0, at_most=MAX_SEED)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,8 +46,7 @@ def main(arguments: Sequence[str]) -> int:
             seed=options.seed,
             eval_interval=max(options.num_steps // 6, 1),
             overwrite=True,
-            hidden_dim=128,
-            num_layers=4,
+            **SIZE,
         ),
         console,
     )

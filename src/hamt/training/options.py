@@ -1,11 +1,17 @@
 """The options of a training run, as ``hamt train`` and its configuration files name them."""
 
+import inspect
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from hamt.config import PRESETS
-from hamt.options import option
+from hamt.config import PRESETS, HAMTConfig
+from hamt.data.loader import ORDERS
+from hamt.options import MAX_SEED, option
+from hamt.training.optim import OPTIMIZERS, SCHEDULES
+
+T = TypeVar("T")
 
 # What `size` names beside the presets, with the parameters that a vocabulary of 8,192 makes of it.
 SIZES = {
@@ -15,23 +21,50 @@ SIZES = {
     **PRESETS,
 }
 
-# Fields of the model's configuration that are options of the same name.
-ARCHITECTURE = (
-    "hidden_dim",
-    "hcm_dim",
-    "num_layers",
-    "num_slots",
-    "num_heads",
-    "intermediate_dim",
-    "binding_type",
-    "write_rule",
-    "rotation",
-    "dropout",
-    "aux_loss_weight",
+# Fields of HAMTConfig that are no options: the tokenizer, the rows of the text or Transformers
+# decide them.
+_DECIDED = {
+    "vocab_size",
+    "max_position_embeddings",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
+ARCHITECTURE = {
+    name: kind for name, kind in HAMTConfig.__annotations__.items() if name not in _DECIDED
+}
+_ALIASES = {
+    **{name: (alias,) for alias, name in HAMTConfig.attribute_map.items()},
+    "use_auxiliary_loss": ("use_aux_loss",),
+}
+# The Args section of its docstring, by field.
+_MEANINGS = dict(
+    re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(HAMTConfig) or "", re.MULTILINE)
 )
 
 
+def architecture_options(options: type[T]) -> type[T]:
+    """Add the fields of ``HAMTConfig`` to a class that is going to be a dataclass of options.
+
+    None, which all of them are unless given, leaves the configuration's default.
+    """
+    for name, kind in ARCHITECTURE.items():
+        meaning = _MEANINGS.get(name, "as in every model of Transformers").replace("``", "")
+        options.__annotations__[name] = kind | None
+        added = option(
+            None,
+            " ".join(meaning.split()).removesuffix("."),
+            *_ALIASES.get(name, ()),
+            group="architecture",
+            shown_default=getattr(HAMTConfig, name, None),
+        )
+        setattr(options, name, added)
+    return options
+
+
 @dataclass
+@architecture_options
 class TrainOptions:
     """Train a HAMT language model on your text."""
 
@@ -41,7 +74,9 @@ class TrainOptions:
         "size": ("hidden_dim", "hcm_dim", "num_layers", "intermediate_dim"),
     }
 
-    config: str | None = option(None, "a YAML file with any of these options; flags override it")
+    config: str | None = option(
+        None, "a YAML file with any of these options, or a recipe's name; flags override it"
+    )
     output_dir: str = option("checkpoints/train", "where all that the run writes goes")
     resume: bool = option(False, "go on from the last checkpoint in --output_dir")
     overwrite: bool = option(False, "begin anew where --output_dir holds another run")
@@ -54,7 +89,7 @@ class TrainOptions:
     )
     streaming: bool = option(False, "read rows as they come, instead of downloading all first")
     max_tokens: int | None = option(
-        None, "read only about so many tokens from the start of the text"
+        None, "read only about so many tokens from the start of the text", at_least=1
     )
     held_out: str | None = option(
         None, "the same kinds, to measure on; none holds a part of --data out"
@@ -67,67 +102,76 @@ class TrainOptions:
     token_cache: str | None = option(
         None, "folder that keeps tokenised text (~/.cache/hamt/tokens)"
     )
-    max_length: int = option(256, "tokens of a row", "max_seq_length")
+    max_length: int = option(256, "tokens of a row", "max_seq_length", at_least=1)
     order: str = option(
-        "shuffled", "shuffled blocks, or contiguous rows whose state is carried along"
+        "shuffled",
+        "shuffled blocks, or contiguous rows whose state is carried along",
+        choices=ORDERS,
     )
     documents_flow: bool = option(False, "a document sees those before it in its row")
     # model
     size: str | None = option(
         None,
-        "tiny, small, medium (for a CPU), 17M, 50M, 100M or 200M; other options change it",
+        "tiny, small and medium are for a CPU; options of the architecture change it",
+        choices=SIZES,
     )
     init_from: str | None = option(
         None, "start from the weights, sizes and tokenizer of this checkpoint"
     )
-    hidden_dim: int | None = option(None, "width of the model (256)")
-    hcm_dim: int | None = option(None, "width of the holographic memory (2 * hidden_dim)")
-    num_layers: int | None = option(None, "blocks (4)")
-    num_slots: int | None = option(None, "memory slots per head (16)")
-    num_heads: int | None = option(None, "heads (4)", "num_attention_heads")
-    intermediate_dim: int | None = option(None, "width of the MLP (8/3 * hidden_dim)")
-    binding_type: str | None = option(None, "phasor, circular_conv or elementwise (phasor)")
-    write_rule: str | None = option(None, "gated, convex or delta (gated)")
-    rotation: str | None = option(None, "none, constant or data_dependent (none)")
-    dropout: float | None = option(None, "dropout (0)")
-    use_aux_loss: bool = option(False, "train keys and gates to reconstruct stored items too")
-    aux_loss_weight: float | None = option(None, "weight of that loss (0.05)")
     # optimisation
-    num_epochs: float = option(1.0, "times to read the text", "epochs")
-    num_steps: int | None = option(None, "optimiser steps, instead of epochs", "max_steps")
-    max_minutes: float | None = option(None, "end within this time, with the whole schedule")
-    batch_size: int = option(16, "rows of a step, over all processes")
-    micro_batches: int = option(
-        1, "parts of a step, one after the other, to save memory", "gradient_accumulation_steps"
+    num_epochs: float = option(1.0, "times to read the text", "epochs", above=0)
+    num_steps: int | None = option(
+        None, "optimiser steps, instead of epochs", "max_steps", at_least=1
     )
-    tbptt_segments: int = option(1, "rows of --order contiguous that gradients flow through")
-    optimizer: str = option("muon", "muon (with AdamW for embeddings and gates) or adamw")
-    learning_rate: float = option(1e-2, "peak learning rate")
-    schedule: str = option("cosine", "cosine, wsd (constant, linear end) or constant")
-    warmup: float = option(0.05, "share of the run that warms up")
-    final_learning_rate: float = option(0.1, "where the schedule ends, a share of the peak")
-    weight_decay: float = option(0.1, "weight decay, of all parameters but vectors")
-    max_norm: float = option(1.0, "clip gradients to this norm")
-    seed: int = option(0, "seed of weights and data order")
+    max_minutes: float | None = option(
+        None, "end within this time, with the whole schedule", above=0
+    )
+    batch_size: int = option(16, "rows of a step, over all processes", at_least=1)
+    micro_batches: int = option(
+        1,
+        "parts of a step, one after the other, to save memory",
+        "gradient_accumulation_steps",
+        at_least=1,
+    )
+    tbptt_segments: int = option(
+        1, "rows of --order contiguous that gradients flow through", at_least=1
+    )
+    optimizer: str = option(
+        "muon", "muon has AdamW for embeddings and gates beside it", choices=OPTIMIZERS
+    )
+    learning_rate: float = option(1e-2, "peak learning rate", above=0)
+    schedule: str = option("cosine", "wsd is constant with a linear end", choices=SCHEDULES)
+    warmup: float = option(0.05, "share of the run that warms up", at_least=0, at_most=1)
+    final_learning_rate: float = option(
+        0.1, "where the schedule ends, a share of the peak", at_least=0, at_most=1
+    )
+    weight_decay: float = option(0.1, "weight decay, of all parameters but vectors", at_least=0)
+    max_norm: float = option(1.0, "clip gradients to this norm", above=0)
+    seed: int = option(0, "seed of weights and data order", at_least=0, at_most=MAX_SEED)
     spike: float = option(
         10.0,
         "end on a loss this many standard deviations (and a nat) above the last ones; 0: on NaN only",
+        at_least=0,
     )
     skip_trouble: bool = option(False, "leave such steps out instead")
     # machine
-    mixed_precision: str = option("no", "no, bf16 or fp16")
+    mixed_precision: str = option(
+        "no", "what matrix products are computed in", choices=("no", "bf16", "fp16")
+    )
     compile_model: bool = option(False, "torch.compile the model")
     gradient_checkpointing: bool = option(False, "compute activations twice to save memory")
-    num_workers: int = option(0, "processes that prepare batches")
+    num_workers: int = option(0, "processes that prepare batches", at_least=0)
     # watching
-    log_interval: int = option(10, "steps between records")
-    eval_interval: int = option(100, "steps between held-out losses")
+    log_interval: int = option(10, "steps between records", at_least=1)
+    eval_interval: int = option(100, "steps between held-out losses", at_least=1)
     save_interval: int | None = option(
-        None, "steps between checkpoints to resume from (500, in a short run fewer)"
+        None, "steps between checkpoints to resume from (500, in a short run fewer)", at_least=1
     )
-    keep_checkpoints: int = option(1, "how many of them to keep")
+    keep_checkpoints: int = option(1, "how many of them to keep", at_least=1)
     save_dtype: str = option(
-        "float32", "of the weights of the finished model: float32, bfloat16 or float16"
+        "float32",
+        "of the weights of the finished model",
+        choices=("float32", "bfloat16", "float16"),
     )
     use_tensorboard: bool = option(False, "write TensorBoard files, too")
     use_wandb: bool = option(False, "log to Weights & Biases, too (WANDB_MODE=offline works)")
@@ -147,9 +191,5 @@ class TrainOptions:
 
     def architecture(self) -> dict[str, Any]:
         """Fields of the model's configuration that are asked for."""
-        chosen = {
-            name: getattr(self, name) for name in ARCHITECTURE if getattr(self, name) is not None
-        }
-        if self.use_aux_loss:
-            chosen["use_auxiliary_loss"] = True
-        return chosen
+        asked = {name: getattr(self, name) for name in ARCHITECTURE}
+        return {name: value for name, value in asked.items() if value is not None}

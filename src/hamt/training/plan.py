@@ -1,4 +1,4 @@
-"""From options to all that a run needs, everything checked before compute is spent."""
+"""From options to all that a run needs. What can be wrong is found out before compute is spent."""
 
 import math
 from dataclasses import dataclass, fields
@@ -11,38 +11,21 @@ from transformers import PreTrainedTokenizerBase
 from hamt.checkpoint import load_checkpoint
 from hamt.config import HAMTConfig
 from hamt.data.corpus import Corpus, load_corpus
-from hamt.data.loader import ORDERS, Batches
+from hamt.data.loader import Batches
 from hamt.data.tokenizer import character_tokenizer, load_tokenizer, own_tokenizer
 from hamt.data.tokens import TokenisedCorpus, tokenise
 from hamt.errors import UserError, user_errors
 from hamt.files import check_writable
 from hamt.model import HAMTForCausalLM
+from hamt.options import check
 from hamt.training.accelerator import make_accelerator
 from hamt.training.loop import LoopOptions
-from hamt.training.optim import OPTIMIZERS, SCHEDULES
 from hamt.training.options import SIZES, TrainOptions
-
-COUNTS = ("max_length", "batch_size", "micro_batches", "tbptt_segments", "num_steps", "max_tokens")
-INTERVALS = ("log_interval", "eval_interval", "save_interval", "keep_checkpoints")
-AT_LEAST = {
-    **dict.fromkeys((*COUNTS, *INTERVALS), 1),
-    **dict.fromkeys(("weight_decay", "seed", "num_workers", "spike"), 0),
-}
-POSITIVE = ("num_epochs", "learning_rate", "max_norm", "max_minutes")
-SHARES = ("warmup", "final_learning_rate")
-CHOICES = {
-    "optimizer": OPTIMIZERS,
-    "schedule": SCHEDULES,
-    "order": ORDERS,
-    "size": tuple(SIZES),
-    "mixed_precision": ("no", "bf16", "fp16"),
-    "save_dtype": ("float32", "bfloat16", "float16"),
-}
 
 
 @dataclass
 class Plan:
-    """A run that is ready to start."""
+    """All that a run needs."""
 
     options: TrainOptions
     accelerator: Accelerator
@@ -53,18 +36,18 @@ class Plan:
     loop: LoopOptions
 
     @property
-    def states(self) -> Path:
-        """Where the checkpoints are."""
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints to resume from."""
         return Path(self.options.output_dir) / "checkpoints"
 
     @property
     def tokens_per_step(self) -> int:
-        """Over all processes."""
+        """Tokens of a step, over all processes."""
         return self.options.batch_size * self.batches.length
 
     @property
     def identity(self) -> dict[str, object]:
-        """What must not change when the run is resumed."""
+        """What must not have changed when the run is resumed."""
         fixed = (
             "batch_size",
             "max_length",
@@ -83,12 +66,13 @@ class Plan:
 
 
 def make_plan(options: TrainOptions) -> Plan:
-    """Everything up to the first step.
+    """Load or make all that a run needs: text, tokenizer, batches, model.
 
     Raises:
-        UserError: for anything the user can mend: text, sizes, folders.
+        UserError: for whatever only the user can mend: options, text, folders.
     """
-    _check(options)
+    check(options)
+    _check_together(options)
     accelerator = make_accelerator(options.mixed_precision)
     processes = accelerator.num_processes
     if options.batch_size % (processes * options.micro_batches):
@@ -97,9 +81,10 @@ def make_plan(options: TrainOptions) -> Plan:
             f"{options.micro_batches} micro-batches: "
             f"make it a multiple of {processes * options.micro_batches}"
         )
-    # The main process trains the tokenizer and tokenises; the others find both done.
+    # The main process learns the tokenizer and tokenises the text; the others wait, and then find
+    # both in the cache.
     with accelerator.main_process_first():
-        # Before a tokenizer is trained: a wrong size should not cost a minute.
+        # Now already, only to find mistakes in sizes before minutes are spent on a tokenizer.
         build_config(**_fields(options), vocab_size=options.vocab_size)
         check_writable(options.output_dir, make=not options.dry_run)
         text = load_corpus(
@@ -121,7 +106,7 @@ def make_plan(options: TrainOptions) -> Plan:
         length=options.max_length * options.tbptt_segments,
         batch_size=options.batch_size,
         order=options.order,
-        apart=not options.documents_flow and tokenizer.eos_token_id is not None,
+        documents_flow=options.documents_flow or tokenizer.eos_token_id is None,
         seed=options.seed,
         rows=slice(accelerator.process_index * share, (accelerator.process_index + 1) * share),
     )
@@ -129,7 +114,7 @@ def make_plan(options: TrainOptions) -> Plan:
     model = _model(options, tokenizer, trained[0] if trained else None)
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    if processes > 1:  # one model, but not one dropout
+    if processes > 1:  # all have made the same model, but each drops other features
         torch.manual_seed(options.seed + accelerator.process_index)
     return Plan(options, accelerator, corpus, tokenizer, model, batches, _loop(options, batches))
 
@@ -162,40 +147,26 @@ def _model(
 
 
 def build_config(**fields) -> HAMTConfig:
-    """A configuration from options.
+    """A configuration with these fields.
 
     Raises:
-        UserError: if it cannot be built, with what would be right.
+        UserError: if they do not fit together, with what would be right.
     """
     with user_errors():
         return HAMTConfig(**fields)
 
 
-def _check(options: TrainOptions) -> None:
-    for name, least in AT_LEAST.items():
-        value = getattr(options, name)
-        if value is not None and not least <= value < math.inf:
-            raise UserError(f"--{name} must be at least {least}; got {value}")
-    for name in POSITIVE:
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name} must be positive; got {value}")
-    for name in SHARES:
-        if not 0 <= getattr(options, name) <= 1:
-            raise UserError(f"--{name} must lie in [0, 1]; got {getattr(options, name)}")
+def _check_together(options: TrainOptions) -> None:
+    """Refuse options that do not go with others."""
     if options.resume and options.overwrite:
         raise UserError("--resume goes on with a run, --overwrite begins anew: leave one out")
     if options.tbptt_segments > 1 and options.order != "contiguous":
         raise UserError(
             "--tbptt_segments needs --order contiguous: shuffled blocks have nothing to carry along"
         )
-    for name, choices in CHOICES.items():
-        value = getattr(options, name)
-        if value is not None and value not in choices:
-            raise UserError(f"--{name} must be one of {', '.join(choices)}; got {value!r}")
-    free = {"dropout", "use_auxiliary_loss", "aux_loss_weight"}
-    fixed = {"size", "tokenizer", *options.architecture()} - free
-    given = sorted(name for name in fixed if getattr(options, name) is not None)
+    free = {"dropout", "use_auxiliary_loss", "aux_loss_weight", "chunk_size"}
+    named = {"size": options.size, "tokenizer": options.tokenizer, **options.architecture()}
+    given = sorted(name for name in named.keys() - free if named[name] is not None)
     if options.init_from and given:
         raise UserError(f"--init_from brings sizes and tokenizer along: leave --{given[0]} out")
 
@@ -210,7 +181,6 @@ def _loop(options: TrainOptions, batches: Batches) -> LoopOptions:
         field.name for field in fields(TrainOptions)
     }
     return LoopOptions(
-        segments=options.tbptt_segments,
         carry_state=options.order == "contiguous",
         max_seconds=60 * options.max_minutes if options.max_minutes else math.inf,
         **{**{name: getattr(options, name) for name in same}, "num_steps": steps},

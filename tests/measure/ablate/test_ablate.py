@@ -140,7 +140,7 @@ def test_a_common_direction_makes_the_writes_of_the_delta_rule_alike():
     for options in (spec, alike):
         torch.manual_seed(0)
         gating = make_model(options, 20).model.layers[0].mixer.gating
-        _, write, _ = gating(conditioned)
+        write = gating(conditioned).write
         cosines.append((write[0, 0] * write[0, 1:]).sum(-1).mean().item())
     assert abs(cosines[0]) < 0.1
     assert cosines[1] > 0.7
@@ -294,7 +294,7 @@ def test_the_file_of_a_run_of_another_recipe_is_not_overwritten(recipe, tmp_path
         (["--recipe", "nowhere.yaml"], "no recipe nowhere.yaml"),
         (["--recipe", __file__], "is not YAML"),
         (["--workers", "0"], "--workers must be at least 1"),
-        (["--seeds", "-1"], "--seeds must be from 0"),
+        (["--seeds", "-1"], "--seeds must lie in [0"),
         (["--table", "table.txt"], "a .md file; got table.txt"),
         (["--output_dir", f"{__file__}/below", "--tasks", "recall"], "choose another --output_dir"),
     ],

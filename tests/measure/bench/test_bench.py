@@ -15,6 +15,7 @@ from hamt.measure.bench.command import BenchOptions
 from hamt.measure.bench.decode import filled, make_decoders, measure_decoding
 from hamt.measure.bench.memory import measure_memory
 from hamt.measure.bench.mixers import measure_mixers
+from hamt.measure.bench.options import QUICK
 from hamt.measure.bench.report import bench_figures, bench_tables, crossover, slopes
 from hamt.measure.timing import timing
 from hamt.visualization import fitted_slope
@@ -285,7 +286,7 @@ def test_a_median_of_decoding_has_three_rounds_at_least():
 
 
 def test_a_quick_run_decodes_in_several_rounds():
-    assert bench_command.QUICK["decode_steps"] // bench_command.QUICK["decode_tokens"] >= 3
+    assert QUICK["decode_steps"] // QUICK["decode_tokens"] >= 3
 
 
 def test_the_command_writes_figures_tables_and_plots(tmp_path, capsys):
@@ -304,12 +305,15 @@ def test_the_command_writes_figures_tables_and_plots(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--parts", "nothing"], "no part nothing; there are model"),
-        (["--dtype", "int8"], "float32 or bfloat16"),
+        (
+            ["--parts", "nothing"],
+            "--parts must be one of model, mixer, decode, memory; got 'nothing'",
+        ),
+        (["--dtype", "int8"], "--dtype must be one of float32, bfloat16; got 'int8'"),
         (["--decode_batches", "1"], "one number for each"),
         (["--rounds", "0"], "at least 1"),
         (["--matmul_size", "0"], "at least 1"),
-        (["--hidden_dim", "100"], "multiple of 32; got 100"),
+        (["--hidden_dim", "100"], "divide hidden_dim = 100; got 32"),
     ],
 )
 def test_mistakes_end_in_one_line(options, message, capsys):
@@ -324,7 +328,7 @@ def test_quick_leaves_what_was_given(tmp_path, monkeypatch):
     monkeypatch.setattr(
         bench_command, "MEASURES", {"memory": lambda options: seen.append(options) or ()}
     )
-    monkeypatch.setattr("hamt.measure.bench.command.bench_tables", lambda result: "")
+    monkeypatch.setattr("hamt.measure.bench.command.bench_page", lambda result: "")
     monkeypatch.setattr("hamt.measure.bench.command.bench_figures", lambda result: {})
     arguments = ["--quick", "--parts", "memory", "--rounds", "5", "--output_dir", str(tmp_path)]
     assert main(["bench", *arguments]) == 0

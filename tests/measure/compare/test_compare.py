@@ -283,7 +283,10 @@ def test_the_first_model_is_a_hamt_model(folders, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rivals", "rnn"], "no rival rnn; there are gpt2"),
+        (
+            ["--rivals", "rnn"],
+            "--rivals must be one of gpt2, llama, mamba2, gated-deltanet; got 'rnn'",
+        ),
         (["--hamt_checkpoint", "nowhere"], "no model 'nowhere'"),
         (["--rounds", "0"], "at least 1"),
         (["--rival_learning_rates", "0.1"], "needs --rivals"),

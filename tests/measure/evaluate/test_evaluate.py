@@ -191,7 +191,7 @@ def test_lambada_is_asked_from_a_local_file(folders, tmp_path):
         (["--test_text", ""], "--test_text is empty"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--context", "8", "--stride", "0"], "--stride must be at least 1"),
-        (["--temperature", "-1"], "--temperature must be 0 or more"),
+        (["--temperature", "-1"], "--temperature must be at least 0; got -1"),
         (["--test_text", "a\udce9"], "must be UTF-8"),
     ],
 )

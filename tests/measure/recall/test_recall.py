@@ -186,7 +186,10 @@ def test_the_plot_shows_models_of_fixed_state():
         container.get_label(): container.lines[0].get_xydata().tolist()
         for container in axes.containers
     }
-    assert lines == {"hamt": [[6144, pytest.approx(52.5)]], "mamba2": [[6144, pytest.approx(37.5)]]}
+    assert lines == {
+        "HAMT": [[6144, pytest.approx(52.5)]],
+        "Mamba-2": [[6144, pytest.approx(37.5)]],
+    }
 
 
 def test_the_plan_has_every_combination_once():

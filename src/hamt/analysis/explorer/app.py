@@ -6,19 +6,27 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from hamt.analysis.explorer.render import STYLE, retrieved_lists, slot_grid
-from hamt.analysis.explorer.session import MAX_TOKENS, TIMES, Explorer, View
+from hamt.analysis.explorer.render import BLUE, STYLE, retrieved_lists, slot_grid
+from hamt.analysis.explorer.session import MAX_CHARACTERS, MAX_TOKENS, TIMES, Explorer, View
 from hamt.errors import UserError
 
 EXAMPLES = (
-    "The state of the Union is strong. The Congress of the United States has the power to act, and the "
-    "people of the United States expect it to act.",
+    "The state of the Union is strong. The Congress of the United States has the power to act, "
+    "and the people of the United States expect it to act.",
     "Peace with all nations is our policy. War is the last resort of a nation; peace is its first duty.",
 )
 WIDTH = 340  # pixels that a column needs; in a narrow window one goes below the other
 KEPT = 3600.0  # seconds that a text is kept for a page that asks nothing more
-NOTHING = "<p class='note'>Click a token of the text to see what it read from the memory, and from where.</p>"
+SESSIONS = 8  # pages whose texts are kept, some 30 MB each; the one asked longest ago is dropped
+LOCAL = ("127.0.0.1", "localhost")
+SHADES = 10  # of blue, from the weakest write gate to the strongest
+NOTHING = (
+    "<p class='note'>Click a token of the text to see what it read from the memory, and from "
+    "where.</p>"
+)
 
 
 def build_app(explorer: Explorer, name: str) -> gr.Blocks:
@@ -42,8 +50,9 @@ def _reading_tab(app: gr.Blocks, page: "_Page", layers: list[int]) -> None:
         layer = gr.Dropdown(layers, value=layers[-1], label="Layer", elem_id="layer")
     status = gr.Markdown(elem_id="status")
     tokens = gr.HighlightedText(
-        label="Tokens: the stronger the colour, the more strongly written. Click one.",
-        color_map={"": "white"},
+        label="Tokens: the bluer, the more strongly written. Click one.",
+        color_map={str(shade): _colour(shade) for shade in range(SHADES + 1)},
+        show_inline_category=False,
         elem_id="tokens",
         interactive=False,
     )
@@ -54,7 +63,7 @@ def _reading_tab(app: gr.Blocks, page: "_Page", layers: list[int]) -> None:
             label = "The memory after so many tokens"
             time = gr.Slider(1, 2, value=1, step=1, label=label, elem_id="time")
             slots = gr.HTML(elem_id="slots")
-    gr.Examples([[one] for one in EXAMPLES], [text])
+    gr.Examples([[example] for example in EXAMPLES], [text])
     outputs = [view, status, tokens, found, time, slots]
     for event in (read.click, text.submit, app.load):
         event(page.read, [text, layer], outputs, show_progress="minimal")
@@ -125,7 +134,8 @@ class _Page:
         caption = f"Layer {layer} after {count:,} tokens, the last “{view.tokens[count - 1]}”."
         if len(view.tokens) > TIMES:
             caption += f" Of a long text {TIMES} moments are kept; this is the nearest."
-        return slot_grid(view.norms[index, layer], float(view.norms[:, layer].max()), caption)
+        norms, largest = view.norms[index, layer], float(view.norms[:, layer].max())
+        return slot_grid(norms, largest, caption, view.half_lives[layer])
 
     def write(
         self, prompt: str | None, count: int, temperature: float, top_p: float, layer: int
@@ -133,18 +143,26 @@ class _Page:
         prompt, largest = prompt or "", 0.0
         yield ["", "<p class='note'>Reading the prompt …</p>"]
         try:
-            for one in self.explorer.write(prompt, int(count), temperature, top_p):
-                largest = max(largest, float(one.norms[layer].max()))
-                caption = f"Layer {layer} after {one.new_tokens} new tokens."
-                if one.ended:
+            for written in self.explorer.write(prompt, int(count), temperature, top_p):
+                norms = written.norms[layer]
+                largest = max(largest, float(norms.max()))
+                caption = f"Layer {layer} after {written.new_tokens} new tokens."
+                if len(prompt) > MAX_CHARACTERS:
+                    caption += f" Of the prompt the last {MAX_CHARACTERS:,} characters were read."
+                if written.ended:
                     caption += " The model ended the document here."
-                yield [one.text, slot_grid(one.norms[layer], largest, caption)]
+                yield [written.text, slot_grid(norms, largest, caption)]
         except UserError as error:
             yield ["", f"<p class='note'>{html.escape(_sentence(error))}</p>"]
 
 
 def launch(app: gr.Blocks, host: str, port: int | None, block: bool = True) -> Any:
-    """Serve the page; fonts are the reader's own."""
+    """Serve the page; fonts are the reader's own.
+
+    It takes no files. On this machine's own addresses it answers only to their names: else a page
+    of somebody else, whose name is made to point here, could ask it, too.
+    """
+    names = LOCAL if host in LOCAL else ("*",)
     theme = gr.themes.Base(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
@@ -157,6 +175,9 @@ def launch(app: gr.Blocks, host: str, port: int | None, block: bool = True) -> A
         footer_links=[],
         theme=theme,
         css=STYLE,
+        max_file_size=0,
+        state_session_capacity=SESSIONS,
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names)]},
         prevent_thread_lock=not block,
     )
 
@@ -169,12 +190,18 @@ def _sentence(error: UserError) -> str:
 def _status(view: View) -> str:
     status = f"{len(view.tokens):,} tokens read."
     if view.left_out:
-        status += f" The first {view.left_out:,} were left out: {MAX_TOKENS:,} are shown at most."
+        status += f" The tokens before them were left out: {MAX_TOKENS:,} are shown at most."
     return status
 
 
-def _tokens(view: View, layer: int) -> list[tuple[str, float]]:
-    """Tokens with their write gates, from 0 for the weakest to 1."""
+def _tokens(view: View, layer: int) -> list[tuple[str, str]]:
+    """Tokens with the shades of their write gates."""
     write = view.write[layer]
-    shares = (write - write.min()) / (np.ptp(write) or 1.0)
-    return list(zip(view.tokens, shares.tolist(), strict=True))
+    shades = SHADES * (write - write.min()) / (np.ptp(write) or 1.0)
+    return [(token, f"{shade:.0f}") for token, shade in zip(view.tokens, shades, strict=True)]
+
+
+def _colour(shade: int) -> str:
+    """White for 0, blue for ``SHADES``; the page draws half of it, so that words can be read."""
+    parts = (round(255 + (int(part) - 255) * shade / SHADES) for part in BLUE.split(","))
+    return "#" + "".join(f"{part:02x}" for part in parts)

@@ -21,14 +21,14 @@ class ExploreOptions:
         None, "a checkpoint folder, or a .pt file; none is the model in HAMT"
     )
     host: str = option("127.0.0.1", "the address to serve at; any but the default lets others in")
-    port: int | None = option(None, "the port; none is the first free one from 7860 on")
+    port: int | None = option(
+        None, "the port; none is the first free one from 7860 on", at_least=1, at_most=65535
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
     """Serve the page until Ctrl-C."""
     options = parse(ExploreOptions, arguments, "explore")
-    if options.port is not None and not 0 < options.port < 65536:
-        raise UserError(f"--port must lie from 1 to 65535; got {options.port}")
     # Read when Gradio is imported: nothing is told to anybody.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Gradio looks whether its page is there, which no proxy can tell.

@@ -10,49 +10,72 @@ import numpy as np
 
 from hamt.analysis.explorer.session import Retrieved, View
 
-BLUE = "0, 114, 178"  # of Okabe and Ito
-STYLE = """
-.prose table, .prose tr { border: 0; }
-.prose table.slots { border-collapse: separate; border-spacing: 2px; width: 100%; table-layout:
-fixed; } .prose .slots th { font-weight: 400; font-size: 12px; text-align: left; width: 4.5em;
-border: 0; padding: 0; } .prose .slots td { height: 24px; border-radius: 3px; border: 1px solid
-rgba(128, 128, 128, 0.4); padding: 0; } .prose .found td { padding: 1px 14px 1px 0; text-align:
-left; border: 0; } .bar { display: inline-block; height: 10px; background: #0072B2; border-radius:
-2px; } .prose .note { opacity: 0.75; color: inherit; }
-#tokens .textfield { max-height: 35vh; overflow-y: auto; }
+BLUE, RED = "0, 114, 178", "#D55E00"  # of Okabe and Ito
+STYLE = f"""
+.prose table, .prose tr {{ border: 0; }}
+.prose table.slots {{ border-collapse: separate; border-spacing: 2px; width: 100%; table-layout:
+fixed; }} .prose .slots th {{ font-weight: 400; font-size: 11px; text-align: center; border: 0;
+padding: 0; }} .prose .slots th:first-child {{ text-align: left; width: 4em; }} .prose .slots td {{
+height: 24px; border-radius: 3px; border: 1px solid rgba(128, 128, 128, 0.4); padding: 0; font-size:
+9px; text-align: center; overflow: hidden; }} .prose .found td {{ padding: 1px 14px 1px 0;
+text-align: left; border: 0; }} .bar {{ display: inline-block; height: 10px; background:
+rgb({BLUE}); border-radius: 2px; }} .prose .note {{ opacity: 0.75; color: inherit; }}
+#tokens .textfield {{ max-height: 35vh; overflow-y: auto; background: white; }}
+@media (max-width: 500px) {{ .prose .slots td {{ font-size: 7px; }} }}
 """
-ASKED, SOURCE = "2px solid currentColor", "2px solid #D55E00"  # outlines
+ASKED, SOURCE = "2px solid currentColor", f"2px solid {RED}"  # outlines
+MANY = 10_000  # tokens of a half-life that is not written out
 
 
-def slot_grid(norms: np.ndarray, largest: float, caption: str) -> str:
-    """Norms (H, S) as a table of shades between 0 and ``largest``."""
+def slot_grid(
+    norms: np.ndarray, largest: float, caption: str, half_lives: np.ndarray | None = None
+) -> str:
+    """Slots (H, S) as a table, with their numbers above and, where known, half-lives in them.
+
+    Norms are shades of blue between 0 and ``largest``; half-lives are in tokens.
+    """
     rows = []
-    for head, values in enumerate(norms):
-        cells = "".join(
-            f'<td title="head {head}, slot {slot}: norm {value:.2f}" '
-            f'style="background: rgba({BLUE}, {min(value / largest, 1.0) if largest > 0 else 0:.3f})"></td>'
-            for slot, value in enumerate(values.tolist())
-        )
-        rows.append(f"<tr><th>head {head}</th>{cells}</tr>")
+    for head, values in enumerate(norms.tolist()):
+        cells = []
+        for slot, norm in enumerate(values):
+            share = min(norm / largest, 1.0) if largest > 0 else 0
+            title, text = f"head {head}, slot {slot}: norm {norm:.2f}", ""
+            if half_lives is not None:
+                text = _short(half_lives[head, slot])
+                title += f", half-life {text} tokens"
+            shade = f"background: rgba({BLUE}, {share:.3f})"
+            cells.append(f'<td title="{title}" style="{shade}">{text}</td>')
+        rows.append(f"<tr><th>head {head}</th>{''.join(cells)}</tr>")
+    numbers = "".join(f"<th>{slot}</th>" for slot in range(norms.shape[1]))
     said = f"{html.escape(caption)} Without colour: empty; full blue: a norm of {largest:.1f}."
+    if half_lives is not None:
+        said += " In each slot: its half-life in tokens, by the forget gates over this text."
     return (
-        f'<table class="slots" aria-label="slots">{"".join(rows)}</table><p class="note">{said}</p>'
+        f'<table class="slots" aria-label="slots"><tr><th>slot</th>{numbers}</tr>{"".join(rows)}'
+        f'</table><p class="note">{said}</p>'
     )
 
 
-def retrieved_lists(view: View, found: Retrieved, layer: int, token: int) -> str:
-    """Sources of a read-out with their shares, and the stored items it is like."""
+def _short(tokens: float) -> str:
+    """A half-life in four characters."""
+    if tokens >= MANY:
+        return f"&gt;{MANY // 1000}k"
+    return f"{tokens:.1f}" if tokens < 9.95 else f"{tokens:.0f}"
+
+
+def retrieved_lists(view: View, retrieved: Retrieved, layer: int, token: int) -> str:
+    """The sources of a read-out with their shares, and the stored items that it is like."""
     word = html.escape(view.tokens[token])
-    sources = [(position, share, f"{100 * share:.1f} %") for position, share in found.sources]
-    items = [(position, cosine, f"{cosine:.2f}") for position, cosine in found.items]
+    sources = [(position, share, f"{100 * share:.1f} %") for position, share in retrieved.sources]
+    items = [(position, cosine, f"{cosine:.2f}") for position, cosine in retrieved.items]
     return (
-        f"{_marks(token, [position for position, _ in found.sources])}"
+        f"{_marks(token, [position for position, _ in retrieved.sources])}"
         f"<h4>What “{word}” (token {token}) read in layer {layer}</h4>"
-        f"<p>From where: exact shares of the read-out, averaged over heads (outlined in the text).</p>"
-        f"{_table(view, token, sources)}"
-        f"<p>What it is like: items that head {found.head} holds, by cosine. By chance: "
-        f"{found.permuted:.2f} (its key in another order), {found.theory:.2f} (random directions).</p>"
-        f"{_table(view, token, items)}"
+        "<p>From where: exact shares of the read-out, averaged over heads (outlined in the text)."
+        f"</p>{_table(view, token, sources)}"
+        f"<p>What it is like: items that head {retrieved.head} holds, by cosine. By chance: "
+        f"{retrieved.permuted:.2f} (its key in another order), {retrieved.theory:.2f} (random "
+        f"directions).</p>{_table(view, token, items)}"
         '<p class="note">A position is its token mixed with the few before it.</p>'
     )
 
@@ -69,8 +92,9 @@ def _marks(token: int, sources: Sequence[int]) -> str:
 
 def _table(view: View, token: int, rows: Sequence[tuple[int, float, str]]) -> str:
     lines = "".join(
-        f"<tr><td>{html.escape(view.tokens[position])}</td><td>{token - position} back</td><td>{text} "
-        f'<span class="bar" style="width: {max(min(value, 1.0), 0.0) * 80:.0f}px"></span></td></tr>'
+        f"<tr><td>{html.escape(view.tokens[position])}</td><td>{token - position} back</td>"
+        f'<td>{text} <span class="bar" style="width: {80 * min(max(value, 0), 1):.0f}px"></span>'
+        "</td></tr>"
         for position, value, text in rows
     )
     return f'<table class="found">{lines}</table>'

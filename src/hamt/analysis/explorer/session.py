@@ -12,23 +12,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from hamt.analysis.contributions import contributions
 from hamt.analysis.reading import largest_by_chance, permuted_keys
 from hamt.analysis.record import SEGMENT, Trace, record
-from hamt.analysis.report import token_texts
+from hamt.analysis.survey import mean_half_lives
+from hamt.analysis.tokens import token_texts
 from hamt.cache import HAMTCache
 from hamt.cpu.allocator import return_freed_memory
-from hamt.data.tokenizer import start_token
 from hamt.errors import UserError
+from hamt.generation import continue_tokens, encode_prompt, encode_text
 from hamt.model import HAMTForCausalLM
 
 MAX_TOKENS = 2048  # of a text; a page with more words would be slow to draw
+MAX_CHARACTERS = 16 * MAX_TOKENS  # of a text or prompt; what stands before them is not tokenised
 TIMES = 128  # states that can be scrubbed through
 NAMED = 6  # sources and items that are listed
 
@@ -37,17 +34,23 @@ NAMED = 6  # sources and items that are listed
 class View:
     """A text that was read.
 
-    ``traces`` by layer; ``tokens`` as text; ``write`` (L, N) mean write gates; ``times`` numbers of
-    tokens at which ``norms`` (T, L, H, S) were taken; ``left_out`` tokens of the text before the
-    first one shown.
+    Attributes:
+        traces: what each layer did, by its index.
+        tokens: as text.
+        write: mean write gates (L, N).
+        half_lives: of each slot by its forget gates over the text, in tokens (L, H, S).
+        times: T numbers of tokens after which ``norms`` were taken.
+        norms: of the slots, (T, L, H, S).
+        left_out: whether the text has more before the first token.
     """
 
     traces: dict[int, Trace]
     tokens: list[str]
     write: np.ndarray
+    half_lives: np.ndarray
     times: list[int]
     norms: np.ndarray
-    left_out: int
+    left_out: bool
 
 
 class Source(NamedTuple):
@@ -58,11 +61,16 @@ class Source(NamedTuple):
 
 
 class Retrieved(NamedTuple):
-    """What one token read: ``shares`` (N,) of all positions and the largest as ``sources``;
+    """What one token read.
 
-    ``items``, the stored items that the read-out of ``head`` is most like, with cosines; ``theory``
-    and ``permuted``, the largest cosine that chance gives over all heads: with random directions,
-    and under the same key with its entries in another order (mean over 100 orders).
+    Attributes:
+        shares: of its read-out by position, (N,), averaged over heads.
+        sources: the positions with the largest shares.
+        head: the head whose read-out is most like an item that is stored.
+        items: the stored items that this read-out is most like, with cosines.
+        theory: the largest cosine that random directions would have, over all heads.
+        permuted: the largest cosine under the same key with its entries in another order, over all
+            heads; mean over 100 orders.
     """
 
     shares: np.ndarray
@@ -74,7 +82,14 @@ class Retrieved(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A text as far as it is written, the norms (L, H, S) of the slots, and whether the model ended it."""
+    """A text as far as it is written.
+
+    Attributes:
+        text: without the prompt.
+        new_tokens: how many it has.
+        norms: of the slots, (L, H, S).
+        ended: whether the model ended the document.
+    """
 
     text: str
     new_tokens: int
@@ -96,7 +111,8 @@ class Explorer:
         Raises:
             UserError: if there is nothing to read.
         """
-        ids = self._tokens(text)
+        text = text or ""
+        ids = encode_text(self.tokenizer, text[-MAX_CHARACTERS:])
         if not ids:
             raise UserError("there is no text yet: type some, or take one of the examples")
         kept = torch.tensor(ids[-MAX_TOKENS:])
@@ -113,21 +129,18 @@ class Explorer:
             for trace in traces
         ]
         write = torch.stack([trace.write[0].abs().mean(dim=(1, 2)) for trace in traces])
+        shares = (trace.memory.rule.kept(trace.gates) for trace in traces)
+        slots = torch.stack([mean_half_lives(share) for share in shares])
         return_freed_memory()
         return View(
             kept_traces,
             token_texts(self.tokenizer, kept),
             write.numpy(),
+            slots.numpy(),
             times,
             torch.stack(norms, dim=1).numpy(),
-            len(ids) - len(kept),
+            len(ids) > len(kept) or len(text) > MAX_CHARACTERS,
         )
-
-    def _tokens(self, text: str | None) -> list[int]:
-        try:
-            return self.tokenizer(text or "", add_special_tokens=False).input_ids
-        except (TypeError, UnicodeEncodeError) as error:  # half of a pair of surrogates
-            raise UserError("this text has characters that are none: take them out") from error
 
     def retrieve(self, view: View, layer: int, token: int) -> Retrieved:
         """What a token read from the memory of a layer, and from where."""
@@ -140,14 +153,13 @@ class Explorer:
             for position, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)
             if share > 0
         ]
-        # The read-out of each head, beside the items it holds; the head that is most like one of
-        # them.
+        # The read-out of each head beside the items that it holds.
         algebra, key = trace.memory.algebra, trace.unbinding_keys[0, token]
         stored = F.normalize(trace.items[0, : token + 1], dim=-1)
-        found = algebra.lift(trace.output[0, token]).to(stored)
-        held = algebra.bind(found, key)  # what the slots hold, mixed as the token reads them
-        found = torch.cat((found[None], algebra.unbind(held, permuted_keys(algebra, key))))
-        cosines = torch.einsum("nhf,ohf->ohn", stored, F.normalize(found, dim=-1))
+        read_out = algebra.lift(trace.output[0, token]).to(stored)
+        held = algebra.bind(read_out, key)  # what the slots hold, mixed as the token reads them
+        read_outs = torch.cat((read_out[None], algebra.unbind(held, permuted_keys(algebra, key))))
+        cosines = torch.einsum("nhf,ohf->ohn", stored, F.normalize(read_outs, dim=-1))
         largest = cosines.amax(dim=-1)
         head = int(largest[0].argmax())
         nearest = cosines[0, head].topk(min(NAMED, token + 1))
@@ -160,44 +172,34 @@ class Explorer:
             largest[1:].amax(dim=1).mean().item(),
         )
 
-    @torch.no_grad()
     def write(
-        self,
-        prompt: str,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int | None = None,
+        self, prompt: str, max_new_tokens: int, temperature: float, top_p: float
     ) -> Iterator[Written]:
-        """Continue a prompt token by token; a temperature of 0 is greedy, an empty prompt a new document."""
-        ids = self._tokens(prompt) or [start_token(self.tokenizer)]
-        generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
-        warpers = LogitsProcessorList([TopPLogitsWarper(float(top_p))] if top_p < 1 else [])
-        if temperature > 0:
-            warpers.insert(0, TemperatureLogitsWarper(float(temperature)))
-        cache = HAMTCache(len(self.model.model.layers))
-        new: list[int] = []
-        *before, part = torch.tensor([ids]).split(SEGMENT, dim=1)
-        for segment in before:
-            with self._lock:
-                self.model.model(segment, past_key_values=cache)
+        """Continue a prompt token by token, and show the slots after each.
+
+        At a temperature of 0 the likeliest token is taken; an empty prompt begins a text.
+        """
+        ids = encode_prompt(self.tokenizer, prompt)
+        length, cache = len(ids), HAMTCache(len(self.model.model.layers))
         for _ in range(max_new_tokens):
-            with self._lock:
-                logits = (
-                    self.model(part, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+            with self._lock:  # for one token at a time, so that others can ask in between
+                ids += continue_tokens(
+                    self.model,
+                    self.tokenizer,
+                    ids,
+                    1,
+                    temperature,
+                    top_p=top_p,
+                    past_key_values=cache,
+                    prefill_chunk_size=SEGMENT,
                 )
-            if temperature > 0:
-                weights = warpers(part, logits).softmax(dim=-1)
-                part = torch.multinomial(weights, 1, generator=generator)
-            else:
-                part = logits.argmax(dim=-1, keepdim=True)
-            new.append(int(part))
-            ended = new[-1] == self.tokenizer.eos_token_id
             norms = [
-                state.memory.memory[0].norm(dim=-1) for state in cache.states if state is not None
+                state["slots"][0].norm(dim=-1)
+                for state in cache.states
+                if state and "slots" in state
             ]
-            text = str(self.tokenizer.decode(new, skip_special_tokens=True))
-            yield Written(text, len(new), torch.stack(norms).numpy(), ended)
+            text = str(self.tokenizer.decode(ids[length:], skip_special_tokens=True))
+            ended = ids[-1] == self.tokenizer.eos_token_id
+            yield Written(text, len(ids) - length, torch.stack(norms).numpy(), ended)
             if ended:
                 break

@@ -27,9 +27,12 @@ class AblateOptions:
     )
     tasks: list[str] = option([], "tasks of the recipe; none: all")
     variants: list[str] = option([], "variants of the recipe, in this order; none: all")
-    seeds: list[int] = option([0], "one run of each variant for each")
+    # Above are the seeds of the tests.
+    seeds: list[int] = option(
+        [0], "one run of each variant for each", at_least=0, at_most=HELD_OUT - 1
+    )
     data: str | None = option(None, "folder of the texts that the recipe names")
-    workers: int = option(2, "runs at a time, each on one core")
+    workers: int = option(2, "runs at a time, each on one core", at_least=1)
     output_dir: str = option(
         "ablate_output", "where each run leaves a JSON file; runs that have one are not run again"
     )
@@ -68,10 +71,8 @@ def plan(options: AblateOptions, recipe: dict[str, Any]) -> list[AblationRun]:
     Raises:
         UserError: for an option of the recipe that there is not, and sizes that do not fit.
     """
-    tasks, variants = (
-        options.tasks or list(recipe["tasks"]),
-        options.variants or list(recipe["variants"]),
-    )
+    tasks = options.tasks or list(recipe["tasks"])
+    variants = options.variants or list(recipe["variants"])
     pairs = [pair for pair in names(recipe) if pair[0] in tasks and pair[1] in variants]
     pairs.sort(key=lambda pair: variants.index(pair[1]))
     data = recipe["data"] if options.data is None else Path(options.data)
@@ -108,10 +109,6 @@ def _check(options: AblateOptions, recipe: dict[str, Any]) -> None:
     for what, chosen in (("tasks", options.tasks), ("variants", options.variants)):
         if unknown := [name for name in chosen if name not in recipe[what]]:
             raise UserError(f"no {what} {', '.join(unknown)}; there are {', '.join(recipe[what])}")
-    if options.workers < 1:
-        raise UserError(f"--workers must be at least 1; got {options.workers}")
-    if not all(0 <= seed < HELD_OUT for seed in options.seeds):  # above are those of the tests
-        raise UserError(f"--seeds must be from 0 to {HELD_OUT - 1:,}")
     if options.table is not None and Path(options.table).suffix != ".md":
         raise UserError(f"--table must be the path of a .md file; got {options.table}")
 

@@ -120,7 +120,7 @@ def make_model(spec: Spec, vocab_size: int) -> PreTrainedModel:
     if kind == "transformer":
         with torch.device("meta"):
             parameters = _hamt(fields, parameters).num_parameters()
-        return with_parameters(kind, parameters, **fields, **choices, one_projection=False)
+        return with_parameters(kind, parameters, **fields, **choices)
     own = {name: spec[name] for name in ("keys", "common_direction")}
     return _hamt({**fields, **own}, parameters)
 
@@ -205,7 +205,9 @@ def _train_on_text(
     length, batch_size = options.pop("length"), options.pop("batch_size")
     accelerator = make_accelerator(options.pop("mixed_precision", "no"))
     options.pop("every", None)
-    batches = Batches(training, length=length, batch_size=batch_size, apart=False, seed=seed)
+    batches = Batches(
+        training, length=length, batch_size=batch_size, documents_flow=True, seed=seed
+    )
     if "epochs" in options:
         options["num_steps"] = round(options.pop("epochs") * batches.steps_per_epoch)
 

@@ -2,22 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from hamt.baselines.catalogue import ARCHITECTURES, flops_per_token
 from hamt.cpu.allocator import keep_freed_memory
-from hamt.environment import describe_environment, environment
+from hamt.environment import environment
 from hamt.errors import UserError, user_errors
 from hamt.files import check_writable, write_json
 from hamt.measure.bench.decode import measure_decoding
 from hamt.measure.bench.memory import measure_memory
 from hamt.measure.bench.mixers import measure_mixers
 from hamt.measure.bench.models import make_models, measure_models
-from hamt.measure.bench.options import PARTS, QUICK, BenchOptions
-from hamt.measure.bench.report import bench_figures, bench_tables
+from hamt.measure.bench.options import BenchOptions
+from hamt.measure.bench.report import bench_figures, bench_page
 from hamt.measure.report import write_report
 from hamt.options import parse
 
@@ -31,8 +30,6 @@ MEASURES = {
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, and write ``bench.json``, ``bench.md`` and log-log plots."""
-    if "--quick" in arguments:  # before what the user asks for, which counts
-        arguments = [*_flags(QUICK), *arguments]
     options = parse(BenchOptions, arguments, "bench")
     _check(options)
     check_writable(options.output_dir, make=True)
@@ -50,8 +47,7 @@ def main(arguments: Sequence[str]) -> int:
             )  # a machine may fail within hours
             row = found["rows"][-1]
             console.print(f"  {row.get('level', '')} {row['phase']} at {row['length']:,}")
-    heading = f"# Speed and memory\n\n{describe_environment(header)} {options.dtype}."
-    text = f"{heading}\n\n{bench_tables(result)}\n"
+    text = bench_page(result)
     paths = write_report(options.output_dir, "bench", result, text, bench_figures(result))
     console.print(text, markup=False)
     console.print(f"wrote {', '.join(str(path) for path in paths)}")
@@ -71,44 +67,9 @@ def _operations(options: BenchOptions) -> dict[str, dict[str, float]]:
     }
 
 
-def _flags(values: dict[str, Any]) -> list[str]:
-    """Options as they stand on a command line."""
-    found: list[str] = []
-    for name, value in values.items():
-        found += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return found
-
-
 def _check(options: BenchOptions) -> None:
-    if unknown := [part for part in options.parts if part not in PARTS]:
-        raise UserError(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    if options.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype must be float32 or bfloat16; got {options.dtype}")
     if len(options.decode_contexts) != len(options.decode_batches):
         raise UserError("--decode_batches must give one number for each of --decode_contexts")
-    sizes = [
-        "hidden_dim",
-        "num_layers",
-        "vocab_size",
-        "mixer_dim",
-        "matmul_size",
-        "step_tokens",
-        "rounds",
-    ]
-    sizes += ["decode_steps", "decode_tokens"]
-    numbers = [
-        *options.lengths,
-        *options.train_lengths,
-        *options.decode_contexts,
-        *options.decode_batches,
-    ]
-    numbers += [
-        *options.memory_lengths,
-        *options.batch_sizes,
-        *(getattr(options, name) for name in sizes),
-    ]
-    if min(numbers) < 1:
-        raise UserError("lengths, batches, sizes and rounds must be at least 1")
     with (
         user_errors(),
         torch.device("meta"),

@@ -3,7 +3,7 @@
 Beside HAMT stands a Llama-type transformer of Transformers with as many parameters, with a cache
 that has its final size from the start (``StaticCache``) and with one that grows (``DynamicCache``).
 Its cache is filled with random numbers: the time of a step does not depend on what it reads. The
-large matrices of both are packed where that exists (``hamt.cpu.linear.pack_weights``).
+large matrices of both are packed where that exists (``hamt.products.fuse``).
 """
 
 from collections.abc import Callable, Iterator
@@ -14,12 +14,13 @@ import torch
 from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 
 from hamt.baselines.catalogue import ARCHITECTURES, with_parameters
+from hamt.baselines.products import OneDNNLinear
 from hamt.cache import HAMTCache
-from hamt.cpu.linear import pack_weights
 from hamt.measure.bench.cases import measure
 from hamt.measure.bench.options import SEGMENT, BenchOptions
-from hamt.measure.peak_memory import cache_bytes
 from hamt.model import HAMTForCausalLM
+from hamt.peak_memory import cache_bytes
+from hamt.products import fuse
 
 DECODERS = ("hamt", "static", "dynamic")
 LEAST_ROUNDS = 3  # a median of fewer says nothing
@@ -69,7 +70,7 @@ def filled(
 def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
     """All rows so far, after each one: one for every context, with its batch."""
     ours, theirs = make_decoders(options)
-    packed = {"hamt": pack_weights(ours), "transformer": pack_weights(theirs)}
+    packed = {"hamt": fuse(ours), "transformer": fuse(theirs, (OneDNNLinear,))}
     parameters = {"hamt": ours.num_parameters(), "transformer": theirs.num_parameters()}
     rows, dtype = [], getattr(torch, options.dtype)
     for length, batch in zip(options.decode_contexts, options.decode_batches, strict=True):

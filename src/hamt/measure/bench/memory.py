@@ -11,8 +11,8 @@ from transformers import Cache, LlamaForCausalLM
 from hamt.measure.bench.decode import make_decoders
 from hamt.measure.bench.models import call, make_models
 from hamt.measure.bench.options import SEGMENT, BenchOptions
-from hamt.measure.peak_memory import cache_bytes, peak_memory_of
 from hamt.model import HAMTForCausalLM
+from hamt.peak_memory import cache_bytes, call_peak_memory
 
 PACE = 5e10  # operations a second of attention: what it would take is told beforehand
 
@@ -43,7 +43,7 @@ def _training(options: BenchOptions) -> Iterator[dict[str, Any]]:
                 # Forwards and twice backwards, half of the square each.
                 if name == "transformer" and _late(row, 6.0 * batch * length * length, options):
                     continue
-                row["peak_bytes"][name] = peak_memory_of(step(ids=ids))
+                row["peak_bytes"][name] = call_peak_memory(step(ids=ids))
             yield row
 
 
@@ -58,7 +58,9 @@ def _reading(options: BenchOptions) -> Iterator[dict[str, Any]]:
             if name == "transformer" and _late(row, 2.0 * length * length, options):
                 continue
             caches: list[Cache] = []
-            row["peak_bytes"][name] = peak_memory_of(partial(_read, model, length, options, caches))
+            row["peak_bytes"][name] = call_peak_memory(
+                partial(_read, model, length, options, caches)
+            )
             row["cache_bytes"][name] = cache_bytes(caches.pop())
         yield row
 

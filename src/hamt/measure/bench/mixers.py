@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hamt.attention import usual_head_dim
 from hamt.baselines.catalogue import ARCHITECTURES
-from hamt.baselines.transformer import attend, attention_head_dim
+from hamt.baselines.transformer import attend
 from hamt.config import HAMTConfig
 from hamt.layers import HAMTLayer
 from hamt.measure.bench.cases import Predictor, compiled, eager_bytes, measure
 from hamt.measure.bench.options import BenchOptions
+from hamt.memory import Gates
 
 MIXERS = ("hamt", "sdpa", "eager")
 LEVELS = ("core", "sublayer")
@@ -23,9 +25,9 @@ def measure_mixers(options: BenchOptions) -> Iterator[dict[str, Any]]:
     width = options.mixer_dim
     config = HAMTConfig(hidden_dim=width, num_layers=1, vocab_size=1)
     rows, predictor = [], Predictor()
-    heads = width // attention_head_dim(width)
+    heads = width // usual_head_dim(width)
     memory = f"{config.num_heads} heads × {config.num_slots} slots, D = {config.hcm_dim}"
-    attention = f"{heads} heads × {attention_head_dim(width)}"
+    attention = f"{heads} heads × {usual_head_dim(width)}"
     for length in options.lengths:
         for level in LEVELS:
             make = _core if level == "core" else _sublayer
@@ -56,7 +58,7 @@ def _core(name: str, config: HAMTConfig, length: int, options: BenchOptions) -> 
     """The mixer on inputs that are ready: function, inputs, parameters."""
     narrow = getattr(torch, options.dtype)
     if name != "hamt":
-        head_dim = attention_head_dim(config.hidden_dim)
+        head_dim = usual_head_dim(config.hidden_dim)
         shape = (1, config.hidden_dim // head_dim, length, head_dim)
         qkv = [torch.randn(shape, dtype=narrow) for _ in range(3)]
         return (lambda q, k, v: attend(q, k, v, name)), qkv, ()
@@ -71,7 +73,8 @@ def _core(name: str, config: HAMTConfig, length: int, options: BenchOptions) -> 
 
     def run(*tensors: Tensor) -> Tensor:
         items, keys, unbinding_keys, write, read, log_forget = tensors
-        return memory(items, keys, unbinding_keys, write, read, log_forget, rotation=rotation)[0]
+        gates = Gates(write, log_forget)
+        return memory(items, keys, unbinding_keys, gates, read, rotation=rotation)[0]
 
     return run, inputs, ()
 

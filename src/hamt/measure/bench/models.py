@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hamt.attention import usual_head_dim
 from hamt.baselines.catalogue import ARCHITECTURES, non_embedding_parameters, with_parameters
-from hamt.baselines.transformer import attention_head_dim
 from hamt.measure.bench.cases import Predictor, compiled, eager_bytes, measure, yardstick
 from hamt.measure.bench.options import BenchOptions
 from hamt.measure.energy import joules
@@ -69,7 +69,7 @@ def _row(
     cases: dict[str, Callable[[], object]] = {}
     left_out: dict[str, str] = {}
     work: dict[str, float] = {}
-    heads = options.hidden_dim // attention_head_dim(options.hidden_dim)
+    heads = options.hidden_dim // usual_head_dim(options.hidden_dim)
     for name, model in models.items():
         seconds = predictor.seconds(f"{phase} {name}", length, batch, name in ("sdpa", "eager"))
         # A training step keeps the weights of every layer for the backward pass.

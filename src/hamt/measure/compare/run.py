@@ -15,9 +15,9 @@ from hamt.baselines.loading import Loaded
 from hamt.cache import HAMTCache
 from hamt.errors import reason
 from hamt.measure.bench.cases import Predictor, measure
-from hamt.measure.peak_memory import cache_bytes, peak_memory_of
 from hamt.measure.perplexity import score_documents
 from hamt.model import HAMTForCausalLM
+from hamt.peak_memory import cache_bytes, call_peak_memory
 
 # Model types that Transformers runs as reference code on a CPU.
 REFERENCE_CODE = ("mamba", "mamba2", "falcon_mamba", "qwen3_next", "jamba", "bamba", "rwkv")
@@ -150,5 +150,5 @@ def prefill_memory(models: Mapping[str, PreTrainedModel], length: int) -> dict[s
     found = {}
     for name, model in models.items():
         ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
-        found[name] = peak_memory_of(partial(read, model, ids), model.device.type)
+        found[name] = call_peak_memory(partial(read, model, ids), model.device.type)
     return found

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from transformers import set_seed
 
-from hamt.analysis.report import slot_evolution
+from hamt.analysis.pictures import memory_evolution
 from hamt.analysis.survey import survey
 from hamt.baselines.loading import Loaded, load_any_model
 from hamt.checkpoint import PRETRAINED
@@ -21,14 +21,14 @@ from hamt.data.tokenizer import start_token
 from hamt.environment import describe_environment, environment
 from hamt.errors import UserError
 from hamt.files import check_writable, write_json
-from hamt.generation import sampling
+from hamt.generation import continue_tokens, encode_prompt
 from hamt.measure.compare.run import longest_context
 from hamt.measure.evaluate.harness import check_tasks, run_tasks
 from hamt.measure.perplexity import Score, score_documents
 from hamt.measure.report import write_report
 from hamt.measure.tables import markdown, number
 from hamt.model import HAMTForCausalLM
-from hamt.options import given_text, option, parse
+from hamt.options import MAX_SEED, given_text, option, parse
 from hamt.visualization import Series, loss_by_position
 
 COUNTS = ("documents", "shots")  # of a task, beside its metrics
@@ -51,31 +51,32 @@ class EvaluateOptions:
     )
     text_column: str | None = option(None, "the column of rows that holds the text (text)")
     test_text: str | None = option(None, "score this text instead")
-    max_documents: int | None = option(None, "score the first documents only")
+    max_documents: int | None = option(None, "score the first documents only", at_least=1)
     context: int | None = option(
         None,
         "tokens that a prediction sees; none: 1, 8, 64 times the training context, and all",
+        at_least=1,
     )
     stride: int | None = option(
-        None, "tokens by which the context slides; none is the context: blocks"
+        None, "tokens by which the context slides; none is the context: blocks", at_least=1
     )
     carry: bool = option(
         False, "carry the state over the whole text, and measure nothing else (HAMT)"
     )
-    batch_size: int = option(8, "rows at a time")
+    batch_size: int = option(8, "rows at a time", at_least=1)
     tasks: list[str] = option(
         [], "tasks of lm-evaluation-harness, or hamt_lambada, hamt_mqar, ... (docs)"
     )
     task_data: str | None = option(
         None, "the file of a task that needs one (hamt_lambada, hamt_wikitext)"
     )
-    limit: int | None = option(None, "documents of a task at most")
+    limit: int | None = option(None, "documents of a task at most", at_least=1)
     prompts: str | None = option(
         None, "what to continue, several parted by |; none continues --test_text"
     )
-    max_new_tokens: int = option(50, "tokens to write for a prompt")
-    temperature: float = option(0.8, "0 is greedy")
-    seed: int = option(0, "of the samples")
+    max_new_tokens: int = option(50, "tokens to write for a prompt", at_least=1)
+    temperature: float = option(0.8, "0 is greedy", at_least=0)
+    seed: int = option(0, "of the samples", at_least=0, at_most=MAX_SEED)
     output_dir: str = option("analysis_output", "where tables, plots and samples go")
 
 
@@ -136,10 +137,6 @@ def _check(options: EvaluateOptions) -> None:
         raise UserError("--carry sees all of the text: leave --context out")
     if options.stride is not None and options.context is None:
         raise UserError("--stride needs --context, the tokens that a prediction sees")
-    for name in ("batch_size", "max_new_tokens", "limit", "max_documents", "context", "stride"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1; got {value}")
     if (
         options.data == "none"
         and options.test_text is None
@@ -147,8 +144,6 @@ def _check(options: EvaluateOptions) -> None:
         and options.prompts is None
     ):
         raise UserError("there is nothing to do: --data none goes with --tasks or --prompts")
-    if options.temperature < 0:
-        raise UserError(f"--temperature must be 0 or more; got {options.temperature}")
     for text in (options.test_text, options.prompts):
         try:
             (text or "").encode()
@@ -296,7 +291,9 @@ def _memory(model: HAMTForCausalLM, tokenizer: Any, documents: Iterable[str] | N
         ids += [start_token(tokenizer), *tokenizer(document, add_special_tokens=False).input_ids]
         if len(ids) >= PICTURED:
             break
-    return slot_evolution(survey(model, torch.tensor([ids[:PICTURED] or [start_token(tokenizer)]])))
+    return memory_evolution(
+        survey(model, torch.tensor([ids[:PICTURED] or [start_token(tokenizer)]]))
+    )
 
 
 # ------------------------------------------------------------ tasks and samples
@@ -324,7 +321,10 @@ def _task_table(tasks: dict[str, dict[str, Any]], content: Mapping[str, Any]) ->
 def generate(
     loaded: Loaded, prompts: Sequence[str], options: EvaluateOptions
 ) -> list[dict[str, Any]]:
-    """A continuation of each prompt (of its end, if the model has too few positions), and how fast it was."""
+    """A continuation of each prompt, and how fast it was written.
+
+    Of a prompt that is too long for the model's positions the end is continued.
+    """
     limit = longest_context(loaded.model)
     if limit is not None and options.max_new_tokens >= limit:
         raise UserError(
@@ -333,19 +333,14 @@ def generate(
     set_seed(options.seed)
     samples = []
     for prompt in prompts:
-        tokens = loaded.tokenizer(prompt, add_special_tokens=False).input_ids
-        tokens = tokens or [start_token(loaded.tokenizer)]
+        ids = encode_prompt(loaded.tokenizer, prompt)
         if limit is not None:
-            tokens = tokens[-(limit - options.max_new_tokens) :]
+            ids = ids[-(limit - options.max_new_tokens) :]
         start = time.perf_counter()
-        output = loaded.model.generate(  # type: ignore[operator]
-            torch.tensor([tokens]),
-            max_new_tokens=options.max_new_tokens,
-            pad_token_id=loaded.tokenizer.pad_token_id,
-            **sampling(options.temperature),
-        )[0]
+        new = continue_tokens(
+            loaded.model, loaded.tokenizer, ids, options.max_new_tokens, options.temperature
+        )
         seconds = time.perf_counter() - start
-        new = output[len(tokens) :]
         samples.append(
             {
                 "prompt": prompt,

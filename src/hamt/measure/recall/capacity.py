@@ -20,16 +20,18 @@ Shape legend: T trials, n items, R copies, S slots, D features of an item, K key
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from hamt.environment import describe_environment
 from hamt.measure.tables import markdown
 from hamt.memory.algebra import ALGEBRAS, similarity
 from hamt.memory.holographic import HolographicMemory, MemoryState
-from hamt.visualization import Series, capacity_against_theory
+from hamt.visualization import COLOURS, Series, draw_series, panels
 
 ROWS = 2**22  # numbers that are handled at a time
 COSINE, COPIES, CONVEX, CLEANUP = "cosine", "copies", "convex", "cleanup"  # parts of the sweep
@@ -200,6 +202,11 @@ def measure_capacity(
     return found
 
 
+def capacity_page(header: Mapping[str, Any], found: list[Point]) -> str:
+    """What ``capacity.md`` says; ``header`` is the environment that it was measured in."""
+    return f"# Capacity of the memory\n\n{describe_environment(header)}\n\n{capacity_table(found)}"
+
+
 def capacity_table(found: list[Point]) -> str:
     """Markdown: one row a point, and how many lie within three standard errors of theory."""
     header = [
@@ -235,16 +242,20 @@ def capacity_table(found: list[Point]) -> str:
 
 def capacity_figure(found: list[Point]) -> Figure:
     """A panel for each part: points with three standard errors, theory as lines."""
-    grouped: dict[str, dict[str, list[tuple[float, Point]]]] = {}
+    parts: dict[str, dict[str, list[tuple[float, Point]]]] = {}
     for point in found:
         name, x = _LABELS[point.part](point)
-        grouped.setdefault(point.part, {}).setdefault(name, []).append((x, point))
-    panels: dict[str, Mapping[str, tuple[Series, Series]]] = {}
-    for part, lines in grouped.items():
-        panels[part] = {
-            name: _series(sorted(pairs, key=lambda pair: pair[0])) for name, pairs in lines.items()
-        }
-    return capacity_against_theory(panels)
+        parts.setdefault(point.part, {}).setdefault(name, []).append((x, point))
+    figure, all_axes = panels(len(parts), size=(6.0, 4.0))
+    figure.suptitle("Points: measured, ± 3 standard errors. Lines: theory.", fontsize="medium")
+    for axes, (part, lines) in zip(all_axes, parts.items(), strict=True):
+        series = {name: _series(sorted(pairs, key=itemgetter(0))) for name, pairs in lines.items()}
+        measured = {name: points for name, (points, _) in series.items()}
+        draw_series(axes, measured, *_AXES[part], linestyle="none")
+        for index, (_, theory) in enumerate(series.values()):
+            axes.plot(theory.x, theory.y, color=COLOURS[index % len(COLOURS)], linewidth=1)
+        axes.set_title(part, fontsize="medium")
+    return figure
 
 
 def _series(pairs: list[tuple[float, Point]]) -> tuple[Series, Series]:
@@ -253,6 +264,16 @@ def _series(pairs: list[tuple[float, Point]]) -> tuple[Series, Series]:
     errors = [3 * point.standard_error for _, point in pairs]
     return Series.with_errors(x, measured, errors), Series(x, [point.theory for _, point in pairs])
 
+
+# What the axes of each panel are called.
+_AXES = {
+    COSINE: ("items superposed", "cosine of retrieved and stored"),
+    COPIES: ("copies of an item", "cosine of retrieved and stored"),
+    EQUAL_STATE: ("slots, S · D = 2,048", "share cleaned up rightly"),
+    MORE_STATE: ("slots of D = 512", "share cleaned up rightly"),
+    CONVEX: ("lag (writes since)", "cosine of retrieved and stored"),
+    CLEANUP: ("items / D", "share cleaned up rightly"),
+}
 
 # What a line of each panel is called, and where a point lies on it.
 _LABELS: dict[str, Callable[[Point], tuple[str, float]]] = {

@@ -1,6 +1,5 @@
 """``hamt recall``: what a model remembers, beside rivals that have as much to remember with."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -11,17 +10,17 @@ import torch
 from rich.console import Console
 
 from hamt.baselines.catalogue import MIXERS
-from hamt.environment import describe_environment, describe_runs, environment
+from hamt.environment import environment
 from hamt.errors import UserError, user_errors
 from hamt.files import check_writable
-from hamt.measure.recall.capacity import capacity_figure, capacity_table, measure_capacity
-from hamt.measure.recall.report import figure, table
+from hamt.measure.recall.capacity import capacity_figure, capacity_page, measure_capacity
+from hamt.measure.recall.report import figure, recall_page
 from hamt.measure.recall.runs import RecallRun, make_model
 from hamt.measure.recall.settings import SETTINGS
 from hamt.measure.report import write_report
 from hamt.measure.sweep import Sweep
 from hamt.measure.task_training import HELD_OUT
-from hamt.options import option, parse
+from hamt.options import check, option, parse
 
 
 @dataclass
@@ -29,24 +28,27 @@ class RecallOptions:
     """Train small models on recall and state tracking, at equal state; or measure the memory's capacity."""
 
     config: str | None = option(None, "a YAML file with any of these options; flags override it")
-    tasks: list[str] = option(["mqar"], f"of {', '.join(SETTINGS)}; or all")
+    tasks: list[str] = option(["mqar"], "what is trained and tested", choices=(*SETTINGS, "all"))
     models: list[str] = option(
         ["hamt", "gated-deltanet", "mamba2"],
         f"of {', '.join(MIXERS)}; hamt:num_heads=1,rotation=none sets fields of HAMTConfig",
     )
     state_sizes: list[int] = option(
-        [1280], "floats that a layer carries: state, convolution tails, phases"
+        [1280], "floats that a layer carries: state, convolution tails, phases", at_least=1
     )
-    learning_rates: list[float] = option([0.01], "the best of them counts, for each model and size")
-    seeds: list[int] = option([0], "one run for each")
-    num_steps: int = option(2000, "training steps of a run")
-    batch_size: int = option(64, "examples of a step")
-    hidden_dim: int = option(64, "width of the models")
-    num_layers: int = option(2, "layers of the models")
-    num_examples: int = option(256, "examples of a test")
+    learning_rates: list[float] = option(
+        [0.01], "the best of them counts, for each model and size", above=0
+    )
+    # Above are the seeds of the tests.
+    seeds: list[int] = option([0], "one run for each", at_least=0, at_most=HELD_OUT - 1)
+    num_steps: int = option(2000, "training steps of a run", at_least=1)
+    batch_size: int = option(64, "examples of a step", at_least=1)
+    hidden_dim: int = option(64, "width of the models", at_least=1)
+    num_layers: int = option(2, "layers of the models", at_least=1)
+    num_examples: int = option(256, "examples of a test", at_least=1)
     capacity: bool = option(False, "measure what the memory holds, over theory, and train nothing")
     quick: bool = option(False, "with --capacity: fewer points")
-    workers: int = option(2, "runs at a time, each on one core")
+    workers: int = option(2, "runs at a time, each on one core", at_least=1)
     output_dir: str = option(
         "recall_output", "where runs, tables and plots go; runs that are there are kept"
     )
@@ -59,7 +61,6 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(
             "--quick goes with --capacity; of a sweep, take fewer steps: --num_steps 200"
         )
-    check_numbers(options)
     check_writable(options.output_dir, make=True)
     console = Console(soft_wrap=True, highlight=False)
     header = environment()
@@ -79,9 +80,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     sweep.perform(options.workers, told)
     results = [result for _, result in sweep.results]
-    came_from = describe_runs([result["environment"] for result in results])
     content = {"environment": header, "options": vars(options), "runs": results}
-    text = f"# Recall at equal state\n\n{came_from}\n\n{table(results)}"
+    text = recall_page(results)
     plot = figure(results)
     paths = write_report(folder, "recall", content, text, {"recall": plot})
     console.print(text, markup=False)
@@ -95,7 +95,7 @@ def _capacity(options: RecallOptions, header: dict[str, Any], console: Console) 
     """Write ``capacity.json``, ``capacity.md`` and ``capacity.png``."""
     console.print("measuring the capacity of the memory")
     points = measure_capacity(options.quick, options.seeds[0])
-    text = f"# Capacity of the memory\n\n{describe_environment(header)}\n\n{capacity_table(points)}"
+    text = capacity_page(header, points)
     found = [{**asdict(point), "deviation": point.deviation} for point in points]
     content = {"environment": header, "options": vars(options), "points": found}
     figures = {"capacity": capacity_figure(points)}
@@ -105,43 +105,14 @@ def _capacity(options: RecallOptions, header: dict[str, Any], console: Console) 
     return 0
 
 
-def check_numbers(options: RecallOptions) -> None:
-    """Refuse numbers that no run can have, before any is started.
-
-    Raises:
-        UserError: with the option and the value.
-    """
-    counts = (
-        "num_steps",
-        "batch_size",
-        "hidden_dim",
-        "num_layers",
-        "num_examples",
-        "workers",
-        "state_sizes",
-    )
-    for name in counts:
-        least = min(options.state_sizes) if name == "state_sizes" else getattr(options, name)
-        if least < 1:
-            raise UserError(f"--{name} must be at least 1; got {least}")
-    for rate in options.learning_rates:
-        if not 0 < rate < math.inf:
-            raise UserError(f"--learning_rates must be positive numbers; got {rate:g}")
-    for seed in options.seeds:
-        if not 0 <= seed < HELD_OUT:  # above are the seeds of the tests
-            raise UserError(f"--seeds must be from 0 to {HELD_OUT - 1:,}; got {seed}")
-
-
 def plan(options: RecallOptions) -> list[RecallRun]:
     """All runs that the options name, the cheapest comparison first: seed by seed.
 
     Raises:
         UserError: for names that there are not, and numbers that no run can have.
     """
-    check_numbers(options)
-    tasks = list(SETTINGS) if options.tasks == ["all"] else options.tasks
-    if unknown := [name for name in tasks if name not in SETTINGS]:
-        raise UserError(f"no task {', '.join(unknown)}; there are {', '.join(SETTINGS)}")
+    check(options)
+    tasks = list(SETTINGS) if "all" in options.tasks else options.tasks
     sizes = {name: getattr(options, name) for name in ("hidden_dim", "num_layers", "num_examples")}
     grid = product(
         options.seeds, tasks, options.learning_rates, options.state_sizes, options.models

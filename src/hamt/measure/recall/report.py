@@ -7,8 +7,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from hamt.environment import describe_runs
 from hamt.measure.tables import markdown, standard_error
-from hamt.visualization import Series, accuracy_against_state
+from hamt.visualization import Series, draw_series, panels, plain_log_ticks, short_labels
 
 Result = Mapping[str, Any]
 Group = Sequence[Result]
@@ -31,6 +32,12 @@ def best_groups(results: Iterable[Result]) -> dict[str, dict[str, list[Group]]]:
 
 def _mean_accuracy(group: Group) -> float:
     return mean(result["mean_accuracy"] for result in group)
+
+
+def recall_page(results: Sequence[Result]) -> str:
+    """What ``recall.md`` says."""
+    came_from = describe_runs([result["environment"] for result in results])
+    return f"# Recall at equal state\n\n{came_from}\n\n{table(results)}"
 
 
 def table(results: Iterable[Result]) -> str:
@@ -78,21 +85,34 @@ def _percent(values: Sequence[float]) -> str:
 
 
 def figure(results: Iterable[Result]) -> Figure | None:
-    """Mean accuracy against bytes of state, a panel for each task; models whose state grows are left out.
+    """A panel for each task: mean accuracy against bytes of state, on a logarithmic axis.
 
-    None if no model is left.
+    Models whose state grows with the text are left out; None if no other is there.
     """
-    panels: dict[str, dict[str, Series]] = {}
+    plots: dict[str, dict[str, Series]] = {}
     for task, models in best_groups(results).items():
-        series: dict[str, Series] = {}
-        for model, groups in models.items():
-            fixed = [group for group in groups if group[0]["state_bytes"] is not None]
-            if not fixed:
-                continue
-            values = [[100 * result["mean_accuracy"] for result in group] for group in fixed]
-            sizes = [group[0]["state_bytes"] for group in fixed]
-            means, errors = [mean(one) for one in values], [standard_error(one) for one in values]
-            series[model] = Series.with_errors(sizes, means, errors)
-        if series:
-            panels[task] = series
-    return accuracy_against_state(panels) if panels else None
+        labels = short_labels(sorted(models, key=lambda model: not model.startswith("hamt")))
+        lines = {label: _accuracy_by_state(models[model]) for model, label in labels.items()}
+        if fixed := {label: line for label, line in lines.items() if line.x}:
+            plots[task] = fixed
+    if not plots:
+        return None
+    figure, all_axes = panels(len(plots))
+    for axes, (task, series) in zip(all_axes, plots.items(), strict=True):
+        draw_series(axes, series, "state (bytes)", "accuracy (%)")
+        axes.set_xscale("log", base=2)
+        plain_log_ticks(axes.xaxis, (size for line in series.values() for size in line.x))
+        axes.set_ylim(-3, 103)
+        axes.set_title(task, fontsize="medium")
+    return figure
+
+
+def _accuracy_by_state(groups: Iterable[Group]) -> Series:
+    """Means over the runs of each state of fixed size, with their standard errors."""
+    fixed = [group for group in groups if group[0]["state_bytes"] is not None]
+    accuracies = [[100 * result["mean_accuracy"] for result in group] for group in fixed]
+    return Series.with_errors(
+        [group[0]["state_bytes"] for group in fixed],
+        [mean(values) for values in accuracies],
+        [standard_error(values) for values in accuracies],
+    )

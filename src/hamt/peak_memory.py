@@ -1,7 +1,11 @@
-"""Memory that a call needs beyond what there is before, and bytes of what a model carries along."""
+"""How much memory is needed at most: by this process so far, or by the tensors of one call.
+
+The first is what the operating system or the GPU gave, the second what the call itself asked for.
+"""
 
 import gc
 import os
+import platform
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,24 +14,42 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_memory_of(run: Callable[[], object], device: str = "cpu") -> int:
-    """Bytes of the tensors that PyTorch holds at once at the peak of ``run``, beyond those from before.
+def process_peak_memory() -> int | None:
+    """The most bytes that this process has held so far, on the GPU if there is one.
 
-    Not the pages of the process: what of its freed memory the C library uses again is half chance.
-    ``device`` is ``cpu`` or ``cuda``. Every operation of ``run`` is recorded: hundreds of thousands
-    take minutes.
+    None where the operating system does not say (Windows).
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def call_peak_memory(call: Callable[[], object], device: str = "cpu") -> int:
+    """The most bytes of tensors that ``call`` holds at once, beyond those that were there before.
+
+    On a CPU PyTorch's own allocations are added up, not the pages of the process: how much freed
+    memory the C library uses again is half chance. Every operation of ``call`` is recorded for
+    that, so that hundreds of thousands of them take minutes.
+
+    Args:
+        call: what is measured; it is called once.
+        device: ``cpu`` or ``cuda``.
     """
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run()
+        call()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "6"
-    )  # the profiler tells when it starts and stops otherwise
+    # Otherwise the profiler prints when it starts and when it stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
+        call()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
     events = [

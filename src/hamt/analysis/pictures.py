@@ -1,0 +1,199 @@
+"""Pictures of what the memories of a model hold and do with a text: surveys in, figures out.
+
+Shape legend: N tokens, T times, H heads, S slots.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from torch import Tensor
+
+from hamt.analysis.survey import LayerSurvey
+from hamt.visualization import (
+    COLOURS,
+    DIVERGING,
+    SEQUENTIAL,
+    Series,
+    draw_series,
+    panels,
+    plain_number,
+)
+
+PICTURED = 64  # tokens at the end of a text that pictures name one by one
+HALF_LIFE = "half-life (tokens)"
+HALF_LIVES = 7  # that are named beside the slots of a layer
+LINES = ("-", "--", ":", "-.")  # when colours are used up
+
+
+def all_pictures(
+    surveys: Mapping[int, LayerSurvey],
+    rises: Mapping[int, Tensor],
+    shares: Mapping[int, np.ndarray],
+    tokens: Sequence[str],
+) -> dict[str, Figure]:
+    """All pictures of one text, by the names of their files.
+
+    Args:
+        surveys: by layer.
+        rises: by layer, how much the loss rises without each slot, (H, S); empty if that was not
+            measured.
+        shares: by layer, shares of each read-out by position, (N, H, N + 1); the last column is
+            what came before the first of the tokens.
+        tokens: these N as text.
+    """
+    last = tokens[-PICTURED:]
+    which = f"the last {len(last)} tokens" if len(tokens) > PICTURED else "all tokens"
+    gates = {
+        f"layer {i}": survey.write[0, -len(last) :].abs().mean(dim=(1, 2)).numpy()
+        for i, survey in surveys.items()
+    }
+    figures = {
+        "memory_evolution": memory_evolution(surveys),
+        "slots": slot_heatmaps(surveys, rises),
+        "retrieval": retrieval_similarity(surveys),
+        "gates": gates_over_text(last, gates, which),
+    }
+    for i, matrix in shares.items():
+        figures[f"contributions_layer_{i}"] = contribution_matrix(
+            matrix.mean(axis=1)[:, :-1][-PICTURED:, -PICTURED:],
+            last,
+            f"layer {i}, mean of {matrix.shape[1]} heads, {which}",
+        )
+    return figures
+
+
+def memory_evolution(surveys: Mapping[int, LayerSurvey]) -> Figure:
+    """The norms of all slots over a text, not normalised: a panel for each layer.
+
+    Slots are sorted by half-life, the shortest lowest; norms are means over the rows of the batch.
+    """
+    figure, all_axes = panels(len(surveys), size=(6.0, 3.4))
+    for axes, (index, survey) in zip(all_axes, surveys.items(), strict=True):
+        half_lives, order = survey.half_lives().flatten().sort()
+        norms = survey.norms.mean(dim=0).flatten(1)[:, order].T.numpy()
+        rows = np.arange(len(norms))
+        axes.grid(visible=False)
+        mesh = axes.pcolormesh(
+            survey.times, rows, norms, shading="nearest", cmap=SEQUENTIAL, vmin=0
+        )
+        axes.figure.colorbar(mesh, ax=axes, label="norm of the slot")
+        axes.set_xlabel("tokens read")
+        axes.set_xlim(left=survey.times[0] - 0.5)  # the first state may stand for a wide stretch
+        _plain_whole_numbers(axes)
+        named = np.unique(np.linspace(0, len(rows) - 1, HALF_LIVES).round().astype(int))
+        axes.set_yticks(named, [f"{half_lives[row]:,.1f}" for row in named])
+        axes.set_ylabel("slots by half-life (tokens)")
+        axes.set_title(f"layer {index}", fontsize="medium")
+    return figure
+
+
+def slot_heatmaps(surveys: Mapping[int, LayerSurvey], rises: Mapping[int, Tensor]) -> Figure:
+    """How the slots (columns) of each head (rows) are used, how long they hold what they are told.
+
+    A panel for each of the shares of writing and reading, half-lives, and, where ``rises`` (H, S)
+    by layer are given, how much the loss rises without the slot; values of both signs are drawn
+    around zero.
+    """
+    heads = [
+        f"layer {i}, head {head}"
+        for i, survey in surveys.items()
+        for head in range(survey.write.shape[2])
+    ]
+    maps = {
+        "share of writing": _stacked(survey.write_share() for survey in surveys.values()),
+        "share of reading": _stacked(survey.read_share() for survey in surveys.values()),
+        HALF_LIFE: _stacked(survey.half_lives() for survey in surveys.values()),
+    }
+    if rises:
+        maps["rise of the loss without it (nats/token)"] = _stacked(rises.values())
+    figure, all_axes = panels(len(maps), size=(5.0, 1.2 + 0.22 * len(heads)))
+    for axes, (title, values) in zip(all_axes, maps.items(), strict=True):
+        axes.grid(visible=False)
+        signed = bool(values.min() < 0)
+        extreme = float(np.abs(values).max()) or 1.0
+        norm: Normalize = Normalize(-extreme if signed else 0.0, extreme)
+        if title == HALF_LIFE:
+            norm = LogNorm(values.min(), values.max())
+        image = axes.imshow(
+            values, aspect="auto", cmap=DIVERGING if signed else SEQUENTIAL, norm=norm
+        )
+        axes.figure.colorbar(image, ax=axes, format=FuncFormatter(plain_number))
+        axes.set_xlabel("slot")
+        _plain_whole_numbers(axes)
+        axes.set_yticks(range(len(heads)), heads, fontsize="small")
+        axes.set_title(title, fontsize="medium")
+    return figure
+
+
+def retrieval_similarity(surveys: Mapping[int, LayerSurvey]) -> Figure:
+    """How like what is read back is to what was stored, some tokens later: a panel for each layer.
+
+    One line is under the key that it was stored with, the other under wrong keys.
+    """
+    figure, all_axes = panels(len(surveys))
+    for axes, (index, survey) in zip(all_axes, surveys.items(), strict=True):
+        lags = survey.retrieval.lags
+        # One further, so that the lag 0 has a place on a logarithmic axis.
+        places = [lag + 1 for lag in lags]
+        lines = {
+            "its own key": Series(places, survey.retrieval.right.tolist()),
+            "keys of other tokens": Series(places, survey.retrieval.wrong.tolist()),
+        }
+        draw_series(axes, lines, "tokens since it was written", "cosine with what was stored")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [f"{lag:,}" for lag in lags])
+        axes.set_xticks([], minor=True)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_title(f"layer {index}", fontsize="medium")
+    return figure
+
+
+def contribution_matrix(shares: np.ndarray, tokens: Sequence[str], title: str) -> Figure:
+    """Shares (N, N) of the read-out at each token (rows) that come from each token (columns).
+
+    The counterpart of an attention map. A share is negative where a position speaks against the
+    rest.
+    """
+    side = min(max(0.16 * len(tokens), 4.5), 14.0)
+    figure, (axes,) = panels(1, size=(side + 1.5, side))
+    axes.grid(visible=False)
+    extreme = float(np.quantile(np.abs(shares[shares != 0]), 0.99)) if shares.any() else 1.0
+    image = axes.imshow(shares, cmap=DIVERGING, vmin=-extreme, vmax=extreme)
+    figure.colorbar(image, ax=axes, label="share of the read-out", shrink=0.7)
+    # Tokens are no formulas, whatever dollars are among them.
+    axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6, parse_math=False)
+    axes.set_yticks(range(len(tokens)), tokens, fontsize=6, parse_math=False)
+    axes.set_xlabel("written by the token")
+    axes.set_ylabel("read by the token")
+    axes.set_title(title, fontsize="medium")
+    return figure
+
+
+def gates_over_text(tokens: Sequence[str], layers: Mapping[str, np.ndarray], title: str) -> Figure:
+    """The mean write gate (N,) at each token of a text: a line for each layer."""
+    figure, (axes,) = panels(1, size=(min(max(0.16 * len(tokens), 6.0), 16.0), 3.4))
+    for index, (name, values) in enumerate(layers.items()):
+        colour, style = COLOURS[index % len(COLOURS)], LINES[index // len(COLOURS) % len(LINES)]
+        axes.plot(values, color=colour, linestyle=style, linewidth=1, label=name)
+    axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6, parse_math=False)
+    axes.set_xlabel("token")
+    axes.set_ylabel("mean write gate")
+    axes.set_title(title, fontsize="medium")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small", ncols=4)
+    return figure
+
+
+def _plain_whole_numbers(axes: Axes) -> None:
+    """Label the horizontal axis with whole numbers, even where there is only one."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
+
+
+def _stacked(parts: Iterable[Tensor]) -> np.ndarray:
+    return torch.cat(list(parts)).numpy()

@@ -1,0 +1,187 @@
+"""Causal softmax attention as a token mixer: the transformer that HAMT is compared with.
+
+Shape legend: B batch, N new tokens, n tokens read before, d hidden_dim, H heads, F features of a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hamt.batch import Batch
+from hamt.config import HAMTConfig
+from hamt.convolution import ShortConvolution
+from hamt.layers import residual_linear
+from hamt.mixers import Mixer, State
+from hamt.products import MAX_FUSED_ROWS, FusedLinear, linear, plain_weights, project
+
+
+class FullAttention(Mixer):
+    """Attention over all earlier tokens (Vaswani et al. 2017), rotary positions (Su et al. 2021, arXiv
+    2104.09864), and the short convolution of the memory in front, if ``conv_kernel_size`` is above 1.
+
+    Its state has the ``keys`` and ``values`` of all tokens read, and grows with them; ``visible`` says
+    which of them belong to the document at hand, if not all do.
+    """
+
+    layer_type = "full_attention"
+
+    def __init__(self, config: HAMTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, self.head_dim = config.hidden_dim, attention_head_dim(config)
+        self.num_heads = width // self.head_dim
+        self.conv = None
+        if config.conv_kernel_size > 1:
+            self.conv = ShortConvolution(width, config.conv_kernel_size)
+        # Each is a matrix of its own to the optimiser.
+        self.query_proj = nn.Linear(width, width, bias=False)
+        self.key_proj = nn.Linear(width, width, bias=False)
+        self.value_proj = nn.Linear(width, width, bias=False)
+        self.output_proj = residual_linear(width, width)
+        self.fused: FusedLinear | None = None
+
+    def fusable_weights(self) -> list[Tensor]:
+        """Matrices for what the short convolution gives."""
+        return plain_weights(self.query_proj, self.key_proj, self.value_proj)
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """``keys`` and ``values`` (n, H, F), ``visible`` (n,), ``conv`` the convolution's tail."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "keys": (0, self.num_heads, self.head_dim),
+            "values": (0, self.num_heads, self.head_dim),
+            "visible": (0,),
+        }
+        if self.conv is not None:
+            shapes["conv"] = (self.config.conv_kernel_size - 1, self.config.hidden_dim)
+        return shapes
+
+    def forward(
+        self, hidden_states: Tensor, batch: Batch | None = None, state: State | None = None
+    ) -> tuple[Tensor, State, Tensor | None]:
+        """Mix a sequence, or continue one from ``state``; see ``Mixer.forward``.
+
+        Raises:
+            ValueError: if ``state`` is another model's.
+        """
+        batch = batch or Batch()
+        before: State = state or {}
+        if state is not None:
+            self.check_state(state)
+        new_state: State = {}
+        if self.conv is not None:
+            hidden_states, new_state["conv"] = self.conv(
+                hidden_states, before.get("conv"), batch.documents, batch.mask
+            )
+        queries, keys, values = self._project(hidden_states)
+        cos, sin = (x.to(queries.dtype) for x in self._rotary(batch, hidden_states))
+        queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
+        if "keys" in before:
+            keys = torch.cat((before["keys"], keys), dim=1)
+            values = torch.cat((before["values"], values), dim=1)
+        new_state |= {"keys": keys, "values": values}
+        past = keys.shape[1] - hidden_states.shape[1]
+        mask = self._mask(batch, before.get("visible"), hidden_states, past, new_state)
+        queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+        mixed = self.attend(queries, keys, values, mask)
+        return project(self.output_proj, mixed.transpose(1, 2).flatten(-2)), new_state, None
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, H, N, F), twice (B, H, n + N, F), (B, 1, N, n + N) or None -> (B, H, N, F).
+
+        Without a mask the last query sees all keys, the one before it all but one, and so on.
+        """
+        causal = mask is None and queries.shape[2] > 1
+        return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal)
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (B, N, H, F) each."""
+        products, weights = None, self.fusable_weights()
+        if self.fused is not None and weights:
+            products = self.fused(hidden_states)
+        many = hidden_states.numel() > MAX_FUSED_ROWS * hidden_states.shape[-1]
+        if products is None and weights and many:
+            # One product instead of three; the copy of the matrices is small beside it.
+            products = linear(hidden_states, torch.cat(weights)).chunk(3, dim=-1)
+        if products is None:
+            maps = (self.query_proj, self.key_proj, self.value_proj)
+            products = tuple(project(each, hidden_states) for each in maps)
+        return tuple(x.unflatten(-1, (self.num_heads, -1)) for x in products)
+
+    def _rotary(self, batch: Batch, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and signed sin of all positions, (1 or B, N, 1, F) each, the same in all layers."""
+        tables = batch.shared.get("rotary")
+        if tables is None:
+            base, half = float(self.config.rotation_base), self.head_dim // 2
+            power = torch.arange(half, device=inputs.device, dtype=torch.float32) / half
+            angle = batch.positions(inputs)[..., None, None] * base**-power
+            cos, sin = angle.cos(), angle.sin()
+            tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+            batch.shared["rotary"] = tables
+        return tables
+
+    def _mask(
+        self, batch: Batch, visible: Tensor | None, inputs: Tensor, past: int, new_state: State
+    ) -> Tensor | None:
+        """Which keys each query sees, (B, 1, N, n + N), or None where the causal order says it all.
+
+        Puts into ``new_state`` what the next tokens will see.
+        """
+        rows, length = inputs.shape[:2]
+        told = visible is not None or batch.mask is not None or batch.documents is not None
+        if not told and (past == 0 or length == 1):
+            return None
+        index = torch.arange(past + length, device=inputs.device)
+        sees = (index <= index[past:, None])[None]
+        if not told:
+            return sees[:, None]
+        if visible is None:
+            visible = inputs.new_ones(rows, past, dtype=torch.bool)
+        real = batch.mask
+        if real is None:
+            real = inputs.new_ones(rows, length, dtype=torch.bool)
+        numbers = torch.zeros_like(visible, dtype=torch.long)
+        documents = batch.documents
+        if documents is None:
+            documents = torch.zeros_like(real, dtype=torch.long)
+        numbers, there = torch.cat((numbers, documents), dim=1), torch.cat((visible, real), dim=1)
+        new_state["visible"] = there & numbers.eq(documents[:, -1:])
+        same = numbers[:, None, :] == documents[:, :, None]
+        # Padding sees itself: a softmax over nothing would be NaN.
+        itself = index == index[past:, None]
+        return (sees & same & there[:, None, :] | itself)[:, None]
+
+    @classmethod
+    def operations(cls, config: HAMTConfig, length: int) -> dict[str, float]:
+        """8 d² for four projections, and for scores and mixing the causal half, 4 d (N + 1) / 2."""
+        d, seen = config.hidden_dim, (length + 1) / 2
+        convolution = 2 * d * config.conv_kernel_size * (config.conv_kernel_size > 1)
+        softmax = 4 * (d // attention_head_dim(config)) * seen
+        return {
+            "projections": 8.0 * d * d,
+            "attention": 4.0 * d * seen,
+            "elementwise": float(6 * d + softmax + convolution),
+        }
+
+
+def usual_head_dim(hidden_dim: int) -> int:
+    """F: 64 as is usual, 32 in small models so that they have several heads."""
+    return 64 if hidden_dim >= 256 else 32
+
+
+def attention_head_dim(config: HAMTConfig) -> int:
+    """F as the configuration has it.
+
+    Raises:
+        ValueError: if it does not divide the width.
+    """
+    size = config.attention_head_dim or usual_head_dim(config.hidden_dim)
+    if config.hidden_dim % size or size % 2:
+        raise ValueError(
+            f"attention_head_dim must be even and divide hidden_dim = {config.hidden_dim}; got {size}"
+        )
+    return size
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn feature pairs (f, f + F/2) of (B, N, H, F) by the angles of cos and signed sin."""
+    return heads * cos + heads.roll(heads.shape[-1] // 2, dims=-1) * sin

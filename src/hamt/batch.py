@@ -1,0 +1,131 @@
+"""What holds for all layers in one forward pass: padding, packed documents, what was read before.
+
+Shape legend: B batch, N tokens.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hamt.memory import number_documents
+
+
+@dataclass
+class Batch:
+    """What holds for all layers in one forward pass over N tokens.
+
+    Args:
+        mask: (B, N), true for real tokens, false for padding; None if all are real.
+        documents: (B, N) numbers of documents packed in a row, 0 for the one that the state belongs to;
+            None if each row is one document.
+        num_tokens: (B,) real tokens of the state's document before these; None is 0.
+        last_name: (B,) name of the last token's document, None if documents have no names.
+        shared: what a mixer works out once for all layers of its kind.
+    """
+
+    mask: Tensor | None = None
+    documents: Tensor | None = None
+    num_tokens: Tensor | None = None
+    last_name: Tensor | None = None
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        attention_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        past: "Past | None" = None,
+    ) -> "Batch":
+        """From masks (B, N), zero for padding, and names of documents (B, N), after what was read."""
+        mask = None if attention_mask is None else attention_mask.ne(0)
+        num_tokens = None if past is None else past.num_tokens
+        if seq_idx is None:
+            return cls(mask, num_tokens=num_tokens)
+        if mask is not None:
+            seq_idx = _fill_padding(seq_idx, mask)
+        documents = number_documents(seq_idx, None if past is None else past.seq_idx)
+        return cls(mask, documents, num_tokens, seq_idx[:, -1])
+
+    def positions(self, inputs: Tensor) -> Tensor:
+        """How many real tokens of its document stand before each token of (B, N, ...): (1 or B, N)."""
+        batch, length = inputs.shape[:2]
+        before = None if self.num_tokens is None else self.num_tokens[:, None]
+        if self.mask is None and self.documents is None:
+            count = torch.arange(length, device=inputs.device)[None]
+            return count if before is None else count + before
+        real = inputs.new_ones(batch, length, dtype=torch.bool) if self.mask is None else self.mask
+        count = real.long().cumsum(dim=1) - real.long()
+        if self.documents is None:
+            return count if before is None else count + before
+        starts = self.documents.diff(dim=1, prepend=self.documents[:, :1]).ne(0)
+        index = torch.arange(length, device=inputs.device)
+        first = torch.where(starts, index, 0).cummax(dim=1).values
+        count = count - count.gather(1, first)
+        return count if before is None else count + before * self.documents.eq(0)
+
+    def after(self, inputs: Tensor) -> "Past":
+        """What has been read after the tokens (B, N, ...)."""
+        before_last = self.positions(inputs)[:, -1].expand(len(inputs))
+        real = 1 if self.mask is None else self.mask[:, -1]
+        return Past(before_last + real, self.last_name)
+
+
+@dataclass
+class Past:
+    """What each row has read: ``num_tokens`` (B,) real tokens of its document; ``seq_idx`` (B,) the name
+
+    of this document, or None if documents were never told apart.
+    """
+
+    num_tokens: Tensor
+    seq_idx: Tensor | None = None
+
+
+def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """The mask of these ``length`` tokens, (B, N), or None where nothing is padding."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask must be (batch, tokens) and cover the {length} tokens of the input; "
+            f"got {tuple(attention_mask.shape)}. Packed documents are told apart by seq_idx"
+        )
+    mask = attention_mask[:, -length:]
+    # Reading values would break a graph.
+    return None if not torch.compiler.is_compiling() and mask.ne(0).all() else mask
+
+
+def names_of_documents(
+    position_ids: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    hidden_states: Tensor,
+    past: Past | None,
+) -> tuple[Tensor | None, Past | None]:
+    """Names of documents (B, N) as the flattening collators tell them, or None for one document.
+
+    The past is named document 0 if it has no name, so that another document can begin after it.
+    """
+    batch, length = hidden_states.shape[:2]
+    before = None if past is None else past.seq_idx
+    if cu_seq_lens is None and position_ids is None:
+        return None if before is None else before[:, None].expand(-1, length), past
+    if cu_seq_lens is not None:
+        index = torch.arange(length, device=hidden_states.device)
+        documents = torch.searchsorted(cu_seq_lens.to(index), index, right=True).expand(batch, -1)
+    else:
+        assert position_ids is not None
+        documents = position_ids.eq(0).cumsum(dim=1).expand(batch, -1)
+    if past is None:
+        return documents, None
+    before = torch.zeros_like(past.num_tokens) if before is None else before
+    return documents + before[:, None], Past(past.num_tokens, before)
+
+
+def _fill_padding(seq_idx: Tensor, real: Tensor) -> Tensor:
+    """Let padding join the document of the last real token before it, or of the first one."""
+    index = torch.arange(real.shape[1], device=real.device)
+    before = index.where(real, -1).cummax(dim=1).values
+    first = real.byte().argmax(dim=1, keepdim=True)
+    return seq_idx.gather(1, before.where(before >= 0, first))

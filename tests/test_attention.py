@@ -1,0 +1,178 @@
+"""Softmax attention as a mixer: what every mixer has to do, and what attention is."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_inputs import (
+    assert_close,
+    assert_same_gradients,
+    gradients,
+    logits_of,
+    padded,
+    ragged_rows,
+    random_ids,
+    tiny_config,
+)
+
+from hamt import HAMTCache, HAMTConfig, HAMTModel
+from hamt.attention import FullAttention, rotate
+
+LISTS = [["full_attention", "full_attention"], ["memory", "full_attention"]]
+mixer_lists = pytest.mark.parametrize("mixers", LISTS, ids=["attention", "hybrid"])
+
+
+def attention_model(mixers, **options):
+    """Loud enough for its mixers to be heard."""
+    sizes = {"hidden_dim": 64, "initializer_range": 0.2, "mixers": mixers}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = HAMTModel(tiny_config(**{**sizes, **options}))
+        for block in model.model.layers:
+            torch.nn.init.normal_(block.mixer.output_proj.weight, std=0.25)
+            if block.mixer.conv is not None:
+                torch.nn.init.normal_(block.mixer.conv.weight, std=0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kernel", [0, 4])
+def test_it_is_attention_with_turned_queries_and_keys(kernel):
+    """Written a second time: scores, softmax and values, one query after the other."""
+    layer = FullAttention(HAMTConfig(hidden_dim=64, conv_kernel_size=kernel)).double()
+    if layer.conv is not None:
+        torch.nn.init.normal_(layer.conv.weight)
+    inputs = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0)).double()
+    conditioned = inputs if layer.conv is None else layer.conv(inputs)[0]
+    half = torch.arange(16) / 16
+    expected = torch.zeros_like(inputs)
+    for b in range(2):
+        for head in range(2):
+            part = slice(32 * head, 32 * head + 32)
+            turned = []
+            for each in (layer.query_proj, layer.key_proj):
+                first, second = each(conditioned[b])[:, part].chunk(2, dim=-1)
+                complex_pairs = torch.complex(first, second)
+                angle = torch.arange(7)[:, None] * 10_000.0**-half
+                turned.append(complex_pairs * torch.exp(1j * angle.double()))
+            values = layer.value_proj(conditioned[b])[:, part]
+            for t in range(7):
+                scores = (turned[0][t] * turned[1][: t + 1].conj()).sum(dim=-1).real
+                weights = (scores / 32**0.5).softmax(dim=0)
+                expected[b, t, part] = weights @ values[: t + 1]
+    assert_close(layer(inputs)[0], F.linear(expected, layer.output_proj.weight), 1e-6)
+
+
+def test_scores_depend_on_relative_position_only():
+    query, key = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).unbind()
+    angle = torch.arange(40)[:, None, None] * 10_000.0 ** -(torch.arange(32) / 32)
+    cos, sin = (
+        torch.cat(pair, dim=-1) for pair in ((angle.cos(),) * 2, (-angle.sin(), angle.sin()))
+    )
+    turned = rotate(torch.stack((query, key)).expand(1, 40, 2, 64), cos, sin)[0]
+    scores = turned[:, 0] @ turned[:, 1].T
+    for lag in range(-39, 40):
+        diagonal = scores.diagonal(lag)
+        assert_close(diagonal, diagonal[:1].expand_as(diagonal), 1e-5)
+    assert (scores[0] - scores[0, 0]).abs()[1:].min() > 1e-3  # and on that they do
+    assert_close(turned.norm(dim=-1), torch.stack((query, key)).norm(dim=-1).expand(40, 2), 1e-5)
+
+
+@pytest.mark.parametrize("cuts", [(1,), (5, 6, 12), tuple(range(1, 15))], ids=str)
+@mixer_lists
+def test_segments_with_carried_state_equal_one_forward(mixers, cuts):
+    model, ids = attention_model(mixers).double(), random_ids(2, 15)
+    model(ids, labels=ids).loss.backward()
+    expected, cache, logits = gradients(model), HAMTCache(2), []
+    for start, end in zip((0, *cuts), (*cuts, 15), strict=True):
+        logits.append(model(ids[:, start:end], past_key_values=cache).logits)
+    whole = torch.cat(logits, dim=1)
+    assert_close(whole, model(ids).logits, 1e-9)
+    F.cross_entropy(whole[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    assert_same_gradients(model, expected, 1e-7)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@mixer_lists
+def test_padded_rows_are_as_if_alone(mixers, side):
+    model, rows, later = attention_model(mixers), ragged_rows(9, 2, 7), ragged_rows(3, 3, 3, seed=5)
+    ids, mask = padded(rows, side)
+    outputs = model(ids, attention_mask=mask, use_cache=True)
+    cache = outputs.past_key_values
+    more = model(torch.stack(later), past_key_values=cache).logits
+    for b, row in enumerate(rows):
+        whole = logits_of(model, torch.cat((row, later[b])))
+        assert_close(outputs.logits[b, mask[b].bool()], whole[: len(row)])
+        assert_close(more[b], whole[len(row) :])
+
+
+@pytest.mark.parametrize("cut", [None, 4, 9])
+@mixer_lists
+def test_packed_documents_equal_separate_ones(mixers, cut):
+    model, documents = attention_model(mixers), ragged_rows(7, 1, 6)
+    packed = torch.cat(documents)[None]
+    names = torch.repeat_interleave(torch.tensor([0, 1, 0]), torch.tensor([7, 1, 6]))[None]
+    cache, logits = HAMTCache(2), []
+    for part in (slice(None, cut), slice(cut, None)) if cut else (slice(None),):
+        outputs = model(packed[:, part], seq_idx=names[:, part], past_key_values=cache)
+        logits.append(outputs.logits)
+    for document, seen in zip(documents, torch.cat(logits, dim=1)[0].split([7, 1, 6]), strict=True):
+        assert_close(seen, logits_of(model, document))
+    more = random_ids(1, 3, seed=8)
+    whole = logits_of(model, torch.cat((documents[-1], more[0])))
+    assert_close(model(more, past_key_values=cache).logits[0], whole[6:])
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"num_beams": 3}], ids=str)
+@mixer_lists
+def test_generation_with_a_cache_is_generation_without(mixers, options):
+    model, rows = attention_model(mixers), ragged_rows(6, 3)
+    ids, mask = padded(rows, "left")
+    told = {"attention_mask": mask, "max_new_tokens": 8, "pad_token_id": 0, **options}
+    expected = model.generate(ids, use_cache=False, **told)
+    assert torch.equal(model.generate(ids, **told), expected)
+
+
+@mixer_lists
+def test_a_state_is_forked_saved_and_loaded(mixers, tmp_path):
+    model, ids, more = attention_model(mixers), random_ids(2, 9), random_ids(2, 4, seed=3)
+    cache = model(ids, use_cache=True).past_key_values
+    cache.save(tmp_path / "state")
+    expected = model(torch.cat((ids, more), dim=1)).logits[:, 9:]
+    for state in (cache.fork(), HAMTCache.load(tmp_path / "state"), cache):
+        assert_close(model(more, past_key_values=state).logits, expected)
+
+
+@mixer_lists
+def test_a_model_is_saved_and_loaded_with_its_mixers(mixers, tmp_path):
+    model, ids = attention_model(mixers), random_ids(1, 9)
+    model.save_pretrained(tmp_path)
+    loaded = HAMTModel.from_pretrained(tmp_path)
+    assert loaded.config.layer_mixers == mixers
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_what_grows_is_not_counted_as_state():
+    layer = FullAttention(HAMTConfig(hidden_dim=64, conv_kernel_size=4))
+    assert layer.state_size() == 3 * 64
+    assert FullAttention(HAMTConfig(hidden_dim=64, conv_kernel_size=0)).state_size() == 0
+
+
+def test_names_and_numbers_of_mixers_are_checked():
+    assert HAMTConfig(mixers="full_attention", num_layers=3).layer_types == ["full_attention"] * 3
+    hybrid = HAMTConfig(mixers=["memory", "full_attention"], num_layers=2)
+    assert hybrid.layer_types == ["linear_attention", "full_attention"]
+    with pytest.raises(
+        ValueError, match="one mixer for each of the 3 layers, or one for all; got 2"
+    ):
+        HAMTConfig(mixers=["memory", "memory"], num_layers=3)
+    with pytest.raises(ValueError, match="mixers must be among memory, full_attention; got 'gru'"):
+        HAMTConfig(mixers="gru")
+    with pytest.raises(ValueError, match="divide hidden_dim = 96; got 64"):
+        FullAttention(HAMTConfig(hidden_dim=96, attention_head_dim=64))
+
+
+@mixer_lists
+def test_the_state_of_another_mixer_is_refused(mixers):
+    ids = random_ids(1, 4)
+    other = attention_model("memory")(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="comes from another model: its slots"):
+        attention_model(mixers)(ids, past_key_values=other)

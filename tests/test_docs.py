@@ -1,0 +1,228 @@
+"""The pages: Python in them runs, commands, links and names exist, and README stays short."""
+
+import importlib
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+from contextlib import chdir, redirect_stdout
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from pydoc import locate
+from tempfile import TemporaryDirectory
+
+import pytest
+from command_inputs import TEXT
+from matplotlib.figure import Figure
+
+from hamt.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        ROOT / "docs" / "results" / "README.md",
+    )
+}
+# A block of Python that cannot run everywhere has this comment, with the reason, above it.
+NOT_RUN = "<!-- not run: "
+LOG = "docs/LOG.md"  # its commands and names are those of their day
+
+
+def blocks(page, language):
+    """The fenced blocks of a page in one language, without those that are marked as not run."""
+    pattern = rf"(?:{NOT_RUN}.*-->\n+)?^```{language}\n.*?^```"
+    found = re.findall(pattern, PAGES[page], re.DOTALL | re.MULTILINE)
+    return [block.split("\n", 1)[1][:-3] for block in found if not block.startswith(NOT_RUN)]
+
+
+# ------------------------------------------------------------------------- Python
+
+
+@cache
+def run(page):
+    """Run the Python of a page in one namespace, in a folder with a ``my_text.txt``.
+
+    Returns:
+        The names that it leaves, and what it prints.
+    """
+    names, printed = {}, StringIO()
+    with (
+        TemporaryDirectory() as folder,
+        chdir(folder),
+        redirect_stdout(printed),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("XDG_CACHE_HOME", folder)
+        Path("my_text.txt").write_text(TEXT, encoding="utf-8")
+        for block in blocks(page, "python"):
+            exec(compile(block, page, "exec"), names)
+    return names, printed.getvalue()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_in_a_page_runs(page):
+    assert run(page)[1]
+
+
+def test_the_example_of_the_readme_prints_the_output_beside_it():
+    (code,), (expected,) = blocks("README.md", "python"), blocks("README.md", "text")
+    assert len(code.splitlines()) <= 20
+    number = r"[-+]?\d\.\d{3}"
+    printed, numbers = re.findall(number, run("README.md")[1]), re.findall(number, expected)
+    assert len(numbers) == 6
+    assert re.sub(number, "", run("README.md")[1]) == re.sub(number, "", expected)
+    # The last digit may differ with the order of sums on another processor.
+    assert all(abs(float(a) - float(b)) < 0.002 for a, b in zip(printed, numbers, strict=True))
+
+
+def test_shares_of_the_analysis_add_up_to_one():
+    names, printed = run("docs/analysis.md")
+    assert abs(names["shares"].sum() - 1).max() < 1e-4
+    assert "tensor" in printed
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "docs").glob("draw_*.py")), ids=lambda p: p.stem)
+def test_pictures_are_drawn(script):
+    names = runpy.run_path(str(script))
+    assert isinstance(names["draw"](), Figure)
+    name = str(names["TARGET"].relative_to(ROOT))
+    assert f"({name})" in PAGES["README.md"]
+
+
+# ----------------------------------------------------------------------- commands
+
+
+def commands(page):
+    """Lines of the shell in a page: those of bash blocks, and commands within sentences and tables."""
+    for block in blocks(page, "bash"):
+        yield from block.replace("\\\n", " ").splitlines()
+    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    for code in re.findall(r"`([^`]+)`", text):
+        line = " ".join(code.split())
+        command = re.match(r"(\w+=\S+ )*(venv/bin/)?(hamt|python|make|pip|torchrun) ", line)
+        # Words such as FILE and NAME stand for something.
+        if command and not re.search(r"(?<![\w=/])[A-Z]{4,}(?![\w=])", line):
+            yield line
+
+
+LINES = sorted({(page, line) for page in PAGES if page != LOG for line in commands(page)})
+
+
+class Parsed(SystemExit):
+    """The options of a command are in order; it is not to run."""
+
+
+@pytest.fixture(scope="module")
+def clone_with_a_text(tmp_path_factory):
+    """A folder with all that the repository has, and the text that the pages train on."""
+    folder = tmp_path_factory.mktemp("clone")
+    for path in ROOT.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "my_text.txt").write_text(TEXT, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def only_parse(monkeypatch, clone_with_a_text):
+    """Let each command end when its options have been read."""
+    monkeypatch.chdir(clone_with_a_text)
+    for module, _ in COMMANDS.values():
+        module = importlib.import_module(module)
+
+        def parse(*arguments, original=module.parse, **options):
+            original(*arguments, **options)
+            raise Parsed
+
+        monkeypatch.setattr(module, "parse", parse)
+
+
+@pytest.mark.parametrize(("page", "line"), [line for line in LINES if line[1].strip()])
+def test_commands_and_their_options_exist(page, line, only_parse, monkeypatch, capsys):
+    words = shlex.split(line, comments=True)
+    while words and re.match(r"\w+=", words[0]):
+        words.pop(0)
+    program, *arguments = words or ["#"]
+    program = program.removeprefix("venv/bin/")
+    if program == "torchrun":
+        program, arguments = "hamt", arguments[arguments.index("hamt.cli") + 1 :]
+    if program == "hamt":
+        try:
+            code = main(arguments)
+        except SystemExit as end:  # Parsed, or help
+            code = end.code
+        assert not code, capsys.readouterr().err
+    elif program == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments)
+    elif program == "pip":
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        extras = re.findall(r"\[([\w,]+)\]", line)
+        assert set(extras) <= project["optional-dependencies"].keys()
+    elif program == "python":
+        script, *arguments = arguments
+        source = (ROOT / script).read_text(encoding="utf-8")
+        if "from hamt.cli import main" in source:
+            monkeypatch.setattr(sys, "argv", [script, *arguments])
+            with pytest.raises(Parsed):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+        else:
+            flags = [word for word in arguments if word.startswith("--")]
+            assert all(f'"{flag}"' in source for flag in flags)
+    else:
+        assert program in ("#", "source", "jupyter")
+
+
+# ---------------------------------------------------------------- links and names
+
+
+def anchors(page):
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith(("http:", "https:")):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != LOG])
+def test_names_of_the_package_exist(page):
+    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    for name in re.findall(r"`(hamt(?:\.\w+)+)", text):
+        assert locate(name) is not None, name
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != LOG])
+def test_paths_of_the_repository_exist(page):
+    tops = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"venv", "checkpoints"}
+    for path in re.findall(r"`([\w./-]+/[\w./-]*)`", PAGES[page]):
+        if path.split("/")[0] in tops:
+            assert (ROOT / path).exists(), path
+
+
+# ------------------------------------------------------------------------- length
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 100
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_are_short(page):
+    """But for tables, pictures and blocks."""
+    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith(("|", "!["))]
+    assert [line for line in lines if len(line) > 100] == []

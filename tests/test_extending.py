@@ -1,0 +1,127 @@
+"""Parts from outside the package: each in under 30 lines, trained, saved, loaded, generating.
+
+docs/extending.md shows these classes; a test there holds the page against this file.
+"""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_inputs import assert_close, random_ids
+from torch import nn
+
+from hamt import HAMTConfig, HAMTModel
+from hamt.layers import as_keys
+from hamt.memory import FORMS, WRITE_RULES, Gates
+from hamt.memory.write_rules import WriteRule
+from hamt.mixers import MIXERS, RETRIEVAL_HEADS, Mixer
+
+
+class Strongest(WriteRule):
+    """Only the slot with the largest write logit is written; the others keep what they hold."""
+
+    name = "strongest"
+
+    def logit_sizes(self, heads, slots):
+        return (heads * slots,)
+
+    def initial_logits(self, forget, heads, constant):
+        return torch.zeros_like(forget)
+
+    def gates(self, logits, heads):
+        shares = logits.unflatten(-1, (heads, -1)).softmax(dim=-1)
+        chosen = F.one_hot(shares.argmax(dim=-1), shares.shape[-1]) * shares
+        return Gates(chosen, torch.log1p(-0.9 * chosen))
+
+    def turn(self, slots, bound, gates):
+        return self.kept(gates)[..., None] * slots + gates.write[..., None] * bound[..., None, :]
+
+    def adjoint(self, weight, gates):
+        return (weight * gates.write).sum(dim=-1), weight * self.kept(gates)
+
+
+class RunningMean(Mixer):
+    """Each token sees an exponential mean of the tokens before it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.width = config.hidden_dim
+        self.input_proj = nn.Linear(self.width, self.width, bias=False)
+        self.output_proj = nn.Linear(self.width, self.width, bias=False)
+
+    def state_shapes(self):
+        return {"mean": (self.width,)}
+
+    def forward(self, hidden_states, batch=None, state=None):
+        inputs, outputs = self.input_proj(hidden_states), []
+        mean = inputs.new_zeros(len(inputs), self.width) if state is None else state["mean"]
+        for token in inputs.unbind(1):
+            mean = 0.9 * mean + 0.1 * token
+            outputs.append(mean)
+        return self.output_proj(torch.stack(outputs, dim=1)), {"mean": mean}, None
+
+
+class SlotAttention(nn.Module):
+    """Read weights by attention of the token over a learned key for each slot."""
+
+    def __init__(self, config, algebra, key_size):
+        super().__init__()
+        self.algebra, self.heads = algebra, config.num_heads
+        width = config.hidden_dim // config.num_heads
+        self.key_proj = nn.Linear(config.hidden_dim, config.num_heads * key_size, bias=False)
+        self.query_proj = nn.Linear(config.hidden_dim, config.num_heads * width, bias=False)
+        self.slot_keys = nn.Embedding(config.num_heads * config.num_slots, width)
+
+    def forward(self, conditioned):
+        keys = as_keys(self.key_proj(conditioned), self.heads, self.algebra)
+        queries = self.query_proj(conditioned).unflatten(-1, (self.heads, -1))
+        slots = self.slot_keys.weight.unflatten(0, (self.heads, -1))
+        scores = torch.einsum("bnhd,hsd->bnhs", queries, slots) / queries.shape[-1] ** 0.5
+        return keys, scores.softmax(dim=-1) * scores.shape[-1]
+
+
+PARTS = {
+    "a write rule": (WRITE_RULES, Strongest, {"write_rule": "strongest"}),
+    "a mixer": (MIXERS, RunningMean, {"mixers": ["memory", "running_mean"]}),
+    "a retrieval head": (RETRIEVAL_HEADS, SlotAttention, {"retrieval_head": "slot_attention"}),
+}
+
+
+@pytest.mark.parametrize(("table", "part", "options"), PARTS.values(), ids=PARTS)
+def test_a_part_of_ones_own_trains_is_saved_and_generates(
+    table, part, options, tmp_path, monkeypatch
+):
+    assert len(inspect.getsource(part).splitlines()) < 30
+    name = options[next(iter(options))]
+    name = name if isinstance(name, str) else name[-1]
+    sizes = {"vocab_size": 97, "hidden_dim": 32, "num_layers": 2, "num_slots": 3, "num_heads": 2}
+    with pytest.raises(ValueError, match=name):
+        HAMTConfig(**sizes, **options)
+    monkeypatch.setitem(table, name, part)
+    torch.manual_seed(0)
+    model, ids = HAMTModel(HAMTConfig(**sizes, **options)), random_ids(4, 12)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(15):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    model.save_pretrained(tmp_path)
+    loaded = HAMTModel.from_pretrained(tmp_path).eval()
+    assert_close(loaded(ids).logits, model.eval()(ids).logits)
+    greedy = {"max_new_tokens": 6, "do_sample": False}
+    without = loaded.generate(ids[:, :5], use_cache=False, **greedy)
+    assert torch.equal(loaded.generate(ids[:, :5], **greedy), without)
+
+
+def test_a_rule_without_tiles_runs_in_the_loop_alone(monkeypatch):
+    monkeypatch.setitem(WRITE_RULES, "strongest", Strongest)
+    model = HAMTModel(HAMTConfig(vocab_size=97, hidden_dim=32, write_rule="strongest"))
+    memory = model.model.layers[0].mixer.memory
+    assert len(FORMS) > 1
+    assert memory.rule.forms == ("recurrent",)
