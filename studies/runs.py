@@ -181,7 +181,9 @@ def _train_on_text(
     options.pop("every", None)
     seed_everything(seed)
     model = build(spec, vocab_size)
-    batches = Batches(training, length=length, batch_size=batch_size, apart=False, seed=seed)
+    batches = Batches(
+        training, length=length, batch_size=batch_size, documents_flow=True, seed=seed
+    )
     if "epochs" in options:
         options["num_steps"] = round(options.pop("epochs") * batches.steps_per_epoch)
 

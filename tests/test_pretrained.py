@@ -23,7 +23,9 @@ def test_it_loses_what_its_card_says(tmp_path):
     info = json.loads((PRETRAINED / "training_info.json").read_text(encoding="utf-8"))
     corpus = tokenise(load_corpus(info["options"]["data"]), tokenizer, tmp_path)
     assert corpus.fingerprint == info["data_fingerprint"]
-    nats, bits = held_out_loss(model, corpus.held_out, info["options"]["max_length"], apart=True)
+    nats, bits = held_out_loss(
+        model, corpus.held_out, info["options"]["max_length"], documents_flow=False
+    )
     card = (PRETRAINED / "README.md").read_text(encoding="utf-8")
     told = re.search(r"held-out loss \| ([\d.]+) nats/token, ([\d.]+) bits/byte", card)
     assert nats == pytest.approx(float(told[1]), abs=0.001)

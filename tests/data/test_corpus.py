@@ -1,17 +1,14 @@
-"""Corpora, tokenizers and blocks: nothing lost, nothing mixed up, mistakes named."""
+"""Texts of all kinds: nothing lost, nothing mixed up, mistakes named."""
+
+import json
+import os
+import shutil
 
 import pytest
+from text_inputs import TEXT, files, rows
 
 from hamt.data.corpus import load_corpus
-from hamt.data.tokenizer import END_OF_TEXT, PADDING, load_tokenizer, train_tokenizer
 from hamt.errors import UserError
-
-TEXT = "The quick brown fox jumps over the lazy dog.\nPack my box with five dozen liquor jugs: naïve café ☕.\n"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer([TEXT * 20], 300)
 
 
 def test_embedded_corpus_holds_out_whole_addresses_of_all_eras():
@@ -44,43 +41,104 @@ def test_unusable_files_are_refused_in_one_line(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_tokenizer_round_trips_any_text(tokenizer):
-    text = "  Zażółć gęślą jaźń\t— 東京 🚀\r\n\x00 unseen " + TEXT
-    ids = tokenizer(text).input_ids
-    assert tokenizer.decode(ids) == text
-    assert max(ids) < len(tokenizer) <= 300
+def test_rows_of_a_file_are_documents(tmp_path):
+    files(tmp_path, many_jsonl=rows(*(f"document {i}" for i in range(40))))
+    corpus = load_corpus(str(tmp_path / "many.jsonl"))
+    assert list(corpus.held_out) == ["document 10", "document 30"]
+    assert list(corpus.train) == [f"document {i}" for i in range(40) if i % 20 != 10]
+    assert list(corpus.train) == list(corpus.train)  # they can be read again
 
 
-def test_tokenizer_compresses_what_it_was_trained_on(tokenizer):
-    assert len(tokenizer(TEXT).input_ids) < 0.7 * len(TEXT.encode())
+def test_a_folder_is_all_of_its_files(tmp_path):
+    files(tmp_path, a_txt="one " * 50, b_jsonl=rows("two " * 50, "three " * 50), c_md="four " * 50)
+    corpus = load_corpus(str(tmp_path))
+    whole = [a + b for a, b in zip(corpus.train, corpus.held_out, strict=True)]
+    assert whole == ["one " * 50, "two " * 50, "three " * 50, "four " * 50]
 
 
-def test_padding_and_end_of_text_are_different_tokens(tokenizer):
-    assert tokenizer.pad_token == PADDING
-    assert tokenizer.eos_token == END_OF_TEXT
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+def test_another_text_can_be_held_out(tmp_path):
+    files(tmp_path, a_txt="train on this", b_txt="measure on this")
+    corpus = load_corpus(str(tmp_path / "a.txt"), held_out=str(tmp_path / "b.txt"))
+    assert (list(corpus.train), list(corpus.held_out)) == (["train on this"], ["measure on this"])
 
 
-def test_a_vocabulary_smaller_than_the_bytes_is_refused():
-    with pytest.raises(UserError, match="at least 258"):
-        train_tokenizer([TEXT], 200)
+def test_the_identity_changes_with_the_text(tmp_path):
+    path = files(tmp_path, a_txt=TEXT) / "a.txt"
+    first = load_corpus(str(path)).identity
+    assert load_corpus(str(path)).identity == first
+    path.write_text(TEXT + "more", encoding="utf-8")
+    assert load_corpus(str(path)).identity != first
 
 
-def test_saved_tokenizer_loads_from_its_folder(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(str(tmp_path))(TEXT).input_ids == tokenizer(TEXT).input_ids
+def test_the_identity_is_that_of_the_content(tmp_path):
+    """Neither a date nor a place is part of a text; how it is read is."""
+    (tmp_path / "other").mkdir()
+    path = files(tmp_path, a_txt=TEXT) / "a.txt"
+    first = load_corpus(str(path)).identity
+    os.utime(path, (1, 1))
+    assert load_corpus(str(path)).identity == first
+    copy = shutil.copy(path, tmp_path / "other" / "b.txt")
+    assert load_corpus(str(copy)).identity == load_corpus(str(tmp_path / "other")).identity == first
+    path.write_text(TEXT.replace("quick", "quiet"), encoding="utf-8")
+    os.utime(path, (1, 1))
+    assert load_corpus(str(path)).identity != first
+    lines = files(tmp_path, a_jsonl=rows("x y", "z")) / "a.jsonl"
+    as_text = shutil.copy(lines, tmp_path / "lines.txt")
+    assert load_corpus(str(lines)).identity != load_corpus(str(as_text)).identity
 
 
-def test_gpt2_files_under_their_original_names_load(tmp_path, tokenizer):
-    tokenizer.backend_tokenizer.model.save(str(tmp_path))
-    (tmp_path / "vocab.json").rename(tmp_path / "encoder.json")
-    (tmp_path / "merges.txt").rename(tmp_path / "vocab.bpe")
-    loaded = load_tokenizer(str(tmp_path))
-    assert loaded(TEXT).input_ids == tokenizer(TEXT).input_ids
-    assert loaded.decode(loaded(TEXT).input_ids) == TEXT
+def test_wikitext_lines_are_joined_tojoin_articles():
+    lines = [
+        " \n",
+        " = One = \n",
+        " text \n",
+        " = = Part = = \n",
+        " more \n",
+        " = Two = \n",
+        " end \n",
+    ]
+    from hamt.data.corpus import join_articles
+
+    assert [article.split("\n")[0] for article in join_articles(lines)] == [
+        " ",
+        " = One = ",
+        " = Two = ",
+    ]
+    assert "".join(join_articles(lines)) == "".join(lines)
 
 
-def test_an_unreachable_tokenizer_names_the_local_alternatives(monkeypatch):
+def test_a_missing_column_is_named_with_those_there_are(tmp_path):
+    files(tmp_path, a_jsonl='{"content": "x", "id": 3}\n')
+    with pytest.raises(UserError, match="--text_column, one of content, id"):
+        load_corpus(str(tmp_path / "a.jsonl"))
+    assert load_corpus(str(tmp_path / "a.jsonl"), text_column="content", held_out="sotu")
+
+
+def test_another_column_is_another_text(tmp_path):
+    files(tmp_path, a_jsonl="".join(json.dumps({"a": "x y", "b": 3}) + "\n" for _ in range(30)))
+    found = [load_corpus(str(tmp_path / "a.jsonl"), text_column=name) for name in "ab"]
+    assert found[0].identity != found[1].identity
+    assert set(found[1].train) == {"3"}, "numbers are text, too"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_cannot_be_read_are_told(tmp_path, streaming):
+    files(tmp_path, a_jsonl=rows(*["x"] * 3) + '{"text": "cut o')
+    with pytest.raises(UserError, match="cannot be read"):
+        list(load_corpus(str(tmp_path / "a.jsonl"), streaming=streaming).train)
+
+
+def test_a_dataset_of_the_hub_without_network_names_the_local_alternatives(monkeypatch):
     monkeypatch.setattr("hamt.data.hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="give a folder with a tokenizer"):
-        load_tokenizer("no-such/tokenizer")
+    with pytest.raises(UserError, match=r"not in the local cache.*give sotu"):
+        load_corpus("no-such-owner/no-such-dataset")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_stream_has_the_documents_that_all_of_it_has(tmp_path, name):
+    lines = [f"{TEXT} {i}" for i in range(50)]
+    (tmp_path / name).write_text(rows(*lines) if name == "a.jsonl" else "\n".join(lines))
+    streamed, whole = (load_corpus(str(tmp_path / name), streaming=flag) for flag in (True, False))
+    for part in ("train", "held_out"):
+        assert list(getattr(streamed, part)) == list(getattr(whole, part)) != []
+        assert list(getattr(streamed, part)) == list(getattr(whole, part)), "it can be read twice"

@@ -200,13 +200,13 @@ def _train(
         batch_size=options.batch_size
         * options.tbptt_segments,  # as many tokens: it has no state to carry
         order="shuffled",
-        apart=False,
+        documents_flow=True,
         seed=options.seed,
     )
     held_out = plan.corpus.held_out
     every = max(len(held_out) // options.max_length // SAMPLE, 1)
     loop = replace(
-        plan.loop, num_steps=steps, carry_state=False, segments=1, max_seconds=float("inf")
+        plan.loop, num_steps=steps, carry_state=False, tbptt_segments=1, max_seconds=float("inf")
     )
     bar = ProgressBar(steps)
     trainer = Trainer(

@@ -1,6 +1,6 @@
-"""Tokens as training batches.
+"""Training batches: tokens that are read, and the token that each of them should be followed by.
 
-Shape legend: B batch, N tokens of a block.
+Shape legend: B rows of a batch, N tokens of a row.
 """
 
 from collections.abc import Mapping
@@ -11,17 +11,17 @@ Batch = Mapping[str, Tensor]
 
 
 def aligned_batch(inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Arguments of a causal language model for inputs (B, N) and what each position should name (B, N).
+    """A batch of inputs (B, N) and of what the model should answer at each position (B, N).
 
-    The loss of Transformers takes ``shift_labels`` as they are; ``labels`` only says that a loss is
-    wanted.
+    Targets are called ``shift_labels``, as in Transformers, where ``labels`` are the inputs once
+    more and the loss shifts them by one, but ``shift_labels`` are taken as they are.
     """
-    targets = targets.contiguous()  # the loss views them as one row
-    return {"input_ids": inputs, "labels": targets, "shift_labels": targets}
+    # Transformers' loss views them as one row.
+    return {"input_ids": inputs, "shift_labels": targets.contiguous()}
 
 
 def next_token_batch(block: Tensor) -> dict[str, Tensor]:
-    """``aligned_batch`` of a block (B, N + 1): N tokens read, and after each the next one asked."""
+    """A batch of blocks (B, N + 1): after each of the first N tokens the next one is asked."""
     return aligned_batch(block[:, :-1], block[:, 1:])
 
 
@@ -35,10 +35,9 @@ def split_rows(batch: Batch, parts: int) -> list[Batch]:
 
 
 def split_columns(batch: Batch, parts: int) -> list[Batch]:
-    """Equal shares of the tokens of every row, in order."""
+    """Equal shares of the tokens of every row, in their order."""
     size = batch["input_ids"].shape[1]
     if size % parts:
         raise ValueError(f"{size} tokens cannot be shared among {parts} segments")
     chunks = {name: x.chunk(parts, dim=1) for name, x in batch.items()}
-    # The loss views its targets as one row.
     return [{name: x[index].contiguous() for name, x in chunks.items()} for index in range(parts)]

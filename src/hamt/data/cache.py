@@ -1,4 +1,4 @@
-"""What is made of a text once and kept: tokens, and the tokenizers learnt from it."""
+"""What is computed from a text once and then found on the disk: its tokens, and its tokenizer."""
 
 import os
 from collections.abc import Callable
@@ -11,12 +11,15 @@ from hamt.files import new_folder, user_cache
 def cached_folder(
     cache: str | os.PathLike[str] | None, name: str, write: Callable[[Path], None]
 ) -> Path:
-    """The folder called ``name``, which ``write`` fills if it is not there.
+    """The folder ``name`` of a cache; if it is not there, ``write`` fills it first.
 
-    ``cache`` is the folder that holds it; None is ``tokens`` in the user's cache.
+    Args:
+        cache: the folder of the cache; None is ``tokens`` in the user's cache.
+        name: names what is in the folder: another content needs another name.
+        write: takes the path of an empty folder and writes the content there.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if the folder cannot be written.
     """
     folder = (user_cache() / "tokens" if cache is None else Path(cache)) / name
     if not folder.is_dir():
@@ -24,6 +27,7 @@ def cached_folder(
             new_folder(folder, write)
         except OSError as error:
             raise UserError(
-                f"{folder} cannot be written ({reason(error)}); name another folder with --token_cache"
+                f"{folder} cannot be written ({reason(error)}): "
+                "name another folder with --token_cache"
             ) from error
     return folder

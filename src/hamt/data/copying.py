@@ -1,4 +1,4 @@
-"""Tasks of copying and finding: tokens scattered among noise, and a passkey in long filler.
+"""Copying tasks: of tokens that are scattered among noise, and of a passkey in long filler.
 
 Shape legend: B batch, N tokens, V vocab_size, P tokens to copy.
 """
@@ -16,17 +16,18 @@ DIGITS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class SelectiveCopying(Task):
-    """Copy P tokens that stand at random places among noise, in their order (Gu and Dao 2023, arXiv
-    2312.00752, section 4.1.1, whose vocabulary and P are the defaults; there N is 4,096).
+    """Copy P tokens that stand at random places among noise, in their order.
 
-    The last P tokens are markers; at the i-th of them the i-th token is asked. Tokens to copy come
-    from [0, V - 1 - noise_vocab_size), noise from the numbers up to V - 1, which is the marker.
+    The last P tokens are markers; at the i-th marker the i-th token is asked. With n =
+    noise_vocab_size, tokens to copy come from [0, V - 1 - n), noise from [V - 1 - n, V - 1), and
+    the marker is V - 1. The task, its vocabulary and P are those of Gu and Dao 2023 (arXiv
+    2312.00752, section 4.1.1), where N is 4,096.
 
     Args:
         length: N, at least 2 P.
-        vocab_size: V, noise and marker among them.
+        vocab_size: V, which includes noise and marker.
         num_tokens: P.
-        noise_vocab_size: different tokens that the noise is made of: 1 is a blank.
+        noise_vocab_size: how many different tokens the noise is drawn from; 1 is a blank.
 
     Example:
         >>> task = SelectiveCopying(length=16, vocab_size=8, num_tokens=4)
@@ -47,19 +48,19 @@ class SelectiveCopying(Task):
             raise ValueError("num_tokens and noise_vocab_size must be at least 1")
         if self.symbols < 2:
             raise ValueError(
-                f"vocab_size must be at least {self.noise_vocab_size + 3}, two tokens to copy beside the "
-                f"noise and the marker; got {self.vocab_size}"
+                f"vocab_size must be at least {self.noise_vocab_size + 3}, two tokens to copy "
+                f"beside the noise and the marker; got {self.vocab_size}"
             )
         super().__post_init__()
 
     @property
     def symbols(self) -> int:
-        """Different tokens that are copied."""
+        """How many different tokens may have to be copied."""
         return self.vocab_size - 1 - self.noise_vocab_size
 
     @property
     def min_length(self) -> int:
-        """The tokens, and a marker for each."""
+        """The tokens to copy, and a marker for each."""
         return 2 * self.num_tokens
 
     def _draw(self, batch_size: int, length: int, generator: torch.Generator) -> TaskBatch:
@@ -88,8 +89,9 @@ class SelectiveCopying(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyCopying(SelectiveCopying):
-    """Selective copying among noise of many kinds, as the noise of MAD's recall (Poli et al. 2024, arXiv
-    2403.17844): it does not look the same everywhere.
+    """Selective copying among noise that is drawn from many tokens instead of being one blank.
+
+    Recall with such noise is a task of MAD (Poli et al. 2024, arXiv 2403.17844).
 
     Example:
         >>> task = NoisyCopying(length=14, vocab_size=12, num_tokens=3, noise_vocab_size=6)
@@ -106,11 +108,11 @@ class NoisyCopying(SelectiveCopying):
 
 @dataclass(frozen=True, kw_only=True)
 class Passkey(Task):
-    """Find a number in long filler (Mohtashami and Jaggi 2023, arXiv 2305.16300), in tokens instead of words.
+    """Find a number in long filler (Mohtashami and Jaggi 2023, arXiv 2305.16300).
 
-    The filler is one sentence over and over. Somewhere in it stand a marker and the digits of the
-    passkey; at the end the question, V - 1, and again the digits but the last: each digit is asked
-    at the token before it. Accuracy by chance is 1 / 10.
+    Tokens stand for words. The filler repeats one sentence. Somewhere in it stand a marker and the
+    digits of the passkey. At the end stand the question, V - 1, and the digits once more, all but
+    the last: each digit is asked at the token before it. Accuracy by chance is 1 / 10.
 
     Args:
         length: N, at least 2 · num_digits + 1.
@@ -142,7 +144,7 @@ class Passkey(Task):
 
     @property
     def min_length(self) -> int:
-        """The marker and the digits, the question and the digits but one."""
+        """The marker and the digits, then the question and all digits but the last."""
         return 2 * self.num_digits + 1
 
     def _draw(self, batch_size: int, length: int, generator: torch.Generator) -> TaskBatch:

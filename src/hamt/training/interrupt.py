@@ -1,4 +1,4 @@
-"""Ctrl-C and requests to terminate, answered when a step is whole."""
+"""Ctrl-C and requests to terminate, which wait until a training step is complete."""
 
 import contextlib
 import signal
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C, or a request to terminate, into an event; a second Ctrl-C raises.
+    """An event that the first Ctrl-C, or a request to terminate, sets; a second Ctrl-C raises.
 
-    No step is cut in half.
+    Whoever looks at the event between two steps never cuts a step in half.
     """
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # others get no signals
         yield event
         return
 

@@ -1,10 +1,9 @@
-"""The training loop, one for every command, test and benchmark.
+"""The training loop: the same one for every command, study and test.
 
 Shape legend: B rows of a step over all processes, N tokens of a row.
 """
 
 import contextlib
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,46 +13,48 @@ from typing import Any, Generic, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import broadcast
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hamt.cache import HAMTCache
 from hamt.cross_entropy import IGNORE_INDEX
 from hamt.data.blocks import Batch, split_columns, split_rows
-from hamt.training.accelerator import make_accelerator
+from hamt.model import HAMTForCausalLM
+from hamt.training.accelerator import in_any_process, make_accelerator, of_main_process
 from hamt.training.divergence import DivergenceError, LossSpikes
 from hamt.training.interrupt import deferred_interrupt
-from hamt.training.optim import build_optimizers, learning_rate_scale, set_learning_rate
+from hamt.training.optim import build_optimizers, learning_rate_scale, set_learning_rate, update
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """What a run does.
+    """How to train.
 
     Args:
         num_steps: optimiser steps.
-        learning_rate: peak, reached after the share ``warmup`` of the run.
-        optimizer: see ``build_optimizers``.
-        weight_decay: of all parameters but vectors.
-        eps: of the optimisers; with a small one angles go on becoming exact after a task is solved,
-            when its gradients are tiny.
-        schedule: see ``learning_rate_scale``, as for ``warmup``, ``final_learning_rate`` (a share
-            of the peak) and ``decay``.
-        max_norm: gradients are scaled down to this norm, of all together.
-        micro_batches: forward and backward passes of a step, each over an equal share of the rows.
-        segments: parts of a row that are read one after the other, the state carried along.
-        carry_state: rows go on where those of the step before ended: start from their state,
-            detached.
-        max_seconds: end within about this time; a machine too slow for all steps still sees the
-            whole schedule, squeezed into the time there is.
-        log_interval: steps between records, each a mean over the interval.
-        eval_interval: steps between evaluations.
-        spike: a loss this many standard deviations above the last ones is trouble; 0 looks for NaN
-            only.
-        skip_trouble: leave such steps out instead of ending the run.
+        learning_rate: the peak of the schedule.
+        optimizer: see ``build_optimizers``, as for ``weight_decay`` and ``eps``. With a small
+            ``eps`` a model goes on becoming more exact after it has solved a task, when gradients
+            are tiny.
+        schedule: see ``learning_rate_scale``, as for ``warmup``, ``final_learning_rate`` (its
+            ``floor``) and ``decay``.
+        max_norm: if the norm of all gradients together exceeds this, they are scaled down to it.
+        micro_batches: parts of a step that are computed one after the other, each with an equal
+            share of the rows, to save memory.
+        tbptt_segments: parts of a row that are read one after the other. The state is carried
+            through all of them, and gradients flow back through all of them.
+        carry_state: the rows of a step go on where those of the step before ended: they start from
+            that state, through which no gradients flow.
+        max_seconds: training ends within about this time. The schedule goes by the share of steps
+            or of time that has passed, whichever is larger, so that a run which time ends has had
+            the whole schedule.
+        log_interval: steps from one record to the next; losses and norms in it are means.
+        eval_interval: steps from one evaluation to the next.
+        spike: a loss this many standard deviations above the last ones ends the run; at 0 only a
+            loss or gradient that is not finite does.
+        skip_trouble: instead of ending the run, leave out the updates of such steps.
     """
 
     num_steps: int
@@ -67,7 +68,7 @@ class LoopOptions:
     decay: float = 0.2
     max_norm: float = 1.0
     micro_batches: int = 1
-    segments: int = 1
+    tbptt_segments: int = 1
     carry_state: bool = False
     max_seconds: float = float("inf")
     log_interval: int = 10
@@ -78,9 +79,10 @@ class LoopOptions:
 
 @dataclass
 class TrainingResult(Generic[T]):
-    """What happened: losses in nats per token, and evaluations of any type ``T``.
+    """How far a run has come, and what was measured: losses in nats per token.
 
-    ``seconds`` are those of training steps, ``wall_seconds`` all from the first step to the last.
+    ``held_out`` are evaluations, of any type ``T``. ``seconds`` is the time of the training steps,
+    ``wall_seconds`` also that of evaluations and checkpoints. ``skipped`` steps had no update.
     """
 
     steps: int = 0
@@ -97,39 +99,41 @@ class TrainingResult(Generic[T]):
 
     @property
     def tokens_per_second(self) -> float:
-        """Throughput of training, evaluation not counted."""
+        """Throughput of the training steps."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
 class Listener(Generic[T]):
-    """What a run tells; each call may be left as it is."""
+    """Is told what happens in a run. A subclass overrides the calls that it needs."""
 
     def logged(self, record: dict[str, Any]) -> None:
-        """Every ``log_interval`` steps: step, loss, gradient norm, learning rate, tokens, seconds."""
+        """Every ``log_interval`` steps: the record, see ``Trainer._log``."""
 
     def evaluated(self, step: int, measured: T) -> None:
         """After each evaluation."""
 
     def stepped(self, trainer: "Trainer[T]") -> None:
-        """After each step, when all of it is done."""
+        """After each step, and after the record and the evaluation that belong to it."""
 
     def close(self) -> None:
-        """At the end."""
+        """At the end, also after an error: whoever opened a listener closes it."""
 
 
 class Trainer(Generic[T]):
     """A run: the model, its optimisers, and how far it has come.
 
     Args:
-        model: trained in place; its loss must honour ``shift_labels`` and ``num_items_in_batch``,
-            as the common loss of Transformers does.
-        evaluate: measures the model as it is, on held-out data; called before the first step, every
-            ``eval_interval`` steps and after the last, by every process.
+        model: trained in place. It must compute a loss as models of Transformers do, which take
+            ``shift_labels`` and ``num_items_in_batch``.
+        evaluate: measures the model on held-out data. Every process calls it before the first step,
+            every ``eval_interval`` steps and after the last one.
         options: see ``LoopOptions``.
         accelerator: device, precision and processes; None is this process, in float32.
-        run: what is called in the place of the model: it, or it compiled.
-        until: whether a measurement between steps is good enough to end the run.
-        listeners: who is told.
+        compiled: ``torch.compile`` of the model, if that is to be called in its place.
+        until: whether a measurement is good enough to end the run early.
+        listeners: are told what happens, in this order.
+        peak_tokens_per_second: what this machine would train on if it did nothing but matrix
+            products; records then tell which share of that is reached (``flop_utilization``).
     """
 
     def __init__(
@@ -139,13 +143,15 @@ class Trainer(Generic[T]):
         options: LoopOptions,
         *,
         accelerator: Accelerator | None = None,
-        run: Callable | None = None,
+        compiled: Callable | None = None,
         until: Callable[[T], bool] = lambda measured: False,
         listeners: Iterable[Listener[T]] = (),
+        peak_tokens_per_second: float | None = None,
     ) -> None:
         self.accelerator = accelerator or make_accelerator(on_cpu=model.device.type == "cpu")
         self.model, self.evaluate, self.options = model, evaluate, options
         self.until, self.listeners = until, list(listeners)
+        self.peak_tokens_per_second = peak_tokens_per_second
         optimizers = build_optimizers(
             model,
             options.optimizer,
@@ -153,32 +159,29 @@ class Trainer(Generic[T]):
             weight_decay=options.weight_decay,
             eps=options.eps,
         )
-        prepared = self.accelerator.prepare(model if run is None else run, *optimizers)
-        self.run: Callable = prepared[0]
+        prepared = self.accelerator.prepare(model if compiled is None else compiled, *optimizers)
+        # Where there are several processes, this one also exchanges gradients with them.
+        self.called_model: Callable = prepared[0]
         self.optimizers: list[AcceleratedOptimizer] = list(prepared[1:])
-        # Logits of a large vocabulary would take more memory than all the rest, and training needs
-        # none.
-        without = "return_logits" in inspect.signature(model.forward).parameters
-        self.options_of_model = {"return_logits": False} if without else {}
         self.spikes = LossSpikes(options.spike)
         self.carried: list[HAMTCache | None] = [None] * options.micro_batches
         self.result: TrainingResult[T] = TrainingResult()
-        self.recent: list[tuple[float, float]] = []
+        self.recent: list[tuple[float, float]] = []  # loss and norm of steps since the last record
 
     def train(
         self, batches: Iterator[Batch], begins: Callable[[int], bool] = lambda step: False
     ) -> TrainingResult[T]:
-        """Train until the end of the run, of its time, or of the user's patience.
+        """Train until the last step, until the time is over, or until Ctrl-C.
 
         Args:
-            batches: arguments of the model that make it return a loss, ``input_ids`` (B, N) among
-                them; of the rows of this process. The first is that of step ``result.steps``.
-            begins: whether the rows of a step go on from nothing, so that no state is carried into
-                it.
+            batches: the rows of this process, ``input_ids`` (B, N) and ``shift_labels`` (B, N) and
+                what else the model takes; the first batch is that of step ``result.steps``.
+            begins: whether the rows of a step go on from no others, so that no state is carried
+                into it.
 
         Returns:
-            What happened; on Ctrl-C what happened until then, the last step whole. The model is
-            left in evaluation mode.
+            What happened. After Ctrl-C the last step is a whole one. The model is left in
+            evaluation mode.
 
         Raises:
             DivergenceError: if a loss or a gradient is not finite, or a loss leaps up.
@@ -188,15 +191,15 @@ class Trainer(Generic[T]):
         if not result.held_out:
             self._measure()
         self.model.train()
-        good = False
+        good_enough = False
         with deferred_interrupt() as interrupted:
             while (
                 result.steps < options.num_steps
-                and not good
-                and not self._any(interrupted.is_set())
+                and not good_enough
+                and not in_any_process(self.accelerator, interrupted.is_set())
             ):
                 begin = time.monotonic()
-                elapsed = self._of_main(begin - start)
+                elapsed = of_main_process(self.accelerator, begin - start)
                 if elapsed >= options.max_seconds:
                     result.out_of_time = True
                     break
@@ -211,37 +214,38 @@ class Trainer(Generic[T]):
                 if result.steps % options.log_interval == 0 or result.steps == options.num_steps:
                     self._log()
                 if result.steps % options.eval_interval == 0 and result.steps < options.num_steps:
-                    good = self.until(self._measure())
+                    good_enough = self.until(self._measure())
                     self.model.train()
                 for listener in self.listeners:
                     listener.stepped(self)
-            result.interrupted = self._any(interrupted.is_set())
-        if self.recent and not result.interrupted:  # else the record is made when the run goes on
+            result.interrupted = in_any_process(self.accelerator, interrupted.is_set())
+        if not result.interrupted:  # otherwise both are done when the run is resumed
             self._log()
-        if not result.interrupted and result.held_out[-1][0] < result.steps:
-            self._measure()
+            if result.held_out[-1][0] < result.steps:
+                self._measure()
         self.model.eval()
         return result
 
     # ------------------------------------------------------------------ a step
 
     def _step(self, batch: Batch, progress: float) -> None:
+        """Train on a batch; ``progress`` is the share of the schedule that has passed."""
         options, result, accelerator = self.options, self.result, self.accelerator
-        parts, before = split_rows(batch, options.micro_batches), list(self.carried)
-        targets = batch["shift_labels"].ne(IGNORE_INDEX).sum().to(accelerator.device)
-        count = accelerator.reduce(targets, "sum")
+        parts, carried_before = split_rows(batch, options.micro_batches), list(self.carried)
+        num_targets = batch["shift_labels"].ne(IGNORE_INDEX).sum().to(accelerator.device)
+        num_targets = accelerator.reduce(num_targets, "sum")
         loss, aux_loss = torch.zeros((), device=accelerator.device), None
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.run):
-                part_loss, aux_loss = self._forward(part, index, count)
-                # DDP averages over processes what is to be summed.
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.called_model):
+                part_loss, aux_loss = self._forward(part, index, num_targets)
+                # Gradients of all processes are to be added up; DDP takes their mean.
                 accelerator.backward(part_loss * accelerator.num_processes)
             loss += part_loss.detach()
         loss = accelerator.reduce(loss, "sum").item()
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), options.max_norm))
-        # A scaler of float16 tries scales that are too large, leaves the step out and takes a
-        # smaller one.
+        # The scaler of float16 tries scales until gradients overflow; then it leaves that step out
+        # and takes a smaller scale. That is how it finds the scale, and no sign of divergence.
         overflow = (
             accelerator.scaler is not None and math.isfinite(loss) and not math.isfinite(norm)
         )
@@ -256,52 +260,46 @@ class Trainer(Generic[T]):
             decay=options.decay,
         )
         set_learning_rate(self.optimizers, options.learning_rate * scale)
-        self._update(leave_out=bool(trouble))
+        update(self.optimizers, accelerator.scaler, leave_out=bool(trouble))
         if trouble:
-            self.carried = before
+            self.carried = carried_before
+        else:
+            self.recent.append((loss, norm))
         result.steps += 1
         result.skipped += bool(trouble)
         result.tokens += batch["input_ids"].numel() * accelerator.num_processes
         result.final_aux_loss = None if aux_loss is None else aux_loss.item()
-        if not trouble:
-            self.recent.append((loss, norm))
 
-    def _update(self, leave_out: bool) -> None:
-        """The step of all optimisers, and of the scaler that they share."""
-        scaler = self.accelerator.scaler
-        for optimizer in self.optimizers:
-            if scaler is not None and not leave_out:
-                # Accelerate would update the scaler after each, and unscale the gradients of the
-                # next again.
-                scaler.step(optimizer.optimizer)
-            elif not leave_out:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if scaler is not None:
-            scaler.update()
+    def _forward(self, part: Batch, index: int, num_targets: Tensor) -> tuple[Tensor, Any]:
+        """The loss of micro-batch ``index``, and its auxiliary loss, None where there is none.
 
-    def _forward(self, part: Batch, index: int, count: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The loss of some rows, as their share in that of all ``count`` targets of the step."""
+        The loss is a share: over micro-batches and processes they add up to the mean over all
+        ``num_targets`` targets of the step.
+        """
         options = self.options
-        carry = options.carry_state or options.segments > 1
-        kept = self.carried[index]
-        # A copy: a step that is left out goes on from what there was before it.
-        cache = kept.fork() if kept is not None else None
+        carry = options.carry_state or options.tbptt_segments > 1
+        before = self.carried[index]
+        # A copy: if the step is left out, the next one goes on from what there was before it.
+        cache = before.fork() if before is not None else None
         if carry and cache is None:
             cache = HAMTCache(self.model.config.num_hidden_layers)
+        arguments: dict[str, Any] = {"past_key_values": cache} if carry else {}
+        if isinstance(self.model, HAMTForCausalLM):
+            # Training needs no logits, and those of a large vocabulary take more memory than all
+            # the rest. Other models have no such argument.
+            arguments["return_logits"] = False
         loss: Tensor | float = 0.0
         outputs = None
-        for segment in split_columns(part, options.segments):
+        for segment in split_columns(part, options.tbptt_segments):
             segment = {name: x.to(self.accelerator.device) for name, x in segment.items()}
-            state = {"past_key_values": cache} if carry else {}
+            # Models of Transformers compute a loss only if they get ``labels``. Those they would
+            # shift by one, but where there are ``shift_labels`` their loss takes them instead.
+            segment["labels"] = segment["shift_labels"]
             with self.accelerator.autocast():
-                outputs = self.run(
-                    **segment, **state, **self.options_of_model, num_items_in_batch=count
-                )
+                outputs = self.called_model(**segment, **arguments, num_items_in_batch=num_targets)
             loss = loss + outputs.loss
         if options.carry_state and cache is not None:
             self.carried[index] = cache.detach()
-        # Other models of Transformers have none.
         return loss, getattr(outputs, "aux_loss", None)  # type: ignore[return-value]
 
     # ------------------------------------------------------------------ records
@@ -314,6 +312,7 @@ class Trainer(Generic[T]):
         return measured
 
     def _log(self) -> None:
+        """Tell the listeners about the steps since the last record, if there were any."""
         if not self.recent:
             return
         result = self.result
@@ -330,24 +329,13 @@ class Trainer(Generic[T]):
             "seconds": result.seconds,
             "tokens_per_second": result.tokens_per_second,
         }
+        if self.peak_tokens_per_second:
+            record["flop_utilization"] = result.tokens_per_second / self.peak_tokens_per_second
         for listener in self.listeners:
             listener.logged(record)
 
-    def _of_main(self, seconds: float) -> float:
-        """The main process's clock, by which all set their learning rate."""
-        if self.accelerator.num_processes == 1:
-            return seconds
-        return broadcast(torch.tensor(seconds, device=self.accelerator.device)).item()
-
-    def _any(self, flag: bool) -> bool:
-        """Whether it holds in any process, so that all do the same."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        here = torch.tensor(float(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(here, "sum").item() > 0)
-
 
 def seed_everything(seed: int) -> torch.Generator:
-    """Seed the global generator, and return one for the order of examples."""
+    """Seed the global generator, and return another one of the same seed for drawing examples."""
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)

@@ -1,15 +1,18 @@
-"""Unigram and bigram models, the floor that a language model has to leave below it."""
+"""Unigram and bigram models: a language model that is not better has learnt nothing of use."""
 
 import numpy as np
 
 
 def ngram_losses(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> tuple[float, float]:
-    """Mean negative log-likelihood in nats per token of a unigram and a bigram model.
+    """The losses of a unigram and of a bigram model, in nats per token.
 
-    Both are estimated on the stream ``train`` (length,) of token ids and measured on ``held_out``
-    (length,), on all tokens but the first. The unigram model adds one to every count; the bigram
-    model is interpolated Kneser-Ney (Chen and Goodman 1999, equations 24-26), discount n1 / (n1 + 2
-    n2).
+    The unigram model adds one to every count. The bigram model is interpolated Kneser-Ney (Chen and
+    Goodman 1999, equations 24-26), with the discount n1 / (n1 + 2 n2).
+
+    Args:
+        train: token ids (tokens,) that both models are estimated on.
+        held_out: token ids (tokens,) that they are measured on, all but the first.
+        vocab_size: how many different tokens there are.
     """
     tokens, targets = train.astype(np.int64), held_out.astype(np.int64)
     counts = np.bincount(tokens, minlength=vocab_size)
@@ -19,8 +22,8 @@ def ngram_losses(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> tu
     first, second = pairs // vocab_size, pairs % vocab_size
     once, twice = (pair_counts == 1).sum(), (pair_counts == 2).sum()
     discount = once / max(once + 2 * twice, 1)
-    # How many different tokens precede this one; smoothed, since the held-out text may have new
-    # ones.
+    # How many different tokens precede each; smoothed, since the held-out text may have tokens that
+    # never occur in the other.
     continuation = (np.bincount(second, minlength=vocab_size) + 1) / (len(pairs) + vocab_size)
     total = np.bincount(first, weights=pair_counts, minlength=vocab_size)
     followers = np.bincount(first, minlength=vocab_size)
@@ -30,7 +33,7 @@ def ngram_losses(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> tu
     place = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
     seen = np.where(pairs[place] == wanted, pair_counts[place], 0)
     known = np.maximum(total[context], 1)
-    # A context never seen leaves all its mass to the continuation distribution.
+    # A context that was never seen leaves all of its probability to the continuation.
     reserved = np.where(total[context] > 0, discount * followers[context] / known, 1.0)
     bigram = np.maximum(seen - discount, 0) / known + reserved * continuation[target]
     return float(-np.log(unigram[target]).mean()), float(-np.log(bigram).mean())

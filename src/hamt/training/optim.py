@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterable
 
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel
@@ -17,12 +19,17 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """Optimisers that together own every parameter once.
 
-    ``muon``: Muon for the matrices of the blocks, AdamW for embeddings, gates, norms and
-    convolutions. Muon orthogonalises the update of a matrix (Jordan et al. 2024);
-    ``match_rms_adamw`` scales it to the size of an AdamW update (Liu et al. 2025, arXiv
-    2502.16982), so that one learning rate and one weight decay serve both. ``adamw``: AdamW for
-    all. Vectors have no weight decay. ``eps`` is AdamW's; gradients far below it move nothing
-    (Muon's is ten times as large, as it is by default).
+    Args:
+        model: whose parameters they train.
+        kind: ``adamw``: AdamW for all. ``muon``: Muon for the matrices of the blocks, AdamW for
+            embeddings, gates, norms and convolutions. Muon orthogonalises the update of a matrix
+            (Jordan et al. 2024); ``match_rms_adamw`` scales it to the size of AdamW's updates (Liu
+            et al. 2025, arXiv 2502.16982), so that one learning rate and one weight decay serve
+            both.
+        learning_rate: of both, until ``set_learning_rate`` changes it.
+        weight_decay: of matrices; vectors have none.
+        eps: AdamW's: parameters with gradients far below it do not move. Muon's is ten times as
+            large, as the defaults of PyTorch are.
 
     Raises:
         ValueError: if ``kind`` is none of ``OPTIMIZERS``.
@@ -32,14 +39,13 @@ def build_optimizers(
     matrices: list[Tensor] = []
     if kind == "muon":
         decoder = model.get_decoder()
-        blocks = (
-            decoder.h if hasattr(decoder, "h") else decoder.layers
-        )  # h in GPT-2, whose maps are Conv1D
+        # GPT-2 calls its blocks h, and the class of its linear maps Conv1D.
+        blocks = decoder.h if hasattr(decoder, "h") else decoder.layers
         matrices = [
             module.weight for module in blocks.modules() if isinstance(module, nn.Linear | Conv1D)
         ]
-    known = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in known]
+    of_muon = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in of_muon]
     adamw = AdamW(
         [
             {"params": [p for p in others if p.ndim > 1], "weight_decay": weight_decay},
@@ -68,12 +74,13 @@ def learning_rate_scale(
     """The learning rate as a share of its peak: a linear warm-up, then the schedule.
 
     Args:
-        progress: share of training done, in [0, 1].
-        schedule: ``cosine`` down to the floor; ``wsd`` (warm-up, stable, decay; Hu et al. 2024,
-            arXiv 2404.06395): constant, with a linear end; ``constant``.
-        warmup: share of training that warms up.
-        floor: last value.
-        decay: share of training that the end of ``wsd`` takes.
+        progress: the share of training that has passed, in [0, 1].
+        schedule: ``cosine`` falls to the floor all along; ``wsd`` (warm-up, stable, decay; Hu et
+            al. 2024, arXiv 2404.06395) stays at the peak and falls linearly at the end;
+            ``constant`` stays at the peak.
+        warmup: the share of training in which the learning rate rises to its peak.
+        floor: where it ends.
+        decay: the share of training in which ``wsd`` falls.
 
     Raises:
         ValueError: if there is no such schedule.
@@ -95,3 +102,22 @@ def set_learning_rate(optimizers: Iterable[Optimizer], learning_rate: float) -> 
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
+
+
+def update(
+    optimizers: Iterable[AcceleratedOptimizer], scaler: torch.amp.GradScaler | None, leave_out: bool
+) -> None:
+    """Let all optimisers do their step, or leave it out; then forget the gradients.
+
+    ``scaler`` is the one of float16, which all of them share.
+    """
+    for optimizer in optimizers:
+        if scaler is not None and not leave_out:
+            # Not ``optimizer.step()``: in it Accelerate would update the scaler after each
+            # optimiser, so that the next one's gradients would be unscaled by another scale.
+            scaler.step(optimizer.optimizer)
+        elif not leave_out:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if scaler is not None:
+        scaler.update()

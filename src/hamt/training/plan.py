@@ -1,4 +1,4 @@
-"""From options to all that a run needs, everything checked before compute is spent."""
+"""From options to all that a run needs. What can be wrong is found out before compute is spent."""
 
 import math
 from dataclasses import dataclass, fields
@@ -42,7 +42,7 @@ CHOICES = {
 
 @dataclass
 class Plan:
-    """A run that is ready to start."""
+    """All that a run needs."""
 
     options: TrainOptions
     accelerator: Accelerator
@@ -53,18 +53,18 @@ class Plan:
     loop: LoopOptions
 
     @property
-    def states(self) -> Path:
-        """Where the checkpoints are."""
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints to resume from."""
         return Path(self.options.output_dir) / "checkpoints"
 
     @property
     def tokens_per_step(self) -> int:
-        """Over all processes."""
+        """Tokens of a step, over all processes."""
         return self.options.batch_size * self.batches.length
 
     @property
     def identity(self) -> dict[str, object]:
-        """What must not change when the run is resumed."""
+        """What must not have changed when the run is resumed."""
         fixed = (
             "batch_size",
             "max_length",
@@ -83,10 +83,10 @@ class Plan:
 
 
 def make_plan(options: TrainOptions) -> Plan:
-    """Everything up to the first step.
+    """Load or make all that a run needs: text, tokenizer, batches, model.
 
     Raises:
-        UserError: for anything the user can mend: text, sizes, folders.
+        UserError: for whatever only the user can mend: options, text, folders.
     """
     _check(options)
     accelerator = make_accelerator(options.mixed_precision)
@@ -97,9 +97,10 @@ def make_plan(options: TrainOptions) -> Plan:
             f"{options.micro_batches} micro-batches: "
             f"make it a multiple of {processes * options.micro_batches}"
         )
-    # The main process trains the tokenizer and tokenises; the others find both done.
+    # The main process learns the tokenizer and tokenises the text; the others wait, and then find
+    # both in the cache.
     with accelerator.main_process_first():
-        # Before a tokenizer is trained: a wrong size should not cost a minute.
+        # Now already, only to find mistakes in sizes before minutes are spent on a tokenizer.
         build_config(**_fields(options), vocab_size=options.vocab_size)
         check_writable(options.output_dir, make=not options.dry_run)
         text = load_corpus(
@@ -121,7 +122,7 @@ def make_plan(options: TrainOptions) -> Plan:
         length=options.max_length * options.tbptt_segments,
         batch_size=options.batch_size,
         order=options.order,
-        apart=not options.documents_flow and tokenizer.eos_token_id is not None,
+        documents_flow=options.documents_flow or tokenizer.eos_token_id is None,
         seed=options.seed,
         rows=slice(accelerator.process_index * share, (accelerator.process_index + 1) * share),
     )
@@ -129,7 +130,7 @@ def make_plan(options: TrainOptions) -> Plan:
     model = _model(options, tokenizer, trained[0] if trained else None)
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    if processes > 1:  # one model, but not one dropout
+    if processes > 1:  # all have made the same model, but each drops other features
         torch.manual_seed(options.seed + accelerator.process_index)
     return Plan(options, accelerator, corpus, tokenizer, model, batches, _loop(options, batches))
 
@@ -162,10 +163,10 @@ def _model(
 
 
 def build_config(**fields) -> HAMTConfig:
-    """A configuration from options.
+    """A configuration with these fields.
 
     Raises:
-        UserError: if it cannot be built, with what would be right.
+        UserError: if they do not fit together, with what would be right.
     """
     with user_errors():
         return HAMTConfig(**fields)
@@ -210,7 +211,6 @@ def _loop(options: TrainOptions, batches: Batches) -> LoopOptions:
         field.name for field in fields(TrainOptions)
     }
     return LoopOptions(
-        segments=options.tbptt_segments,
         carry_state=options.order == "contiguous",
         max_seconds=60 * options.max_minutes if options.max_minutes else math.inf,
         **{**{name: getattr(options, name) for name in same}, "num_steps": steps},

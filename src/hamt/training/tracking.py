@@ -1,16 +1,20 @@
-"""Watching a run: a progress bar, a JSON-lines log, TensorBoard, Weights & Biases, a loss curve.
+"""Watching a run: a progress bar, lines of held-out losses, a JSON-lines log, and loggers.
 
-All are listeners of the trainer (``hamt.training.loop``), in the main process alone.
+All of them are listeners of the trainer (``hamt.training.loop``), in the main process alone.
+TensorBoard and Weights & Biases are Accelerate's trackers.
 """
 
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker, WandBTracker
 from rich.console import Console
 from tqdm import tqdm
 
@@ -20,12 +24,15 @@ from hamt.training.held_out import Loss
 from hamt.training.loop import Listener, Trainer
 from hamt.training.options import TrainOptions
 
+# What of a record goes to the loggers, which count steps and time themselves.
+LOGGED = ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "flop_utilization")
+
 
 class ProgressBar(Listener[Any]):
-    """Steps, the time left, the loss, tokens a second, and the share of a matrix product's speed."""
+    """Steps done, the time left, and the last record's loss and speed."""
 
     def __init__(self, num_steps: int, done: int = 0) -> None:
-        # A log file wants a line now and then, not a frame of an animation.
+        # In a log file every redrawing is a line: there two a minute are enough.
         interval = 0.2 if sys.stderr.isatty() else 30.0
         self.bar = tqdm(
             total=num_steps,
@@ -45,11 +52,11 @@ class ProgressBar(Listener[Any]):
         self.bar.set_postfix_str(text, refresh=False)
 
     def stepped(self, trainer: Trainer[Any]) -> None:
-        """One further."""
+        """Go on by one step."""
         self.bar.update()
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Leave the bar on the screen as it is."""
         self.bar.close()
 
 
@@ -60,7 +67,7 @@ class HeldOutLines(Listener[Loss]):
         self.console = console
 
     def evaluated(self, step: int, measured: Loss) -> None:
-        """Print it."""
+        """Print the line."""
         with tqdm.external_write_mode():
             self.console.print(
                 f"step {step:5d}   held-out loss {measured.nats_per_token:.3f} nats/token, "
@@ -69,28 +76,25 @@ class HeldOutLines(Listener[Loss]):
 
 
 class JsonLines(Listener[Loss]):
-    """One JSON object a line: records of training, and evaluations. A resumed run goes on in the same file.
+    """A log file with one JSON object a line: the records, and the held-out losses.
 
-    Lines that a run wrote after the checkpoint it is resumed from are taken out first.
+    A run that is resumed after ``step`` goes on in the same file; what was written after that step,
+    before the run died, is removed first.
     """
 
     def __init__(self, path: str | os.PathLike[str], step: int = 0) -> None:
         path = Path(path)
-        lines = (
-            path.read_text(encoding="utf-8").splitlines(keepends=True)
-            if step and path.exists()
-            else []
-        )
-        kept = [line for line in lines if (record := _parsed(line)) and record["step"] <= step]
-        write_text(path, "".join(kept))
+        resumed = step > 0 and path.exists()
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if resumed else []
+        write_text(path, "".join(line for line in lines if _step(line) <= step))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def logged(self, record: dict[str, Any]) -> None:
-        """A record of training."""
+        """Write a record."""
         self._write(record)
 
     def evaluated(self, step: int, measured: Loss) -> None:
-        """What was measured on held-out text."""
+        """Write a held-out loss."""
         self._write({"step": step, "held_out": measured._asdict()})
 
     def close(self) -> None:
@@ -102,54 +106,44 @@ class JsonLines(Listener[Loss]):
         self.file.flush()
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    """A record; None for a line that was cut off when the run died."""
+def _step(line: str) -> float:
+    """The step of a line; infinity for one that was cut off when the run died."""
     try:
-        return json.loads(line)
+        return json.loads(line)["step"]
     except json.JSONDecodeError:
-        return None
+        return float("inf")
 
 
-class TensorBoard(Listener[Loss]):
-    """Scalars for TensorBoard, in ``folder``."""
+class Loggers(Listener[Loss]):
+    """TensorBoard and Weights & Biases, as far as the options ask for them.
 
-    def __init__(self, folder: str | os.PathLike[str], step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    Weights & Biases stays on this machine where ``WANDB_MODE=offline`` is set.
 
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-
-    def logged(self, record: dict[str, Any]) -> None:
-        """A record of training."""
-        for name in LOGGED:
-            self.writer.add_scalar(f"train/{name}", record[name], record["step"])
-
-    def evaluated(self, step: int, measured: Loss) -> None:
-        """What was measured on held-out text."""
-        for name, value in measured._asdict().items():
-            self.writer.add_scalar(f"held_out/{name}", value, step)
-
-    def close(self) -> None:
-        """Write what is left."""
-        self.writer.close()
-
-
-class WeightsAndBiases(Listener[Loss]):
-    """A run of Weights & Biases; ``WANDB_MODE=offline`` keeps it on this machine.
+    Args:
+        options: of the run.
+        accelerator: its trackers they become.
+        step: the run goes on after this step.
 
     Raises:
-        UserError: if a run cannot begin.
+        UserError: if Weights & Biases cannot begin.
     """
 
-    def __init__(self, options: TrainOptions) -> None:
-        import wandb
-
+    def __init__(self, options: TrainOptions, accelerator: Accelerator, step: int) -> None:
+        self.accelerator, folder = accelerator, options.output_dir
+        # Accelerate gets trackers instead of their names: to those of one name it would give one
+        # string, which is the project for Weights & Biases and the folder for TensorBoard.
+        accelerator.log_with = []
+        if options.use_wandb:
+            named = {"name": options.run_name, "dir": folder}
+            accelerator.log_with += [WandBTracker("hamt", **named, config=asdict(options))]
+        if options.use_tensorboard:
+            # Hide what was written after that step, before the run died.
+            purge = {"purge_step": step + 1 if step else None}
+            accelerator.log_with += [TensorBoardTracker("tensorboard", folder, **purge)]
         try:
-            self.run = wandb.init(
-                project="hamt",
-                name=options.run_name,
-                dir=options.output_dir,
-                config=asdict(options),
-            )
+            accelerator.init_trackers("hamt")
+        except OSError:  # the folder cannot be written
+            raise
         except Exception as error:  # of many kinds: no key, no network
             raise UserError(
                 f"Weights & Biases cannot begin a run ({reason(error)}): "
@@ -157,25 +151,40 @@ class WeightsAndBiases(Listener[Loss]):
             ) from error
 
     def logged(self, record: dict[str, Any]) -> None:
-        """A record of training."""
-        self.run.log({f"train/{name}": record[name] for name in LOGGED}, step=record["step"])
+        """Log a record."""
+        self.accelerator.log({f"train/{name}": record[name] for name in LOGGED}, record["step"])
 
     def evaluated(self, step: int, measured: Loss) -> None:
-        """What was measured on held-out text."""
-        self.run.log(
-            {f"held_out/{name}": value for name, value in measured._asdict().items()}, step=step
-        )
+        """Log a held-out loss."""
+        values = {f"held_out/{name}": value for name, value in measured._asdict().items()}
+        self.accelerator.log(values, step)
 
     def close(self) -> None:
         """Write what is left."""
-        self.run.finish()
+        # Accelerate's ``end_training`` would also leave the group of processes, which after an
+        # error in this process the others still wait for.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
-LOGGED = ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "flop_utilization")
+def watchers(
+    options: TrainOptions, accelerator: Accelerator, num_steps: int, step: int, console: Console
+) -> Iterator[Listener[Loss]]:
+    """Open all that watches a run of ``num_steps`` steps that goes on after ``step``.
+
+    They come one at a time, so that those that are open can be closed if the next one cannot begin.
+
+    Raises:
+        UserError: if a logger cannot begin.
+    """
+    yield JsonLines(Path(options.output_dir) / "log.jsonl", step)
+    yield Loggers(options, accelerator, step)
+    yield HeldOutLines(console)
+    yield ProgressBar(num_steps, step)
 
 
-def check_trackers(options: TrainOptions) -> None:
-    """Look for the packages that the options ask for.
+def check_loggers(options: TrainOptions) -> None:
+    """Look for the packages that the options ask for; Accelerate would fail only later.
 
     Raises:
         UserError: if one is not installed.
@@ -183,18 +192,3 @@ def check_trackers(options: TrainOptions) -> None:
     for name in ("tensorboard", "wandb"):
         if getattr(options, f"use_{name}") and find_spec(name) is None:
             raise UserError(f"--use_{name} needs {name}: pip install {name}")
-
-
-def trackers(options: TrainOptions, step: int) -> list[Listener[Loss]]:
-    """The listeners that the options ask for, of a run that goes on after ``step``.
-
-    Raises:
-        UserError: if one cannot begin.
-    """
-    folder = Path(options.output_dir)
-    chosen: list[Listener[Loss]] = [JsonLines(folder / "log.jsonl", step)]
-    if options.use_tensorboard:
-        chosen.append(TensorBoard(folder / "tensorboard", step))
-    if options.use_wandb:
-        chosen.append(WeightsAndBiases(options))
-    return chosen

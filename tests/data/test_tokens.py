@@ -1,0 +1,99 @@
+"""Tokens on the disk: nothing lost, nothing twice, tokenised once."""
+
+import os
+import shutil
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from text_inputs import TEXT, files, rows
+
+from hamt.data import tokens
+from hamt.data.corpus import Corpus, load_corpus
+from hamt.data.tokens import encode, tokenise
+from hamt.errors import UserError
+
+
+def test_only_so_many_tokens_are_read(tokenizer, tmp_path):
+    class Endless:
+        def __iter__(self):
+            while True:
+                yield TEXT
+
+    corpus = Corpus("endless", Endless(), Endless(), "endless")
+    found = tokenise(corpus, tokenizer, tmp_path, max_tokens=40_000)
+    length = len(tokenizer(TEXT).input_ids) + 1
+    for split, wanted in ((found.train, 40_000), (found.held_out, 2_000)):
+        assert wanted <= len(split) < wanted + length
+        assert split.num_bytes == len(split.starts) * len(TEXT.encode())
+    assert tokenise(corpus, tokenizer, tmp_path, max_tokens=1_000).fingerprint != found.fingerprint
+
+
+def test_a_long_document_is_read_up_to_the_line_that_is_wanted(tokenizer, tmp_path):
+    corpus = load_corpus(str(files(tmp_path, a_txt=TEXT * 900) / "a.txt"))
+    found = tokenise(corpus, tokenizer, tmp_path / "cache", max_tokens=2_000)
+    assert 2_000 <= len(found.train) < 4_000
+    assert found.train.num_bytes == len(tokenizer.decode(found.train.ids[1:]).encode())
+
+
+def test_documents_begin_with_the_end_of_text_token(tokenizer, tmp_path):
+    files(tmp_path, a_jsonl=rows(*([TEXT, "second"] * 20)))
+    corpus = tokenise(load_corpus(str(tmp_path / "a.jsonl")), tokenizer, tmp_path / "cache")
+    end = tokenizer.eos_token_id
+    expected = [
+        [end, *tokenizer(text).input_ids] for text in load_corpus(str(tmp_path / "a.jsonl")).train
+    ]
+    assert corpus.train.ids.tolist() == list(chain.from_iterable(expected))
+    assert corpus.train.starts.tolist() == np.cumsum([0, *map(len, expected[:-1])]).tolist()
+    assert corpus.train.num_bytes == sum(
+        len(text.encode()) for text in load_corpus(str(tmp_path / "a.jsonl")).train
+    )
+    assert corpus.train.ids.dtype == np.uint16
+
+
+def test_long_documents_are_cut_without_another_token(tokenizer, monkeypatch):
+    whole = np.concatenate([ids for ids, *_ in encode([TEXT * 50], tokenizer)])
+    monkeypatch.setattr(tokens, "PIECE", 100)
+    pieces = list(encode([TEXT * 50], tokenizer))
+    assert len(pieces) > 20
+    assert [first for _, first, _ in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert np.array_equal(np.concatenate([ids for ids, *_ in pieces]), whole)
+
+
+def test_text_is_tokenised_once(tokenizer, tmp_path, monkeypatch):
+    corpus = load_corpus(str(files(tmp_path, a_txt=TEXT * 9) / "a.txt"))
+    first = tokenise(corpus, tokenizer, tmp_path / "cache")
+    monkeypatch.setattr(tokens, "encode", None)
+    again = tokenise(corpus, tokenizer, tmp_path / "cache")
+    assert again.fingerprint == first.fingerprint
+    assert np.array_equal(again.train.ids, first.train.ids)
+
+
+def test_processes_that_tokenise_at_once_do_not_meet(tokenizer, tmp_path, monkeypatch):
+    """Another one finishes while this one writes: its tokens stay, and are read."""
+    corpus = load_corpus(str(files(tmp_path, a_txt=TEXT * 9) / "a.txt"))
+    other = tokenise(corpus, tokenizer, tmp_path / "other")
+    rename = os.rename
+
+    def meanwhile(source, target):
+        if not Path(target).exists():
+            shutil.copytree(tmp_path / "other" / Path(target).name, target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", meanwhile)
+    found = tokenise(corpus, tokenizer, tmp_path / "cache")
+    assert np.array_equal(found.train.ids, other.train.ids)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [found.fingerprint]
+
+
+def test_a_failure_leaves_no_half_tokenised_text(tokenizer, tmp_path, monkeypatch):
+    corpus = load_corpus(str(files(tmp_path, a_txt=TEXT * 9) / "a.txt"))
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", fail)
+    with pytest.raises(UserError, match=r"No space left on device.*--token_cache"):
+        tokenise(corpus, tokenizer, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []

@@ -1,0 +1,38 @@
+"""Ctrl-C and requests to terminate."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+from training_inputs import finish, flags, repeated_batches, start, train
+
+from hamt.training import checkpoints
+from hamt.training.held_out import Loss
+
+
+def test_the_first_interrupt_ends_after_a_whole_step(model):
+    before = signal.getsignal(signal.SIGINT)  # a shell lets jobs in the background ignore it
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    result = train(
+        model, repeated_batches(), lambda: Loss(0, 0), num_steps=10**6, learning_rate=1e-3
+    )
+    assert result.interrupted
+    assert 0 < result.steps < 10**6
+    assert result.tokens == result.steps * 64
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_termination_is_an_orderly_end(text, tmp_path):
+    process = start(flags(text, tmp_path / "run", num_steps=100000))
+    for line in process.stdout:
+        if "held-out loss" in line:
+            break
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    assert "--resume goes on" in finish(process, code=130)
+    info = json.loads((tmp_path / "run" / "training_info.json").read_text())
+    assert info["interrupted"]
+    (state,) = checkpoints.find_states(tmp_path / "run" / "checkpoints")
+    assert state.name == f"step_{info['steps']}"
