@@ -1,4 +1,4 @@
-"""``hamt generate``: continue a prompt, token by token."""
+"""How a prompt is continued, everywhere; and ``hamt generate``, which prints the continuation."""
 
 import sys
 from collections.abc import Sequence
@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TextStreamer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.cpu.linear import pack_weights
+from hamt.data.tokenizer import start_token
 from hamt.errors import UserError
 from hamt.options import option, parse
 
@@ -53,23 +54,84 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def stream_text(model, tokenizer, prompt: str, options: GenerateOptions) -> None:
-    """Print ``prompt`` and its continuation as it is written."""
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    # A model trained on whole documents knows how one starts: after the end of another.
-    ids = ids or [tokenizer.eos_token_id]
-    model.generate(
-        torch.tensor([ids]),
-        max_new_tokens=options.max_new_tokens,
+def stream_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    options: GenerateOptions,
+) -> None:
+    """Print ``prompt`` and its continuation, word by word as they are written."""
+    continue_tokens(
+        model,
+        tokenizer,
+        encode_prompt(tokenizer, prompt),
+        options.max_new_tokens,
+        options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
         repetition_penalty=options.repetition_penalty,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        **sampling(options.temperature, options.top_p, options.top_k),
     )
     sys.stdout.flush()
 
 
-def sampling(temperature: float, top_p: float = 1.0, top_k: int = 0) -> dict[str, Any]:
-    """Arguments of ``generate``; a temperature of 0 is greedy."""
-    if temperature <= 0:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The tokens of a prompt; of an empty one the token that begins a text.
+
+    Raises:
+        UserError: if the prompt cannot be encoded, or the tokenizer has no token to begin with.
+    """
+    return encode_text(tokenizer, prompt) or [start_token(tokenizer)]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text, without special ones.
+
+    Raises:
+        UserError: if it has characters that are none, such as half of a surrogate pair.
+    """
+    try:
+        return tokenizer(text, add_special_tokens=False).input_ids
+    except (TypeError, UnicodeEncodeError) as error:
+        raise UserError("this text has characters that are none: take them out") from error
+
+
+def continue_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    *,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    **arguments: Any,
+) -> list[int]:
+    """The tokens that a model writes after ``ids``.
+
+    Args:
+        model: a causal language model.
+        tokenizer: the one of the model.
+        ids: what is continued; at least one token.
+        max_new_tokens: how many are written at most; a token that ends the text ends it.
+        temperature: 0 takes the likeliest token; the higher, the more varied.
+        top_p: sample from the likeliest tokens that hold this much probability.
+        top_k: sample from this many tokens; 0 is all.
+        repetition_penalty: above 1, tokens that are already there become less likely.
+        arguments: others of ``model.generate``.
+    """
+    # Transformers takes no whole numbers for these.
+    sampling = {"temperature": float(temperature), "top_p": float(top_p), "top_k": top_k}
+    prompt = torch.tensor([ids], device=model.device)
+    output = model.generate(  # type: ignore[operator]
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=repetition_penalty,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=temperature > 0,
+        **(sampling if temperature > 0 else {}),
+        **arguments,
+    )
+    return output[0, len(ids) :].tolist()

@@ -12,11 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from hamt.analysis.contributions import contributions
 from hamt.analysis.reading import largest_by_chance, permuted_keys
@@ -24,8 +19,8 @@ from hamt.analysis.record import SEGMENT, Trace, record
 from hamt.analysis.report import token_texts
 from hamt.cache import HAMTCache
 from hamt.cpu.allocator import return_freed_memory
-from hamt.data.tokenizer import start_token
 from hamt.errors import UserError
+from hamt.generation import continue_tokens, encode_prompt, encode_text
 from hamt.model import HAMTForCausalLM
 
 MAX_TOKENS = 2048  # of a text; a page with more words would be slow to draw
@@ -96,7 +91,7 @@ class Explorer:
         Raises:
             UserError: if there is nothing to read.
         """
-        ids = self._tokens(text)
+        ids = encode_text(self.tokenizer, text or "")
         if not ids:
             raise UserError("there is no text yet: type some, or take one of the examples")
         kept = torch.tensor(ids[-MAX_TOKENS:])
@@ -122,12 +117,6 @@ class Explorer:
             torch.stack(norms, dim=1).numpy(),
             len(ids) - len(kept),
         )
-
-    def _tokens(self, text: str | None) -> list[int]:
-        try:
-            return self.tokenizer(text or "", add_special_tokens=False).input_ids
-        except (TypeError, UnicodeEncodeError) as error:  # half of a pair of surrogates
-            raise UserError("this text has characters that are none: take them out") from error
 
     def retrieve(self, view: View, layer: int, token: int) -> Retrieved:
         """What a token read from the memory of a layer, and from where."""
@@ -160,44 +149,32 @@ class Explorer:
             largest[1:].amax(dim=1).mean().item(),
         )
 
-    @torch.no_grad()
     def write(
-        self,
-        prompt: str,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int | None = None,
+        self, prompt: str, max_new_tokens: int, temperature: float, top_p: float
     ) -> Iterator[Written]:
-        """Continue a prompt token by token; a temperature of 0 is greedy, an empty prompt a new document."""
-        ids = self._tokens(prompt) or [start_token(self.tokenizer)]
-        generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
-        warpers = LogitsProcessorList([TopPLogitsWarper(float(top_p))] if top_p < 1 else [])
-        if temperature > 0:
-            warpers.insert(0, TemperatureLogitsWarper(float(temperature)))
-        cache = HAMTCache(len(self.model.model.layers))
-        new: list[int] = []
-        *before, part = torch.tensor([ids]).split(SEGMENT, dim=1)
-        for segment in before:
-            with self._lock:
-                self.model.model(segment, past_key_values=cache)
+        """Continue a prompt token by token, and show the slots after each.
+
+        At a temperature of 0 the likeliest token is taken; an empty prompt begins a text.
+        """
+        ids = encode_prompt(self.tokenizer, prompt)
+        length, cache = len(ids), HAMTCache(len(self.model.model.layers))
         for _ in range(max_new_tokens):
-            with self._lock:
-                logits = (
-                    self.model(part, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+            with self._lock:  # for one token at a time, so that others can ask in between
+                ids += continue_tokens(
+                    self.model,
+                    self.tokenizer,
+                    ids,
+                    1,
+                    temperature,
+                    top_p=top_p,
+                    past_key_values=cache,
+                    prefill_chunk_size=SEGMENT,
                 )
-            if temperature > 0:
-                weights = warpers(part, logits).softmax(dim=-1)
-                part = torch.multinomial(weights, 1, generator=generator)
-            else:
-                part = logits.argmax(dim=-1, keepdim=True)
-            new.append(int(part))
-            ended = new[-1] == self.tokenizer.eos_token_id
             norms = [
                 state.memory.memory[0].norm(dim=-1) for state in cache.states if state is not None
             ]
-            text = str(self.tokenizer.decode(new, skip_special_tokens=True))
-            yield Written(text, len(new), torch.stack(norms).numpy(), ended)
+            text = str(self.tokenizer.decode(ids[length:], skip_special_tokens=True))
+            ended = ids[-1] == self.tokenizer.eos_token_id
+            yield Written(text, len(ids) - length, torch.stack(norms).numpy(), ended)
             if ended:
                 break

@@ -21,7 +21,7 @@ from hamt.data.tokenizer import start_token
 from hamt.environment import describe_environment, environment
 from hamt.errors import UserError
 from hamt.files import check_writable, write_json
-from hamt.generation import sampling
+from hamt.generation import continue_tokens, encode_prompt
 from hamt.measure.compare.run import longest_context
 from hamt.measure.evaluate.harness import check_tasks, run_tasks
 from hamt.measure.perplexity import Score, score_documents
@@ -324,7 +324,10 @@ def _task_table(tasks: dict[str, dict[str, Any]], content: Mapping[str, Any]) ->
 def generate(
     loaded: Loaded, prompts: Sequence[str], options: EvaluateOptions
 ) -> list[dict[str, Any]]:
-    """A continuation of each prompt (of its end, if the model has too few positions), and how fast it was."""
+    """A continuation of each prompt, and how fast it was written.
+
+    Of a prompt that is too long for the model's positions the end is continued.
+    """
     limit = longest_context(loaded.model)
     if limit is not None and options.max_new_tokens >= limit:
         raise UserError(
@@ -333,19 +336,14 @@ def generate(
     set_seed(options.seed)
     samples = []
     for prompt in prompts:
-        tokens = loaded.tokenizer(prompt, add_special_tokens=False).input_ids
-        tokens = tokens or [start_token(loaded.tokenizer)]
+        ids = encode_prompt(loaded.tokenizer, prompt)
         if limit is not None:
-            tokens = tokens[-(limit - options.max_new_tokens) :]
+            ids = ids[-(limit - options.max_new_tokens) :]
         start = time.perf_counter()
-        output = loaded.model.generate(  # type: ignore[operator]
-            torch.tensor([tokens]),
-            max_new_tokens=options.max_new_tokens,
-            pad_token_id=loaded.tokenizer.pad_token_id,
-            **sampling(options.temperature),
-        )[0]
+        new = continue_tokens(
+            loaded.model, loaded.tokenizer, ids, options.max_new_tokens, options.temperature
+        )
         seconds = time.perf_counter() - start
-        new = output[len(tokens) :]
         samples.append(
             {
                 "prompt": prompt,
