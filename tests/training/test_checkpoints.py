@@ -109,6 +109,21 @@ def test_a_checkpoint_without_its_weights_is_refused_in_one_line(text, tmp_path,
     assert error.count("\n") == 1
 
 
+def test_carried_states_of_another_version_are_refused_in_one_line(text, tmp_path, capsys):
+    run = flags(text, tmp_path, **CONTIGUOUS, num_steps=2)
+    assert main(run) == 0
+    (folder,) = checkpoints.find_states(tmp_path / "checkpoints")
+    state = torch.load(folder / checkpoints.STATE, weights_only=True)
+    (carried,) = state["processes"][0]["carried"]
+    state["processes"][0]["carried"] = [{"other": tensor} for tensor in carried.values()]
+    torch.save(state, folder / checkpoints.STATE)
+    capsys.readouterr()
+    assert main([*run, "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert "is of another version of HAMT" in error
+    assert error.count("\n") == 1
+
+
 def test_a_run_on_another_text_is_not_gone_on_with(text, tmp_path, capsys):
     """That a text is the same can be told from its content alone, which older runs did not note."""
     assert main(flags(text, tmp_path, num_steps=2)) == 0

@@ -137,7 +137,12 @@ def load_state(
     trainer.result = TrainingResult(**{**result, "interrupted": False, "out_of_time": False})
     trainer.recent = [tuple(pair) for pair in state["recent"]]
     trainer.spikes.losses.extend(state["losses"])
-    _restore_process(trainer, state["processes"][trainer.accelerator.process_index])
+    try:
+        _restore_process(trainer, state["processes"][trainer.accelerator.process_index])
+    except ValueError as error:  # the state that rows carry along has other tensors
+        raise UserError(
+            f"{path} is of another version of HAMT ({reason(error)}): begin anew by --overwrite"
+        ) from error
 
 
 def _check_identity(
