@@ -20,7 +20,7 @@ from hamt.analysis.report import token_texts
 from hamt.cache import HAMTCache
 from hamt.cpu.allocator import return_freed_memory
 from hamt.errors import UserError
-from hamt.generation import continue_tokens, encode_prompt, encode_text
+from hamt.generation import GenerateOptions, continue_tokens, encode_prompt, encode_text
 from hamt.model import HAMTForCausalLM
 
 MAX_TOKENS = 2048  # of a text; a page with more words would be slow to draw
@@ -158,20 +158,14 @@ class Explorer:
         """
         ids = encode_prompt(self.tokenizer, prompt)
         length, cache = len(ids), HAMTCache(len(self.model.model.layers))
+        # One token at a time, to look at the cache, and so that others can ask in between.
+        options = GenerateOptions(max_new_tokens=1, temperature=temperature, top_p=top_p)
+        state = {"past_key_values": cache, "prefill_chunk_size": SEGMENT}
         for _ in range(max_new_tokens):
-            with self._lock:  # for one token at a time, so that others can ask in between
-                ids += continue_tokens(
-                    self.model,
-                    self.tokenizer,
-                    ids,
-                    1,
-                    temperature,
-                    top_p=top_p,
-                    past_key_values=cache,
-                    prefill_chunk_size=SEGMENT,
-                )
+            with self._lock:
+                ids += continue_tokens(self.model, self.tokenizer, ids, options, **state)
             norms = [
-                state.memory.memory[0].norm(dim=-1) for state in cache.states if state is not None
+                layer.memory.memory[0].norm(dim=-1) for layer in cache.states if layer is not None
             ]
             text = str(self.tokenizer.decode(ids[length:], skip_special_tokens=True))
             ended = ids[-1] == self.tokenizer.eos_token_id
