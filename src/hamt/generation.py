@@ -61,17 +61,9 @@ def stream_text(
     options: GenerateOptions,
 ) -> None:
     """Print ``prompt`` and its continuation, word by word as they are written."""
-    continue_tokens(
-        model,
-        tokenizer,
-        encode_prompt(tokenizer, prompt),
-        options.max_new_tokens,
-        options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        repetition_penalty=options.repetition_penalty,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-    )
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    ids = encode_prompt(tokenizer, prompt)
+    continue_tokens(model, tokenizer, ids, options, streamer=streamer)
     sys.stdout.flush()
 
 
@@ -79,7 +71,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """The tokens of a prompt; of an empty one the token that begins a text.
 
     Raises:
-        UserError: if the prompt cannot be encoded, or the tokenizer has no token to begin with.
+        UserError: as ``encode_text``, and if the tokenizer has no token to begin with.
     """
     return encode_text(tokenizer, prompt) or [start_token(tokenizer)]
 
@@ -100,38 +92,31 @@ def continue_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
-    max_new_tokens: int,
-    temperature: float,
-    *,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
+    options: GenerateOptions,
     **arguments: Any,
 ) -> list[int]:
-    """The tokens that a model writes after ``ids``.
+    """The tokens that a model writes after ``ids``, up to one that ends the text.
 
     Args:
         model: a causal language model.
         tokenizer: the one of the model.
-        ids: what is continued; at least one token.
-        max_new_tokens: how many are written at most; a token that ends the text ends it.
-        temperature: 0 takes the likeliest token; the higher, the more varied.
-        top_p: sample from the likeliest tokens that hold this much probability.
-        top_k: sample from this many tokens; 0 is all.
-        repetition_penalty: above 1, tokens that are already there become less likely.
+        ids: what is continued, at least one token.
+        options: how many tokens are written at most, and how they are sampled.
         arguments: others of ``model.generate``.
     """
-    # Transformers takes no whole numbers for these.
-    sampling = {"temperature": float(temperature), "top_p": float(top_p), "top_k": top_k}
+    sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
+    if sampling["do_sample"]:
+        # Transformers takes no whole numbers for these two.
+        sampling |= {"temperature": float(options.temperature), "top_p": float(options.top_p)}
+        sampling |= {"top_k": options.top_k}
     prompt = torch.tensor([ids], device=model.device)
     output = model.generate(  # type: ignore[operator]
         prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=repetition_penalty,
+        max_new_tokens=options.max_new_tokens,
+        repetition_penalty=options.repetition_penalty,
         pad_token_id=tokenizer.pad_token_id,
-        do_sample=temperature > 0,
-        **(sampling if temperature > 0 else {}),
+        **sampling,
         **arguments,
     )
     return output[0, len(ids) :].tolist()

@@ -71,7 +71,9 @@ def fused(memory: Memory, tokens: Tokens, state: MemoryState) -> tuple[Tensor, M
     return output, MemoryState(slots, last)
 
 
-FORMS["fused"] = Form(fused, fused_available)
+# Rules that ``fused.cpp`` computes; the convex rule is the gated one, its gates complete.
+RULES = ("gated", "convex", "delta")
+FORMS["fused"] = Form(fused, lambda rule: rule.name in RULES, fused_available)
 
 
 def fused_scan(

@@ -60,9 +60,13 @@ class Memory(Protocol):
 
 
 class Form(NamedTuple):
-    """``run``, and whether it ``suits`` items (B, N, H, F): whether it is there, and worth it."""
+    """A way to ``run`` the memory; whether it ``computes`` a write rule; whether it ``suits`` items
+
+    (B, N, H, F): whether it is there for them, and worth it.
+    """
 
     run: Callable[[Memory, Tokens, MemoryState], tuple[Tensor, MemoryState]]
+    computes: Callable[[WriteRule], bool]
     suits: Callable[[Tensor], bool]
 
 
@@ -118,8 +122,8 @@ def chunked(memory: Memory, tokens: Tokens, state: MemoryState) -> tuple[Tensor,
 
 # By name, the fastest last.
 FORMS: dict[str, Form] = {
-    "recurrent": Form(recurrent, lambda items: True),
-    "chunked": Form(chunked, lambda items: items.shape[1] > 1),
+    "recurrent": Form(recurrent, lambda rule: True, lambda items: True),
+    "chunked": Form(chunked, WriteRule.has_tiles, lambda items: items.shape[1] > 1),
 }
 
 

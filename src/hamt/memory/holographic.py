@@ -211,7 +211,7 @@ class HolographicMemory:
         Raises:
             ValueError: if there is no such form for the write rule, or not here.
         """
-        there = {name: FORMS[name] for name in FORMS if name in self.rule.forms}
+        there = {name: form for name, form in FORMS.items() if form.computes(self.rule)}
         if form is None:
             form = next(name for name in reversed(there) if there[name].suits(tokens.items))
         if form not in there:

@@ -21,7 +21,7 @@ from hamt.analysis.tokens import token_texts
 from hamt.cache import HAMTCache
 from hamt.cpu.allocator import return_freed_memory
 from hamt.errors import UserError
-from hamt.generation import continue_tokens, encode_prompt, encode_text
+from hamt.generation import GenerateOptions, continue_tokens, encode_prompt, encode_text
 from hamt.model import HAMTForCausalLM
 
 MAX_TOKENS = 2048  # of a text; a page with more words would be slow to draw
@@ -181,18 +181,12 @@ class Explorer:
         """
         ids = encode_prompt(self.tokenizer, prompt)
         length, cache = len(ids), HAMTCache(len(self.model.model.layers))
+        # One token at a time, to look at the cache, and so that others can ask in between.
+        options = GenerateOptions(max_new_tokens=1, temperature=temperature, top_p=top_p)
+        told = {"past_key_values": cache, "prefill_chunk_size": SEGMENT}
         for _ in range(max_new_tokens):
-            with self._lock:  # for one token at a time, so that others can ask in between
-                ids += continue_tokens(
-                    self.model,
-                    self.tokenizer,
-                    ids,
-                    1,
-                    temperature,
-                    top_p=top_p,
-                    past_key_values=cache,
-                    prefill_chunk_size=SEGMENT,
-                )
+            with self._lock:
+                ids += continue_tokens(self.model, self.tokenizer, ids, options, **told)
             norms = [
                 state["slots"][0].norm(dim=-1)
                 for state in cache.states

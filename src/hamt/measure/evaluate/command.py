@@ -21,7 +21,7 @@ from hamt.data.tokenizer import start_token
 from hamt.environment import describe_environment, environment
 from hamt.errors import UserError
 from hamt.files import check_writable, write_json
-from hamt.generation import continue_tokens, encode_prompt
+from hamt.generation import GenerateOptions, continue_tokens, encode_prompt
 from hamt.measure.compare.run import longest_context
 from hamt.measure.evaluate.harness import check_tasks, run_tasks
 from hamt.measure.perplexity import Score, score_documents
@@ -330,6 +330,9 @@ def generate(
         raise UserError(
             f"{loaded.name} has {limit:,} positions: give --max_new_tokens {limit - 1} or less"
         )
+    sampling = GenerateOptions(
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=1.0
+    )
     set_seed(options.seed)
     samples = []
     for prompt in prompts:
@@ -337,9 +340,7 @@ def generate(
         if limit is not None:
             ids = ids[-(limit - options.max_new_tokens) :]
         start = time.perf_counter()
-        new = continue_tokens(
-            loaded.model, loaded.tokenizer, ids, options.max_new_tokens, options.temperature
-        )
+        new = continue_tokens(loaded.model, loaded.tokenizer, ids, sampling)
         seconds = time.perf_counter() - start
         samples.append(
             {

@@ -45,12 +45,11 @@ class Gates(NamedTuple):
 class WriteRule:
     """One way to write to the slots.
 
-    A rule without ``tiles`` runs in the loop alone; then ``forms`` stays as it is here. ``decay_rate``
-    λ is the share that is forgotten at every token, for rules that forget at a fixed pace.
+    A rule without ``tiles`` runs in the loop alone. ``decay_rate`` λ is the share that is forgotten at
+    every token, for rules that forget at a fixed pace.
     """
 
     name: str
-    forms: tuple[str, ...] = ("recurrent",)  # those of ``hamt.memory.forms`` that compute it
     operations = 6  # of a turn, for each number of the state: decay, write and read it
 
     def __init__(self, decay_rate: float = 0.001) -> None:
@@ -119,6 +118,10 @@ class WriteRule:
             Σ_s r[s] M[s] (B, H, T, C, F), and M after the last tile.
         """
         raise NotImplementedError
+
+    def has_tiles(self) -> bool:
+        """Whether ``tiles`` is written."""
+        return type(self).tiles is not WriteRule.tiles
 
     def adjoint(self, weight: Tensor, gates: Gates) -> tuple[Tensor, Tensor]:
         """One turn backwards, with the gates held fixed.

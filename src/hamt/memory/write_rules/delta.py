@@ -37,7 +37,6 @@ class Delta(WriteRule):
     """The error-correcting write."""
 
     name = "delta"
-    forms = ("recurrent", "chunked", "fused")
     operations = 8  # it reads twice
 
     def logit_sizes(self, heads: int, slots: int) -> tuple[int, ...]:

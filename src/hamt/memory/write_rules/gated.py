@@ -16,7 +16,6 @@ class Gated(WriteRule):
     """Forget and write gates of their own."""
 
     name = "gated"
-    forms = ("recurrent", "chunked", "fused")
 
     def logit_sizes(self, heads: int, slots: int) -> tuple[int, ...]:
         """Forget and write."""
