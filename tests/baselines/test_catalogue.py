@@ -8,7 +8,7 @@ from hamt.baselines.catalogue import (
     MIXERS,
     RIVALS,
     state_floats,
-    titles,
+    title,
     with_parameters,
     with_state,
 )
@@ -100,7 +100,7 @@ def test_operations_are_those_of_the_formula():
 
 
 def test_a_table_can_say_which_transformer_is_meant():
-    assert titles(["llama", "transformer", "llama"]) == (
-        "llama: Llama (Transformers' class): RoPE, RMSNorm, SwiGLU; transformer: RoPE transformer "
-        "of HAMT's parts, with or without HAMT's short convolution"
-    )
+    parts = "RoPE transformer of HAMT's parts"
+    assert title("transformer") == f"{parts}, without HAMT's short convolution"
+    assert title("transformer", short_convolution=True) == f"{parts}, with HAMT's short convolution"
+    assert title("llama") == "Llama (Transformers' class): RoPE, RMSNorm, SwiGLU"

@@ -10,7 +10,7 @@ position keys. The keys and values of softmax attention are no such state: they 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,7 +192,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         state_floats=_gated_deltanet_state,
     ),
     "transformer": Architecture(
-        title="RoPE transformer of HAMT's parts, with or without HAMT's short convolution",
+        title="RoPE transformer of HAMT's parts",
         build=_transformer,
         model_type=HAMTConfig.model_type,
         parameter_size="intermediate_dim",
@@ -299,6 +299,11 @@ def state_floats(model: PreTrainedModel) -> int | None:
     raise ValueError(f"the state of a {model.config.model_type} model is not known")
 
 
+def carries_state(model: PreTrainedModel) -> bool:
+    """Whether HAMT's cache can carry the state of a model, of fixed size, over a text of any length."""
+    return isinstance(model, HAMTForCausalLM) and state_floats(model) is not None
+
+
 def flops_per_token(kind: str, model: PreTrainedModel, length: int) -> float:
     """Operations per token of a forward pass over ``length`` tokens; NaN where they are not known."""
     flops = ARCHITECTURES[kind].flops
@@ -313,6 +318,9 @@ def non_embedding_parameters(model: PreTrainedModel) -> int:
     return model.num_parameters() - sum(p.numel() for p in outside)
 
 
-def titles(kinds: Iterable[str]) -> str:
-    """What these architectures are, as one line for help and tables."""
-    return "; ".join(f"{kind}: {ARCHITECTURES[kind].title}" for kind in dict.fromkeys(kinds))
+def title(kind: str, *, short_convolution: bool = False) -> str:
+    """What an architecture is, for tables; of the transformer also which one it is."""
+    text = ARCHITECTURES[kind].title
+    if kind == "transformer":
+        text += f", {'with' if short_convolution else 'without'} HAMT's short convolution"
+    return text

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from hamt.baselines.catalogue import ARCHITECTURES, STATE, state_floats
+from hamt.baselines.catalogue import STATE, state_floats, title
 from hamt.environment import describe_runs
 from hamt.measure.ablate.runs import AblationRun, architecture, make_model
 from hamt.measure.tables import markdown, standard_error
@@ -81,12 +81,10 @@ def _legend(done: Done, kinds: Mapping[str, str]) -> list[str]:
     variants: dict[str, list[str]] = {}
     for run, _ in done:
         if (kind := architecture(run.spec)) != "hamt":
-            title = ARCHITECTURES[kind].title
-            if kind == "transformer":
-                convolution = run.spec["rival"].get("short_convolution", False)
-                title = title.replace("with or without", "with" if convolution else "without")
-            variants.setdefault(title, []).append(run.variant)
-    named = [f"{', '.join(dict.fromkeys(names))}: {title}." for title, names in variants.items()]
+            convolution = run.spec["rival"].get("short_convolution", False)
+            what = title(kind, short_convolution=convolution)
+            variants.setdefault(what, []).append(run.variant)
+    named = [f"{', '.join(dict.fromkeys(names))}: {what}." for what, names in variants.items()]
     counted = [STATE] if any("state" in COLUMNS[kind] for kind in kinds.values()) else []
     return [" ".join([*counted, *named])] if counted or named else []
 
