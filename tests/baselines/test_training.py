@@ -69,7 +69,9 @@ def test_the_transformer_of_hamts_parts_is_a_rival_and_carries_no_state(trained)
     assert "carried" in ours["perplexity"]
     assert "carried" not in rival["perplexity"]
     note = (folder.parent / "out" / "compare.md").read_text(encoding="utf-8")
-    assert "transformer: RoPE transformer of HAMT's parts, without HAMT's short convolution." in note
+    assert (
+        "transformer: RoPE transformer of HAMT's parts, without HAMT's short convolution." in note
+    )
 
 
 def test_of_several_learning_rates_the_best_is_compared(trained):

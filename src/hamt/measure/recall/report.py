@@ -1,4 +1,7 @@
-"""Tables and plots of a sweep: for each model and state the best of its learning rates, over all seeds."""
+"""Tables and plots of ``hamt recall``.
+
+For each model and size of state stand the runs with the best learning rate, over all seeds.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +19,10 @@ Group = Sequence[Result]
 
 
 def best_groups(results: Iterable[Result]) -> dict[str, dict[str, list[Group]]]:
-    """By task and model, the runs of each state at the learning rate whose mean accuracy is highest."""
+    """By task and model, the runs of each size of state at the best learning rate.
+
+    It is the one whose mean accuracy over the seeds is highest.
+    """
     grids: dict[tuple, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         run = result["run"]
