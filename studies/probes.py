@@ -93,8 +93,8 @@ def main() -> None:
     table = markdown(["parameters", "forward (ms)", "with the survey (ms)", "ratio"], rows, text=())
     written = (
         f"# What looking costs\n\n{describe_environment(header)} {LENGTH:,} tokens, one text; "
-        f"medians of {options.rounds} interleaved rounds, in brackets quartiles. The forward pass is "
-        f"part of the survey.\n\n{table}\n\n"
+        f"medians of {options.rounds} interleaved rounds, in brackets quartiles. The forward pass "
+        f"is part of the survey.\n\n{table}\n\n"
         f"The explorer reads {read} tokens and answers a click on the last in "
         f"{_milliseconds(answered)} ms (the model in HAMT).\n\n"
         "Shares of reading, norms interpolated between 16 states, over those from the states after "

@@ -100,10 +100,7 @@ def test_operations_are_those_of_the_formula():
 
 
 def test_a_table_can_say_which_transformer_is_meant():
-    parts = "RoPE transformer of HAMT's parts"
+    parts, with_it = "RoPE transformer of HAMT's parts", {"short_convolution": True}
     assert full_name("transformer") == f"{parts}, without HAMT's short convolution"
-    assert (
-        full_name("transformer", short_convolution=True)
-        == f"{parts}, with HAMT's short convolution"
-    )
+    assert full_name("transformer", with_it) == f"{parts}, with HAMT's short convolution"
     assert full_name("llama") == "Llama (Transformers' class): RoPE, RMSNorm, SwiGLU"

@@ -318,9 +318,10 @@ def non_embedding_parameters(model: PreTrainedModel) -> int:
     return model.num_parameters() - sum(p.numel() for p in outside)
 
 
-def full_name(kind: str, *, short_convolution: bool = False) -> str:
-    """What an architecture is, for tables; of the transformer also which one it is."""
+def full_name(kind: str, choices: Mapping[str, Any] | None = None) -> str:
+    """What an architecture is, for tables; of the transformer also how these choices build it."""
     text = ARCHITECTURES[kind].title
     if kind == "transformer":
-        text += f", {'with' if short_convolution else 'without'} HAMT's short convolution"
+        which = "with" if (choices or {}).get("short_convolution") else "without"
+        text += f", {which} HAMT's short convolution"
     return text

@@ -21,7 +21,7 @@ Done = Sequence[tuple[AblationRun, Result]]
 
 # What stands above the columns of a task, by its kind; the first is that of the figure.
 COLUMNS = {
-    "characters": ("loss", "seeds", "parameters", "state"),
+    "characters": ("loss", "seeds", "parameters", "state floats"),
     "text": (
         "loss",
         "perplexity",
@@ -32,7 +32,7 @@ COLUMNS = {
         "parameters",
         "without embedding",
     ),
-    "recall": ("accuracy", "seeds", "steps to 0.99", "parameters", "state"),
+    "recall": ("accuracy", "seeds", "steps to 0.99", "parameters", "state floats"),
     "counting": ("accuracy", "seeds", "median", "best"),
 }
 
@@ -81,11 +81,10 @@ def _legend(done: Done, kinds: Mapping[str, str]) -> list[str]:
     variants: dict[str, list[str]] = {}
     for run, _ in done:
         if (kind := architecture(run.spec)) != "hamt":
-            convolution = run.spec["rival"].get("short_convolution", False)
-            what = full_name(kind, short_convolution=convolution)
+            what = full_name(kind, run.spec["rival"])
             variants.setdefault(what, []).append(run.variant)
     named = [f"{', '.join(dict.fromkeys(names))}: {what}." for what, names in variants.items()]
-    counted = [STATE] if any("state" in COLUMNS[kind] for kind in kinds.values()) else []
+    counted = [STATE] if any("state floats" in COLUMNS[kind] for kind in kinds.values()) else []
     return [" ".join([*counted, *named])] if counted or named else []
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from hamt.baselines.catalogue import ARCHITECTURES, STATE, full_name
 from hamt.environment import describe_runs
 from hamt.measure.tables import markdown, standard_error
 from hamt.visualization import Series, draw_series, panels, plain_log_ticks, short_labels
@@ -43,7 +44,14 @@ def _mean_accuracy(group: Group) -> float:
 def recall_page(results: Sequence[Result]) -> str:
     """What ``recall.md`` says."""
     came_from = describe_runs([result["environment"] for result in results])
-    return f"# Recall at equal state\n\n{came_from}\n\n{table(results)}"
+    kinds = dict.fromkeys(result["run"]["model"].partition(":")[0] for result in results)
+    named = [
+        f"{kind}: {full_name(kind, ARCHITECTURES[kind].mixers_only)}."
+        for kind in kinds
+        if kind != "hamt"
+    ]
+    legend = " ".join([STATE, *named])
+    return f"# Recall at equal state\n\n{came_from}\n\n{legend}\n\n{table(results)}"
 
 
 def table(results: Iterable[Result]) -> str:
