@@ -1,7 +1,8 @@
-"""Figures of README follow from the files of the runs in docs/results."""
+"""Figures of README and the pages of docs/results follow from the files of the runs."""
 
 import json
 import re
+import runpy
 from pathlib import Path
 from statistics import mean, median
 
@@ -100,3 +101,13 @@ def test_what_it_costs():
         same(row(label), spread_out([r["ratios"][f"hamt over {name}"]["median"] for r in decode]))
     for label, name in (("what is carried", "hamt"), ("the transformer |", "static")):
         same(row(label), spread_out([r["cache_bytes"][name] / r["batch"] / 1e6 for r in decode]))
+
+
+def test_pages_follow_from_their_files():
+    """``studies/redraw.py`` would write every page as it stands."""
+    for name, show in runpy.run_path(str(ROOT / "studies" / "redraw.py"))["SHOW"].items():
+        paths = list(RESULTS.glob(f"*/{name}.json"))
+        assert paths
+        for path in paths:
+            text, _ = show(load(path))
+            assert path.with_suffix(".md").read_text(encoding="utf-8") == text.rstrip() + "\n"
