@@ -220,7 +220,6 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
         past_key_values: HAMTCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -232,11 +231,12 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, N) tokens of which each is the target of the position before it; -100 where no
                 loss is wanted.
-            shift_labels: (B, N) targets of the positions themselves, instead of ``labels``.
             num_items_in_batch: what the summed loss is divided by; None is the number of targets.
             logits_to_keep: how many of the last positions get logits, or which; 0 is all.
             return_logits: False computes the loss a few tokens at a time, and no logits: of a large
                 vocabulary they would take more memory than all the rest.
+            kwargs: ``shift_labels`` (B, N), the targets of the positions themselves, beside
+                ``labels`` or instead of them.
 
         Returns:
             ``loss`` in nats per token (with labels; the weighted ``aux_loss`` is part of it),
@@ -257,7 +257,8 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
             logits = project(self.lm_head, hidden_states[:, kept])
-        targets = shift_labels
+        # Trainer takes every argument whose name has "label" in it for one that it must give.
+        targets = kwargs.pop("shift_labels", None)
         if targets is None and labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         if targets is not None:
