@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from hamt.cpu.allocator import return_freed_memory
-from hamt.cpu.linear import linear
 from hamt.measure.bench.options import BenchOptions
 from hamt.measure.timing import interleave, paired_ratio, spread
+from hamt.peak_memory import return_freed_memory
+from hamt.products import linear
 
 # How many score matrices eager attention holds at once: the scores, masked, and their softmax.
 EAGER_MATRICES = 3

@@ -8,7 +8,6 @@ from rich.console import Console
 
 from hamt.baselines.transformer import transformer
 from hamt.config import HAMTConfig
-from hamt.cpu.allocator import keep_freed_memory
 from hamt.environment import environment
 from hamt.errors import UserError, user_errors
 from hamt.files import check_writable, write_json
@@ -21,6 +20,7 @@ from hamt.measure.bench.report import bench_figures, bench_page
 from hamt.measure.report import write_report
 from hamt.model import HAMTForCausalLM
 from hamt.options import parse
+from hamt.peak_memory import keep_freed_memory
 from hamt.utils import compute_flops_per_token
 
 MEASURES = {
