@@ -3,7 +3,7 @@
 venv/bin/python studies/redraw.py
 
 For a change of how results are shown. The picture of docs/results/sources needs its model, which is
-not kept: studies/sources.py trains it. Tables of sweeps are written by ``studies/ablate.py --table``.
+not kept: studies/sources.py trains it. Tables of sweeps are written by ``hamt ablate --table``.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from hamt.measure.bench.report import bench_figures, bench_page
-from hamt.measure.compare import command as compare
+from hamt.measure.compare import report as compare
 from hamt.measure.recall import report as recall
 from hamt.measure.recall.capacity import Point, capacity_figure, capacity_page
 from hamt.measure.report import write_report

@@ -14,8 +14,8 @@ from hamt.analysis.contributions import logit_contributions
 from hamt.analysis.record import record
 from hamt.analysis.sources import recall_sources, value_position
 from hamt.environment import describe_environment, environment
+from hamt.measure.recall.runs import RecallRun, make_model, train
 from hamt.measure.recall.settings import SETTINGS
-from hamt.measure.recall.sweep import Run, make_model, train
 from hamt.measure.report import write_report
 from hamt.measure.tables import markdown
 from hamt.measure.task_training import HELD_OUT
@@ -33,7 +33,7 @@ def trained(options: argparse.Namespace) -> HAMTForCausalLM:
     if (folder / "config.json").exists():
         return HAMTForCausalLM.from_pretrained(folder).eval()
     model_name = "hamt:hcm_dim=64,num_heads=1,rotation=none"
-    run = Run(
+    run = RecallRun(
         "mqar", model_name, options.state, options.learning_rate, options.seed, options.num_steps
     )
     seed_everything(run.seed)

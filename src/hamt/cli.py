@@ -30,6 +30,10 @@ COMMANDS = {
         "hamt.measure.recall.command",
         "what a memory of a given size remembers, beside its rivals",
     ),
+    "ablate": (
+        "hamt.measure.ablate.command",
+        "what each choice of the architecture is worth: one changed at a time, trained, tabulated",
+    ),
     "analyze": (
         "hamt.analysis.command",
         "what a model's memories hold and do with a text, as pictures",

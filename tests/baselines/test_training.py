@@ -60,6 +60,20 @@ def test_rivals_are_trained_as_the_checkpoint_was(trained, capsys):
     assert (folder / "rivals" / "llama" / "model.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_the_transformer_of_hamts_parts_is_a_rival_and_carries_no_state(trained):
+    folder, text = trained
+    code, content = with_rivals(folder, text, "--rivals", "transformer")
+    assert code == 0
+    ours, rival = content["models"].values()
+    assert abs(rival["parameters"] / ours["parameters"] - 1) < 0.02
+    assert "carried" in ours["perplexity"]
+    assert "carried" not in rival["perplexity"]
+    note = (folder.parent / "out" / "compare.md").read_text(encoding="utf-8")
+    assert (
+        "transformer: RoPE transformer of HAMT's parts, without HAMT's short convolution." in note
+    )
+
+
 def test_of_several_learning_rates_the_best_is_compared(trained):
     """Each is trained once; one that diverges is no candidate, and not tried again."""
     folder, text = trained

@@ -9,6 +9,7 @@ from model_inputs import assert_close, gradients, random_ids, tiny_config
 
 from hamt import HAMTConfig, HAMTForCausalLM
 from hamt.baselines import transformer as rivals
+from hamt.baselines.catalogue import non_embedding_parameters, with_parameters
 from hamt.environment import environment
 from hamt.measure import timing
 from hamt.measure.flops import count_flops
@@ -56,10 +57,17 @@ def test_parameters_are_matched(hidden_dim, num_layers, short_convolution):
     config = HAMTConfig(hidden_dim=hidden_dim, num_layers=num_layers, vocab_size=64)
     with torch.device("meta"):
         ours = HAMTForCausalLM(config)
-        theirs = rivals.transformer(config, short_convolution=short_convolution)
-    target = rivals.non_embedding_parameters(ours)
+        theirs = with_parameters(
+            "transformer",
+            ours.num_parameters(),
+            hidden_dim=hidden_dim,
+            num_layers=num_layers,
+            vocab_size=64,
+            short_convolution=short_convolution,
+        )
+    target = non_embedding_parameters(ours)
     assert target == ours.num_parameters() - 64 * hidden_dim
-    assert abs(rivals.non_embedding_parameters(theirs) / target - 1) < 0.005
+    assert abs(non_embedding_parameters(theirs) / target - 1) < 0.005
 
 
 def test_ceiling_has_the_parameters_of_the_transformer():

@@ -55,8 +55,8 @@ def checkpoint(text, tmp_path_factory):
 
 def test_names_and_flags_are_pinned():
     assert list(COMMANDS) == [
-        "demo", "quick-train", "train", "generate", "evaluate", "compare", "bench", "recall", "analyze",
-        "explore",
+        "demo", "quick-train", "train", "generate", "evaluate", "compare", "bench", "recall", "ablate",
+        "analyze", "explore",
     ]  # fmt: skip
     assert list(DemoOptions.__dataclass_fields__) == [
         "output_dir", "data", "num_steps", "max_minutes", "prompt", "seed"

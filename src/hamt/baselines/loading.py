@@ -17,6 +17,10 @@ from hamt.checkpoint import load_checkpoint
 from hamt.config import HAMTConfig
 from hamt.data.hub import no_network
 from hamt.errors import UserError
+from hamt.model import HAMTForCausalLM
+
+# Model types that Transformers runs as reference code on a CPU: their speed there says nothing.
+REFERENCE_CODE = ("mamba", "mamba2", "falcon_mamba", "qwen3_next", "jamba", "bamba", "rwkv")
 
 
 class Loaded(NamedTuple):
@@ -59,6 +63,18 @@ def load_any_model(name: str) -> Loaded:
         ) from error
     use_onednn_linear(model)
     return Loaded(model.eval(), tokenizer, label)
+
+
+def runs_reference_code(model: PreTrainedModel) -> bool:
+    """Whether a CPU runs this model as code that was written to be read, and not to be fast."""
+    return model.config.model_type in REFERENCE_CODE
+
+
+def longest_context(model: PreTrainedModel) -> int | None:
+    """The positions that a model has; None if it has no limit."""
+    if isinstance(model, HAMTForCausalLM) or runs_reference_code(model):
+        return None
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _is_hamt(folder: Path) -> bool:

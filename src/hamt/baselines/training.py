@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from hamt.baselines.architectures import RIVALS, rival
+from hamt.baselines.catalogue import RIVALS, with_parameters
 from hamt.checkpoint import PRETRAINED
 from hamt.data.loader import Batches
 from hamt.environment import environment
@@ -185,13 +185,13 @@ def _train(
     """Train, write the folder, and return what its ``rival.json`` says."""
     options = plan.options
     seed_everything(options.seed)
-    model = rival(
+    model = with_parameters(
         kind,
+        plan.model.num_parameters(),
         hidden_dim=plan.model.config.hidden_dim,
         num_layers=plan.model.config.num_layers,
         vocab_size=plan.model.config.vocab_size,
         context=options.max_length,
-        parameters=plan.model.num_parameters(),
     )
     check_space(folder, 4 * model.num_parameters(), mend="free space first")
     batches = Batches(

@@ -1,4 +1,4 @@
-"""The transformer that HAMT is compared with: HAMT's own parts with attention in the memory's place.
+"""The transformer that HAMT is compared with: HAMT's parts, attention in the memory's place.
 
 Shape legend: B batch, N tokens, H heads, F features of a head.
 """
@@ -8,7 +8,6 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from hamt.config import HAMTConfig
 from hamt.model import HAMTForCausalLM
@@ -19,35 +18,31 @@ CORES = ("sdpa", "eager", "none")
 def transformer(
     config: HAMTConfig, *, short_convolution: bool = False, core: str = "sdpa"
 ) -> HAMTForCausalLM:
-    """A RoPE transformer as wide, as deep and with as many non-embedding parameters as HAMT.
-
-    Its MLP is as wide as that takes.
+    """The RoPE transformer of HAMT's parts: the same model with ``full_attention`` as every mixer.
 
     Args:
-        config: of HAMT.
-        short_convolution: put HAMT's short convolution in front of attention, too.
-        core: ``sdpa`` (PyTorch's fused attention), ``eager`` (scores, mask and softmax one by one) or
-            ``none``, the ceiling: projections and rotations stay, but the values pass on unmixed. The last
-            two read whole sequences without padding only.
+        config: of HAMT. What it says of the memory has no effect; there is no dropout and no
+            auxiliary loss.
+        short_convolution: put HAMT's short convolution in front of the projections, too.
+        core: ``sdpa`` is PyTorch's fused attention; ``eager`` computes scores, mask and softmax one
+            after the other; ``none`` passes the values on unmixed, projections and rotations kept:
+            the ceiling, a speed that no mixer of tokens can exceed. The last two read whole
+            sequences without padding only.
 
     Raises:
-        ValueError: if the heads do not divide the width or an option has no such value.
+        ValueError: if the heads do not divide the width, or an option has no such value.
     """
     if core not in CORES:
         raise ValueError(f"core must be one of {', '.join(CORES)}; got {core!r}")
     if short_convolution and config.conv_kernel_size < 2:
         raise ValueError("short_convolution needs a conv_kernel_size of 2 or more")
-    fields = config.to_dict() | {
+    changes = {
         "mixers": "full_attention",
         "conv_kernel_size": config.conv_kernel_size if short_convolution else 0,
         "dropout": 0.0,
         "use_auxiliary_loss": False,
     }
-    with torch.device("meta"):
-        target = non_embedding_parameters(HAMTForCausalLM(config))
-        least = HAMTForCausalLM(HAMTConfig(**fields | {"intermediate_dim": 1}))
-    width = mlp_width(config, target - non_embedding_parameters(least))
-    model = HAMTForCausalLM(HAMTConfig(**fields | {"intermediate_dim": width}))
+    model = HAMTForCausalLM(HAMTConfig(**config.to_dict() | changes))
     if core != "sdpa":
         for block in model.model.layers:
             block.mixer.attend = eager_attention if core == "eager" else unmixed
@@ -64,7 +59,7 @@ def eager_attention(
 
 
 def unmixed(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The values alone, with the cost of everything around them: three times (B, H, N, F) -> the last."""
+    """The values alone, as the cost of everything around them: three times (B, H, N, F) -> one."""
     return _Unmixed.apply(queries, keys, values)
 
 
@@ -96,19 +91,3 @@ def _future(length: int, device: torch.device) -> Tensor:
 @lru_cache(maxsize=1)
 def _make_future(length: int, device: torch.device) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
-
-
-def mlp_width(config: HAMTConfig, missing: int) -> int:
-    """The ``intermediate_dim`` that comes nearest to ``missing`` parameters more than a width of 1 has."""
-    # A multiple of 8 from 256 on: odd widths cost matrix products up to a fifth of their speed.
-    step = 8 if config.hidden_dim >= 256 else 1
-    units = 1 + missing / (3 * config.hidden_dim * config.num_layers)
-    return max(step, step * round(units / step))
-
-
-def non_embedding_parameters(model: PreTrainedModel) -> int:
-    """Parameters of the blocks and the final norm, without embedding and head."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    # One where they are tied.
-    outside = {p for end in ends if end is not None for p in end.parameters()}
-    return model.num_parameters() - sum(p.numel() for p in outside)

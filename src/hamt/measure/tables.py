@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import stdev
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int]) -> str:
@@ -18,3 +19,8 @@ def number(value: float | None, digits: int = 2) -> str:
 def megabytes(size: int | None) -> str:
     """Bytes in units of 10⁶; a dash where there are none."""
     return number(None if size is None else size / 1e6)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean; 0 of a single value."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0

@@ -12,7 +12,7 @@ from hamt.measure.bench import command as bench_command
 from hamt.measure.bench import models as bench_models
 from hamt.measure.bench.cases import Predictor, eager_bytes, measure
 from hamt.measure.bench.command import BenchOptions
-from hamt.measure.bench.decode import filled, make_models, measure_decoding
+from hamt.measure.bench.decode import filled, make_decoders, measure_decoding
 from hamt.measure.bench.memory import measure_memory
 from hamt.measure.bench.mixers import measure_mixers
 from hamt.measure.bench.options import QUICK
@@ -204,7 +204,7 @@ def test_a_filled_cache_is_one_that_the_model_goes_on_from():
     from transformers import DynamicCache, StaticCache
 
     options = BenchOptions(**TINY)
-    _, theirs = make_models(options)
+    _, theirs = make_decoders(options)
     ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
     expected = theirs(ids).logits[:, -1]
     for cache in (DynamicCache(config=theirs.config), StaticCache(theirs.config, max_cache_len=9)):

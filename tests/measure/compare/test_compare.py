@@ -8,12 +8,14 @@ import torch
 from command_inputs import fails
 from evaluation_inputs import SMALL, WORDS
 
-from hamt.baselines.loading import load_any_model
+from hamt.baselines.loading import load_any_model, longest_context
 from hamt.checkpoint import PRETRAINED, load_checkpoint, save_pt
 from hamt.cli import main
 from hamt.measure.compare import command as compare
-from hamt.measure.compare.command import table
-from hamt.measure.compare.run import longest_context, prefill_memory, quality, read, speed
+from hamt.measure.compare import run
+from hamt.measure.compare.report import figure, table
+from hamt.measure.compare.run import quality
+from hamt.measure.compare.speed import prefill_memory, read, speed
 
 
 def test_any_model_is_loaded_by_name(folders, tokenizer, tmp_path):
@@ -143,7 +145,7 @@ def test_the_figure_says_which_speeds_are_unoptimised_and_has_room_for_every_lab
     models = {name: {"reference_code": name == "b", "perplexity": perplexity} for name in "ab"}
     seconds = {"a": {"median": 0.5}}  # of the last there is none
     speeds = [{"phase": "prefill", "length": 10, "batch": 1, "seconds": seconds}]
-    drawn = compare.figure({"models": models, "speed": speeds})
+    drawn = figure({"models": models, "speed": speeds})
     assert len(drawn.axes) == 2
     for axes in drawn.axes:
         assert [label.get_text() for label in axes.get_yticklabels()] == [
@@ -215,9 +217,9 @@ def test_what_was_measured_is_kept_when_the_comparison_ends_early(
     assert main(["compare", *options]) == 130
     content = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
     assert len(content["models"]) == len(content["speed"]) == 2
-    score = compare.quality
+    score = run.quality
     monkeypatch.setattr(
-        compare,
+        run,
         "quality",
         lambda loaded, *a, **k: stop() if loaded.name == "llama" else score(loaded, *a, **k),
     )
@@ -285,7 +287,7 @@ def test_the_first_model_is_a_hamt_model(folders, tmp_path, capsys):
     [
         (
             ["--rivals", "rnn"],
-            "--rivals must be one of gpt2, llama, mamba2, gated-deltanet; got 'rnn'",
+            "--rivals must be one of gpt2, llama, mamba2, gated-deltanet, transformer; got 'rnn'",
         ),
         (["--hamt_checkpoint", "nowhere"], "no model 'nowhere'"),
         (["--rounds", "0"], "at least 1"),

@@ -6,25 +6,24 @@ import os
 import signal
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from hamt.baselines.state import MODELS, build, state_floats
+from hamt.baselines.catalogue import with_state
 from hamt.cli import main
 from hamt.data.tasks import MQAR
 from hamt.errors import UserError
 from hamt.measure.recall.command import RecallOptions, plan
 from hamt.measure.recall.report import best_groups, figure, table
+from hamt.measure.recall.runs import RecallRun
 from hamt.measure.recall.settings import SETTINGS
-from hamt.measure.recall.sweep import Run, describe, perform, sweep
-from hamt.measure.recall.workers import in_processes
-from hamt.peak_memory import cache_bytes
+from hamt.measure.sweep import Sweep
+from hamt.options import parse
 
 SIZES = {"hidden_dim": 64, "num_layers": 2, "vocab_size": 40}
-TINY = Run(
+TINY = RecallRun(
     "mqar",
     "hamt",
     768,
@@ -38,57 +37,11 @@ TINY = Run(
 )
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"write_rule": "delta"}, {"rotation": "none"}, {"conv_kernel_size": 0}]
-)
-def test_the_state_of_hamt_is_what_its_cache_holds(options):
-    model = build("hamt", 1280, **SIZES, **options).eval()
-    cache = model(torch.zeros(1, 9, dtype=torch.long), use_cache=True).past_key_values
-    positions = 8 * SIZES["num_layers"]  # the count of tokens is not counted
-    assert 4 * state_floats(model) == cache.nbytes - positions == cache_bytes(cache) - positions
-
-
-def test_the_state_of_mamba2_is_what_its_cache_holds_but_for_a_column():
-    model = build("mamba2", 1280, **SIZES).eval()
-    cache = model(torch.zeros(1, 9, dtype=torch.long), use_cache=True).cache_params
-    layer = cache.layers[0]
-    recurrent, inputs = layer.recurrent_states[0], layer.conv_states[0]
-    # The library keeps as many columns as the kernel is wide; one less is needed.
-    needed = recurrent.numel() + inputs[..., 1:].numel()
-    assert state_floats(model) == SIZES["num_layers"] * needed
-
-
-def test_the_state_of_gated_deltanet_is_what_its_mixer_hands_on():
-    model = build("gated-deltanet", 1280, **SIZES).eval()
-    mixer = model.model.layers[0].linear_attn
-    recurrent = mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim
-    tail = (mixer.conv_kernel_size - 1) * mixer.conv1d.in_channels
-    assert state_floats(model) == SIZES["num_layers"] * (recurrent + tail)
-
-
-@pytest.mark.parametrize("state", [768, 1280, 2304])
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "transformer"])
-def test_models_have_the_state_that_is_asked_for(kind, state):
-    options = {"hcm_dim": 64} if kind == "hamt" else {}
-    model = build(kind, state, **SIZES, **options)
-    assert abs(state_floats(model) / (state * SIZES["num_layers"]) - 1) < 0.05
-    ids = torch.randint(40, (2, 8))
-    loss = model(ids, labels=ids).loss
-    loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_a_transformer_has_no_state_of_a_size():
-    assert state_floats(build("transformer", 1, **SIZES)) is None
-
-
-@pytest.mark.parametrize(
-    ("kind", "state", "message"),
-    [("nothing", 768, "no model 'nothing'"), ("hamt", 8, "smallest state of hamt")],
-)
-def test_states_that_cannot_be_had_are_refused(kind, state, message):
-    with pytest.raises(ValueError, match=message):
-        build(kind, state, **SIZES)
+def sweep(runs, folder, workers, told):
+    """The results of all runs, those that have a file read from there."""
+    every = Sweep(runs, folder)
+    every.perform(workers, told)
+    return [result for _, result in every.results]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -104,13 +57,13 @@ def test_every_setting_can_be_trained_and_tested(name):
 
 
 def test_a_run_is_described_by_all_that_bears_on_it():
-    assert describe(TINY)["setting"] == repr(SETTINGS["mqar"])
-    assert "num_kv_pairs=16" in describe(TINY)["setting"]
+    assert TINY.describe()["setting"] == repr(SETTINGS["mqar"])
+    assert "num_kv_pairs=16" in TINY.describe()["setting"]
 
 
 def test_a_sweep_runs_what_is_missing_once(tmp_path):
     told = []
-    other = Run(**{**vars(TINY), "model": "gated-deltanet"})
+    other = RecallRun(**{**vars(TINY), "model": "gated-deltanet"})
     found = sweep([TINY, other], tmp_path, 2, lambda run, result: told.append(run))
     assert set(told) == {TINY, other}
     assert [one["run"]["model"] for one in found] == ["hamt", "gated-deltanet"]
@@ -129,8 +82,8 @@ def test_the_file_of_another_run_is_never_overwritten(tmp_path):
     sweep([TINY], tmp_path, 1, lambda run, result: told.append(run))
     file = tmp_path / f"{TINY.name}.json"
     before = file.read_bytes()
-    longer = Run(**{**vars(TINY), "num_steps": 3, "batch_size": 4})  # of the same name
-    other = Run(**{**vars(TINY), "seed": 1})
+    longer = RecallRun(**{**vars(TINY), "num_steps": 3, "batch_size": 4})  # of the same name
+    other = RecallRun(**{**vars(TINY), "seed": 1})
     message = rf"{file} .* \(num_steps, batch_size\): choose another --output_dir"
     with pytest.raises(UserError, match=message):
         sweep([other, longer], tmp_path, 1, lambda run, result: told.append(run))
@@ -138,7 +91,7 @@ def test_the_file_of_another_run_is_never_overwritten(tmp_path):
     assert file.read_bytes() == before
     with pytest.raises(UserError, match="two runs would be written to"):
         sweep(
-            [other, Run(**{**vars(other), "learning_rate": 0.010000001})],
+            [other, RecallRun(**{**vars(other), "learning_rate": 0.010000001})],
             tmp_path,
             1,
             lambda *_: None,
@@ -150,10 +103,10 @@ def test_the_file_of_another_run_is_never_overwritten(tmp_path):
 
 
 def test_a_sweep_that_is_stopped_ends_after_the_step_and_keeps_what_is_done(tmp_path):
-    endless = [Run(**{**vars(TINY), "num_steps": 10**6, "seed": seed}) for seed in (1, 2, 3)]
+    endless = [RecallRun(**{**vars(TINY), "num_steps": 10**6, "seed": seed}) for seed in (1, 2, 3)]
     stopped: list[float] = []
 
-    def told(run: Run, result: dict) -> None:  # Ctrl-C, when the second run has begun
+    def told(run: RecallRun, result: dict) -> None:  # Ctrl-C, when the second run has begun
         def stop() -> None:
             stopped.append(time.monotonic())
             os.kill(os.getpid(), signal.SIGINT)
@@ -166,53 +119,31 @@ def test_a_sweep_that_is_stopped_ends_after_the_step_and_keeps_what_is_done(tmp_
     assert [file.name for file in tmp_path.iterdir()] == [f"{TINY.name}.json"]
 
 
-def two_seconds(item: str, folder: Path) -> str:
-    """Of a worker: leaves a mark, and looks at nothing until it is done."""
-    (folder / item).touch()
-    time.sleep(0.0 if item == "first" else 2.0)
-    return item.upper()
-
-
-def test_no_run_begins_after_an_interrupt_and_none_that_is_finished_is_lost(tmp_path):
-    kept: list[tuple[str, str]] = []
-
-    def done(item: str, result: str) -> None:
-        kept.append((item, result))
-        if len(kept) == 1:  # Ctrl-C while the second is under way
-            while not (tmp_path / "second").exists():
-                time.sleep(0.05)
-            raise KeyboardInterrupt
-
-    items = ["first", "second", "third", "fourth", "fifth"]
-    with pytest.raises(KeyboardInterrupt):
-        in_processes(partial(two_seconds, folder=tmp_path), items, 2, done)
-    assert set(kept) == {("first", "FIRST"), ("second", "SECOND")}
-    assert {file.name for file in tmp_path.iterdir()} == {"first", "second"}
-
-
 def test_a_run_that_diverges_counts_as_nothing_learned():
-    found = perform(Run(**{**vars(TINY), "learning_rate": 1e30, "num_steps": 6}))
+    found = RecallRun(**{**vars(TINY), "learning_rate": 1e30, "num_steps": 6}).perform()
     assert found["diverged"]
     assert found["mean_accuracy"] == 0
     assert set(found["accuracy"]) == set(SETTINGS["mqar"].tests)
-    assert perform(TINY)["diverged"] is None
+    assert TINY.perform()["diverged"] is None
 
 
 def test_a_default_that_changes_makes_another_run(monkeypatch):
-    before = describe(TINY)
+    before = TINY.describe()
     monkeypatch.setattr(
-        "hamt.measure.recall.sweep.make_model", lambda run: build("hamt", 768, **SIZES)
+        "hamt.measure.recall.runs.make_model", lambda run: with_state("hamt", 768, **SIZES)
     )
-    assert describe(TINY) != before
+    assert TINY.describe() != before
 
 
 def test_a_run_depends_on_its_seed_alone():
-    assert perform(TINY)["curve"] == perform(TINY)["curve"]
-    assert perform(TINY)["accuracy"] != perform(Run(**{**vars(TINY), "seed": 1}))["accuracy"]
+    assert TINY.perform()["curve"] == TINY.perform()["curve"]
+    assert (
+        TINY.perform()["accuracy"] != RecallRun(**{**vars(TINY), "seed": 1}).perform()["accuracy"]
+    )
 
 
 def result(model, state, rate, seed, accuracy):
-    run = {**describe(TINY), "model": model, "state": state, "learning_rate": rate, "seed": seed}
+    run = {**TINY.describe(), "model": model, "state": state, "learning_rate": rate, "seed": seed}
     tests = {"first": accuracy, "second": accuracy / 2}
     floats = None if model == "transformer" else 2 * state
     return {
@@ -310,11 +241,6 @@ def test_impossible_numbers_end_in_one_line_with_the_option(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_fields_of_hamt_are_changed_by_name():
-    config = build("hamt:num_heads=1,rotation=none", 768, **SIZES, write_rule="delta").config
-    assert (config.num_heads, config.rotation, config.write_rule) == (1, "none", "delta")
-
-
 SMALL = [
     "--num_steps",
     "2",
@@ -376,3 +302,11 @@ def test_the_recipe_of_the_results_is_the_setting_that_it_says():
     tasks = [*SETTINGS["mqar"].train, *(test.task for test in SETTINGS["mqar"].tests.values())]
     assert {task.vocab_size for task in tasks} == {256}
     assert max(task.num_kv_pairs for task in tasks if isinstance(task, MQAR)) == 32
+
+
+def test_the_runs_behind_the_results_are_found():
+    """Whatever fields configurations have gained since, and whatever classes are called now."""
+    root = Path(__file__).parents[3]
+    options = parse(RecallOptions, ["--config", str(root / "studies" / "recall.yaml")], "recall")
+    runs = plan(options)
+    assert len(Sweep(runs, root / options.output_dir / "runs").results) == len(runs) == 54

@@ -6,22 +6,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from hamt.baselines.transformer import transformer
-from hamt.config import HAMTConfig
+from hamt.baselines.catalogue import ARCHITECTURES, flops_per_token
 from hamt.environment import environment
 from hamt.errors import UserError, user_errors
 from hamt.files import check_writable, write_json
 from hamt.measure.bench.decode import measure_decoding
 from hamt.measure.bench.memory import measure_memory
 from hamt.measure.bench.mixers import measure_mixers
-from hamt.measure.bench.models import measure_models
+from hamt.measure.bench.models import make_models, measure_models
 from hamt.measure.bench.options import BenchOptions
 from hamt.measure.bench.report import bench_figures, bench_page
 from hamt.measure.report import write_report
-from hamt.model import HAMTForCausalLM
 from hamt.options import parse
 from hamt.peak_memory import keep_freed_memory
-from hamt.utils import compute_flops_per_token
 
 MEASURES = {
     "model": measure_models,
@@ -40,10 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     header = {**environment(), "keeps_freed_memory": keep_freed_memory()}
     torch.manual_seed(options.seed)
     result = {"environment": header, "options": vars(options)}
-    result["flops_per_token"] = {
-        str(length): compute_flops_per_token(options.model_config(), length)
-        for length in options.lengths
-    }
+    result["flops_per_token"] = _operations(options)
     for part in options.parts:
         console.print(f"measuring: {part}")
         for found in MEASURES[part](options):
@@ -60,6 +54,19 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _operations(options: BenchOptions) -> dict[str, dict[str, float]]:
+    """By context, operations per token of a forward pass of HAMT and of the transformer, in 10⁹."""
+    with torch.device("meta"):
+        models = make_models(options, transformer="sdpa")
+    names = {"hamt": "hamt_gflops", "transformer": "standard_gflops"}
+    return {
+        str(length): {
+            name: flops_per_token(kind, models[kind], length) / 1e9 for kind, name in names.items()
+        }
+        for length in options.lengths
+    }
+
+
 def _check(options: BenchOptions) -> None:
     if len(options.decode_contexts) != len(options.decode_batches):
         raise UserError("--decode_batches must give one number for each of --decode_contexts")
@@ -68,5 +75,5 @@ def _check(options: BenchOptions) -> None:
         torch.device("meta"),
     ):  # before minutes are spent on the other parts
         for width in (options.hidden_dim, options.mixer_dim):
-            config = HAMTConfig(hidden_dim=width, num_layers=1, vocab_size=options.vocab_size)
-            HAMTForCausalLM(config), transformer(config)
+            for kind in ("hamt", "transformer"):
+                ARCHITECTURES[kind].build(**{**options.sizes(), "hidden_dim": width})

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 
-from hamt.baselines.architectures import rival
+from hamt.baselines.catalogue import ARCHITECTURES, with_parameters
 from hamt.baselines.products import OneDNNLinear
 from hamt.cache import HAMTCache
 from hamt.measure.bench.cases import measure
@@ -26,16 +26,14 @@ DECODERS = ("hamt", "static", "dynamic")
 LEAST_ROUNDS = 3  # a median of fewer says nothing
 
 
-def make_models(options: BenchOptions) -> tuple[HAMTForCausalLM, LlamaForCausalLM]:
+def make_decoders(options: BenchOptions) -> tuple[HAMTForCausalLM, LlamaForCausalLM]:
     """HAMT and a Llama with as many parameters, in evaluation mode."""
-    ours = HAMTForCausalLM(options.model_config()).eval()
-    theirs = rival(
+    ours = ARCHITECTURES["hamt"].build(**options.sizes(), use_cache=False).eval()
+    theirs: Any = with_parameters(
         "llama",
-        hidden_dim=options.hidden_dim,
-        num_layers=options.num_layers,
-        vocab_size=options.vocab_size,
+        ours.num_parameters(),
+        **options.sizes(),
         context=max((*options.decode_contexts, *options.memory_lengths)) + SEGMENT,
-        parameters=ours.num_parameters(),
     )
     # The weights themselves are narrow, as is usual for inference; StaticCache does not work under
     # autocast.
@@ -71,7 +69,7 @@ def filled(
 @torch.no_grad()
 def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
     """All rows so far, after each one: one for every context, with its batch."""
-    ours, theirs = make_models(options)
+    ours, theirs = make_decoders(options)
     packed = {"hamt": fuse(ours), "transformer": fuse(theirs, (OneDNNLinear,))}
     parameters = {"hamt": ours.num_parameters(), "transformer": theirs.num_parameters()}
     rows, dtype = [], getattr(torch, options.dtype)

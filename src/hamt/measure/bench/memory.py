@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from transformers import Cache, LlamaForCausalLM
 
-from hamt.baselines.transformer import transformer
-from hamt.measure.bench.decode import make_models
-from hamt.measure.bench.models import call
+from hamt.measure.bench.decode import make_decoders
+from hamt.measure.bench.models import call, make_models
 from hamt.measure.bench.options import SEGMENT, BenchOptions
 from hamt.model import HAMTForCausalLM
 from hamt.peak_memory import cache_bytes, call_peak_memory
@@ -31,10 +30,8 @@ def measure_memory(options: BenchOptions) -> Iterator[dict[str, Any]]:
 
 def _training(options: BenchOptions) -> Iterator[dict[str, Any]]:
     """The peaks of training steps: activations, gradients, whatever the step needs beside what was there."""
-    config = options.model_config()
-    models = {"hamt": HAMTForCausalLM(config), "transformer": transformer(config)}
     steps = {}
-    for name, model in models.items():
+    for name, model in make_models(options, transformer="sdpa").items():
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         steps[name] = partial(call, "train", model, model, optimizer, options=options)
         steps[name](ids=torch.zeros(1, 8, dtype=torch.long))()  # the optimizer makes its state once
@@ -51,7 +48,7 @@ def _training(options: BenchOptions) -> Iterator[dict[str, Any]]:
 
 
 def _reading(options: BenchOptions) -> Iterator[dict[str, Any]]:
-    ours, theirs = make_models(options)
+    ours, theirs = make_decoders(options)
     for model in (ours, theirs):  # what a first call makes once is nobody's peak
         _read(model, SEGMENT, options, [])
     for length in options.memory_lengths:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from hamt.attention import usual_head_dim
-from hamt.baselines.transformer import attend, transformer
+from hamt.baselines.catalogue import ARCHITECTURES
+from hamt.baselines.transformer import attend
 from hamt.config import HAMTConfig
 from hamt.layers import HAMTLayer
 from hamt.measure.bench.cases import Predictor, compiled, eager_bytes, measure
 from hamt.measure.bench.options import BenchOptions
 from hamt.memory import Gates
-from hamt.model import HAMTForCausalLM
 
 MIXERS = ("hamt", "sdpa", "eager")
 LEVELS = ("core", "sublayer")
@@ -81,7 +81,9 @@ def _core(name: str, config: HAMTConfig, length: int, options: BenchOptions) -> 
 
 def _sublayer(name: str, config: HAMTConfig, length: int, options: BenchOptions) -> Made:
     """The mixer with its projections, initialised as in a model."""
-    model = HAMTForCausalLM(config) if name == "hamt" else transformer(config, core=name)
+    kind, choices = ("hamt", {}) if name == "hamt" else ("transformer", {"core": name})
+    sizes = {"hidden_dim": config.hidden_dim, "num_layers": 1, "vocab_size": 1}
+    model = ARCHITECTURES[kind].build(**sizes, **choices)
     mixer = model.model.layers[0].mixer
     inputs = (torch.randn(1, length, config.hidden_dim),)
     return (lambda x: mixer(x)[0]), inputs, tuple(mixer.parameters())

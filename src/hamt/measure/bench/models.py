@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hamt.attention import usual_head_dim
-from hamt.baselines.transformer import non_embedding_parameters, transformer
+from hamt.baselines.catalogue import ARCHITECTURES, non_embedding_parameters, with_parameters
 from hamt.measure.bench.cases import Predictor, compiled, eager_bytes, measure, yardstick
 from hamt.measure.bench.options import BenchOptions
 from hamt.measure.energy import joules
@@ -25,13 +25,7 @@ PHASES = ("train", "forward", "prefill")
 
 def measure_models(options: BenchOptions) -> Iterator[dict[str, Any]]:
     """All rows so far, after each one: a row for every phase and context."""
-    config = options.model_config()
-    models = {
-        "hamt": HAMTForCausalLM(config),
-        "sdpa": transformer(config),
-        "eager": transformer(config, core="eager"),
-        "ceiling": transformer(config, core="none"),
-    }
+    models = make_models(options, sdpa="sdpa", eager="eager", ceiling="none")
     optimizers = {
         name: torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         for name, model in models.items()
@@ -51,6 +45,16 @@ def measure_models(options: BenchOptions) -> Iterator[dict[str, Any]]:
                     continue
                 rows.append(_row(models, optimizers, phase, ids, predictor, options))
                 yield {"parameters": parameters, "rows": rows}
+
+
+def make_models(options: BenchOptions, **cores: str) -> dict[str, Any]:
+    """HAMT, and by the names of ``cores`` RoPE transformers with as many parameters."""
+    ours = ARCHITECTURES["hamt"].build(**options.sizes(), use_cache=False)
+    parameters = ours.num_parameters()
+    return {"hamt": ours} | {
+        name: with_parameters("transformer", parameters, **options.sizes(), core=core)
+        for name, core in cores.items()
+    }
 
 
 def _row(

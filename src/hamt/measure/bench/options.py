@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 
-from hamt.config import HAMTConfig
 from hamt.options import MAX_SEED, option
 
 SEGMENT = 1024  # tokens of a long text that are read at a time
@@ -92,14 +91,10 @@ class BenchOptions:
     seed: int = option(0, "seed of weights and tokens", at_least=0, at_most=MAX_SEED)
     output_dir: str = option("bench_output", "where figures, tables and plots go")
 
-    def model_config(self) -> HAMTConfig:
-        """HAMT as the whole models have it."""
-        return HAMTConfig(
-            hidden_dim=self.hidden_dim,
-            num_layers=self.num_layers,
-            vocab_size=self.vocab_size,
-            use_cache=False,
-        )
+    def sizes(self) -> dict[str, int]:
+        """What the whole models have in common, for the builders of the catalogue."""
+        names = ("hidden_dim", "num_layers", "vocab_size")
+        return {name: getattr(self, name) for name in names}
 
     def batches(self, length: int) -> list[int]:
         """Rows of the calls at a context."""

@@ -1,154 +1,130 @@
-"""Language models side by side: quality on one text, speed in one interleaved run, memory.
+"""What ``hamt compare`` measures: the texts, the models, and how well each predicts the texts."""
 
-Shape legend: B rows, N tokens of context.
-"""
-
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from rich.console import Console
 
-from hamt.baselines.loading import Loaded
-from hamt.cache import HAMTCache
-from hamt.errors import reason
-from hamt.measure.bench.cases import Predictor, measure
+from hamt.baselines.catalogue import carries_state
+from hamt.baselines.loading import Loaded, load_any_model, longest_context, runs_reference_code
+from hamt.baselines.training import TrainedRival, read_run, train_rivals
+from hamt.errors import UserError, reason
 from hamt.measure.perplexity import score_documents
 from hamt.model import HAMTForCausalLM
-from hamt.peak_memory import cache_bytes, call_peak_memory
-
-# Model types that Transformers runs as reference code on a CPU.
-REFERENCE_CODE = ("mamba", "mamba2", "falcon_mamba", "qwen3_next", "jamba", "bamba", "rwkv")
 
 
-def longest_context(model: PreTrainedModel) -> int | None:
-    """Positions that a model has; None if it has no limit."""
-    if isinstance(model, HAMTForCausalLM) or model.config.model_type in REFERENCE_CODE:
-        return None
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def chosen_texts(
+    documents: Iterable[str], max_documents: int, max_characters: int
+) -> tuple[list[str], dict[str, Any]]:
+    """The first documents, each cut after ``max_characters``, and how much of everything that is."""
+    first = list(islice(documents, max_documents + 1))
+    whole = [text for text in first[:max_documents] if text]
+    texts = [text[:max_characters] for text in whole]
+    return texts, {
+        "documents": len(texts),
+        "all_documents": len(first) <= max_documents,
+        "cut": sum(text != all_of_it for text, all_of_it in zip(texts, whole, strict=True)),
+        "bytes": sum(len(text.encode()) for text in texts),
+    }
+
+
+def load_hamt(checkpoint: str) -> Loaded:
+    """The HAMT model that others stand beside.
+
+    Raises:
+        UserError: if the checkpoint holds another kind of model.
+    """
+    ours = load_any_model(checkpoint)
+    if not isinstance(ours.model, HAMTForCausalLM):
+        raise UserError(
+            f"{checkpoint} holds a {ours.model.config.model_type!r} model, not a HAMT model: "
+            "give a HAMT checkpoint, and others with --baselines"
+        )
+    return ours
+
+
+def trained_rivals(
+    kinds: Iterable[str], checkpoint: Path, learning_rates: Sequence[float], console: Console
+) -> tuple[dict[str, list[TrainedRival]], dict[str, str]]:
+    """Train the rivals of a checkpoint, or find them trained.
+
+    Returns:
+        By kind, a rival for each learning rate, the best first; and why there is none of a kind.
+    """
+    kinds = dict.fromkeys(kinds)
+    if kinds:
+        read_run(checkpoint)
+    trained = {kind: train_rivals(kind, checkpoint, console, learning_rates) for kind in kinds}
+    missing = {
+        kind: "; ".join(f"learning rate {each.learning_rate:g}: {each.trouble}" for each in tried)
+        for kind, tried in trained.items()
+        if tried[0].trouble
+    }
+    return trained, missing
+
+
+def load_models(
+    ours: Loaded, names: Sequence[str], device: str, missing: dict[str, str], console: Console
+) -> dict[str, Loaded]:
+    """Models by label, HAMT first; why others could not be had is added to ``missing``."""
+    models = {f"HAMT ({ours.name})": ours}
+    for name in names:
+        try:
+            loaded = load_any_model(name)
+        except UserError as error:
+            missing[name] = str(error)
+            console.print(f"left out: {error}", markup=False)
+            continue
+        models[loaded.name if loaded.name not in models else f"{loaded.name} ({name})"] = loaded
+    for loaded in models.values():
+        loaded.model.to(torch.device(device))  # type: ignore[arg-type]
+    return models
+
+
+def score(
+    models: Mapping[str, Loaded],
+    missing: dict[str, str],
+    texts: Sequence[str],
+    context: int,
+    console: Console,
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Size and quality of the models by label, those of one model more each time.
+
+    All are scored in blocks of the same length, the shortest that one of them has positions for. A
+    model that fails is named in ``missing``, unless it is the first.
+    """
+    limits = (longest_context(loaded.model) for loaded in models.values())
+    block = min([context, *(limit for limit in limits if limit is not None)])
+    rows: dict[str, dict[str, Any]] = {}
+    for label, loaded in models.items():
+        console.print(f"scoring: {label}")
+        try:
+            rows[label] = {
+                "parameters": loaded.model.num_parameters(),
+                "vocabulary": loaded.model.config.get_text_config().vocab_size,
+                "perplexity": quality(loaded, texts, block, batch_size=4),
+                "reference_code": runs_reference_code(loaded.model),
+            }
+        except Exception as error:  # whatever a foreign model trips over costs no other column
+            if not rows:
+                raise
+            missing[label] = reason(error)
+        yield rows
 
 
 def quality(
     loaded: Loaded, documents: Iterable[str], context: int, batch_size: int
 ) -> dict[str, dict[str, Any]]:
-    """Perplexities in blocks of ``context``, and with the state carried where there is one."""
-    score = partial(
-        score_documents, loaded.model, loaded.tokenizer, documents, batch_size=batch_size
-    )
-    found: dict[str, dict[str, Any]] = {
-        "blocks": {"context": context, **score(context=context).figures()}
+    """Perplexities in blocks of ``context`` tokens, and with the state carried where it is fixed."""
+    model = loaded.model
+    measure = partial(score_documents, model, loaded.tokenizer, documents, batch_size=batch_size)
+    perplexities: dict[str, dict[str, Any]] = {
+        "blocks": {"context": context, **measure(context=context).figures()}
     }
-    if isinstance(loaded.model, HAMTForCausalLM):
-        found["carried"] = {"context": None, **score(context=None).figures()}
-    return found
-
-
-def speed(
-    models: Mapping[str, PreTrainedModel],
-    contexts: Sequence[int],
-    batch_sizes: Sequence[int],
-    *,
-    decode_steps: int,
-    rounds: int,
-    max_seconds: float,
-) -> Iterator[dict[str, Any]]:
-    """A row for prefill and one for decoding at every context and batch size, all models interleaved.
-
-    A model that cannot read so many tokens, or would take more than ``max_seconds``, is in
-    ``left_out``.
-    """
-    predictor = Predictor()
-    for length in contexts:
-        for batch in batch_sizes:
-            left_out: dict[str, str] = {}
-            cases: dict[str, Callable[[], object]] = {}
-            for name, model in models.items():
-                seconds = predictor.seconds(name, length, batch, longest_context(model) is not None)
-                if seconds > max_seconds:
-                    left_out[name] = f"would take about {seconds:.0f} s"
-                    continue
-                ids = torch.randint(_vocabulary(model), (batch, length)).to(model.device)
-                cases[name] = partial(read, model, ids)
-                try:
-                    cases[name]()
-                except Exception as error:  # of many kinds: no positions for so many, no memory
-                    del cases[name]
-                    left_out[name] = f"cannot read so many tokens: {reason(error)}"
-            found = measure(cases, left_out, {}, rounds, 0)
-            for name in cases:
-                predictor.note(name, length, batch, found["seconds"][name]["median"])
-            yield {"phase": "prefill", "length": length, "batch": batch, **found}
-            fit = {name: models[name] for name in cases}
-            yield _decoding(fit, length, batch, left_out, decode_steps, rounds)
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    return model.config.get_text_config().vocab_size
-
-
-def _decoding(
-    models: Mapping[str, PreTrainedModel],
-    length: int,
-    batch: int,
-    left_out: Mapping[str, str],
-    steps: int,
-    rounds: int,
-) -> dict[str, Any]:
-    """The context grows by ``steps`` in every round."""
-    cases: dict[str, Callable[[], object]] = {}
-    sizes: dict[str, int] = {}
-    left_out = dict(left_out)
-    for name, model in models.items():
-        limit = longest_context(model)
-        if (
-            limit is not None
-            and _learned_positions(model)
-            and length + steps * (rounds + 1) > limit
-        ):
-            left_out[name] = f"has {limit:,} positions"
-            continue
-        cache = read(model, torch.randint(_vocabulary(model), (batch, length)).to(model.device))
-        if cache is None:
-            left_out[name] = "has no cache that works"
-        else:
-            sizes[name] = cache_bytes(cache)
-            cases[name] = partial(_decode, model, batch, cache, steps)
-    found = measure(cases, left_out, {}, rounds, 1, least=0)
-    shape = {"phase": "decode", "length": length, "batch": batch, "steps": steps}
-    return {**shape, **found, "cache_bytes": sizes}
-
-
-def _learned_positions(model: PreTrainedModel) -> bool:
-    """Whether a position beyond the last is an error: not with rotary ones."""
-    return getattr(model.config, "rope_parameters", None) is None
-
-
-@torch.no_grad()
-def read(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> Any:
-    """The cache after reading ``ids`` (B, N), on from ``cache``; None if the model keeps none."""
-    parameters = inspect.signature(model.forward).parameters
-    name = "cache_params" if "cache_params" in parameters else "past_key_values"
-    if cache is None and isinstance(model, HAMTForCausalLM):
-        cache = HAMTCache(model.config.num_layers)
-    if getattr(model.config, "use_cache", True) is False and cache is None:
-        model(ids, logits_to_keep=1)
-        return None
-    given = {} if cache is None else {name: cache}
-    return getattr(model(ids, use_cache=True, logits_to_keep=1, **given), name, None)
-
-
-def _decode(model: PreTrainedModel, batch: int, cache: Any, steps: int) -> None:
-    token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
-    for _ in range(steps):
-        read(model, token, cache)
-
-
-def prefill_memory(models: Mapping[str, PreTrainedModel], length: int) -> dict[str, int]:
-    """Bytes of tensors at the peak of reading ``length`` tokens, beyond the weights."""
-    found = {}
-    for name, model in models.items():
-        ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
-        found[name] = call_peak_memory(partial(read, model, ids), model.device.type)
-    return found
+    if carries_state(model):
+        perplexities["carried"] = {"context": None, **measure(context=None).figures()}
+    return perplexities

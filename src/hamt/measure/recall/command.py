@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from hamt.baselines.state import MODELS
+from hamt.baselines.catalogue import MIXERS
 from hamt.environment import environment
 from hamt.errors import UserError, user_errors
 from hamt.files import check_writable
 from hamt.measure.recall.capacity import capacity_figure, capacity_page, measure_capacity
 from hamt.measure.recall.report import figure, recall_page
+from hamt.measure.recall.runs import RecallRun, make_model
 from hamt.measure.recall.settings import SETTINGS
-from hamt.measure.recall.sweep import Run, make_model, sweep
 from hamt.measure.report import write_report
+from hamt.measure.sweep import Sweep
 from hamt.measure.task_training import HELD_OUT
 from hamt.options import check, option, parse
 
@@ -30,7 +31,7 @@ class RecallOptions:
     tasks: list[str] = option(["mqar"], "what is trained and tested", choices=(*SETTINGS, "all"))
     models: list[str] = option(
         ["hamt", "gated-deltanet", "mamba2"],
-        f"of {', '.join(MODELS)}; hamt:num_heads=1,rotation=none changes fields of HAMTConfig",
+        f"of {', '.join(MIXERS)}; hamt:num_heads=1,rotation=none sets fields of HAMTConfig",
     )
     state_sizes: list[int] = option(
         [1280], "floats that a layer carries: state, convolution tails, phases", at_least=1
@@ -67,13 +68,18 @@ def main(arguments: Sequence[str]) -> int:
         return _capacity(options, header, console)
     runs, folder = plan(options), Path(options.output_dir)
 
-    def told(run: Run, result: dict[str, Any]) -> None:
+    def told(run: RecallRun, result: dict[str, Any]) -> None:
         console.print(
             f"{run.name}: {100 * result['mean_accuracy']:.1f} % in {result['seconds']:.0f} s"
         )
 
-    console.print(f"{len(runs)} runs of {options.num_steps:,} steps, {options.workers} at a time")
-    results = sweep(runs, folder / "runs", options.workers, told)
+    sweep = Sweep(runs, folder / "runs")
+    console.print(
+        f"{len(sweep.results)} of {len(runs)} runs are there; those that are missing take "
+        f"{options.num_steps:,} steps each, {options.workers} at a time"
+    )
+    sweep.perform(options.workers, told)
+    results = [result for _, result in sweep.results]
     content = {"environment": header, "options": vars(options), "runs": results}
     text = recall_page(results)
     plot = figure(results)
@@ -99,7 +105,7 @@ def _capacity(options: RecallOptions, header: dict[str, Any], console: Console) 
     return 0
 
 
-def plan(options: RecallOptions) -> list[Run]:
+def plan(options: RecallOptions) -> list[RecallRun]:
     """All runs that the options name, the cheapest comparison first: seed by seed.
 
     Raises:
@@ -112,7 +118,7 @@ def plan(options: RecallOptions) -> list[Run]:
         options.seeds, tasks, options.learning_rates, options.state_sizes, options.models
     )
     runs = [
-        Run(task, model, state, rate, seed, options.num_steps, options.batch_size, **sizes)
+        RecallRun(task, model, state, rate, seed, options.num_steps, options.batch_size, **sizes)
         for seed, task, rate, state, model in grid
     ]
     runs = list(dict.fromkeys(runs))

@@ -2,13 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from hamt.environment import describe_runs
-from hamt.measure.tables import markdown
+from hamt.measure.tables import markdown, standard_error
 from hamt.visualization import Series, draw_series, panels, plain_log_ticks, short_labels
 
 Result = Mapping[str, Any]
@@ -80,13 +80,8 @@ def _row(model: str, group: Group) -> list[str]:
 
 def _percent(values: Sequence[float]) -> str:
     return f"{100 * mean(values):.1f}" + (
-        f" ± {100 * _error(values):.1f}" if len(values) > 1 else ""
+        f" ± {100 * standard_error(values):.1f}" if len(values) > 1 else ""
     )
-
-
-def _error(values: Sequence[float]) -> float:
-    """Standard error of the mean; 0 of one value."""
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def figure(results: Iterable[Result]) -> Figure | None:
@@ -119,5 +114,5 @@ def _accuracy_by_state(groups: Iterable[Group]) -> Series:
     return Series.with_errors(
         [group[0]["state_bytes"] for group in fixed],
         [mean(values) for values in accuracies],
-        [_error(values) for values in accuracies],
+        [standard_error(values) for values in accuracies],
     )

@@ -1,13 +1,13 @@
-"""Other architectures of HAMT's size, through Transformers' own classes, to train on the same data.
+"""Architectures that HAMT is compared with, built from Transformers' own classes.
 
-They are as wide as HAMT, with its vocabulary and tied embeddings, and as deep; the width of their
-MLP (of Mamba-2, which has none, the depth) is what comes nearest to a number of parameters.
-Matrices start at the scale that HAMT's do, embeddings too. On a CPU Mamba-2 and Gated DeltaNet run
-as reference code: their quality can be compared, their speed says nothing.
+Each is as wide as HAMT, with the same vocabulary and with tied embeddings. Embeddings start at the
+scale of HAMT's and so do matrices. Transformers runs Mamba-2 and Gated DeltaNet as reference code
+on a CPU: there their quality can be compared, and their speed says nothing.
+
+``hamt.baselines.catalogue`` says how their sizes are matched with those of HAMT.
 """
 
 import math
-from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -36,13 +36,13 @@ EMBEDDING_STD = 0.02
 def gpt2(
     *, hidden_dim: int, num_layers: int, vocab_size: int, context: int, mlp_width: int
 ) -> GPT2LMHeadModel:
-    """GPT-2 (Radford et al. 2019): learned positions, as many of them as ``context``."""
+    """GPT-2 (Radford et al. 2019) with ``context`` learned positions."""
     config = GPT2Config(
         vocab_size=vocab_size,
         n_positions=context,
         n_embd=hidden_dim,
         n_layer=num_layers,
-        n_head=hidden_dim // head_size(hidden_dim, usual_head_dim(hidden_dim)),
+        n_head=hidden_dim // nearest_divisor(hidden_dim, usual_head_dim(hidden_dim)),
         n_inner=mlp_width,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
@@ -64,7 +64,7 @@ def llama(
         hidden_size=hidden_dim,
         intermediate_size=mlp_width,
         num_hidden_layers=num_layers,
-        num_attention_heads=hidden_dim // head_size(hidden_dim, usual_head_dim(hidden_dim)),
+        num_attention_heads=hidden_dim // nearest_divisor(hidden_dim, usual_head_dim(hidden_dim)),
         tie_word_embeddings=True,
         initializer_range=hidden_dim**-0.5,
         bos_token_id=None,
@@ -83,11 +83,18 @@ def mamba2(
     head_dim: int = 32,
     expand: int = 2,
 ) -> Mamba2ForCausalLM:
-    """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060), its heads ``expand`` times as wide as the model.
+    """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060).
 
-    Any ``context`` will do.
+    Args:
+        hidden_dim: width of the residual stream.
+        num_layers: mixers; the architecture has no MLPs.
+        vocab_size: tokens in the vocabulary.
+        context: taken as all builders take it, and of no effect: there are no positions.
+        state_size: floats of state per channel.
+        head_dim: wanted channels of a head; the nearest even divisor is taken.
+        expand: width of all heads together, in units of ``hidden_dim``.
     """
-    head_dim = head_size(expand * hidden_dim, head_dim)
+    head_dim = nearest_divisor(expand * hidden_dim, head_dim)
     config = Mamba2Config(
         vocab_size=vocab_size,
         hidden_size=hidden_dim,
@@ -117,13 +124,21 @@ def gated_deltanet(
     key_dim: int = 32,
     value_dim: int = 32,
 ) -> Qwen3NextForCausalLM:
-    """Gated DeltaNet (Yang et al. 2025, arXiv 2412.06464) as in Qwen3-Next, in all blocks, with dense MLPs.
+    """Gated DeltaNet (Yang et al. 2025, arXiv 2412.06464), in every block, as Qwen3-Next has it.
 
-    Values of all heads are as wide as the model; each key head serves two of them (one, if they are
-    odd). Without attention layers the library's cache for it does not work, so it has none.
-    ``mlp_width`` 0 leaves the MLPs out.
+    The model has dense MLPs and no attention. Transformers' cache for this class does not work
+    without an attention layer, so the model has none.
+
+    Args:
+        hidden_dim: width of the residual stream, and of the values of all heads together.
+        num_layers: blocks of mixer and MLP.
+        vocab_size: tokens in the vocabulary.
+        context: advisory; there are no positions.
+        mlp_width: width of the MLPs; 0 leaves them out.
+        key_dim: width of a key. A key head serves two value heads, or one if their number is odd.
+        value_dim: wanted width of a value; the nearest even divisor of ``hidden_dim`` is taken.
     """
-    value_dim = head_size(hidden_dim, value_dim)
+    value_dim = nearest_divisor(hidden_dim, value_dim)
     heads = hidden_dim // value_dim
     config = Qwen3NextConfig(
         vocab_size=vocab_size,
@@ -147,72 +162,43 @@ def gated_deltanet(
     )
     model = _initialised(Qwen3NextForCausalLM(config))
     for layer in model.model.layers:
-        # The library starts with steps of softplus(1): most heads forget all within a token. The
-        # authors draw steps between 0.001 and 0.1 (as Mamba-2 does).
-        steps = torch.exp(
-            torch.empty_like(layer.linear_attn.dt_bias).uniform_(math.log(1e-3), math.log(0.1))
-        )
-        with torch.no_grad():
-            layer.linear_attn.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))
+        _draw_time_steps(layer.linear_attn.dt_bias)
         if not mlp_width:
-            layer.mlp, layer.post_attention_layernorm = _Nothing(), nn.Identity()
+            layer.mlp, layer.post_attention_layernorm = _AddsNothing(), nn.Identity()
     return model
 
 
-def head_size(width: int, wanted: int) -> int:
-    """The even divisor of ``width`` that is nearest to ``wanted``."""
+def nearest_divisor(width: int, wanted: int) -> int:
+    """The even divisor of ``width`` that is nearest to ``wanted``.
+
+    Raises:
+        ValueError: if the width is odd.
+    """
     sizes = [size for size in range(2, width + 1, 2) if width % size == 0]
     if not sizes:
         raise ValueError(f"the width must be even; got {width}")
     return min(sizes, key=lambda size: abs(size - wanted))
 
 
-class _Nothing(nn.Module):
-    """An MLP that adds nothing."""
+@torch.no_grad()
+def _draw_time_steps(bias: Tensor) -> None:
+    """Time steps between 0.001 and 0.1, as the authors draw them and as Mamba-2 does.
+
+    Transformers starts with softplus(1), with which most heads forget everything within a token.
+    """
+    steps = torch.exp(torch.empty_like(bias).uniform_(math.log(1e-3), math.log(0.1)))
+    bias.copy_(steps + torch.log(-torch.expm1(-steps)))
+
+
+class _AddsNothing(nn.Module):
+    """Stands where an MLP would, and adds nothing to the residual stream."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return torch.zeros_like(hidden_states)
 
 
-# How each is built, and which of its sizes is free to match parameters, in steps of how much.
-RIVALS: dict[str, tuple[Callable[..., PreTrainedModel], str, int]] = {
-    "gpt2": (gpt2, "mlp_width", 8),
-    "llama": (llama, "mlp_width", 8),
-    "mamba2": (mamba2, "num_layers", 1),
-    "gated-deltanet": (gated_deltanet, "mlp_width", 8),
-}
-
-
-def rival(
-    kind: str, *, hidden_dim: int, num_layers: int, vocab_size: int, context: int, parameters: int
-) -> PreTrainedModel:
-    """The rival whose parameters come nearest to ``parameters``.
-
-    Raises:
-        ValueError: if there is no such rival.
-    """
-    if kind not in RIVALS:
-        raise ValueError(f"no rival {kind!r}; there are {', '.join(RIVALS)}")
-    build, free, step = RIVALS[kind]
-    sizes = {
-        "hidden_dim": hidden_dim,
-        "num_layers": num_layers,
-        "vocab_size": vocab_size,
-        "context": context,
-    }
-
-    def count(size: int) -> int:
-        with torch.device("meta"):
-            return build(**{**sizes, free: size}).num_parameters()
-
-    # Parameters are linear in it.
-    least, more = count(step), count(2 * step)
-    units = max(1 + round((parameters - least) / (more - least)), 1)
-    return build(**{**sizes, free: units * step})
-
-
 def _initialised(model: M) -> M:
-    """Embeddings at HAMT's scale; ``initializer_range`` is that of matrices."""
+    """Set the scale of the embeddings to HAMT's; ``initializer_range`` has set that of matrices."""
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     init.normal_(embedding.weight, std=EMBEDDING_STD)

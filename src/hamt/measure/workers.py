@@ -1,4 +1,4 @@
-"""Runs in processes of their own, which one Ctrl-C ends: none begins after it, none that is done is lost."""
+"""Calls in processes of one thread each, which one Ctrl-C ends without losing what is finished."""
 
 import os
 import signal
@@ -8,12 +8,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.synchronize import Event
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from hamt.training.loop import Listener, Trainer
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_stop: Event | None = None  # of this process, if it is a worker
+_stop: Event | None = None  # set in a worker process, and shared with the process that started it
 
 
 def in_processes(
@@ -24,12 +26,14 @@ def in_processes(
 ) -> None:
     """Call ``function`` with each item, ``workers`` at a time, each in a process of one thread.
 
+    After an interrupt or an error no call begins, and those under way are told to end.
+
     Args:
-        function: of a module; it calls ``check_stop`` now and then.
+        function: at the top level of a module; it calls ``check_stop`` now and then.
         items: what it is called with.
         workers: processes.
-        done: called here with an item and its result, as soon as it is there; also with those that
-            are finished when an interrupt or an error has ended the others.
+        done: called in this process with an item and its result as soon as there is one, also with
+            results that come in after an interrupt or an error.
     """
     context, waiting = get_context("spawn"), iter(items)
     stop, running = context.Event(), dict[Future[Result], Item]()
@@ -59,13 +63,21 @@ def in_processes(
 
 
 def check_stop() -> None:
-    """Raise KeyboardInterrupt in a worker that is to give up."""
+    """Raise KeyboardInterrupt in a worker process that has been told to end."""
     if _stop is not None and _stop.is_set():
         raise KeyboardInterrupt
 
 
+class Stopper(Listener[Any]):
+    """Ends a training in a worker process after the step in which the process is told to end."""
+
+    def stepped(self, trainer: Trainer[Any]) -> None:
+        """Raise KeyboardInterrupt if the process is told to end."""
+        check_stop()
+
+
 def _submit(pool: ProcessPoolExecutor, function: Callable, item: object) -> Future:
-    """Hand over a call; the process that starts for it does not see Ctrl-C, and is told by ``check_stop``."""
+    """Hand over a call; the process that starts for it ignores Ctrl-C and heeds ``check_stop``."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a process inherits it
     try:
         return pool.submit(function, item)
@@ -74,7 +86,7 @@ def _submit(pool: ProcessPoolExecutor, function: Callable, item: object) -> Futu
 
 
 def _prepare(stop: Event) -> None:
-    """Of a worker: know when to stop, and leave no process behind if the one that started it is killed."""
+    """Make a worker process heed ``stop``, and end it if the process that started it is killed."""
     global _stop
     _stop, parent = stop, parent_process()
     if parent is not None:

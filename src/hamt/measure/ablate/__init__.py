@@ -1,0 +1,1 @@
+"""``hamt ablate``: what each choice of the architecture is worth."""

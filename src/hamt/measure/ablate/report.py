@@ -1,0 +1,158 @@
+"""The table and the plot of ``hamt ablate``: a row for each variant, its seeds together."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from math import exp
+from statistics import mean, median
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from hamt.baselines.catalogue import STATE, state_floats, title
+from hamt.environment import describe_runs
+from hamt.measure.ablate.runs import AblationRun, architecture, make_model
+from hamt.measure.tables import markdown, standard_error
+from hamt.visualization import COLOURS, panels
+
+Result = Mapping[str, Any]
+Done = Sequence[tuple[AblationRun, Result]]
+
+# What stands above the columns of a task, by its kind; the first is that of the figure.
+COLUMNS = {
+    "characters": ("loss", "seeds", "parameters", "state"),
+    "text": (
+        "loss",
+        "perplexity",
+        "seeds",
+        "bits/byte",
+        "learning rate",
+        "tokens",
+        "parameters",
+        "without embedding",
+    ),
+    "recall": ("accuracy", "seeds", "steps to 0.99", "parameters", "state"),
+    "counting": ("accuracy", "seeds", "median", "best"),
+}
+
+
+def page(done: Done, kinds: Mapping[str, str]) -> str:
+    """Markdown: where the runs come from, what the columns count, and the table.
+
+    Args:
+        done: runs, the variants in the order of their rows; two variants may share a run.
+        kinds: of each task, in the order of the columns.
+    """
+    if not done:
+        return "No runs yet.\n"
+    # Once for two variants that are one run.
+    headers = {(run.task, run.seed, repr(run.spec)): found["environment"] for run, found in done}
+    parts = [describe_runs(list(headers.values())), *_legend(done, kinds), table(done, kinds)]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(done: Done, kinds: Mapping[str, str]) -> str:
+    """A row for each variant, with mean ± standard error over its seeds."""
+    groups = _groups(done)
+    columns = ["variant"]
+    for task, kind in kinds.items():
+        first, *more = COLUMNS[kind]
+        columns += [f"{task}: {first}", *more]
+    rows = [
+        [
+            variant,
+            *chain.from_iterable(_cells(groups[variant, task], kinds[task]) for task in kinds),
+        ]
+        for variant in dict.fromkeys(run.variant for run, _ in done)
+    ]
+    return markdown(columns, rows, text=(0,))
+
+
+def _groups(done: Done) -> dict[tuple[str, str], list[Result]]:
+    groups: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for run, found in done:
+        groups[run.variant, run.task].append(found)
+    return groups
+
+
+def _legend(done: Done, kinds: Mapping[str, str]) -> list[str]:
+    """How state is counted, where it is, and what variants are that are not HAMT."""
+    variants: dict[str, list[str]] = {}
+    for run, _ in done:
+        if (kind := architecture(run.spec)) != "hamt":
+            convolution = run.spec["rival"].get("short_convolution", False)
+            what = title(kind, short_convolution=convolution)
+            variants.setdefault(what, []).append(run.variant)
+    named = [f"{', '.join(dict.fromkeys(names))}: {what}." for what, names in variants.items()]
+    counted = [STATE] if any("state" in COLUMNS[kind] for kind in kinds.values()) else []
+    return [" ".join([*counted, *named])] if counted or named else []
+
+
+def _cells(results: Sequence[Result], kind: str) -> list[str]:
+    if not results:
+        return ["–"] * len(COLUMNS[kind])
+    finished = [result for result in results if result["figure"] is not None]
+    first, seeds = results[0], str(len(finished))
+    if len(finished) < len(results):
+        seeds += f" ({len(results) - len(finished)} diverged)"
+    if not finished:
+        filler = len(COLUMNS[kind]) - 1
+        return ["diverged", *["–"] * filler]
+    figures = [result["figure"] for result in finished]
+    error = f" ± {standard_error(figures):.3f}" if len(figures) > 1 else ""
+    figure = f"{mean(figures):.3f}{error}"
+    if kind == "counting":
+        return [figure, seeds, f"{median(figures):.4f}", f"{max(figures):.4f}"]
+    parameters = f"{first['num_parameters']:,}"
+    if kind == "text":
+        bits = mean(result["bits_per_byte"] for result in finished)
+        rate, tokens = first["spec"]["training"]["learning_rate"], f"{finished[0]['tokens']:,}"
+        cells = [figure, f"{exp(mean(figures)):,.1f}", seeds, f"{bits:.3f}", str(rate), tokens]
+        return [*cells, parameters, f"{first['non_embedding_parameters']:,}"]
+    cells = [figure, seeds]
+    if kind == "recall":
+        steps = [result["steps_to_99"] for result in finished]
+        cells.append(", ".join("never" if step is None else str(step) for step in steps))
+    return [*cells, parameters, _state(first)]
+
+
+def _state(result: Result) -> str:
+    """Counted from the specification: older files hold a number that was counted otherwise."""
+    vocab_size = 1
+    if "non_embedding_parameters" in result:
+        embedding = result["num_parameters"] - result["non_embedding_parameters"]
+        vocab_size = embedding // result["spec"]["config"]["hidden_dim"]
+    with torch.device("meta"):
+        floats = state_floats(make_model(result["spec"], vocab_size))
+    return "grows" if floats is None else f"{floats:,}"
+
+
+def figure(done: Done, kinds: Mapping[str, str]) -> Figure | None:
+    """A panel for each task: the mean of each variant with its standard error; None without any."""
+    groups = _groups(done)
+    plots: dict[str, dict[str, list[float]]] = {}
+    for (variant, task), results in groups.items():
+        figures = [result["figure"] for result in results if result["figure"] is not None]
+        if figures and task in kinds:
+            plots.setdefault(task, {})[variant] = figures
+    if not plots:
+        return None
+    most = max(len(variants) for variants in plots.values())
+    drawn, all_axes = panels(len(plots), size=(5.5, 1.2 + 0.22 * most))
+    for axes, (task, variants) in zip(all_axes, plots.items(), strict=True):
+        rows = range(len(variants))
+        axes.errorbar(
+            [mean(figures) for figures in variants.values()],
+            rows,
+            xerr=[standard_error(figures) for figures in variants.values()],
+            fmt="o",
+            markersize=4,
+            capsize=2,
+            color=COLOURS[0],
+        )
+        axes.set_yticks(rows, list(variants), fontsize="small")
+        axes.set_ylim(len(variants) - 0.5, -0.5)
+        axes.set_xlabel(f"{COLUMNS[kinds[task]][0]} (± standard error over seeds)")
+        axes.set_title(task, fontsize="medium")
+    return drawn

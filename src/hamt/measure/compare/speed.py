@@ -1,0 +1,134 @@
+"""Speed and memory of language models side by side, all timed in one interleaved run.
+
+Shape legend: B rows, N tokens of context.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hamt.baselines.loading import longest_context
+from hamt.cache import HAMTCache
+from hamt.errors import reason
+from hamt.measure.bench.cases import Predictor, measure
+from hamt.model import HAMTForCausalLM
+from hamt.peak_memory import cache_bytes, call_peak_memory
+
+
+def speed(
+    models: Mapping[str, PreTrainedModel],
+    contexts: Sequence[int],
+    batch_sizes: Sequence[int],
+    *,
+    decode_steps: int,
+    rounds: int,
+    max_seconds: float,
+) -> Iterator[dict[str, Any]]:
+    """A row for prefill and one for decoding at every context and batch size, all models interleaved.
+
+    A model that cannot read so many tokens, or would take more than ``max_seconds``, is in
+    ``left_out``.
+    """
+    predictor = Predictor()
+    for length in contexts:
+        for batch in batch_sizes:
+            left_out: dict[str, str] = {}
+            cases: dict[str, Callable[[], object]] = {}
+            for name, model in models.items():
+                seconds = predictor.seconds(name, length, batch, longest_context(model) is not None)
+                if seconds > max_seconds:
+                    left_out[name] = f"would take about {seconds:.0f} s"
+                    continue
+                ids = torch.randint(_vocabulary(model), (batch, length)).to(model.device)
+                cases[name] = partial(read, model, ids)
+                try:
+                    cases[name]()
+                except Exception as error:  # of many kinds: no positions for so many, no memory
+                    del cases[name]
+                    left_out[name] = f"cannot read so many tokens: {reason(error)}"
+            found = measure(cases, left_out, {}, rounds, 0)
+            for name in cases:
+                predictor.note(name, length, batch, found["seconds"][name]["median"])
+            yield {"phase": "prefill", "length": length, "batch": batch, **found}
+            fit = {name: models[name] for name in cases}
+            yield _decoding(fit, length, batch, left_out, decode_steps, rounds)
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+def _decoding(
+    models: Mapping[str, PreTrainedModel],
+    length: int,
+    batch: int,
+    left_out: Mapping[str, str],
+    steps: int,
+    rounds: int,
+) -> dict[str, Any]:
+    """The context grows by ``steps`` in every round."""
+    cases: dict[str, Callable[[], object]] = {}
+    sizes: dict[str, int] = {}
+    left_out = dict(left_out)
+    for name, model in models.items():
+        limit = longest_context(model)
+        if (
+            limit is not None
+            and _learned_positions(model)
+            and length + steps * (rounds + 1) > limit
+        ):
+            left_out[name] = f"has {limit:,} positions"
+            continue
+        cache = read(model, torch.randint(_vocabulary(model), (batch, length)).to(model.device))
+        if cache is None:
+            left_out[name] = "has no cache that works"
+        else:
+            sizes[name] = cache_bytes(cache)
+            cases[name] = partial(_decode, model, batch, cache, steps)
+    found = measure(cases, left_out, {}, rounds, 1, least=0)
+    shape = {"phase": "decode", "length": length, "batch": batch, "steps": steps}
+    return {**shape, **found, "cache_bytes": sizes}
+
+
+def _learned_positions(model: PreTrainedModel) -> bool:
+    """Whether a position beyond the last is an error: not with rotary ones."""
+    return getattr(model.config, "rope_parameters", None) is None
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> Any:
+    """The cache after reading ``ids`` (B, N), on from ``cache``; None if the model keeps none."""
+    parameters = inspect.signature(model.forward).parameters
+    name = "cache_params" if "cache_params" in parameters else "past_key_values"
+    if cache is None and isinstance(model, HAMTForCausalLM):
+        cache = HAMTCache(model.config.num_layers)
+    if getattr(model.config, "use_cache", True) is False and cache is None:
+        model(ids, logits_to_keep=1)
+        return None
+    given = {} if cache is None else {name: cache}
+    return getattr(model(ids, use_cache=True, logits_to_keep=1, **given), name, None)
+
+
+def _decode(model: PreTrainedModel, batch: int, cache: Any, steps: int) -> None:
+    token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+    for _ in range(steps):
+        read(model, token, cache)
+
+
+def prefill_memory(models: Mapping[str, PreTrainedModel], length: int) -> dict[str, int]:
+    """Bytes of tensors at the peak of reading ``length`` tokens, beyond the weights."""
+    found = {}
+    for name, model in models.items():
+        ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
+        found[name] = call_peak_memory(partial(read, model, ids), model.device.type)
+    return found
+
+
+def was_read(timings: Sequence[Mapping[str, Any]], name: str, length: int) -> bool:
+    """Whether the model of this name has read so many tokens, in a batch of any size."""
+    rows = [row for row in timings if row["phase"] == "prefill" and row["length"] == length]
+    return any(name in row["seconds"] for row in rows)

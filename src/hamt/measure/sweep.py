@@ -1,0 +1,145 @@
+"""A sweep: runs in processes of their own, each of which leaves one JSON file when it is done.
+
+A run that has a file is not run again, so that a sweep can be interrupted and repeated. Nothing
+here knows what is run: a run has a name, says what it consists of, and can be performed.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from hamt.errors import UserError
+from hamt.files import write_json
+from hamt.measure.workers import in_processes
+
+Content = dict[str, Any]  # of a file
+
+
+class Run(Protocol):
+    """One run; an object that can be sent to another process (pickled)."""
+
+    @property
+    def name(self) -> str:
+        """What its file is called, without ``.json``."""
+
+    def describe(self) -> Content:
+        """Everything that bears on the result, as JSON can hold it."""
+
+    def perform(self) -> Content:
+        """Do it, and return what is written to the file.
+
+        Raises:
+            KeyboardInterrupt: if it ended before its time (``hamt.measure.workers.check_stop``).
+        """
+
+    @staticmethod
+    def read_description(content: Content) -> Content:
+        """What ``describe`` would say today of the run that left this content."""
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+
+class Sweep(Generic[AnyRun]):
+    """Runs, and what has been done of them.
+
+    Args:
+        runs: all of the same kind. Two that have the same description are one run.
+        folder: of the files. A file counts for the runs that its content describes, whatever it is
+            called.
+    """
+
+    def __init__(self, runs: Iterable[AnyRun], folder: Path) -> None:
+        self.runs, self.folder = list(runs), folder
+        self._keys = [_key(run.describe()) for run in self.runs]
+        self._done: dict[str, Content] = {}
+        for content in contents(folder) if self.runs else ():
+            self._note(content)
+
+    def _note(self, content: Content) -> None:
+        self._done[_key(self.runs[0].read_description(content))] = content
+
+    @property
+    def missing(self) -> list[AnyRun]:
+        """The runs that are not done yet; of those with the same description the first."""
+        missing: dict[str, AnyRun] = {}
+        for run, key in zip(self.runs, self._keys, strict=True):
+            if key not in self._done:
+                missing.setdefault(key, run)
+        return list(missing.values())
+
+    @property
+    def results(self) -> list[tuple[AnyRun, Content]]:
+        """The runs that are done, in the order in which they were given, and what they left."""
+        pairs = zip(self.runs, self._keys, strict=True)
+        return [(run, self._done[key]) for run, key in pairs if key in self._done]
+
+    def perform(self, workers: int, told: Callable[[AnyRun, Content], None]) -> None:
+        """Perform the runs that are missing.
+
+        Args:
+            workers: processes of one thread each.
+            told: called with each run that is done, when its file is written.
+
+        Raises:
+            UserError: if the file of a run that is not done is there, and holds something else; no
+                file is ever overwritten.
+        """
+        missing = self.missing
+        self._check_files(missing)
+
+        def done(run: AnyRun, content: Content) -> None:
+            write_json(self._file(run), content)
+            self._note(json.loads(json.dumps(content)))
+            told(run, content)
+
+        in_processes(_perform, missing, max(min(workers, len(missing)), 1), done)
+
+    def _file(self, run: AnyRun) -> Path:
+        return self.folder / f"{run.name}.json"
+
+    def _check_files(self, missing: Iterable[AnyRun]) -> None:
+        names: set[str] = set()
+        for run in missing:
+            file = self._file(run)
+            if run.name in names:
+                raise UserError(
+                    f"two runs would be written to {file}: give rates or models that differ by more"
+                )
+            names.add(run.name)
+            if file.exists():
+                differ = _differing(run.describe(), run.read_description(_read(file)))
+                raise UserError(
+                    f"{file} is of a run with other settings ({', '.join(differ)}): "
+                    "choose another --output_dir"
+                )
+
+
+def contents(folder: Path) -> list[Content]:
+    """What the JSON files of a folder hold, in the order of their names."""
+    return [_read(file) for file in sorted(folder.glob("*.json"))]
+
+
+def _perform(run: Run) -> Content:
+    return run.perform()
+
+
+def _key(description: Content) -> str:
+    """The same text for the same description, whether it comes from a run or from a file."""
+    return json.dumps(description, sort_keys=True)
+
+
+def _differing(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Names of what differs between two descriptions."""
+    wanted, there = json.loads(json.dumps([wanted, there]))
+    return [name for name in {**wanted, **there} if there.get(name) != wanted.get(name)]
+
+
+def _read(file: Path) -> Content:
+    """The content of a file; nothing, where it is not JSON."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}

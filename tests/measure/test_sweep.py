@@ -1,0 +1,57 @@
+"""The engine of sweeps: runs that are done once each, in processes that one Ctrl-C ends."""
+
+import json
+import time
+from functools import partial
+
+import pytest
+from sweep_inputs import Squared, two_seconds
+
+from hamt.errors import UserError
+from hamt.measure.sweep import Sweep, contents
+from hamt.measure.workers import in_processes
+
+
+def test_a_file_counts_for_every_run_that_it_describes(tmp_path):
+    (tmp_path / "old.json").write_text('{"square": 1}', encoding="utf-8")
+    runs = [Squared("one", 1), Squared("two", 2), Squared("another two", 2)]
+    sweep, told = Sweep(runs, tmp_path), []
+    assert sweep.results == [(runs[0], {"square": 1})]
+    assert sweep.missing == [runs[1]]
+    sweep.perform(2, lambda run, content: told.append((run, content["square"])))
+    assert told == [(runs[1], 4)]
+    assert [content["square"] for _, content in sweep.results] == [1, 4, 4]
+    assert {file.name for file in tmp_path.iterdir()} == {"old.json", "two.json"}
+    again = Sweep(runs, tmp_path)
+    assert again.missing == []
+    again.perform(2, pytest.fail)
+    assert again.results == sweep.results
+    assert contents(tmp_path) == [{"square": 1}, {"number": 2, "square": 4}]
+
+
+def test_no_file_is_overwritten(tmp_path):
+    file = tmp_path / "two.json"
+    for content in (json.dumps({"number": 3}), "half a res", "[]"):
+        file.write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=rf"{file} .* \(number\): choose another --output_dir"):
+            Sweep([Squared("two", 2)], tmp_path).perform(1, pytest.fail)
+        assert file.read_text(encoding="utf-8") == content
+    with pytest.raises(UserError, match="two runs would be written to"):
+        Sweep([Squared("five", 5), Squared("five", 6)], tmp_path).perform(1, pytest.fail)
+
+
+def test_no_run_begins_after_an_interrupt_and_none_that_is_finished_is_lost(tmp_path):
+    kept: list[tuple[str, str]] = []
+
+    def done(item: str, result: str) -> None:
+        kept.append((item, result))
+        if len(kept) == 1:  # Ctrl-C while the second is under way
+            while not (tmp_path / "second").exists():
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+
+    items = ["first", "second", "third", "fourth", "fifth"]
+    with pytest.raises(KeyboardInterrupt):
+        in_processes(partial(two_seconds, folder=tmp_path), items, 2, done)
+    assert set(kept) == {("first", "FIRST"), ("second", "SECOND")}
+    assert {file.name for file in tmp_path.iterdir()} == {"first", "second"}
