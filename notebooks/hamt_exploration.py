@@ -179,7 +179,7 @@ sizes = []
 with torch.no_grad():
     for length in (10, 1000):
         trained(torch.randint(2048, (1, length)), past_key_values=cache)
-        sizes.append(sum(state.memory.memory.nbytes for state in cache.states))
+        sizes.append(sum(state["slots"].nbytes for state in cache.states))
 print(f"bytes of memory after 10 and 1,010 tokens: {sizes}")
 assert sizes[0] == sizes[1]
 

@@ -16,11 +16,11 @@ SOURCE = Path(hamt.__file__).parent
 # Each layer may import those to its left. Packages (data, evaluation, ...) count as one layer each.
 LAYERS = (
     {"errors"},
-    {"environment", "files", "peak_memory", "recipes"},
+    {"environment", "files", "recipes"},
     {"options", "visualization"},
     {"memory"},
     {"cpu"},
-    {"batch", "products"},
+    {"batch", "peak_memory", "products"},
     {"cross_entropy", "losses", "mixers"},
     {"config", "convolution"},
     {"layers", "utils"},
@@ -88,6 +88,17 @@ def test_nothing_is_imported_by_way_of_the_package(file):
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "hamt":
             assert {alias.name for alias in node.names} <= {"__version__"}
+
+
+def test_little_reaches_for_what_only_makes_a_cpu_faster():
+    """So that the folder can be deleted (``tests/cpu/test_deletable.py``)."""
+    reaching = {
+        module_name(file)
+        for file in FILES
+        if layer(module_name(file) + ".") != "cpu"
+        and any(".cpu" in name for name in own_imports(file))
+    }
+    assert reaching == {"hamt.peak_memory", "hamt.products"}
 
 
 def test_no_circle_of_imports():

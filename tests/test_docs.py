@@ -67,7 +67,8 @@ def run(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_python_in_a_page_runs(page):
-    assert run(page)[1]
+    names, _ = run(page)
+    assert len(names) > 1
 
 
 def test_the_example_of_the_readme_prints_the_output_beside_it():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 from statistics import mean, median
 
@@ -186,3 +187,13 @@ def test_where_it_costs_more():
             1.3, abs=0.05
         )
     assert crossover(list(TRAINING.values())) == pytest.approx(230, abs=5)
+
+
+def test_pages_follow_from_their_files():
+    """``studies/redraw.py`` would write every page as it stands."""
+    for name, show in runpy.run_path(str(ROOT / "studies" / "redraw.py"))["SHOW"].items():
+        paths = list(RESULTS.glob(f"*/{name}.json"))
+        assert paths
+        for path in paths:
+            text, _ = show(load(path))
+            assert path.with_suffix(".md").read_text(encoding="utf-8") == text.rstrip() + "\n"

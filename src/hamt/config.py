@@ -29,7 +29,7 @@ class HAMTConfig(PreTrainedConfig):
     Args:
         vocab_size: tokens in the vocabulary.
         hidden_dim: d, width of the residual stream.
-        hcm_dim: D, memory width over all heads; None is 2 · hidden_dim.
+        hcm_dim: D, width of the holographic memory over all heads; None is 2 · hidden_dim.
         num_layers: blocks of mixer and MLP.
         mixers: the token mixer of each layer, one name for all or a list of ``num_layers`` names:
             ``memory`` or ``full_attention`` (see ``hamt.mixers.MIXERS``); None is ``memory``.
@@ -38,7 +38,7 @@ class HAMTConfig(PreTrainedConfig):
         binding_type: ``phasor``, ``circular_conv`` or ``elementwise`` (see
             ``hamt.memory.algebra``).
         write_rule: ``gated`` (forget and write gates), ``convex`` (one gate for both) or ``delta``
-            (error-correcting, see ``hamt.memory.delta``).
+            (error-correcting, see ``hamt.memory.write_rules``).
         rotation: ``none``, ``constant`` (position keys at many time scales; where the binding has
             phases) or ``data_dependent`` (each token turns the position by an angle, or sign, of
             its own: state tracking). What is recalled at a lag that varies loses the phases that
@@ -62,9 +62,10 @@ class HAMTConfig(PreTrainedConfig):
         max_position_embeddings: advisory, the context trained on; the memory has no length limit.
         dropout: after the mixer and after the MLP.
         use_auxiliary_loss: add the reconstruction loss (``hamt.losses``) in training.
-        aux_loss_weight: its weight.
+        aux_loss_weight: weight of the reconstruction loss.
         rms_norm_eps: ε of every RMSNorm.
         initializer_range: standard deviation of embeddings.
+        tie_word_embeddings: the head is the embedding, transposed.
 
     Raises:
         ValueError: if the sizes do not fit together; the message says what would.

@@ -1,4 +1,4 @@
-"""Where a figure comes from: versions, machine, settings, commit."""
+"""What a measured figure depends on: versions, machine, settings, commit."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ import hamt
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and settings that a figure depends on; call it before the load begins."""
+    """Versions, machine and settings, as plain data; call it before the measured load begins."""
     return {
         "hamt": hamt.__version__,
         "torch": torch.__version__,
@@ -44,7 +44,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """The name of the processor, from /proc/cpuinfo where there is one."""
+    """The name of the processor, from /proc/cpuinfo where that exists."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
@@ -54,9 +54,12 @@ def _processor() -> str:
 
 
 def commit() -> str | None:
-    """The commit of a checkout of HAMT, ``-dirty`` if files differ from it; None for an installed package."""
+    """The commit of a checkout of HAMT, with ``-dirty`` if files differ from it.
+
+    None for an installed package.
+    """
     try:
-        _git("ls-files", "--error-unmatch", __file__)  # else it is a repository of somebody else
+        _git("ls-files", "--error-unmatch", __file__)  # fails in a repository of somebody else
         head = _git("rev-parse", "HEAD")
         return f"{head}-dirty" if _git("status", "--porcelain") else head
     except (OSError, subprocess.SubprocessError):
@@ -64,7 +67,7 @@ def commit() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    # Without its optional locks, git only reads.
+    # Without optional locks git only reads.
     command = ["git", "--no-optional-locks", *arguments]
     folder = Path(__file__).resolve().parent
     return subprocess.run(
@@ -73,7 +76,10 @@ def _git(*arguments: str) -> str:
 
 
 def describe_environment(*headers: Mapping[str, Any]) -> str:
-    """One line of Markdown: where figures come from; all values, where several headers differ."""
+    """One line of Markdown that says where figures come from.
+
+    ``headers``: from ``environment``; where several differ, all their values are named.
+    """
 
     def values(of: Callable[[Mapping[str, Any]], str]) -> str:
         return ", ".join(sorted({of(header) for header in headers}))
@@ -91,10 +97,9 @@ def describe_environment(*headers: Mapping[str, Any]) -> str:
 
 
 def describe_runs(headers: Sequence[Mapping[str, Any]]) -> str:
-    """One line of Markdown: how many runs a table has its figures from, and where these come from."""
-    return (
-        f"{len(headers)} {'run' if len(headers) == 1 else 'runs'}: {describe_environment(*headers)}"
-    )
+    """One line of Markdown that says how many runs a table is made of, and where they come from."""
+    runs = "run" if len(headers) == 1 else "runs"
+    return f"{len(headers)} {runs}: {describe_environment(*headers)}"
 
 
 def _short_commit(header: Mapping[str, Any]) -> str:

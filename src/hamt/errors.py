@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user, and the line that any other error comes to."""
+"""The exception that stands for a mistake of the user, and one line for any other error."""
 
 import errno
 import os
@@ -7,20 +7,19 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Something only the user can mend; its message is one line that says what to do."""
+    """Something that only the user can mend; its message is one line that says what to do."""
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Values that configurations and models refuse in here are a mistake of the user.
+    """Within this context, what configurations and models refuse is a mistake of the user.
 
     Raises:
-        UserError: for a ValueError, and for what Transformers' type checks raise, with its last
-            line: there the reason stands.
+        UserError: in place of a ValueError, or of what Transformers' type checks raise, with the
+            last line of its message, where the reason stands.
     """
-    from huggingface_hub.errors import (
-        StrictDataclassError,
-    )  # the command's help does not wait for it
+    # Imported here, so that the command's help does not wait for it.
+    from huggingface_hub.errors import StrictDataclassError
 
     try:
         yield
@@ -30,9 +29,8 @@ def user_errors() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in the first line of what the error says."""
+    """What went wrong, in one line: the first of the error's message, or the system's words."""
     if isinstance(error, OSError) and error.errno is not None:
-        return os.strerror(error.errno) + (
-            " (the disk is full)" if error.errno == errno.ENOSPC else ""
-        )
+        full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
+        return os.strerror(error.errno) + full
     return (str(error) or type(error).__name__).splitlines()[0]

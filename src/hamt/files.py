@@ -1,4 +1,4 @@
-"""Writing files whole or not at all: to a temporary name beside the target, then renamed."""
+"""Files that are written whole or not at all: under a temporary name, which is then changed."""
 
 import errno
 import json
@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 
 from hamt.errors import UserError, reason
 
-WRITING = ".writing-"  # what a folder is called that is being written
+WRITING = ".writing-"  # begins the name of a folder that is being written
 
 
 def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary folder, then move each of its files into ``folder``.
 
-    A crash while ``write`` runs leaves ``folder`` as it was. Files get the mode of any new file
-    here; safetensors makes its own readable by their owner alone.
+    A crash while ``write`` runs leaves ``folder`` as it was. Files get the mode that any new file
+    has here, as safetensors makes its own readable by their owner alone.
     """
     folder = Path(folder)
     try:
@@ -33,7 +33,7 @@ def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]) 
             for file in files:
                 shutil.copymode(probe, file)
                 os.replace(file, folder / file.name)
-    except OSError as error:  # names the temporary file, or none
+    except OSError as error:  # it names the temporary file, or none
         error.filename, error.filename2 = str(folder), None
         raise
 
@@ -59,10 +59,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def new_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary folder, and rename it to ``folder`` when all of it is on the disk.
+    """Let ``write`` fill a temporary folder; rename it to ``folder`` once the disk has all of it.
 
-    At no moment is there half a one under this name. One that is already there stays, also if
-    another process has made it in the meantime.
+    Under this name there is never half a folder. One that is there already stays, also if another
+    process has made it in the meantime.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def new_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]) ->
 
 
 def _write(write: Callable[[Path], None], target: Path) -> None:
-    """Let ``write`` fill ``target``; libraries tell a full disk in ways of their own."""
+    """Let ``write`` fill ``target``, and turn what libraries raise on a full disk to an OSError."""
     try:
         write(target)
     except (SafetensorError, RuntimeError) as error:
@@ -90,27 +90,30 @@ def _write(write: Callable[[Path], None], target: Path) -> None:
 
 
 def user_cache() -> Path:
-    """The user's folder for what can be made again: ``$XDG_CACHE_HOME/hamt``, or ``~/.cache/hamt``.
+    """The folder for what can be made again: ``$XDG_CACHE_HOME/hamt``, or ``~/.cache/hamt``.
 
     Raises:
-        RuntimeError: if there is no home.
+        RuntimeError: if the user has no home.
     """
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (named if named.is_absolute() else Path.home() / ".cache") / "hamt"
 
 
 def existing(folder: str | os.PathLike[str]) -> Path:
-    """The folder, or the nearest one above it that there is."""
-    there = Path(folder).absolute()
-    while not there.exists():
-        there = there.parent
-    return there
+    """The folder, or the nearest one above it that exists."""
+    nearest = Path(folder).absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    return nearest
 
 
 def check_writable(folder: str, make: bool, mend: str = "choose another --output_dir") -> None:
-    """Write to ``folder`` now, before compute is spent, or only to the folder it would be made in.
+    """Try to write to a folder now, before compute is spent.
 
-    ``mend``: what the user is told to do.
+    Args:
+        folder: where results will go.
+        make: make it now; if not, only the nearest folder above it that exists is tried.
+        mend: what the user is told to do if nothing can be written there.
 
     Raises:
         UserError: if nothing can be written there.
@@ -122,11 +125,11 @@ def check_writable(folder: str, make: bool, mend: str = "choose another --output
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold it: else a rename may survive a power failure that the content does not."""
+    """Make the disk hold it: a rename could survive a power failure that its content does not."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError:  # not every file system can, of folders
+    except OSError:  # not every file system can do this for folders
         if not path.is_dir():
             raise
     finally:

@@ -220,6 +220,7 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
         past_key_values: HAMTCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_logits: bool = True,
@@ -228,10 +229,14 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
         """Predict the next token; the arguments of ``HAMTBackbone.forward`` and
 
         Args:
-            labels: (B, N) targets, shifted inside, -100 where no loss is wanted.
+            labels: (B, N) tokens of which each is the target of the position before it; -100 where no
+                loss is wanted.
+            num_items_in_batch: what the summed loss is divided by; None is the number of targets.
             logits_to_keep: how many of the last positions get logits, or which; 0 is all.
             return_logits: False computes the loss a few tokens at a time, and no logits: of a large
                 vocabulary they would take more memory than all the rest.
+            kwargs: ``shift_labels`` (B, N), the targets of the positions themselves, beside
+                ``labels`` or instead of them.
 
         Returns:
             ``loss`` in nats per token (with labels; the weighted ``aux_loss`` is part of it),
@@ -252,21 +257,27 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
             logits = project(self.lm_head, hidden_states[:, kept])
-        if labels is not None:
-            shifted, total = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
+        # Trainer takes every argument whose name has "label" in it for one that it must give.
+        targets = kwargs.pop("shift_labels", None)
+        if targets is None and labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        if targets is not None:
             if logits is None:
-                targets = (
-                    F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shifted is None else shifted
-                )
-                loss = next_token_loss(hidden_states, self.lm_head.weight, targets, total)
+                weight = self.lm_head.weight
+                loss = next_token_loss(hidden_states, weight, targets, num_items_in_batch)
             else:
                 loss = self.loss_function(
-                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                    logits,
+                    labels,
+                    self.config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    shift_labels=targets,
+                    **kwargs,
                 )
             if outputs.aux_loss is not None:
                 # Of several batches that make up one step, each brings its share.
-                asked = labels if shifted is None else shifted
-                share = 1.0 if total is None else asked.ne(IGNORE_INDEX).sum() / total
+                asked = targets.ne(IGNORE_INDEX).sum()
+                share = 1.0 if num_items_in_batch is None else asked / num_items_in_batch
                 loss = loss + self.config.aux_loss_weight * share * outputs.aux_loss
         return HAMTCausalLMOutput(
             loss=loss,

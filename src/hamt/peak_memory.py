@@ -13,6 +13,17 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+try:
+    from hamt.cpu.allocator import keep_freed_memory, return_freed_memory
+except ModuleNotFoundError:  # hamt/cpu was deleted
+
+    def keep_freed_memory() -> bool:
+        """Nothing can be kept."""
+        return False
+
+    def return_freed_memory() -> None:
+        """Nothing was kept."""
+
 
 def process_peak_memory() -> int | None:
     """The most bytes that this process has held so far, on the GPU if there is one.

@@ -280,7 +280,7 @@ def _with_slope(name: str, points: Series) -> str:
 
 
 def fitted_slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """The exponent of y = c · x^slope by least squares of the logarithms; NaN for a single point."""
+    """The exponent of y = c · x^slope, by least squares of logarithms; NaN for a single point."""
     if len(x) < 2:
         return float("nan")
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])

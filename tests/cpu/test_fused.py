@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hamt.cpu import fused
 from hamt.cpu.fused import fused_scan
-from hamt.memory.algebra import get_algebra
+from hamt.memory import Gates, Tokens, get_algebra
 
 CASES = [Case("phasor", "delta", rotates=True), Case("elementwise", "gated", rotates=True)]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
@@ -101,10 +101,8 @@ def test_sines_and_cosines_in_float32_are_right_for_phases_up_to_100_radians():
     one, none = torch.ones(1, length, 1, 1), torch.zeros_like(phases)
     forget = torch.full_like(one, -torch.inf)
     for keys, asked, apply in ((phases, none, algebra.bind), (none, phases, algebra.unbind)):
-        memory = torch.zeros(1, 1, 1, 2 * size)
-        turned, _ = fused_scan(
-            algebra, item, keys, asked, one, one, forget, None, None, memory, None
-        )
+        tokens = Tokens(item, keys, asked, one, Gates(one, forget))
+        turned, _ = fused_scan(algebra, tokens, None, torch.zeros(1, 1, 1, 2 * size))
         exact = apply(item.double(), phases.double())
         assert (turned - exact).abs().max() < 1.2e-7
 
@@ -174,9 +172,9 @@ def test_gradients_that_are_not_contiguous_are_read_right():
     for form in ("fused", "chunked"):
         leaves = {name: x.requires_grad_() for name, x in random_inputs(case, 20).items()}
         output, state = whole(case.memory(), form)(leaves)
-        weight = torch.arange(state.memory.numel()).view_as(state.memory.transpose(1, 2))
+        weight = torch.arange(state.slots.numel()).view_as(state.slots.transpose(1, 2))
         # The gradients are one number, expanded, and a transposed tensor.
-        loss = output.sum() + (weight * state.memory.transpose(1, 2)).sum()
+        loss = output.sum() + (weight * state.slots.transpose(1, 2)).sum()
         gradients[form] = dict(
             zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)
         )

@@ -18,6 +18,7 @@ from memory_inputs import (
     PHASE_CASES,
     SLOTS,
     Case,
+    as_arguments,
     assert_same,
     every_form,
     natural_bind,
@@ -215,8 +216,8 @@ def test_the_memory_equals_a_literal_loop_in_the_space_of_the_items(case, form):
     memory, inputs = case.memory(decay_rate=decay_rate), random_inputs(case, 40)
     del inputs["initial_memory"]
     phase = inputs.pop("initial_phase", None)
-    initial = memory.initial_state(2, torch.float64)._replace(phase=phase)
-    output, state = memory(**inputs, initial_state=initial, form=form)
+    initial = memory.initial_state(2, torch.float64)._replace(position_key=phase)
+    output, state = memory(**as_arguments(inputs), initial_state=initial, form=form)
 
     matrix, outputs = torch.zeros(2, HEADS, SLOTS, HEAD_DIM, dtype=torch.float64), []
     for t in range(40):

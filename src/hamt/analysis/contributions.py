@@ -1,4 +1,4 @@
-"""From where a read-out comes: the exact share of every earlier position, keys and gates held fixed.
+"""Where a read-out comes from: the exact share of every earlier position, keys and gates fixed.
 
 With the keys and gates that were recorded, the memory is linear in the items and in the state
 before them, under every write rule:
@@ -31,29 +31,36 @@ from hamt.model import HAMTForCausalLM
 
 
 class Coefficients(NamedTuple):
-    """``tokens`` c (B, Q, H, N), zero after the query; ``initial`` b (B, Q, H, S)."""
+    """What weighs how much in the read-outs at Q queries.
+
+    Attributes:
+        tokens: c, of each bound item, (B, Q, H, N); zero after the query.
+        initial: b, of each slot of the state before the first token, (B, Q, H, S).
+    """
 
     tokens: Tensor
     initial: Tensor
 
 
 class Contributions(NamedTuple):
-    """Inner products with a direction, of the part of each position: ``tokens`` (B, Q, H, N);
+    """Inner products of the parts of read-outs with a direction.
 
-    ``initial`` (B, Q, H), of the part of the state before the first token.
+    Attributes:
+        tokens: of the part that each position gave, (B, Q, H, N).
+        initial: of the part that the state before the first token gave, (B, Q, H).
     """
 
     tokens: Tensor
     initial: Tensor
 
     def sum(self) -> Tensor:
-        """Of the whole read-out, (B, Q, H)."""
+        """The inner product of the whole read-out, (B, Q, H)."""
         return self.tokens.sum(dim=-1) + self.initial
 
 
 @torch.no_grad()
 def coefficients(trace: Trace, queries: Sequence[int]) -> Coefficients:
-    """What each bound item weighs in the read-outs at ``queries``.
+    """What each bound item weighs in the read-outs at ``queries``, Q positions of the trace.
 
     Raises:
         ValueError: if a query is not a position of the trace.
@@ -83,7 +90,7 @@ def coefficients(trace: Trace, queries: Sequence[int]) -> Coefficients:
 def contributions(
     trace: Trace, queries: Sequence[int], directions: Tensor | None = None
 ) -> Contributions:
-    """Signed contributions of all positions to the read-outs at ``queries``, measured along ``directions``.
+    """Signed contributions of all positions to the read-outs at ``queries``, along directions.
 
     Args:
         trace: of one layer.
@@ -93,6 +100,9 @@ def contributions(
 
     Returns:
         Contributions that sum to ⟨y_t, direction⟩ for every query and head.
+
+    Raises:
+        ValueError: if a query is not a position of the trace.
     """
     at = _positions(queries, trace.items.shape[1])
     algebra, wide = trace.memory.algebra, trace.items.dtype
@@ -118,22 +128,22 @@ def logit_directions(
     queries: Sequence[int],
     targets: Tensor,
 ) -> Tensor:
-    """The directions in which read-outs raise the logits of ``targets``, on the way past all later layers.
+    """The directions in which a layer's read-outs raise the logits of ``targets``.
 
-    The norms and the output gate are held at what they were, so that ⟨y_t, direction⟩ summed over
-    heads is exactly what the layer adds to the residual stream, as the last norm and the head turn
-    it into a logit (direct logit attribution, Elhage et al. 2021, A Mathematical Framework for
-    Transformer Circuits). What later layers make of it is not part.
+    The norms and the output gate are held at what they were. ⟨y_t, direction⟩ summed over heads is
+    then exactly what the layer adds to the logit by way of the residual stream, past all later
+    layers, through the last norm and the head (direct logit attribution, Elhage et al. 2021, A
+    Mathematical Framework for Transformer Circuits). What later layers make of it is not counted.
 
     Args:
-        model: that was recorded.
-        recording: with this layer.
+        model: the one that was recorded.
+        recording: that has this layer.
         layer: index.
         queries: Q positions that predict.
         targets: (B, Q) tokens.
 
     Returns:
-        (B, Q, H, F).
+        The directions, (B, Q, H, F).
     """
     trace, mixer = recording.traces[layer], model.model.layers[layer].mixer
     at = _positions(queries, trace.items.shape[1])
@@ -151,7 +161,17 @@ def logit_directions(
 def logit_contributions(
     model: HAMTForCausalLM, recording: Recording, queries: Sequence[int], targets: Tensor
 ) -> Tensor:
-    """What each position adds to the logits of ``targets`` (B, Q), over all layers and heads: (B, Q, N)."""
+    """What each position adds to the logits of ``targets``, over all recorded layers and heads.
+
+    Args:
+        model: the one that was recorded.
+        recording: of its layers.
+        queries: Q positions that predict.
+        targets: (B, Q) tokens.
+
+    Returns:
+        Parts of the logits, (B, Q, N); see ``logit_directions``.
+    """
     added = []
     for layer, trace in recording.traces.items():
         directions = logit_directions(model, recording, layer, queries, targets)

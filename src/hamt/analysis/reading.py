@@ -1,9 +1,9 @@
-"""Asking a memory what it holds: unbind its state with the key of an earlier token, and look what comes out.
+"""What a memory holds: unbind its state with the key of an earlier token and see what comes out.
 
-Every answer stands beside the level that chance would give: n directions in F dimensions that have
-nothing to do with what is sought have cosines of standard deviation 1/√F with it, and the largest
-of them is known (``largest_by_chance``); keys whose entries are permuted show it for the items and
-keys that are there.
+Every answer stands beside the level that chance would give. Directions in F dimensions that have
+nothing to do with what is sought have cosines of standard deviation 1/√F with it, and the expected
+largest of n such cosines is known (``largest_by_chance``). Keys whose entries are permuted show
+the level for the items and keys that are there.
 
 With a short convolution an item is a mixture of its token and the few before it: a position is then
 not exactly a token.
@@ -30,10 +30,14 @@ OTHERS = 4  # wrong keys for each item of a retrieval by lag
 class Reading(NamedTuple):
     """What comes out under a key.
 
-    ``positions`` and ``cosines`` of the nearest stored items, best first; ``stored`` the cosine
-    with the item that was bound to this key, and ``rank`` how many items are nearer (0: it is
-    found); ``theory`` and ``permuted``, the largest cosine that chance gives: with random
-    directions, and under the same key with its entries in another order (mean over 100 orders).
+    Attributes:
+        positions: of the nearest stored items, best first.
+        cosines: of these items.
+        stored: cosine with the item that was bound to this key.
+        rank: how many items are nearer than that one; 0 means that it is found.
+        theory: the expected largest cosine with as many random directions as there are items.
+        permuted: the largest cosine under the same key with its entries in another order, mean
+            over 100 orders.
     """
 
     positions: list[int]
@@ -54,7 +58,7 @@ def read_memory(
     row: int = 0,
     count: int = 8,
 ) -> Reading:
-    """Unbind the memory with the binding key of an earlier token, and find the nearest stored items.
+    """Unbind the memory with the binding key of an earlier token; find the nearest stored items.
 
     Args:
         trace: of one layer.
@@ -62,8 +66,8 @@ def read_memory(
         token: position whose key is used, at most ``after``.
         head: index.
         slot: index; None mixes the slots as the read-out at ``after`` does.
-        row: of the batch.
-        count: items to name.
+        row: index in the batch.
+        count: how many items to name.
 
     Raises:
         ValueError: if an index is out of range.
@@ -83,11 +87,9 @@ def read_memory(
     held = held[slot] if slot is not None else trace.read[row, after, head] @ held
     keys, items = trace.keys[row, : after + 1, head], trace.items[row, : after + 1, head]
     algebra = trace.memory.algebra
-    found = algebra.unbind(
-        held, torch.cat((keys[None, token], permuted_keys(algebra, keys[token])))
-    )
-    found = F.normalize(found, dim=-1)
-    cosines = found @ F.normalize(items, dim=-1).T
+    right_and_permuted = torch.cat((keys[None, token], permuted_keys(algebra, keys[token])))
+    unbound = F.normalize(algebra.unbind(held, right_and_permuted), dim=-1)
+    cosines = unbound @ F.normalize(items, dim=-1).T
     best = cosines[0].topk(min(count, len(items)))
     return Reading(
         best.indices.tolist(),
@@ -107,10 +109,14 @@ def permuted_keys(algebra: Algebra, key: Tensor) -> Tensor:
 
 
 def largest_by_chance(count: int, features: int) -> float:
-    """Expected largest cosine of ``count`` random directions in ``features`` dimensions with another one.
+    """Expected largest cosine of n random directions in F dimensions with another direction.
 
-    The angle θ between two directions has a density proportional to sin^(F-2) θ, and the largest of
-    n cosines the mean 1 - ∫ P(cos θ < x)^n dx, which is integrated numerically.
+    The angle θ between two directions has a density proportional to sin^(F-2) θ. The largest of n
+    cosines has the mean 1 - ∫ P(cos θ < x)^n dx, which is integrated numerically.
+
+    Args:
+        count: n.
+        features: F.
     """
     if features == 1:  # cosines are 1 and -1
         return 1 - 2.0 ** (1 - count)
@@ -121,9 +127,12 @@ def largest_by_chance(count: int, features: int) -> float:
 
 
 class Retrieval(NamedTuple):
-    """Cosines of what a memory gives back with what it was given, by lag (L,), averaged over times and heads.
+    """How like what a memory gives back is to what it was given, some tokens later.
 
-    ``right`` under the key of the token, ``wrong`` under keys of other tokens.
+    Attributes:
+        lags: L numbers of tokens since an item was written.
+        right: cosines under the key of the token, (L,), averaged over times and heads.
+        wrong: cosines under the keys of other tokens, (L,).
     """
 
     lags: list[int]
@@ -135,15 +144,16 @@ class Retrieval(NamedTuple):
 def retrieval_by_lag(
     trace: Trace, times: Sequence[int], states: Tensor, lags: Sequence[int]
 ) -> Retrieval:
-    """How well an item can be read back some tokens after it was written; lag 0 is the fidelity of a write.
+    """How well an item can be read back some tokens after it was written.
 
+    Lag 0 is the fidelity of a write.
     Each item is read from the slots in the proportions in which it was written, ŵ_j = w_j / |w_j|,
     as in ``hamt.losses.reconstruction_loss``.
 
     Args:
         trace: of one layer.
-        times: T positions after which it is read.
-        states: the memory at each, (B, T, H, S, F).
+        times: T positions after which items are read.
+        states: the memory after each of them, (B, T, H, S, F).
         lags: in tokens; those that reach beyond the first token at every time are left out.
     """
     algebra, device = trace.memory.algebra, trace.items.device
@@ -163,10 +173,9 @@ def retrieval_by_lag(
     )
     means = []
     for positions in (tokens[..., None], others):
-        found = algebra.unbind(held, trace.keys[:, positions])
-        cosine = F.cosine_similarity(found, trace.items[:, tokens, None], dim=-1).mean(
-            dim=(0, 3, 4)
-        )
+        unbound = algebra.unbind(held, trace.keys[:, positions])
+        cosine = F.cosine_similarity(unbound, trace.items[:, tokens, None], dim=-1)
+        cosine = cosine.mean(dim=(0, 3, 4))
         means.append((cosine * there).sum(dim=0) / there.sum(dim=0))
     measured = there.any(dim=0)
     right, wrong = (mean[measured] for mean in means)

@@ -23,14 +23,25 @@ SEGMENT = 1024  # tokens of a long text that are read at a time
 
 
 class Trace(NamedTuple):
-    """One run of one memory over N tokens of one document: equations (1) to (4) of ``hamt.memory.holographic``.
+    """One run of one memory over N tokens of one document.
 
-    ``memory`` itself; ``items`` v (B, N, H, F), lifted; ``keys`` k ⊛ p and ``unbinding_keys`` u ⊛ p
-    (B, N, H, K), positions in them; gates ``write`` w, ``read`` r and ``log_forget`` log α (B, N,
-    H, S) as the recurrence uses them; ``beta`` (B, N, H) under the delta rule; ``before`` and
-    ``after``, the state; ``output`` y (B, N, H, F); ``turn`` (H, K) the mean over the tokens of the
-    rotation's size, in radians or the share of signs that flip, or None; ``gate`` (B, N, D) the
-    output gate SiLU(W_g x), or None.
+    Symbols are those of equations (1) to (4) in ``hamt.memory.holographic``.
+
+    Attributes:
+        memory: the one that ran.
+        items: v, lifted, (B, N, H, F).
+        keys: k ⊛ p, the binding keys with their positions, (B, N, H, K).
+        unbinding_keys: u ⊛ p, (B, N, H, K).
+        write: gates w as the recurrence uses them, (B, N, H, S).
+        read: gates r, (B, N, H, S).
+        log_forget: log α, (B, N, H, S).
+        beta: the write strength of the delta rule, (B, N, H), or None.
+        before: the state before the first token.
+        after: the state after the last token.
+        output: y, (B, N, H, F).
+        turn: mean size of the rotation over the tokens, (H, K), in radians or as the share of signs
+            that flip, or None.
+        gate: the output gate SiLU(W_g x), (B, N, D), or None.
     """
 
     memory: HolographicMemory
@@ -51,7 +62,7 @@ class Trace(NamedTuple):
         return self.gates.write
 
     def states(self, ends: Iterable[int]) -> Iterator[Tensor]:
-        """The slots (B, H, S, F) after the first n tokens, for every n of ``ends`` in rising order."""
+        """The slots (B, H, S, F) after the first n tokens, for each n of ``ends``, which rise."""
         state, begin = MemoryState(self.before.slots), 0  # positions are in the keys
         for end in ends:
             if end > begin:
@@ -70,7 +81,7 @@ class Trace(NamedTuple):
 
 @dataclass
 class Recording:
-    """Traces by layer, and the hidden states (B, N, d) that enter the last norm."""
+    """What was recorded of a text: traces by layer, and what enters the last norm, (B, N, d)."""
 
     traces: dict[int, Trace]
     final: Tensor
@@ -82,10 +93,15 @@ def observe(
     observer: Callable[[int, Trace], None],
     layers: Sequence[int] | None = None,
 ) -> Iterator[None]:
-    """Tell ``observer`` of every run of the memories of ``layers`` (None: all), in the order of layers.
+    """Within this context, tell of every run of some memories, in the order of layers.
 
-    What is observed is what is computed: results do not change. Only for one document without
-    padding.
+    What is observed is what is computed: results do not change. A run must be over one document
+    without padding.
+
+    Args:
+        model: whose memories are observed.
+        observer: called with the index of a layer and the trace of its run.
+        layers: indices; None is all.
     """
     blocks = model.model.layers
     with ExitStack() as stack:
@@ -129,7 +145,7 @@ def _observed(
 
 @contextmanager
 def rerouted(mixer: HAMTLayer, run: Callable[..., tuple[Tensor, MemoryState]]) -> Iterator[None]:
-    """Let ``run`` be called in the place of a layer's memory, which goes back to its place afterwards."""
+    """Within this context, ``run`` is called in place of a layer's memory."""
     memory = mixer.memory
     mixer.memory = _Rerouted(memory, run)  # type: ignore[assignment]
     try:
@@ -139,7 +155,7 @@ def rerouted(mixer: HAMTLayer, run: Callable[..., tuple[Tensor, MemoryState]]) -
 
 
 class _Rerouted:
-    """A memory whose runs go through ``run``; all else is the memory's."""
+    """A memory that is run by ``run``; all its attributes are those of the memory."""
 
     def __init__(self, memory: HolographicMemory, run: Callable) -> None:
         self._memory, self._run = memory, run
@@ -198,7 +214,17 @@ def read_text(
     cache: HAMTCache | None = None,
     segment: int = SEGMENT,
 ) -> Iterator[Tensor]:
-    """Read a text (B, N) in segments, the state carried, and yield what enters the last norm (B, ·, d)."""
+    """Read a text in segments, the state carried; yield what enters the last norm.
+
+    Args:
+        model: in evaluation mode; not changed.
+        input_ids: (B, N) tokens of texts without padding; of none nothing is read.
+        cache: the state to go on from; it is updated. None starts with an empty memory.
+        segment: tokens that are read at a time.
+
+    Yields:
+        Hidden states of each segment, (B, ``segment`` or fewer, d).
+    """
     cache = HAMTCache(len(model.model.layers)) if cache is None else cache
     entering: list[Tensor] = []
     hook = model.model.norm.register_forward_pre_hook(
@@ -220,13 +246,12 @@ def record(
     cache: HAMTCache | None = None,
     segment: int = SEGMENT,
 ) -> Recording:
-    """Everything that the memories of ``layers`` (None: all) see and say while a text is read.
+    """Record everything that memories are given and give back while a text is read.
 
     Args:
         model: in evaluation mode, as ``from_pretrained`` gives it; not changed.
         input_ids: (B, N) tokens of texts without padding.
-        layers: which; one layer of a text of 16,384 tokens takes some 16,384 · (4 D + 4 H · S) · 4
-            bytes.
+        layers: indices; None is all. A layer takes some 16 N · (D + H · S) bytes.
         cache: the state to go on from; it is updated. None starts with an empty memory.
         segment: tokens that are read at a time; changes nothing but the memory that is needed.
 
@@ -235,16 +260,24 @@ def record(
     """
     if input_ids.ndim != 2 or not input_ids.numel():
         raise ValueError(
-            f"input_ids must be (batch, tokens) with at least one token; got {tuple(input_ids.shape)}"
+            "input_ids must be (batch, tokens) with at least one token; "
+            f"got {tuple(input_ids.shape)}"
         )
-    found: dict[int, list[Trace]] = {}
-    with observe(model, lambda index, trace: found.setdefault(index, []).append(trace), layers):
+    traces: dict[int, list[Trace]] = {}
+    with observe(model, lambda index, trace: traces.setdefault(index, []).append(trace), layers):
         final = torch.cat(list(read_text(model, input_ids, cache, segment)), dim=1)
-    return Recording({index: _joined(parts) for index, parts in found.items()}, final)
+    return Recording({index: _joined(parts) for index, parts in traces.items()}, final)
 
 
 def mean_turn(parts: Sequence[tuple[int, Tensor | None]]) -> Tensor | None:
-    """The mean of rotations (H, K) over texts of so many tokens each; None without rotation."""
+    """The mean of rotations over texts.
+
+    Args:
+        parts: of each text its length in tokens and its mean rotation (H, K), or None.
+
+    Returns:
+        The mean over all tokens, (H, K); None without rotation.
+    """
     turns = [(length, turn) for length, turn in parts if turn is not None]
     if not turns:
         return None
@@ -254,7 +287,7 @@ def mean_turn(parts: Sequence[tuple[int, Tensor | None]]) -> Tensor | None:
 
 
 def _joined(parts: Sequence[Trace]) -> Trace:
-    """One trace of consecutive ones."""
+    """One trace of several that follow each other."""
     if len(parts) == 1:
         return parts[0]
 

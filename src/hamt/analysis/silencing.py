@@ -15,7 +15,7 @@ from hamt.cross_entropy import next_token_loss
 from hamt.memory.holographic import HolographicMemory, MemoryState
 from hamt.model import HAMTForCausalLM
 
-ROWS = 16  # slots that are silenced at a time, each in a row of its own
+ROWS = 16  # slots that are silenced at a time, each in a row of the batch of its own
 
 
 @torch.no_grad()
@@ -30,7 +30,10 @@ def loss_without_slots(
         layers: indices; None is all.
 
     Returns:
-        The loss in nats per token as the model is, and by layer the rise (H, S) for each slot.
+        The loss of the unchanged model in nats per token; by layer, the rise for each slot (H, S).
+
+    Raises:
+        ValueError: if ``input_ids`` is not one text of two tokens or more.
     """
     if input_ids.ndim != 1 or len(input_ids) < 2:
         raise ValueError(
@@ -38,9 +41,8 @@ def loss_without_slots(
         )
     blocks, input_ids = model.model.layers, input_ids.to(model.device)
     asked = memory_layers(model) if layers is None else layers
-    entering = [
-        model.model.embed_tokens(input_ids[None])
-    ]  # what enters each block: those before are not run again
+    # What enters each block, so that those before it are not run again.
+    entering = [model.model.embed_tokens(input_ids[None])]
     for block in blocks:
         entering.append(block(entering[-1])[0])
     (loss,) = _losses(model, entering[-1], input_ids)
@@ -56,20 +58,20 @@ def loss_without_slots(
             heads, slots = memory.num_heads, memory.num_slots
             # Read weights of each slot in its row: all but its own.
             kept = 1 - torch.eye(heads * slots).view(-1, 1, heads, slots)
-            found = []
+            losses = []
             for part in kept.split(ROWS):
                 hidden_states = entering[index].expand(len(part), -1, -1)
                 with rerouted(mixer, _reading(memory, part)):
                     for block in blocks[index:]:
                         hidden_states = block(hidden_states)[0]
-                found.append(_losses(model, hidden_states, input_ids))
+                losses.append(_losses(model, hidden_states, input_ids))
                 bar.update(len(part))
-            rises[index] = (torch.cat(found) - loss).view(heads, slots)
+            rises[index] = (torch.cat(losses) - loss).view(heads, slots)
     return loss.item(), rises
 
 
 def _reading(memory: HolographicMemory, kept: Tensor) -> Callable[..., tuple[Tensor, MemoryState]]:
-    """A run of the memory that reads a share (B, 1, H, S) of each slot."""
+    """A run of the memory that reads only the share ``kept`` (B, 1, H, S) of each slot."""
 
     def run(*tensors: Tensor, **options: Any) -> tuple[Tensor, MemoryState]:
         *others, read = tensors
@@ -79,8 +81,8 @@ def _reading(memory: HolographicMemory, kept: Tensor) -> Callable[..., tuple[Ten
 
 
 def _losses(model: HAMTForCausalLM, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
-    """Mean loss of the text (N,) in each row of what leaves the last block (B, N, d): (B,)."""
+    """Mean losses (B,) of a text (N,), from what leaves the last block, (B, N, d)."""
     hidden_states = model.model.norm(hidden_states)[:, :-1]
     weight, targets = model.lm_head.weight, input_ids[None, 1:]
-    # Row by row, without all logits: of a large vocabulary they would take gigabytes.
+    # Row by row: all logits at once would take gigabytes with a large vocabulary.
     return torch.stack([next_token_loss(row[None], weight, targets) for row in hidden_states])

@@ -1,4 +1,4 @@
-"""Does a model that recalls read from where it should? Contributions, on a task whose answers are known.
+"""Does a model that recalls read from where it should? Checked on a task with known answers.
 
 Shape legend: N tokens, Q queries.
 """
@@ -19,7 +19,14 @@ from hamt.model import HAMTForCausalLM
 
 
 class Answer(NamedTuple):
-    """One query: where it stands, where the value it asks for was given, what was said, from where."""
+    """One query and its answer.
+
+    Attributes:
+        query: position of the query.
+        value: position where the value that it asks for was given.
+        right: whether the answer is this value.
+        source: position that adds most to the logit of the value.
+    """
 
     query: int
     value: int
@@ -30,16 +37,23 @@ class Answer(NamedTuple):
 def recall_sources(
     model: HAMTForCausalLM, task: MQAR, num_examples: int, seed: int, length: int | None = None
 ) -> dict[str, Any]:
-    """From where the right answers of associative recall come.
+    """Where the right answers of associative recall come from.
 
     The source of an answer is the position that adds most to its logit (``logit_contributions``).
-    The short convolution mixes a token into the ``conv_kernel_size`` - 1 positions after it; a
-    source that near to the value that was asked for is a hit.
+    The short convolution mixes a token into the ``conv_kernel_size`` - 1 positions after it, its
+    reach. A source is a hit if it lies within this reach of the value that was asked for.
+
+    Args:
+        model: trained on the task.
+        task: associative recall.
+        num_examples: rows that are drawn.
+        seed: of the draw.
+        length: tokens of a row; None is the task's own.
 
     Returns:
-        ``examples``, ``queries``, ``accuracy``; of the right answers the shares of ``hits``, of
-        ``exact`` ones and, by ``chance``, of hits if positions up to the query were drawn at
-        random; ``reach`` of the convolution; ``distances``, how often a source lies so many
+        Plain data: ``examples``, ``queries`` and ``accuracy``; of the right answers the shares of
+        ``hits`` and of ``exact`` sources; ``chance``, the share of hits if positions up to the
+        query were drawn at random; ``reach``; and ``distances``, how often a source lies so many
         positions behind the value.
 
     Raises:
@@ -76,7 +90,7 @@ def recall_sources(
 def _answers(
     model: HAMTForCausalLM, tokens: Tensor, targets: Tensor, pairs: int
 ) -> Iterator[Answer]:
-    """All queries of one row (N,)."""
+    """All queries of one row: ``tokens`` and ``targets`` (N,), which begins with so many pairs."""
     queries = (targets != IGNORE_INDEX).nonzero()[:, 0]
     wanted = targets[queries]
     recording = record(model, tokens[None])

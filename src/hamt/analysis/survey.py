@@ -1,4 +1,6 @@
-"""Figures of every layer, head and slot over a text of any length, in memory that grows with its gates only.
+"""Figures of every layer, head and slot over a text of any length.
+
+Gates of the whole text are kept, items and keys of only one segment at a time.
 
 Shape legend: B batch, N tokens, T times, H heads, S slots, F features, K key size.
 """
@@ -23,13 +25,17 @@ DEAD = 0.01  # of an even share of what is written or read
 class LayerSurvey:
     """What one layer did with a text.
 
-    ``write``, ``read`` (B, N, H, S), gates of each token, and ``keep``, the share of its content
-    that a slot keeps at it: α, under the delta rule α (1 - β ŵ²), as a write erases what lies in
-    its direction; ``written`` (B, N, H) the norms of items, under the delta rule times β; ``times``
-    (T,) tokens read, at which ``norms`` (B, T, H, S) are the Euclidean norms of the slots, not
-    normalised, and ``rank`` (B, T, H) the effective ranks of the heads; ``retrieval`` by lag,
-    within the last whole segment; ``turn`` (H, K) the mean size of the rotation (see ``Trace``), or
-    None.
+    Attributes:
+        write: gates of each token, (B, N, H, S).
+        read: gates of each token, (B, N, H, S).
+        keep: share of its content that a slot keeps at each token, (B, N, H, S): α, under the delta
+            rule α (1 - β ŵ²), as a write erases what lies in its direction.
+        written: norms of items, under the delta rule times β, (B, N, H).
+        times: T numbers of tokens, after which ``norms`` and ``rank`` were taken.
+        norms: Euclidean norms of the slots, not normalised, (B, T, H, S).
+        rank: effective ranks of the heads, (B, T, H).
+        retrieval: by lag, within the last whole segment.
+        turn: mean size of the rotation (see ``Trace``), (H, K), or None.
     """
 
     write: Tensor
@@ -43,20 +49,21 @@ class LayerSurvey:
     turn: Tensor | None
 
     def half_lives(self) -> Tensor:
-        """Tokens after which half of what a slot held is left, by its mean gates: (H, S)."""
+        """Tokens after which half of what a slot held is left, by its mean gates, (H, S)."""
         return mean_half_lives(self.keep)
 
     def write_share(self) -> Tensor:
-        """The share of a head's writing that goes to each slot, by |w| · |x|: (H, S), rows sum to 1.
+        """The share of a head's writing that goes to each slot, (H, S); rows sum to 1.
 
-        Under the delta rule by β |ŵ| · |x|, what is offered, whatever of it a slot already holds.
+        Writing is measured by |w| · |x|, under the delta rule by β |ŵ| · |x|: what is offered,
+        whatever of it a slot already holds.
         """
         return _shares((self.write.abs() * self.written[..., None]).sum(dim=(0, 1)))
 
     def read_share(self) -> Tensor:
-        """The share of a head's reading that comes from each slot, by |r| · |M|: (H, S), rows sum to 1.
+        """The share of a head's reading that comes from each slot, (H, S); rows sum to 1.
 
-        Over all tokens; between ``times`` norms are interpolated.
+        Reading is measured by |r| · |M| over all tokens; norms are interpolated between ``times``.
         """
         at = torch.arange(1, self.read.shape[1] + 1)
         times = torch.tensor(self.times)
@@ -68,7 +75,7 @@ class LayerSurvey:
         return _shares((self.read.abs() * norms).sum(dim=(0, 1)))
 
     def dead(self) -> list[tuple[int, int]]:
-        """(head, slot) that get, or give, less than a hundredth of an even share."""
+        """Pairs (head, slot) of slots that get, or give, less than a hundredth of an even share."""
         least = DEAD / self.write.shape[-1]
         idle = (self.write_share() < least) | (self.read_share() < least)
         return [(int(h), int(s)) for h, s in idle.nonzero()]
@@ -81,14 +88,17 @@ def mean_half_lives(keep: Tensor) -> Tensor:
 
 
 def effective_slots(share: Tensor) -> Tensor:
-    """Slots that are as good as in use, exp of the entropy of the shares: (..., S) -> (...), from 1 to S."""
+    """Slots that are as good as in use, from 1 to S: exp of the entropy of their shares.
+
+    Shapes: (..., S) -> (...).
+    """
     return torch.special.entr(share).sum(dim=-1).exp()
 
 
 def effective_rank(memory: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007): (..., S, F) -> (...).
+    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007).
 
-    An empty memory has rank 0.
+    An empty memory has rank 0. Shapes: (..., S, F) -> (...).
     """
     # The eigenvalues of S × S are the squares of the singular values, at a fraction of the cost.
     wide = memory.double()
@@ -98,13 +108,13 @@ def effective_rank(memory: Tensor) -> Tensor:
 
 
 def _shares(mass: Tensor) -> Tensor:
-    """Each entry of the last dimension, of their sum; zeros stay zeros."""
+    """Each entry as a share of the sum over the last dimension; zeros stay zeros."""
     return mass / mass.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
 
 
 @dataclass
 class _Gathered:
-    """Parts of the survey of one layer, segment by segment."""
+    """What was found in one layer, segment by segment."""
 
     traces: list[tuple[Tensor, ...]] = field(default_factory=list)
     times: list[int] = field(default_factory=list)
@@ -123,15 +133,14 @@ def survey(
     times: int = TIMES,
     segment: int = SEGMENT,
 ) -> dict[int, LayerSurvey]:
-    """Read a text (B, N) and measure every layer of ``layers`` (None: all).
+    """Read a text and measure its way through the memories; returns surveys by layer.
 
     Args:
         model: in evaluation mode; not changed.
         input_ids: (B, N) tokens of texts without padding.
-        layers: indices.
+        layers: indices; None is all.
         times: how many states of each segment are looked at.
-        segment: tokens read at a time; items and keys of one segment of one layer are in memory at
-            once.
+        segment: tokens that are read at a time.
     """
     gathered: dict[int, _Gathered] = {}
 

@@ -7,9 +7,9 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
-from hamt.cpu.linear import linear
 from hamt.model import HAMTForCausalLM
 from hamt.peak_memory import process_peak_memory
+from hamt.products import linear
 from hamt.training.plan import Plan
 from hamt.utils import model_flops
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -109,6 +110,18 @@ def test_a_text_of_a_megabyte_is_cut_before_it_is_tokenised(explorer):
     tokenizer.decode = explorer.tokenizer.decode
     assert visitor.read("·" * 10**6 + "End").left_out
     assert lengths == [MAX_CHARACTERS]
+
+
+def test_few_texts_are_kept_and_others_asked_for_again(explorer):
+    pytest.importorskip("gradio")
+    from hamt.analysis.explorer.app import SESSIONS, _Page, launch
+
+    seen = {}
+    server = types.SimpleNamespace(launch=lambda **options: seen.update(options))
+    launch(types.SimpleNamespace(queue=lambda **options: server), "127.0.0.1", None)
+    assert seen["state_session_capacity"] == SESSIONS
+    event = types.SimpleNamespace(index=0)
+    assert "press Read once more" in _Page(explorer).retrieve(None, 0, event)
 
 
 def test_a_prompt_of_512_tokens_is_answered_in_two_seconds(explorer):

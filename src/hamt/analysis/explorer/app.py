@@ -1,4 +1,4 @@
-"""The page: Gradio components around ``Explorer``."""
+"""The page of ``hamt explore``: Gradio components around ``Explorer``."""
 
 import html
 from collections.abc import Iterator
@@ -16,7 +16,8 @@ from hamt.errors import UserError
 EXAMPLES = (
     "The state of the Union is strong. The Congress of the United States has the power to act, "
     "and the people of the United States expect it to act.",
-    "Peace with all nations is our policy. War is the last resort of a nation; peace is its first duty.",
+    "Peace with all nations is our policy. War is the last resort of a nation; peace is its first "
+    "duty.",
 )
 WIDTH = 340  # pixels that a column needs; in a narrow window one goes below the other
 KEPT = 3600.0  # seconds that a text is kept for a page that asks nothing more
@@ -27,10 +28,11 @@ NOTHING = (
     "<p class='note'>Click a token of the text to see what it read from the memory, and from "
     "where.</p>"
 )
+GONE = "<p class='note'>This text is not kept any more: press Read once more.</p>"
 
 
 def build_app(explorer: Explorer, name: str) -> gr.Blocks:
-    """All of the page; nothing of it comes from elsewhere."""
+    """The whole page, of which nothing comes from elsewhere; ``name`` is that of the model."""
     layers = list(range(len(explorer.model.model.layers)))
     page = _Page(explorer)
     with gr.Blocks(title="HAMT: inside the memory", analytics_enabled=False) as app:
@@ -93,7 +95,7 @@ def _writing_tab(page: "_Page", layers: list[int]) -> None:
 
 
 class _Page:
-    """What happens on the page; of everything a visitor may give there is an answer."""
+    """What happens on the page; whatever a visitor gives is answered."""
 
     def __init__(self, explorer: Explorer) -> None:
         self.explorer = explorer
@@ -120,10 +122,11 @@ class _Page:
         return [_tokens(view, layer), NOTHING, self.slots(view, layer, time)]
 
     def retrieve(self, view: View | None, layer: int, event: gr.SelectData) -> str:
-        # A click may come while another text is being drawn.
-        if view is None or int(event.index) >= len(view.tokens):
-            return NOTHING
+        if view is None:
+            return GONE
         token = int(event.index)
+        if token >= len(view.tokens):  # a click may come while another text is being drawn
+            return NOTHING
         return retrieved_lists(view, self.explorer.retrieve(view, layer, token), layer, token)
 
     def slots(self, view: View | None, layer: int, time: int) -> str:

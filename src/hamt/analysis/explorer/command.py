@@ -15,7 +15,7 @@ from hamt.options import option, parse
 
 @dataclass
 class ExploreOptions:
-    """Look into a model's memories in the browser: read, click a token, scrub through time, let it write."""
+    """Look into a model's memories in the browser: read a text, click a token, let it write."""
 
     checkpoint: str | None = option(
         None, "a checkpoint folder, or a .pt file; none is the model in HAMT"
@@ -29,9 +29,9 @@ class ExploreOptions:
 def main(arguments: Sequence[str]) -> int:
     """Serve the page until Ctrl-C."""
     options = parse(ExploreOptions, arguments, "explore")
-    # Read when Gradio is imported: nothing is told to anybody.
+    # Gradio reads this when it is imported; it then reports nothing to its makers.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    # Gradio looks whether its page is there, which no proxy can tell.
+    # Gradio asks its own page whether it is there, which no proxy can answer.
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(
             filter(None, (os.environ.get(name), "127.0.0.1", "localhost", options.host))
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check_address(host: str, port: int | None) -> None:
-    """Raise a UserError if nothing can be served there."""
+    """Raise a UserError if nothing can be served at this address."""
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""Views as HTML: a grid of slots, lists of sources.
+"""What the page shows, as HTML: a grid of slots, lists of sources and items.
 
 Shape legend: H heads, S slots.
 """

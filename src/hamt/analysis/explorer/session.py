@@ -19,10 +19,10 @@ from hamt.analysis.record import SEGMENT, Trace, record
 from hamt.analysis.survey import mean_half_lives
 from hamt.analysis.tokens import token_texts
 from hamt.cache import HAMTCache
-from hamt.cpu.allocator import return_freed_memory
 from hamt.errors import UserError
 from hamt.generation import GenerateOptions, continue_tokens, encode_prompt, encode_text
 from hamt.model import HAMTForCausalLM
+from hamt.peak_memory import return_freed_memory
 
 MAX_TOKENS = 2048  # of a text; a page with more words would be slow to draw
 MAX_CHARACTERS = 16 * MAX_TOKENS  # of a text or prompt; what stands before them is not tokenised

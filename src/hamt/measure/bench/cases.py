@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from hamt.cpu.allocator import return_freed_memory
 from hamt.measure.bench.options import BenchOptions
 from hamt.measure.timing import interleave, paired_ratio, spread
+from hamt.peak_memory import return_freed_memory
 from hamt.products import linear
 
 # Score matrices that eager attention holds at once: scores, masked scores and their softmax.

@@ -7,7 +7,6 @@ import torch
 from rich.console import Console
 
 from hamt.baselines.catalogue import ARCHITECTURES, flops_per_token
-from hamt.cpu.allocator import keep_freed_memory
 from hamt.environment import environment
 from hamt.errors import UserError, user_errors
 from hamt.files import check_writable, write_json
@@ -19,6 +18,7 @@ from hamt.measure.bench.options import BenchOptions
 from hamt.measure.bench.report import bench_figures, bench_page
 from hamt.measure.report import write_report
 from hamt.options import parse
+from hamt.peak_memory import keep_freed_memory
 
 MEASURES = {
     "model": measure_models,
