@@ -11,8 +11,9 @@ import torch
 import yaml
 from command_inputs import fails
 
+from hamt.checkpoint import PRETRAINED
 from hamt.cli import main
-from hamt.data.tokenizer import train_tokenizer
+from hamt.data.tokenizer import load_tokenizer, train_tokenizer
 from hamt.environment import environment
 from hamt.files import write_json
 from hamt.measure.ablate.command import AblateOptions, plan
@@ -257,6 +258,14 @@ def test_a_run_that_diverges_has_no_figure_and_costs_no_other(recipe, tmp_path):
         entry = result(content, seed, measured)
         (tmp_path / f"text-base-{seed}.json").write_text(json.dumps(entry), encoding="utf-8")
     assert "| base | 2.000 | 1 (1 diverged) | 1,234 | 224 |" in tabulated(content, tmp_path)[1]
+
+
+def test_a_text_alone_is_read_with_the_tokenizer_of_the_model_in_hamt(recipe, tmp_path):
+    spec = {**resolve(load_recipe(recipe), "prose", "base"), "task": {"text": "a.txt"}}
+    found = AblationRun("prose", "base", 0, "text", spec, tmp_path).perform()
+    assert found["figure"] > 0
+    embedding = found["num_parameters"] - found["non_embedding_parameters"]
+    assert embedding == 32 * len(load_tokenizer(str(PRETRAINED)))
 
 
 @pytest.mark.parametrize("task", ["text", "recall", "prose"])
