@@ -1,4 +1,4 @@
-"""The documented demo: a small model, trained on real text, that writes. See ``hamt demo --help``."""
+"""The documented demo: a small model is trained on real text, and writes (``hamt demo --help``)."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The documented full training: ``configs/default_config.yaml``, changed by flags (``hamt train --help``)."""
+"""The documented full training: ``default_config.yaml`` and flags (see ``hamt train --help``)."""
 
 import sys
 from pathlib import Path

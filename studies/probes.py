@@ -92,13 +92,14 @@ def main() -> None:
     found["explorer"] = {"tokens": read, **answered._asdict()}
     table = markdown(["parameters", "forward (ms)", "with the survey (ms)", "ratio"], rows, text=())
     written = (
-        f"# What looking costs\n\n{describe_environment(header)} {LENGTH:,} tokens, one text; medians of "
-        f"{options.rounds} interleaved rounds, in brackets quartiles. The forward pass is part of the survey."
-        f"\n\n{table}\n\n"
-        f"The explorer reads {read} tokens and answers a click on the last in {_milliseconds(answered)} ms "
-        f"(the model in HAMT).\n\nShares of reading, norms interpolated between 16 states, over those from "
-        f"the states after all {LENGTH:,} tokens of an address: {low:.2f} to {high:.2f} (least and most "
-        "of all slots).\n"
+        f"# What looking costs\n\n{describe_environment(header)} {LENGTH:,} tokens, one text; "
+        f"medians of {options.rounds} interleaved rounds, in brackets quartiles. The forward pass "
+        f"is part of the survey.\n\n{table}\n\n"
+        f"The explorer reads {read} tokens and answers a click on the last in "
+        f"{_milliseconds(answered)} ms (the model in HAMT).\n\n"
+        "Shares of reading, norms interpolated between 16 states, over those from the states after "
+        f"all {LENGTH:,} tokens of an address: {low:.2f} to {high:.2f} (least and most of all "
+        "slots).\n"
     )
     write_report(options.output_dir, "probes", {"environment": header, **found}, written, {})
     print(written)

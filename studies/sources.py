@@ -55,7 +55,7 @@ def picture(model: HAMTForCausalLM, seed: int) -> Figure:
 
 
 def draw(added: np.ndarray, queries: list[int], values: list[int]) -> Figure:
-    """What each position adds to the logits of right answers, (Q, N); rings where they were given."""
+    """What each position adds to the logits of right answers (Q, N); rings where they stand."""
     figure, (axes,) = panels(1, size=(9.0, 1.2 + 0.25 * len(added)))
     axes.grid(visible=False)
     extreme = float(np.abs(added).max()) or 1.0

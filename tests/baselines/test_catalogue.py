@@ -7,8 +7,8 @@ from hamt.baselines.catalogue import (
     ARCHITECTURES,
     MIXERS,
     RIVALS,
+    full_name,
     state_floats,
-    title,
     with_parameters,
     with_state,
 )
@@ -100,7 +100,7 @@ def test_operations_are_those_of_the_formula():
 
 
 def test_a_table_can_say_which_transformer_is_meant():
-    parts = "RoPE transformer of HAMT's parts"
-    assert title("transformer") == f"{parts}, without HAMT's short convolution"
-    assert title("transformer", short_convolution=True) == f"{parts}, with HAMT's short convolution"
-    assert title("llama") == "Llama (Transformers' class): RoPE, RMSNorm, SwiGLU"
+    parts, with_it = "RoPE transformer of HAMT's parts", {"short_convolution": True}
+    assert full_name("transformer") == f"{parts}, without HAMT's short convolution"
+    assert full_name("transformer", with_it) == f"{parts}, with HAMT's short convolution"
+    assert full_name("llama") == "Llama (Transformers' class): RoPE, RMSNorm, SwiGLU"

@@ -65,7 +65,7 @@ class Architecture:
 
 
 class NoKeys(nn.Module):
-    """Takes the place of a projection to keys: all phases are zero, so that binding does nothing."""
+    """Takes the place of a projection to keys: all phases are zero, and binding does nothing."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -300,12 +300,12 @@ def state_floats(model: PreTrainedModel) -> int | None:
 
 
 def carries_state(model: PreTrainedModel) -> bool:
-    """Whether HAMT's cache can carry the state of a model, of fixed size, over a text of any length."""
+    """Whether a model is of HAMT's class, and has a state of fixed size to carry over any text."""
     return isinstance(model, HAMTForCausalLM) and state_floats(model) is not None
 
 
 def flops_per_token(kind: str, model: PreTrainedModel, length: int) -> float:
-    """Operations per token of a forward pass over ``length`` tokens; NaN where they are not known."""
+    """Operations per token of a forward pass over ``length`` tokens; NaN if they are not known."""
     flops = ARCHITECTURES[kind].flops
     return math.nan if flops is None else flops(model, length)
 
@@ -313,14 +313,15 @@ def flops_per_token(kind: str, model: PreTrainedModel, length: int) -> float:
 def non_embedding_parameters(model: PreTrainedModel) -> int:
     """Parameters of the blocks and the final norm, without embedding and head."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    # A set, in which tied matrices are one.
+    # A set has tied matrices once.
     outside = {p for end in ends if end is not None for p in end.parameters()}
     return model.num_parameters() - sum(p.numel() for p in outside)
 
 
-def title(kind: str, *, short_convolution: bool = False) -> str:
-    """What an architecture is, for tables; of the transformer also which one it is."""
+def full_name(kind: str, choices: Mapping[str, Any] | None = None) -> str:
+    """What an architecture is, for tables; of the transformer also how these choices build it."""
     text = ARCHITECTURES[kind].title
     if kind == "transformer":
-        text += f", {'with' if short_convolution else 'without'} HAMT's short convolution"
+        which = "with" if (choices or {}).get("short_convolution") else "without"
+        text += f", {which} HAMT's short convolution"
     return text

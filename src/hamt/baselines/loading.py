@@ -1,4 +1,7 @@
-"""Any causal language model by name: HAMT's checkpoints, Transformers' folders and hub names, GGUF files."""
+"""Loading any causal language model by name.
+
+A name is a checkpoint of HAMT, a folder of Transformers, a name on the hub, or a GGUF file.
+"""
 
 import json
 from pathlib import Path
@@ -24,7 +27,7 @@ REFERENCE_CODE = ("mamba", "mamba2", "falcon_mamba", "qwen3_next", "jamba", "bam
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode and float32, its tokenizer, and what it is called in tables."""
+    """A model in evaluation mode and in float32, its tokenizer, and its name in tables."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -59,7 +62,8 @@ def load_any_model(name: str) -> Loaded:
     except Exception as error:  # of many kinds, by format
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"no model {name!r} ({reason}): give a folder, a .pt or .gguf file, or a name on the hub"
+            f"no model {name!r} ({reason}): give a folder, a .pt or .gguf file, or a name on "
+            "the hub"
         ) from error
     use_onednn_linear(model)
     return Loaded(model.eval(), tokenizer, label)

@@ -1,4 +1,7 @@
-"""Rivals trained as a HAMT checkpoint was: the same text, tokenizer, tokens, schedule and size."""
+"""Training a rival as a HAMT checkpoint was trained.
+
+Text, tokenizer, tokens, schedule and number of parameters are the same.
+"""
 
 import json
 import math
@@ -9,12 +12,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from hamt.baselines.catalogue import RIVALS, with_parameters
 from hamt.checkpoint import PRETRAINED
 from hamt.data.loader import Batches
 from hamt.environment import environment
-from hamt.errors import UserError
+from hamt.errors import UserError, user_errors
 from hamt.files import check_writable, user_cache, write_folder, write_json
 from hamt.training.checkpoints import check_space
 from hamt.training.divergence import DivergenceError
@@ -24,25 +28,25 @@ from hamt.training.options import TrainOptions
 from hamt.training.plan import Plan, make_plan
 from hamt.training.tracking import HeldOutLines, ProgressBar
 
-SAMPLE = 16  # blocks of the held-out text that are scored while training
+SAMPLED_BLOCKS = 16  # of the held-out text, that are scored while training
 INFO = "rival.json"
 
 
 class Record(NamedTuple):
-    """What ``training_info.json`` tells of a run; ``paths`` of the files it read, which old ones lack."""
+    """What ``training_info.json`` says of a run."""
 
     options: TrainOptions
     steps: int
     fingerprint: str
     tokens: tuple[int, int]  # to train on, and held out
-    paths: dict[str, str] | None
+    paths: dict[str, str] | None  # of the files that were read; older records have none
 
 
 @dataclass(frozen=True)
 class TrainedRival:
-    """A rival at one learning rate; ``trouble`` is what ended its training, of which nothing is kept then.
+    """A rival trained at one learning rate.
 
-    ``held_out_loss`` is that of all of the held-out text, in nats per token.
+    ``trouble`` says what ended a training before its time; then there is no model.
     """
 
     kind: str
@@ -50,16 +54,16 @@ class TrainedRival:
     learning_rate: float
     steps: int
     tokens: int
-    own_rate: bool  # is it that of the checkpoint?
-    held_out_loss: float | None
+    own_rate: bool  # whether the checkpoint was trained at this learning rate
+    held_out_loss: float | None  # on all of the held-out text, in nats per token
     trouble: str | None
 
 
 def read_run(checkpoint: Path) -> Record:
-    """What is known of the run that a checkpoint came out of.
+    """Read the record of the run that a checkpoint comes from.
 
     Raises:
-        UserError: if its record is not there.
+        UserError: if there is no such record.
     """
     record = checkpoint / "training_info.json"
     try:
@@ -81,41 +85,47 @@ def read_run(checkpoint: Path) -> Record:
 
 
 def rivals_folder(checkpoint: Path) -> Path:
-    """Where rivals are kept: beside the checkpoint; those of the model in HAMT in the user's cache."""
+    """Where rivals are kept: beside the checkpoint, or in the user's cache for HAMT's own model."""
     if checkpoint.resolve() != PRETRAINED.resolve():
         return checkpoint / "rivals"
     try:
         return user_cache() / "rivals" / PRETRAINED.name
     except RuntimeError as error:  # there is no home
-        raise UserError("rivals of the model in HAMT have no place: set XDG_CACHE_HOME") from error
+        raise UserError(
+            "there is no home to keep rivals of HAMT's own model in: set XDG_CACHE_HOME"
+        ) from error
 
 
 def train_rivals(
     kind: str, checkpoint: Path, console: Console, learning_rates: Sequence[float] = ()
 ) -> list[TrainedRival]:
-    """Train a rival at each of these rates, or find it trained; the one with the lowest loss comes first.
+    """Train a rival at each of these learning rates, or find it trained; see ``train_rival``.
 
-    See ``train_rival``. Without rates it is the checkpoint's own.
+    Returns:
+        The rivals, the one with the lowest held-out loss first. Without ``learning_rates`` there is
+        one, at the learning rate of the checkpoint.
     """
     rates = dict.fromkeys(learning_rates or [read_run(checkpoint).options.learning_rate])
     trained = [train_rival(kind, checkpoint, console, rate) for rate in rates]
     return sorted(
-        trained, key=lambda one: math.inf if one.held_out_loss is None else one.held_out_loss
+        trained,
+        key=lambda rival: math.inf if rival.held_out_loss is None else rival.held_out_loss,
     )
 
 
 def train_rival(
     kind: str, checkpoint: Path, console: Console, learning_rate: float
 ) -> TrainedRival:
-    """Train it, or find it trained: a Transformers folder in ``rivals_folder``.
+    """Train a rival of a checkpoint, or find it trained: a folder below ``rivals_folder``.
 
-    It has as many parameters as the checkpoint's model. The options of the run are read from
-    ``training_info.json``, all but the learning rate. Where documents did not see each other in
-    HAMT's batches they do here, since no rival tells them apart.
+    The rival has as many parameters as the model of the checkpoint. All options of the training but
+    the learning rate are those in ``training_info.json``. Documents of a batch see each other, even
+    if they did not in the training of the checkpoint: most rivals cannot tell them apart.
 
     Raises:
-        UserError: if there is no such rival, no record of the run, its text is not there any more,
-            or the folder cannot be written.
+        UserError: if there is no such rival, if it cannot have the width of the model, if there is
+            no record of the run, if its text is not there any more, or if the folder cannot be
+            written.
     """
     if kind not in RIVALS:
         raise UserError(f"no rival {kind}; there are {', '.join(RIVALS)}")
@@ -130,50 +140,52 @@ def train_rival(
         "options": asdict(options),
         "fingerprint": run.fingerprint,
     }
-    found = _found(folder, described)
-    if found is None:
-        beside = folder.is_relative_to(checkpoint)
-        mend = (
-            "copy the checkpoint to a folder of yours"
-            if beside
-            else "set XDG_CACHE_HOME to another"
-        )
+    info = _read_info(folder, described)
+    if info is None:
+        mend = "set XDG_CACHE_HOME to another"
+        if folder.is_relative_to(checkpoint):
+            mend = "copy the checkpoint to a folder of yours"
         check_writable(str(folder), make=True, mend=mend)
         console.print(
             f"training: {kind} at the learning rate {learning_rate:g} ({folder})", markup=False
         )
         plan = _plan(run, options, checkpoint, console)
-        found = _train(kind, plan, run.steps, folder, described, console)
+        info = _train(kind, plan, run.steps, folder, described, console)
     return TrainedRival(
         kind=kind,
         folder=folder,
         learning_rate=learning_rate,
         steps=run.steps,
-        tokens=found["tokens"],
+        tokens=info["tokens"],
         own_rate=learning_rate == run.options.learning_rate,
-        held_out_loss=None if found["trouble"] else found["held_out_loss"]["nats_per_token"],
-        trouble=found["trouble"],
+        held_out_loss=None if info["trouble"] else info["held_out_loss"]["nats_per_token"],
+        trouble=info["trouble"],
     )
 
 
 def _plan(run: Record, options: TrainOptions, checkpoint: Path, console: Console) -> Plan:
-    """The run once more, on the same text."""
+    """Plan the run of the checkpoint once more, on the same text.
+
+    Raises:
+        UserError: if the text is not there any more, or has changed.
+    """
     paths: dict[str, Any] = {
         name: path for name, path in (run.paths or {}).items() if Path(path).exists()
     }
-    with TemporaryDirectory() as scratch:  # the plan asks for a folder of its own
+    with TemporaryDirectory() as scratch:  # a plan asks for a folder of its own
         plan = make_plan(
             replace(options, output_dir=scratch, resume=False, overwrite=True, **paths)
         )
     if plan.corpus.fingerprint == run.fingerprint:
         return plan
-    # Records without paths come from versions that told a text by its path and date.
+    # Records without paths are of versions that knew a text by its path and date.
     if run.paths is not None or (len(plan.corpus.train), len(plan.corpus.held_out)) != run.tokens:
         raise UserError(
             f"{options.data} has changed since {checkpoint} was trained on it: train again first"
         )
     console.print(
-        f"{options.data} is taken for the text of {checkpoint}: it has as many tokens, and no more was noted",
+        f"{options.data} is taken for the text of {checkpoint}: it has as many tokens, and the "
+        "record of the training says no more",
         markup=False,
     )
     return plan
@@ -182,57 +194,35 @@ def _plan(run: Record, options: TrainOptions, checkpoint: Path, console: Console
 def _train(
     kind: str, plan: Plan, steps: int, folder: Path, described: dict[str, Any], console: Console
 ) -> dict[str, Any]:
-    """Train, write the folder, and return what its ``rival.json`` says."""
-    options = plan.options
-    seed_everything(options.seed)
-    model = with_parameters(
-        kind,
-        plan.model.num_parameters(),
-        hidden_dim=plan.model.config.hidden_dim,
-        num_layers=plan.model.config.num_layers,
-        vocab_size=plan.model.config.vocab_size,
-        context=options.max_length,
-    )
+    """Train a rival, write its folder, and return what its ``rival.json`` says."""
+    model, held_out, length = _build(kind, plan), plan.corpus.held_out, plan.options.max_length
     check_space(folder, 4 * model.num_parameters(), mend="free space first")
-    batches = Batches(
-        plan.corpus.train,
-        length=options.max_length,
-        batch_size=options.batch_size
-        * options.tbptt_segments,  # as many tokens: it has no state to carry
-        order="shuffled",
-        documents_flow=True,
-        seed=options.seed,
-    )
-    held_out = plan.corpus.held_out
-    every = max(len(held_out) // options.max_length // SAMPLE, 1)
-    loop = replace(
-        plan.loop, num_steps=steps, carry_state=False, tbptt_segments=1, max_seconds=float("inf")
-    )
+    every = max(len(held_out) // length // SAMPLED_BLOCKS, 1)
     bar = ProgressBar(steps)
     trainer = Trainer(
         model,
-        lambda: held_out_loss(model, held_out, options.max_length, every=every),
-        loop,
+        lambda: held_out_loss(model, held_out, length, every=every),
+        replace(
+            plan.loop, num_steps=steps, carry_state=False, tbptt_segments=1, max_seconds=math.inf
+        ),
         accelerator=plan.accelerator,
         listeners=[HeldOutLines(console), bar],
     )
     trouble = None
     try:
-        result: TrainingResult[Loss] = trainer.train(batches.loader(0, steps))
+        result: TrainingResult[Loss] = trainer.train(_batches(plan).loader(0, steps))
     except DivergenceError as error:
         result, trouble = trainer.result, str(error)
     finally:
         bar.close()
     if result.interrupted:
         raise KeyboardInterrupt
-    found = {
+    info = {
         **described,
         "seconds": result.seconds,
         "tokens": result.tokens,
         "trouble": trouble,
-        "held_out_loss": None
-        if trouble
-        else held_out_loss(model, held_out, options.max_length)._asdict(),
+        "held_out_loss": None if trouble else held_out_loss(model, held_out, length)._asdict(),
         "environment": environment(),
     }
 
@@ -240,14 +230,39 @@ def _train(
         if not trouble:
             model.save_pretrained(target)
             plan.tokenizer.save_pretrained(target)
-        write_json(target / INFO, found)
+        write_json(target / INFO, info)
 
     write_folder(folder, write)
-    return found
+    return info
 
 
-def _found(folder: Path, described: dict[str, Any]) -> dict[str, Any] | None:
-    """What ``rival.json`` says, if it is of this training and tells how well it went."""
+def _build(kind: str, plan: Plan) -> PreTrainedModel:
+    seed_everything(plan.options.seed)
+    with user_errors():
+        return with_parameters(
+            kind,
+            plan.model.num_parameters(),
+            hidden_dim=plan.model.config.hidden_dim,
+            num_layers=plan.model.config.num_layers,
+            vocab_size=plan.model.config.vocab_size,
+            context=plan.options.max_length,
+        )
+
+
+def _batches(plan: Plan) -> Batches:
+    return Batches(
+        plan.corpus.train,
+        length=plan.options.max_length,
+        # As many tokens of a step, read at once: no state is carried.
+        batch_size=plan.options.batch_size * plan.options.tbptt_segments,
+        order="shuffled",
+        documents_flow=True,
+        seed=plan.options.seed,
+    )
+
+
+def _read_info(folder: Path, described: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``rival.json`` says, if it is of the described training and has its result."""
     try:
         info = json.loads((folder / INFO).read_text(encoding="utf-8"))
     except (OSError, ValueError):

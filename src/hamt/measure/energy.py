@@ -1,4 +1,7 @@
-"""Energy of the processor's packages, where it can be read (RAPL, Linux; mostly not in virtual machines)."""
+"""Energy that the processor's packages take.
+
+It can be read where Linux has RAPL counters, which virtual machines seldom have.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +10,9 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 def joules(run: Callable[[], object], folder: Path = POWERCAP) -> float | None:
-    """Joules that all packages took while ``run`` ran, whoever used them.
+    """Joules that all packages take while ``run`` runs, other processes included.
 
-    None where nothing can be read; then ``run`` does not run.
+    None where no counter can be read; then ``run`` is not called.
     """
     try:
         packages = [zone for zone in sorted(folder.iterdir()) if zone.name.count(":") == 1]
@@ -21,7 +24,7 @@ def joules(run: Callable[[], object], folder: Path = POWERCAP) -> float | None:
         ranges = [_microjoules(zone, "max_energy_range_uj") for zone in packages]
     except (OSError, ValueError):
         return None
-    # The counters start anew at their range.
+    # A counter starts from zero again when it reaches its range.
     return sum((b - a) % top for a, b, top in zip(before, after, ranges, strict=True)) / 1e6
 
 

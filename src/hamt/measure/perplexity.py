@@ -1,11 +1,11 @@
-"""Perplexity, with all that a figure depends on: context, stride, what counts as a word, bits of a byte.
+"""Perplexity, with everything that a figure depends on: context, stride, words, bytes.
 
-A text is a stream of tokens behind one that starts it, the end-of-text token; every token of the
-text is predicted exactly once, nothing is padded. Three ways to choose what a token is predicted
-from:
+A text is a stream of tokens after the end-of-text token, which starts it. Every token of the text
+is predicted exactly once, and nothing is padded. What a token is predicted from is chosen in one of
+three ways:
 
-* blocks (``stride`` equal to ``context``): the tokens before it in its block, and the last one of
-  the block before; the last block reaches back to be whole. These are the rolling windows of
+* blocks (``stride`` equal to ``context``): the tokens before it in its block, and the last token of
+  the block before. The last block reaches back to be whole. These are the rolling windows of
   lm-evaluation-harness;
 * a sliding window (``stride`` below ``context``): at least ``context - stride`` tokens before it;
 * carried (``context`` None): all tokens before it, through a state that is carried along, for
@@ -32,12 +32,12 @@ from hamt.errors import UserError
 from hamt.model import HAMTForCausalLM
 
 SEGMENT = 1024  # tokens that HAMT reads at a time, its state carried along
-LOGITS = 2**27  # that are computed at a time, if a batch has more than one row
+MAX_LOGITS = 2**27  # that are computed at a time, if a batch has more than one row
 
 
 @dataclass
 class Score:
-    """Summed loss of a text, and what it is divided by.
+    """The summed loss of a text, and the counts that it is divided by.
 
     ``by_position`` holds, for each position of a window (or of the text, where the state is carried
     along), the summed loss and the number of tokens scored there, (positions, 2).
@@ -65,7 +65,7 @@ class Score:
         return self.nats / self.num_bytes / math.log(2)
 
     def figures(self) -> dict[str, float | None]:
-        """All of them, as they are written to files; None is a perplexity without a number for it."""
+        """What is written to files; a perplexity that is too large for a number is None."""
         by_token, by_word = self.token_perplexity, self.word_perplexity
         return {
             "nats_per_token": self.nats / self.tokens,
@@ -85,12 +85,12 @@ class Score:
 
     def mean_by_position(self, edges: Iterable[int]) -> list[tuple[int, int, float]]:
         """(first, last + 1, mean loss in nats per token) of the positions between ``edges``."""
-        found = []
+        means = []
         for first, last in pairwise(edges):
             nats, tokens = self.by_position[first:last].sum(axis=0)
             if tokens:
-                found.append((first, last, float(nats / tokens)))
-        return found
+                means.append((first, last, float(nats / tokens)))
+        return means
 
     def add(self, losses: np.ndarray, first_position: int) -> None:
         """Count the losses (tokens,) of consecutive positions."""
@@ -104,7 +104,7 @@ class Score:
 
 
 def _exp(nats: float) -> float:
-    """Infinite where there is no such number: a text without spaces is one word."""
+    """exp(nats); infinite beyond what a float holds, as for a text of a single long word."""
     return math.exp(nats) if nats < 700 else math.inf
 
 
@@ -117,13 +117,13 @@ def score_documents(
     stride: int | None = None,
     batch_size: int = 8,
 ) -> Score:
-    """Score documents one by one, each from its start.
+    """Score documents, each from its start.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
         documents: texts; empty ones are left out.
-        context: N, most tokens that a prediction sees; None carries the state along.
+        context: N, tokens that a prediction sees at most; None carries the state along.
         stride: tokens by which the window moves; None is ``context``.
         batch_size: B.
 
@@ -157,7 +157,7 @@ def score_documents(
 def _windows(
     model: PreTrainedModel, stream: Tensor, context: int, stride: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Losses of the tokens that each window is the first to see, and their first position in the window."""
+    """Yield the losses of the tokens that a window is the first to score, and where they begin."""
     # (begin, end, first scored) of the inputs; the target of input i is token i + 1.
     last = len(stream) - 1
     places = [(0, min(context, last), 0)]
@@ -175,7 +175,7 @@ def _windows(
 
 
 def _carried(model: PreTrainedModel, stream: Tensor) -> Iterator[tuple[np.ndarray, int]]:
-    """Losses of all tokens, each predicted from all before it."""
+    """Yield the losses of all tokens, each predicted from all before it, and where they begin."""
     if not isinstance(model, HAMTForCausalLM):
         raise UserError(
             "only a HAMT model can carry its state over a text of any length: give a context"
@@ -187,13 +187,16 @@ def _carried(model: PreTrainedModel, stream: Tensor) -> Iterator[tuple[np.ndarra
 
 
 def _rows(model: PreTrainedModel, context: int) -> int:
-    """Rows whose logits may be held at once."""
+    """How many rows may have their logits in memory at once."""
     length = min(context, SEGMENT) if isinstance(model, HAMTForCausalLM) else context
-    return max(LOGITS // (length * model.config.get_text_config().vocab_size), 1)
+    return max(MAX_LOGITS // (length * model.config.get_text_config().vocab_size), 1)
 
 
 def _losses(model: PreTrainedModel, ids: Tensor) -> np.ndarray:
-    """Loss of every token but the first of each row, (B, N), in float64; HAMT reads a segment at a time."""
+    """Loss of every token but the first of each row, (B, N), in float64.
+
+    HAMT reads a segment at a time, its state carried along.
+    """
     length = ids.shape[1] - 1
     if not isinstance(model, HAMTForCausalLM) or length <= SEGMENT:
         return _forward(model, ids)

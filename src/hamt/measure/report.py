@@ -1,4 +1,4 @@
-"""What every measuring command leaves behind: the figures as JSON, a table as Markdown, plots."""
+"""What measuring commands write: the figures as JSON, a table as Markdown, and plots."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +13,13 @@ from hamt.visualization import save_figure
 def write_report(
     folder: str | Path, name: str, content: Any, text: str, figures: Mapping[str, Figure | None]
 ) -> list[Path]:
-    """Write ``name.json``, ``name.md`` and one PNG for each figure; returns their paths.
+    """Write ``name.json``, ``name.md`` and a PNG file for each figure.
 
-    Where a figure is None, there is none this time: one of an earlier run does not stay beside the
+    Where a figure is None its file is removed, so that no plot of an earlier run stays beside the
     new table.
+
+    Returns:
+        The paths of the files.
     """
     folder = Path(folder)
     paths = [folder / f"{name}.json", folder / f"{name}.md"]

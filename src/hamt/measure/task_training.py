@@ -1,4 +1,4 @@
-"""Training on a task, and how many of its answers a model gets right.
+"""Training a model on a synthetic task, and the share of the task's answers it gets right.
 
 Shape legend: B batch, N tokens.
 """
@@ -17,17 +17,17 @@ from hamt.data.blocks import aligned_batch
 from hamt.data.tasks import Task
 from hamt.training.loop import Listener, LoopOptions, Trainer, seed_everything
 
-# Added to the seed of the training examples; torch's generators on the CPU look at the lower 32
+# Added to the seed of the training examples. PyTorch's generators on the CPU look at the lower 32
 # bits only.
 HELD_OUT = 1 << 31
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What was learned: (step, accuracy on held-out examples), and the seconds of training alone."""
+    """What a training on a task led to."""
 
-    accuracies: list[tuple[int, float]]
-    seconds: float
+    accuracies: list[tuple[int, float]]  # (step, accuracy on held-out examples)
+    seconds: float  # of training, evaluations not counted
     interrupted: bool
 
     @property
@@ -37,7 +37,7 @@ class TaskResult:
 
     @property
     def steps_to_99(self) -> int | None:
-        """Steps before the first evaluation at 0.99 or more; None if there was none."""
+        """The step of the first evaluation with 0.99 or more; None if there was none."""
         return next((step for step, right in self.accuracies if right >= 0.99), None)
 
 
@@ -53,21 +53,21 @@ def train_on_task(
     listeners: Iterable[Listener[float]] = (),
     **options: Any,
 ) -> TaskResult:
-    """Train in place on fresh examples at every step.
+    """Train a model in place, on fresh examples at every step.
 
     Args:
-        model: a causal language model of Transformers; left in evaluation mode.
-        task: what to learn, evaluated at its own length; of several, each step draws one, and
-            evaluations are their mean.
+        model: a causal language model of Transformers.
+        task: what to learn, evaluated at its own length. Of several tasks every step draws one, and
+            the evaluation is their mean.
         batch_size: B, examples of a step.
-        seed: of the training examples and, as everywhere, of the global generator; the held-out
-            examples have another.
-        lengths: shortest and longest example, in tokens; each batch draws its length uniformly
-            between them, both included. None is the task's length.
-        num_held_out: examples of an evaluation, always the same.
+        seed: of the training examples and of the global generator. Held-out examples have another
+            seed.
+        lengths: shortest and longest example in tokens. Every batch draws its length uniformly from
+            the shortest to the longest. None is the task's length.
+        num_held_out: examples of an evaluation, the same in all of them.
         target_accuracy: end at the first evaluation that reaches it.
-        listeners: who is told.
-        options: of ``LoopOptions``: ``num_steps``, ``learning_rate`` and what has a default.
+        listeners: told of what happens in the training.
+        options: of ``LoopOptions``: ``num_steps`` and ``learning_rate``, and those with a default.
 
     Raises:
         ValueError: if the lengths do not fit the task, or the model's vocabulary is too small for
@@ -76,12 +76,12 @@ def train_on_task(
     if lengths is not None and lengths[0] > lengths[1]:
         raise ValueError(f"lengths must be (shortest, longest); got {lengths}")
     tasks = (task,) if isinstance(task, Task) else tuple(task)
-    for one in tasks:
+    for each in tasks:
         for length in lengths or ():
-            one.check_length(length)
-        if model.config.vocab_size < one.vocab_size:
+            each.check_length(length)
+        if model.config.vocab_size < each.vocab_size:
             raise ValueError(
-                f"the model's vocab_size must be at least {one.vocab_size} for {one}; "
+                f"the model's vocab_size must be at least {each.vocab_size} for {each}; "
                 f"got {model.config.vocab_size}"
             )
     batches = _batches(tasks, batch_size, lengths, seed_everything(seed))
@@ -92,7 +92,7 @@ def train_on_task(
     }
     trainer = Trainer(
         model,
-        lambda: mean(accuracy(model, one, **drawn) for one in tasks),
+        lambda: mean(accuracy(model, each, **drawn) for each in tasks),
         LoopOptions(**options),
         until=lambda right: target_accuracy is not None and right >= target_accuracy,
         listeners=listeners,
@@ -112,19 +112,19 @@ def accuracy(
     positions: slice | None = None,
     batch_size: int = 64,
 ) -> float:
-    """Share of right answers among all that is asked, in evaluation mode.
+    """The share of right answers among all that are asked for, in evaluation mode.
 
     Args:
         model: ``model(input_ids=...)`` returns an object with ``logits`` (B, N, V).
-        task: where the examples come from.
-        num_examples: rows drawn.
-        seed: of the examples, whatever ``batch_size`` is.
+        task: draws the examples.
+        num_examples: number of examples.
+        seed: of the examples, which do not depend on ``batch_size``.
         length: tokens of an example; None is the task's length.
-        positions: score only these positions of every row.
+        positions: positions of every row that are scored; None is all.
         batch_size: B, rows at a time.
 
     Raises:
-        ValueError: if nothing is asked there, or the task has no such examples.
+        ValueError: if nothing is asked for there, or the task has no such examples.
     """
     inputs, targets = task.sample(num_examples, torch.Generator().manual_seed(seed), length)
     if positions is not None:
@@ -149,7 +149,7 @@ def _batches(
     lengths: tuple[int, int] | None,
     generator: torch.Generator,
 ) -> Iterator[dict[str, Tensor]]:
-    """Endless fresh examples as arguments of a model."""
+    """Yield batches of fresh examples without end, as arguments of a model."""
     index, length = 0, None
     while True:
         if len(tasks) > 1:

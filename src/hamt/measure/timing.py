@@ -1,4 +1,4 @@
-"""An interleaved timer, and medians with their spread."""
+"""Timing calls in interleaved rounds, and medians with their spread."""
 
 import gc
 import random
@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-MOST_ROUNDS = 31
+MAX_ROUNDS = 31  # of calls so short that the rounds asked for say little
 
 
 class Spread(NamedTuple):
-    """A median between its quartiles; of fewer than 7 values, between the smallest and the largest."""
+    """A median and its quartiles; of fewer than 7 values the smallest and the largest instead."""
 
     low: float
     median: float
@@ -20,7 +20,7 @@ class Spread(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Seconds of one callable: the median, the quartiles (low, high), and those of every round."""
+    """Seconds of a call: the median, the quartiles (low, high), and those of every round."""
 
     median_s: float
     quartiles_s: tuple[float, float]
@@ -30,25 +30,26 @@ class Timing(NamedTuple):
 def interleave(
     callables: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, least: float = 0.0
 ) -> dict[str, Timing]:
-    """Time all callables in every round, so that whatever else the machine does meets all alike.
+    """Time all calls in every round, so that other load on the machine affects them alike.
 
-    Garbage is collected before each call, outside its time: what one leaves, another does not pay
-    for.
+    Garbage is collected before each call and is not timed, so that no call pays for what another
+    has left.
 
     Args:
-        callables: what to time, by name.
-        rounds: measured rounds, each in another order.
+        callables: the calls by name.
+        rounds: measured rounds, each in another random order.
         warmup: rounds before them, not measured.
-        least: seconds; where all rounds take less there are more, up to ``MOST_ROUNDS``: whatever
-            else the machine does would be most of a short call.
+        least: seconds that all measured calls must take together; if they take less there are more
+            rounds, up to ``MAX_ROUNDS``. Other load would be most of what short calls measure.
     """
     names, order = list(callables), random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
-    gc.freeze()  # what is alive now is not looked at again: a collection costs a third of a second otherwise
+    # Objects that are alive now are not looked at again: a collection took a third of a second.
+    gc.freeze()
     try:
         measured = 0.0
-        for turn in range(-warmup, max(rounds, MOST_ROUNDS)):
+        for turn in range(-warmup, max(rounds, MAX_ROUNDS)):
             if turn >= rounds and measured >= least:
                 break
             for name in order.sample(names, len(names)):
@@ -73,12 +74,12 @@ def timing(times_s: Sequence[float]) -> Timing:
 
 
 def paired_ratio(times_a: Sequence[float], times_b: Sequence[float]) -> Spread:
-    """Spread of a / b over the rounds, each ratio within one round."""
+    """The spread of a / b over the rounds, each ratio being taken within a round."""
     return spread([a / b for a, b in zip(times_a, times_b, strict=True)])
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles, interpolated linearly, or extremes."""
+    """The median, and the quartiles (interpolated linearly) or the extremes."""
     outer = 0.25 if len(values) >= 7 else 0.0
     quantiles = torch.tensor([outer, 0.5, 1 - outer], dtype=torch.float64)
     return Spread(*torch.tensor(values, dtype=torch.float64).quantile(quantiles).tolist())

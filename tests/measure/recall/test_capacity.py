@@ -85,7 +85,7 @@ def test_trials_differ_and_follow_from_the_seed():
 
 
 def test_many_trials_are_done_in_batches(monkeypatch):
-    monkeypatch.setattr(capacity, "ROWS", 64 * 7)
+    monkeypatch.setattr(capacity, "MAX_NUMBERS", 64 * 7)
     assert measure(Point("", "phasor", 64, 5), 20).trials == 20
 
 

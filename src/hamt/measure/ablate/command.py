@@ -49,19 +49,17 @@ def main(arguments: Sequence[str]) -> int:
     _check(options, recipe)
     console = Console(soft_wrap=True, highlight=False)
     sweep = Sweep(plan(options, recipe), folder)
-    target = Path(options.table or folder / f"{path.stem}.md")
+
+    def told(run: AblationRun, result: dict[str, Any]) -> None:
+        value = result["diverged"] or f"{result['figure']:.4f}"
+        console.print(f"{run.name}: {value} in {result['wall_seconds']:.0f} s")
+
     if options.table is None:
         _check_texts(sweep.missing, recipe)
         check_writable(options.output_dir, make=True)
-    console.print(f"{len(sweep.results)} of {len(sweep.runs)} runs are there")
-    if options.table is None:
-
-        def told(run: AblationRun, result: dict[str, Any]) -> None:
-            value = result["diverged"] or f"{result['figure']:.4f}"
-            console.print(f"{run.name}: {value} in {result['wall_seconds']:.0f} s")
-
+        console.print(f"{len(sweep.results)} of {len(sweep.runs)} runs are there")
         sweep.perform(options.workers, told)
-    _report(options, recipe, target, console)
+    _report(options, recipe, Path(options.table or folder / f"{path.stem}.md"), console)
     return 0
 
 

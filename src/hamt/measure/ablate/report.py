@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from hamt.baselines.catalogue import STATE, state_floats, title
+from hamt.baselines.catalogue import STATE, full_name, state_floats
 from hamt.environment import describe_runs
 from hamt.measure.ablate.runs import AblationRun, architecture, make_model
 from hamt.measure.tables import markdown, standard_error
@@ -21,7 +21,7 @@ Done = Sequence[tuple[AblationRun, Result]]
 
 # What stands above the columns of a task, by its kind; the first is that of the figure.
 COLUMNS = {
-    "characters": ("loss", "seeds", "parameters", "state"),
+    "characters": ("loss", "seeds", "parameters", "state floats"),
     "text": (
         "loss",
         "perplexity",
@@ -32,7 +32,7 @@ COLUMNS = {
         "parameters",
         "without embedding",
     ),
-    "recall": ("accuracy", "seeds", "steps to 0.99", "parameters", "state"),
+    "recall": ("accuracy", "seeds", "steps to 0.99", "parameters", "state floats"),
     "counting": ("accuracy", "seeds", "median", "best"),
 }
 
@@ -46,8 +46,8 @@ def page(done: Done, kinds: Mapping[str, str]) -> str:
     """
     if not done:
         return "No runs yet.\n"
-    # Once for two variants that are one run.
-    headers = {(run.task, run.seed, repr(run.spec)): found["environment"] for run, found in done}
+    # A run that two variants share counts once.
+    headers = {(run.task, run.seed, repr(run.spec)): left["environment"] for run, left in done}
     parts = [describe_runs(list(headers.values())), *_legend(done, kinds), table(done, kinds)]
     return "\n\n".join(parts) + "\n"
 
@@ -71,8 +71,8 @@ def table(done: Done, kinds: Mapping[str, str]) -> str:
 
 def _groups(done: Done) -> dict[tuple[str, str], list[Result]]:
     groups: dict[tuple[str, str], list[Result]] = defaultdict(list)
-    for run, found in done:
-        groups[run.variant, run.task].append(found)
+    for run, result in done:
+        groups[run.variant, run.task].append(result)
     return groups
 
 
@@ -81,11 +81,10 @@ def _legend(done: Done, kinds: Mapping[str, str]) -> list[str]:
     variants: dict[str, list[str]] = {}
     for run, _ in done:
         if (kind := architecture(run.spec)) != "hamt":
-            convolution = run.spec["rival"].get("short_convolution", False)
-            what = title(kind, short_convolution=convolution)
+            what = full_name(kind, run.spec["rival"])
             variants.setdefault(what, []).append(run.variant)
     named = [f"{', '.join(dict.fromkeys(names))}: {what}." for what, names in variants.items()]
-    counted = [STATE] if any("state" in COLUMNS[kind] for kind in kinds.values()) else []
+    counted = [STATE] if any("state floats" in COLUMNS[kind] for kind in kinds.values()) else []
     return [" ".join([*counted, *named])] if counted or named else []
 
 

@@ -107,8 +107,8 @@ def architecture(spec: Spec) -> str:
 def make_model(spec: Spec, vocab_size: int) -> PreTrainedModel:
     """The model of a specification.
 
-    Where it names ``parameters``, the model has the number that comes nearest. A transformer gets as
-    many as HAMT would have.
+    Where it names ``parameters``, the model has the number that comes nearest. A transformer gets
+    as many as HAMT would have.
     """
     kind, parameters = architecture(spec), spec["parameters"]
     choices = {name: value for name, value in (spec["rival"] or {}).items() if name != "kind"}
@@ -137,7 +137,7 @@ Train = Callable[[PreTrainedModel], Measured]
 
 
 def characters(path: Path) -> tuple[Split, Split, int]:
-    """nanoGPT's split: ids of the first nine tenths, of the rest, and the size of the vocabulary."""
+    """nanoGPT's split: ids of the first nine tenths and of the rest, and the vocabulary's size."""
     text = path.read_text(encoding="utf-8")
     numbers = {character: i for i, character in enumerate(sorted(set(text)))}
     ids = np.array([numbers[character] for character in text])
@@ -243,8 +243,8 @@ def on_recall(spec: Spec, seed: int, data: Path | None) -> tuple[int, Train]:
 def on_counting(spec: Spec, seed: int, data: Path | None) -> tuple[int, Train]:
     """Counting modulo n in short rows; the figure is the accuracy beyond their length.
 
-    It is measured in rows of ``test_length``, several times as long, at the positions that no row of
-    the training had.
+    It is measured in rows of ``test_length``, several times as long, at the positions that no row
+    of the training had.
     """
     options = dict(spec["task"])
     longest = options.pop("test_length")

@@ -1,4 +1,4 @@
-"""Calls that are timed together, and those that would take too long or too much."""
+"""Timing calls together, and telling beforehand which would take too long or too much memory."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,19 +10,22 @@ from hamt.measure.timing import interleave, paired_ratio, spread
 from hamt.peak_memory import return_freed_memory
 from hamt.products import linear
 
-# How many score matrices eager attention holds at once: the scores, masked, and their softmax.
+# Score matrices that eager attention holds at once: scores, masked scores and their softmax.
 EAGER_MATRICES = 3
-LEAST = 0.5  # seconds of all measured calls together, before the rounds end
+MIN_SECONDS = 0.5  # that all measured calls take together, before the rounds end
 
 
 class Predictor:
-    """Tells how long a call would take, from how long it took at shorter contexts."""
+    """Predicts how long a call takes from how long it took at a shorter context."""
 
     def __init__(self) -> None:
         self.seen: dict[str, tuple[int, int, float]] = {}
 
     def seconds(self, name: str, length: int, batch: int, quadratic: bool) -> float:
-        """Expected seconds; 0 if nothing is known. ``quadratic``: it grows with the square at worst."""
+        """Expected seconds; 0 if nothing is known.
+
+        ``quadratic`` says that the time may grow with the square of the length.
+        """
         if name not in self.seen:
             return 0.0
         before, rows, seconds = self.seen[name]
@@ -45,28 +48,29 @@ def measure(
     work: Mapping[str, float],
     rounds: int,
     warmup: int,
-    least: float = LEAST,
+    least: float = MIN_SECONDS,
 ) -> dict[str, Any]:
     """Time the cases in one interleaved run.
 
     Args:
-        cases: by name; ``matmul`` is the yardstick, which is no row of its own.
-        left_out: why a case is not among them, by name.
-        work: floating-point operations of a call, by name.
+        cases: calls by name; ``matmul`` is the yardstick, and no case of its own.
+        left_out: by name, why a case is not among them.
+        work: by name, floating-point operations of a call.
         rounds: measured rounds, at least.
         warmup: rounds before them.
-        least: seconds to be measured, in more rounds if need be; 0 where every call adds to a
-            context.
+        least: seconds that must be measured, in more rounds if need be; 0 where every call makes a
+            context longer.
 
     Returns:
-        Per case seconds (median and quartiles), operations a second and as a share of the
-        yardstick; speeds of the first case over each other one; what was left out.
+        For each case the seconds (median and quartiles, and of every round), its operations, and
+        its speed as a share of the yardstick's; the speed of the first case over that of each
+        other; and what was left out.
     """
     return_freed_memory()  # what was kept of other cases may be more than these can spare
     timings = interleave(cases, rounds, warmup, least)
     matmul = timings.pop("matmul", None)
     first, others = next(iter(timings), ""), list(timings)[1:]
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "seconds": {name: spread(t.times_s)._asdict() for name, t in timings.items()},
         "ratios": {
             f"{first} over {other}": paired_ratio(
@@ -79,7 +83,7 @@ def measure(
         "times_s": {name: t.times_s for name, t in timings.items()},
     }
     if matmul is not None:
-        found["share_of_matmul"] = {
+        measured["share_of_matmul"] = {
             name: spread(
                 [
                     work[name] / work["matmul"] * m / s
@@ -88,7 +92,7 @@ def measure(
             )._asdict()
             for name, t in timings.items()
         }
-    return found
+    return measured
 
 
 def yardstick(options: BenchOptions) -> tuple[Callable[[], object], float]:

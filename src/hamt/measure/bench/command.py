@@ -36,16 +36,18 @@ def main(arguments: Sequence[str]) -> int:
     console = Console(soft_wrap=True, highlight=False)
     header = {**environment(), "keeps_freed_memory": keep_freed_memory()}
     torch.manual_seed(options.seed)
-    result = {"environment": header, "options": vars(options)}
-    result["flops_per_token"] = _operations(options)
+    result = {
+        "environment": header,
+        "options": vars(options),
+        "flops_per_token": _operations(options),
+    }
     for part in options.parts:
         console.print(f"measuring: {part}")
-        for found in MEASURES[part](options):
-            result[part] = found
-            write_json(
-                Path(options.output_dir) / "bench.json", result
-            )  # a machine may fail within hours
-            row = found["rows"][-1]
+        for measured in MEASURES[part](options):
+            result[part] = measured
+            # A machine may fail within hours.
+            write_json(Path(options.output_dir) / "bench.json", result)
+            row = measured["rows"][-1]
             console.print(f"  {row.get('level', '')} {row['phase']} at {row['length']:,}")
     text = bench_page(result)
     paths = write_report(options.output_dir, "bench", result, text, bench_figures(result))
@@ -70,10 +72,8 @@ def _operations(options: BenchOptions) -> dict[str, dict[str, float]]:
 def _check(options: BenchOptions) -> None:
     if len(options.decode_contexts) != len(options.decode_batches):
         raise UserError("--decode_batches must give one number for each of --decode_contexts")
-    with (
-        user_errors(),
-        torch.device("meta"),
-    ):  # before minutes are spent on the other parts
+    # Before minutes are spent on the parts that could be measured.
+    with user_errors(), torch.device("meta"):
         for width in (options.hidden_dim, options.mixer_dim):
             for kind in ("hamt", "transformer"):
                 ARCHITECTURES[kind].build(**{**options.sizes(), "hidden_dim": width})

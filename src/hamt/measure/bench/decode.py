@@ -1,8 +1,8 @@
 """Decoding after long contexts.
 
-Beside HAMT stands a Llama-type transformer of Transformers with as many parameters, with a cache
-that has its final size from the start (``StaticCache``) and with one that grows (``DynamicCache``).
-Its cache is filled with random numbers: the time of a step does not depend on what it reads. The
+Beside HAMT stands a Llama, Transformers' class, with as many parameters: with a cache that has its
+final size from the start (``StaticCache``) and with one that grows (``DynamicCache``). The cache is
+filled with random numbers, since the time of a step does not depend on what the cache holds. The
 large matrices of both are packed where that exists (``hamt.products.fuse``).
 """
 
@@ -23,7 +23,7 @@ from hamt.peak_memory import cache_bytes
 from hamt.products import fuse
 
 DECODERS = ("hamt", "static", "dynamic")
-LEAST_ROUNDS = 3  # a median of fewer says nothing
+MIN_ROUNDS = 3  # a median of fewer says nothing
 
 
 def make_decoders(options: BenchOptions) -> tuple[HAMTForCausalLM, LlamaForCausalLM]:
@@ -68,7 +68,7 @@ def filled(
 
 @torch.no_grad()
 def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
-    """All rows so far, after each one: one for every context, with its batch."""
+    """Yield all rows so far after each new one: a row for every context, with its batch."""
     ours, theirs = make_decoders(options)
     packed = {"hamt": fuse(ours), "transformer": fuse(theirs, (OneDNNLinear,))}
     parameters = {"hamt": ours.num_parameters(), "transformer": theirs.num_parameters()}
@@ -76,7 +76,7 @@ def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
     for length, batch in zip(options.decode_contexts, options.decode_batches, strict=True):
         token = torch.zeros(batch, 1, dtype=torch.long)
         state = HAMTCache(ours.config.num_layers)
-        for _ in range(2):  # its cost depends on no context: two segments stand for all
+        for _ in range(2):  # a step costs the same after any context: two segments are enough
             ours(
                 torch.randint(options.vocab_size, (batch, 64)),
                 past_key_values=state,
@@ -93,7 +93,7 @@ def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
                 DECODERS[1:], f"keys and values would take {needed / 1e9:.1f} GB"
             )
         else:
-            # Room for the token that is decoded: each step takes the place of the one before.
+            # With room for one token: each step writes where the one before did.
             static = filled(
                 theirs, StaticCache(theirs.config, max_cache_len=length + 1), length, batch, dtype
             )
@@ -101,10 +101,10 @@ def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
             dynamic = filled(theirs, DynamicCache(config=theirs.config), length, batch, dtype)
             cases["dynamic"] = partial(_decode, theirs, token, dynamic, steps)
             sizes |= {"static": cache_bytes(static), "dynamic": cache_bytes(dynamic)}
-        rounds = max(-(-options.decode_steps // steps), LEAST_ROUNDS)
-        found = measure(cases, left_out, {}, rounds, options.warmup, least=0)
+        rounds = max(-(-options.decode_steps // steps), MIN_ROUNDS)
+        measured = measure(cases, left_out, {}, rounds, options.warmup, least=0)
         shape = {"phase": "decode", "length": length, "batch": batch, "steps": steps}
-        rows.append({**shape, **found, "cache_bytes": sizes})
+        rows.append({**shape, **measured, "cache_bytes": sizes})
         yield {"parameters": parameters, "packed_bytes": packed, "rows": rows}
 
 
@@ -116,7 +116,7 @@ def _decode(
     steps: int,
     length: int | None = None,
 ) -> None:
-    """Decode ``steps`` tokens, after ``length`` of a static cache each."""
+    """Decode ``steps`` tokens; with a static cache each of them after ``length`` tokens."""
     for _ in range(steps):
         if length is not None:
             for layer in cache.layers:

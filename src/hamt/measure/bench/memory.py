@@ -14,13 +14,15 @@ from hamt.measure.bench.options import SEGMENT, BenchOptions
 from hamt.model import HAMTForCausalLM
 from hamt.peak_memory import cache_bytes, call_peak_memory
 
-PACE = 5e10  # operations a second of attention: what it would take is told beforehand
+ATTENTION_PACE = 5e10  # operations a second, by which the time of attention is predicted
 
 
 def measure_memory(options: BenchOptions) -> Iterator[dict[str, Any]]:
-    """All rows so far: bytes at the peak of a training step at each of its contexts; then, for every length,
+    """Yield all rows so far after each new one.
 
-    bytes at the peak while it is read in segments, and bytes carried along.
+    First come, for each context, the bytes at the peak of a training step of HAMT and of the RoPE
+    transformer of its parts. Then come, for every length, the bytes at the peak while HAMT and a
+    Llama read so many tokens in segments, and the bytes that are carried between the segments.
     """
     rows: list[dict[str, Any]] = []
     for row in chain(_training(options), _reading(options)):
@@ -29,18 +31,19 @@ def measure_memory(options: BenchOptions) -> Iterator[dict[str, Any]]:
 
 
 def _training(options: BenchOptions) -> Iterator[dict[str, Any]]:
-    """The peaks of training steps: activations, gradients, whatever the step needs beside what was there."""
+    """Peaks of training steps: activations, gradients, and whatever else a step adds."""
     steps = {}
     for name, model in make_models(options, transformer="sdpa").items():
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         steps[name] = partial(call, "train", model, model, optimizer, options=options)
-        steps[name](ids=torch.zeros(1, 8, dtype=torch.long))()  # the optimizer makes its state once
+        # Once, so that the optimizer has made its state.
+        steps[name](ids=torch.zeros(1, 8, dtype=torch.long))()
     for length in options.train_lengths:
         for batch in options.batches(length):
             row = _row("training", length) | {"batch": batch}
             ids = torch.randint(options.vocab_size, (batch, length))
             for name, step in steps.items():
-                # Forwards and twice backwards, half of the square each.
+                # One forward pass, and two as long backwards: half of the square each.
                 if name == "transformer" and _late(row, 6.0 * batch * length * length, options):
                     continue
                 row["peak_bytes"][name] = call_peak_memory(step(ids=ids))
@@ -49,7 +52,7 @@ def _training(options: BenchOptions) -> Iterator[dict[str, Any]]:
 
 def _reading(options: BenchOptions) -> Iterator[dict[str, Any]]:
     ours, theirs = make_decoders(options)
-    for model in (ours, theirs):  # what a first call makes once is nobody's peak
+    for model in (ours, theirs):  # what only a first call makes belongs to no peak
         _read(model, SEGMENT, options, [])
     for length in options.memory_lengths:
         row = _row("memory", length)
@@ -70,8 +73,8 @@ def _row(phase: str, length: int) -> dict[str, Any]:
 
 
 def _late(row: dict[str, Any], pairs: float, options: BenchOptions) -> bool:
-    """Note that attention over so many pairs would take too long, 4 d operations each, if it would."""
-    seconds = pairs * options.hidden_dim * options.num_layers / PACE
+    """Whether attention over so many pairs of tokens would take too long; noted in the row."""
+    seconds = pairs * options.hidden_dim * options.num_layers / ATTENTION_PACE
     if seconds > options.max_seconds:
         row["left_out"]["transformer"] = f"would take about {seconds:.0f} s"
     return seconds > options.max_seconds

@@ -1,4 +1,4 @@
-"""One token mixer by itself: the bare memory against bare attention, and both with their projections."""
+"""One token mixer by itself: the memory against attention, bare and with their projections."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,7 +21,10 @@ PASSES = ("forward", "forward+backward")
 
 
 def measure_mixers(options: BenchOptions) -> Iterator[dict[str, Any]]:
-    """All rows so far, after each one: for every level, pass and context; one layer, one row of tokens."""
+    """Yield all rows so far after each new one: for every context, level and pass.
+
+    It is one layer that reads one row of tokens.
+    """
     width = options.mixer_dim
     config = HAMTConfig(hidden_dim=width, num_layers=1, vocab_size=1)
     rows, predictor = [], Predictor()
@@ -43,11 +46,13 @@ def measure_mixers(options: BenchOptions) -> Iterator[dict[str, Any]]:
                         left_out[name] = f"would take about {seconds:.0f} s a call"
                     else:
                         cases[name] = _pass(kind, *make(name, config, length, options), options)
-                found = measure(cases, left_out, {}, options.rounds, options.warmup)
-                for name in found["seconds"]:
-                    median = found["seconds"][name]["median"]
+                measured = measure(cases, left_out, {}, options.rounds, options.warmup)
+                for name in measured["seconds"]:
+                    median = measured["seconds"][name]["median"]
                     predictor.note(f"{level} {kind} {name}", length, 1, median)
-                rows.append({"level": level, "phase": kind, "length": length, "batch": 1, **found})
+                rows.append(
+                    {"level": level, "phase": kind, "length": length, "batch": 1, **measured}
+                )
                 yield {"hidden_dim": width, "memory": memory, "attention": attention, "rows": rows}
 
 
@@ -55,7 +60,7 @@ Made = tuple[Callable[..., Tensor], Sequence[Tensor], Sequence[Tensor]]
 
 
 def _core(name: str, config: HAMTConfig, length: int, options: BenchOptions) -> Made:
-    """The mixer on inputs that are ready: function, inputs, parameters."""
+    """The mixer without projections, on inputs that are ready: function, inputs, parameters."""
     narrow = getattr(torch, options.dtype)
     if name != "hamt":
         head_dim = usual_head_dim(config.hidden_dim)

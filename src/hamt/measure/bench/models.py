@@ -1,8 +1,8 @@
-"""Whole models: a forward pass, a training step and a prefill, over contexts.
+"""Whole models: a training step, a forward pass and a prefill, over contexts.
 
-``hamt`` beside a RoPE transformer with as many parameters, with PyTorch's fused attention
-(``sdpa``) and step by step (``eager``), and beside its ``ceiling``: the transformer without any
-attention, whose projections and rotary positions stay.
+``hamt`` stands beside the RoPE transformer of its parts with as many parameters, without its short
+convolution: with PyTorch's fused attention (``sdpa``), with attention computed step by step
+(``eager``), and without any attention, projections and rotary positions kept (``ceiling``).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ PHASES = ("train", "forward", "prefill")
 
 
 def measure_models(options: BenchOptions) -> Iterator[dict[str, Any]]:
-    """All rows so far, after each one: a row for every phase and context."""
+    """Yield all rows so far after each new one: a row for every context, batch and phase."""
     models = make_models(options, sdpa="sdpa", eager="eager", ceiling="none")
     optimizers = {
         name: torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -37,7 +37,7 @@ def measure_models(options: BenchOptions) -> Iterator[dict[str, Any]]:
     predictor, rows = Predictor(), []
     for length in options.lengths:
         if options.compile:
-            torch.compiler.reset()  # too many graphs, and the compiler would give up
+            torch.compiler.reset()  # with too many graphs it would give up
         for batch in options.batches(length):
             ids = torch.randint(options.vocab_size, (batch, length))
             for phase in PHASES:
@@ -72,7 +72,7 @@ def _row(
     heads = options.hidden_dim // usual_head_dim(options.hidden_dim)
     for name, model in models.items():
         seconds = predictor.seconds(f"{phase} {name}", length, batch, name in ("sdpa", "eager"))
-        # A training step keeps the weights of every layer for the backward pass.
+        # A training step keeps the scores of every layer for the backward pass.
         layers = options.num_layers if phase == "train" else 1
         if name == "eager" and layers * eager_bytes(length, batch, heads) > options.max_bytes:
             left_out[name] = "scores would take too much memory"
@@ -84,16 +84,16 @@ def _row(
             )
             work[name] = count_flops(call(phase, model, model, optimizers[name], ids, options))
     cases["matmul"], work["matmul"] = yardstick(options)
-    found = measure(cases, left_out, work, options.rounds, options.warmup)
-    energy = {name: joules(cases[name]) for name in found["seconds"]}
+    measured = measure(cases, left_out, work, options.rounds, options.warmup)
+    energy = {name: joules(cases[name]) for name in measured["seconds"]}
     if None not in energy.values():
-        found["joules_per_token"] = {
+        measured["joules_per_token"] = {
             name: (used or 0) / ids.numel() for name, used in energy.items()
         }
-    for name in found["seconds"]:
-        median = found["seconds"][name]["median"]
+    for name in measured["seconds"]:
+        median = measured["seconds"][name]["median"]
         predictor.note(f"{phase} {name}", length, batch, median)
-    return {"phase": phase, "length": length, "batch": batch, **found}
+    return {"phase": phase, "length": length, "batch": batch, **measured}
 
 
 def call(
@@ -104,7 +104,10 @@ def call(
     ids: Tensor,
     options: BenchOptions,
 ) -> Callable[[], None]:
-    """A call of one of ``PHASES``, through ``run``; it leaves no graph and no gradient behind."""
+    """A call of one of ``PHASES``; it leaves no graph and no gradient behind.
+
+    ``run`` is what is called: the model itself, or compiled.
+    """
 
     def train() -> None:
         model.train()

@@ -1,4 +1,4 @@
-"""What is measured, and how often."""
+"""The options of ``hamt bench``: what is measured, at which sizes, and how often."""
 
 import math
 from dataclasses import dataclass
@@ -34,10 +34,10 @@ QUICK = {
 
 @dataclass
 class BenchOptions:
-    """Time HAMT against a transformer with as many parameters, and say how much memory both take."""
+    """Measure speed and memory of HAMT against transformers with as many parameters."""
 
     IMPLIES: ClassVar = {"quick": QUICK}
-    # Of a recipe, what --quick decides does not count.
+    # --quick goes before the values of a recipe.
     REPLACES: ClassVar = {"quick": tuple(QUICK)}
 
     config: str | None = option(None, "a YAML file with any of these options; flags override it")

@@ -7,13 +7,21 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from hamt.baselines.catalogue import full_name
 from hamt.environment import describe_environment
 from hamt.measure.tables import markdown, megabytes
 from hamt.visualization import Series, fitted_slope, scaling, short_label
 
-RIVALS = ("hamt", "transformer")  # whose memory is measured
+MEASURED = ("hamt", "transformer")  # models whose memory is measured, by their names in a row
 Row = Mapping[str, Any]
-Column = tuple[str, Callable[[Row], str]]  # what stands above it, and its cell for a row
+Column = tuple[str, Callable[[Row], str]]  # its heading, and its cell for a row
+
+
+# What columns are called that are not models of their own.
+ATTENTION = (
+    f"sdpa and eager: {full_name('transformer')}, by PyTorch's fused attention and step by step"
+)
+CEILING = "ceiling: the same transformer without attention"
 
 
 def bench_page(result: Mapping[str, Any]) -> str:
@@ -23,12 +31,12 @@ def bench_page(result: Mapping[str, Any]) -> str:
 
 
 def bench_tables(result: Mapping[str, Any]) -> str:
-    """Markdown: medians, with quartiles (of fewer than 7 rounds, extremes) of the ratios in brackets."""
+    """Markdown: medians, and in brackets the quartiles of ratios (of few rounds the extremes)."""
     tables = {"model": _models, "mixer": _mixers, "decode": _decoding, "memory": _memory}
-    found = [table(result[part]) for part, table in tables.items() if part in result]
+    parts = [table(result[part]) for part, table in tables.items() if part in result]
     if "model" in result and "flops_per_token" in result:
-        found.append(_operations(result["flops_per_token"]))
-    return "\n\n".join(found)
+        parts.append(_operations(result["flops_per_token"]))
+    return "\n\n".join(parts)
 
 
 def _groups(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
@@ -43,7 +51,7 @@ def _models(part: Mapping[str, Any]) -> str:
     sizes = ", ".join(
         f"{name} {count['total']:,}" for name, count in counts.items() if name != "eager"
     )
-    tables = [f"## Whole models\n\nParameters: {sizes}."]
+    tables = [f"## Whole models\n\nParameters: {sizes}. {ATTENTION}; {CEILING}."]
     if not any("joules_per_token" in row for row in part["rows"]):
         tables.append(
             "Joules per token: not measured, this machine has no counter that can be read (RAPL)."
@@ -81,9 +89,8 @@ def _summary(rows: Sequence[Row]) -> str:
 
 
 def _mixers(part: Mapping[str, Any]) -> str:
-    tables = [
-        f"## One mixer, d = {part['hidden_dim']}\n\n{part['memory']} against {part['attention']}."
-    ]
+    what = f"{part['memory']} against {part['attention']}. {ATTENTION}."
+    tables = [f"## One mixer, d = {part['hidden_dim']}\n\n{what}"]
     for title, rows in _groups(part["rows"], lambda row: f"{row['level']}, {row['phase']}").items():
         names = [
             name
@@ -114,7 +121,8 @@ def _decoding(part: Mapping[str, Any]) -> str:
     ]
     table = _table(columns, part["rows"])
     packed = "; their large matrices packed" if any(part["packed_bytes"].values()) else ""
-    return f"## Decoding\n\nParameters: {counts}{packed}.\n\n{table}{_notes(part['rows'])}"
+    what = f"Parameters: {counts}{packed}. transformer: {full_name('llama')}."
+    return f"## Decoding\n\n{what}\n\n{table}{_notes(part['rows'])}"
 
 
 def _memory(part: Mapping[str, Any]) -> str:
@@ -122,41 +130,45 @@ def _memory(part: Mapping[str, Any]) -> str:
     groups = _groups(part["rows"], lambda row: row["phase"])
     if rows := groups.get("training"):
         columns = [_column("N", _length), _column("batch", _batch)]
-        columns += [_column(f"{name}, peak MB", _megabytes, "peak_bytes", name) for name in RIVALS]
-        tables.append(f"### training step\n\n{_table(columns, rows)}{_notes(rows)}")
+        columns += [
+            _column(f"{name}, peak MB", _megabytes, "peak_bytes", name) for name in MEASURED
+        ]
+        what = f"transformer: {full_name('transformer')}."
+        tables.append(f"### training step\n\n{what}\n\n{_table(columns, rows)}{_notes(rows)}")
     if rows := groups.get("memory"):
         columns = [_column("N", _length)]
-        for name in RIVALS:
+        for name in MEASURED:
             columns.append(_column(f"{name}, carried MB", _megabytes, "cache_bytes", name))
             columns.append(_column(f"{name}, peak MB", _megabytes, "peak_bytes", name))
-        title = f"reading, in segments of {part['segment']:,} tokens"
-        tables.append(f"### {title}\n\n{_table(columns, rows)}{_notes(rows)}")
+        heading = f"### reading, in segments of {part['segment']:,} tokens"
+        what = f"transformer: {full_name('llama')}."
+        tables.append(f"{heading}\n\n{what}\n\n{_table(columns, rows)}{_notes(rows)}")
     return "\n\n".join(tables)
 
 
 def _operations(part: Mapping[str, Mapping[str, float]]) -> str:
     columns = ["N", "hamt GFLOP/token", "transformer GFLOP/token"]
     lines = [
-        [f"{int(length):,}", f"{found['hamt_gflops']:.4f}", f"{found['standard_gflops']:.4f}"]
-        for length, found in part.items()
+        [f"{int(length):,}", f"{flops['hamt_gflops']:.4f}", f"{flops['standard_gflops']:.4f}"]
+        for length, flops in part.items()
     ]
-    what = "By formula, a forward pass; a transformer of HAMT's width, its MLP as wide as HAMT's."
+    what = f"By formula, a forward pass. transformer: {full_name('transformer')}."
     return f"## Operations\n\n{what}\n\n{markdown(columns, lines, text=())}"
 
 
 def slopes(rows: Sequence[Row]) -> dict[str, float]:
-    """Exponent of the time of a token row against N, for each model: 1 is linear."""
-    found = {}
+    """Exponent of the time of one row of N tokens against N, for each model: 1 is linear."""
+    exponents = {}
     for name in dict.fromkeys(name for row in rows for name in row["seconds"]):
         with_it = [row for row in rows if name in row["seconds"]]
         times = [row["seconds"][name]["median"] / row["batch"] for row in with_it]
         if len(times) > 1:
-            found[name] = fitted_slope([row["length"] for row in with_it], times)
-    return found
+            exponents[name] = fitted_slope([row["length"] for row in with_it], times)
+    return exponents
 
 
 def crossover(rows: Sequence[Row]) -> float | None:
-    """The context where HAMT becomes as fast as fused attention, between two that were measured."""
+    """The context from which on HAMT is faster than fused attention, between two measured ones."""
     points = [
         (np.log(row["length"]), np.log(row["ratios"]["hamt over sdpa"]["median"]))
         for row in rows
@@ -192,8 +204,8 @@ def bench_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
         rows = [row for row in result["memory"]["rows"] if row["phase"] == "memory"]
         plots = {
             title: {
-                short_label(name): Series(*_points(rows, what, name))
-                for name in RIVALS
+                short_label(model): Series(*_points(rows, what, name))
+                for name, model in zip(MEASURED, ("hamt", "llama"), strict=True)
                 if _points(rows, what, name)[0]
             }
             for title, what in (
@@ -207,13 +219,13 @@ def bench_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
 
 def _points(rows: Sequence[Row], what: str, name: str) -> tuple[list[float], list[float]]:
     """Contexts, and bytes in units of 10⁶."""
-    found = [(row["length"], row[what][name] / 1e6) for row in rows if row[what].get(name)]
-    return [x for x, _ in found], [y for _, y in found]
+    points = [(row["length"], row[what][name] / 1e6) for row in rows if row[what].get(name)]
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def _series(rows: Sequence[Row]) -> dict[str, Series]:
     names = dict.fromkeys(name for row in rows for name in row["seconds"])
-    found = {}
+    series = {}
     for name in names:
         with_it = [row for row in rows if name in row["seconds"]]
         low, middle, high = (
@@ -221,8 +233,8 @@ def _series(rows: Sequence[Row]) -> dict[str, Series]:
             for which in ("low", "median", "high")
         )
         lengths = [row["length"] for row in with_it]
-        found[short_label(name)] = Series(lengths, middle, low, high)
-    return found
+        series[short_label(name)] = Series(lengths, middle, low, high)
+    return series
 
 
 # ----------------------------------------------------------------------- cells

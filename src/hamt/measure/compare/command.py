@@ -36,13 +36,14 @@ class CompareOptions:
     )
     rivals: list[str] = option(
         [],
-        "train these as the checkpoint was, with as many parameters; transformer: HAMT's parts with "
-        "attention, llama: Transformers' class",
+        "train these as the checkpoint was, with as many parameters; transformer is made of HAMT's "
+        "parts, llama is Transformers' class",
         choices=RIVALS,
     )
     rival_learning_rates: list[float] = option(
         [],
-        "peak learning rates to train each rival at, the best is compared; none: the checkpoint's own",
+        "train each rival at these peak learning rates and compare the best; none: the "
+        "checkpoint's own",
         above=0,
     )
     data: str = option(

@@ -1,11 +1,13 @@
 """The table and the plot of ``hamt compare``: a column for each model, a line for each figure."""
 
+import math
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from hamt.baselines.catalogue import ARCHITECTURES, title
+from hamt.baselines.catalogue import ARCHITECTURES, full_name
 from hamt.environment import describe_environment
 from hamt.measure.tables import markdown, megabytes, number
 from hamt.visualization import bars, short_labels
@@ -17,60 +19,69 @@ def page(result: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: a column for each model, a line for each figure."""
+    """The table, and below it what its lines and columns mean."""
     models = result["models"]
-    blocks = {name: row["perplexity"]["blocks"] for name, row in models.items()}
-    carried = {name: row["perplexity"].get("carried") for name, row in models.items()}
+    header, notes = ["", *_named(models, " ")], "\n\n".join(_notes(result))
+    return f"{markdown(header, _lines(result), text=(0,))}\n\n{notes}"
+
+
+def _lines(result: dict[str, Any]) -> list[list[str]]:
+    """A line for each figure, with a cell for each model."""
+    models = result["models"]
+    blocks = [row["perplexity"]["blocks"] for row in models.values()]
+    carried = [row["perplexity"].get("carried") for row in models.values()]
     lines = [
         ["parameters", *(f"{row['parameters']:,}" for row in models.values())],
         ["vocabulary", *(f"{row['vocabulary']:,}" for row in models.values())],
-        ["tokens scored", *(f"{one['tokens']:,}" for one in blocks.values())],
-        ["tokens of a block", *(f"{one['context']:,}" for one in blocks.values())],
-        ["perplexity by token", *(number(one["token_perplexity"]) for one in blocks.values())],
-        ["perplexity by word", *(number(one["word_perplexity"]) for one in blocks.values())],
-        ["bits/byte", *(f"{one['bits_per_byte']:.4f}" for one in blocks.values())],
+        ["tokens scored", *(f"{score['tokens']:,}" for score in blocks)],
+        ["tokens of a block", *(f"{score['context']:,}" for score in blocks)],
+        ["perplexity by token", *(number(score["token_perplexity"]) for score in blocks)],
+        ["perplexity by word", *(number(score["word_perplexity"]) for score in blocks)],
+        ["bits/byte", *(f"{score['bits_per_byte']:.4f}" for score in blocks)],
         [
             "bits/byte, state carried",
-            *("–" if one is None else f"{one['bits_per_byte']:.4f}" for one in carried.values()),
+            *("–" if score is None else f"{score['bits_per_byte']:.4f}" for score in carried),
         ],
     ]
     for row in result["speed"]:
-        what = f"{row['phase']}, tokens/s, {row['batch']} × {row['length']:,}"
-        lines.append([what, *(_rate(row, name) for name in models)])
+        size = f"{row['batch']} × {row['length']:,}"
+        lines.append([f"{row['phase']}, tokens/s, {size}", *(_rate(row, name) for name in models)])
         if row["phase"] == "decode":
-            what = f"state or cache, MB, {row['batch']} × {row['length']:,}"
-            lines.append([what, *(megabytes(row["cache_bytes"].get(name)) for name in models)])
+            held = [megabytes(row["cache_bytes"].get(name)) for name in models]
+            lines.append([f"state or cache, MB, {size}", *held])
     peak = result["peak_bytes"]
-    what = f"prefill, peak MB, 1 × {peak['context']:,}"
-    lines.append([what, *(megabytes(peak.get(name)) for name in models)])
-    heads = _named(models, " ")
+    peaks = [megabytes(peak.get(name)) for name in models]
+    return [*lines, [f"prefill, peak MB, 1 × {peak['context']:,}", *peaks]]
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    """Paragraphs: the text, how it was measured, the rivals, and what is missing."""
     notes = [
         f"Text: {result['text']}: {_amount(result)}; in blocks, each token once, nothing padded; "
-        "by word: words between white space. Perplexities by token depend on the tokenizer: compare "
-        "bits/byte. Speed: medians of interleaved rounds, in brackets the slowest and the fastest "
-        "(from 7 rounds on quartiles). Peak: beyond the weights."
+        "by word: words between white space. Perplexities by token depend on the tokenizer: "
+        "compare bits/byte. Speed: medians of interleaved rounds, in brackets the slowest and the "
+        "fastest (from 7 rounds on quartiles). Peak: beyond the weights."
     ]
-    known = [f"{kind}: {title(kind)}" for kind in result["rivals"] if kind in ARCHITECTURES]
+    known = [f"{kind}: {full_name(kind)}" for kind in result["rivals"] if kind in ARCHITECTURES]
     notes += [f"{'; '.join(known)}."] if known else []
     notes += [_training(kind, tried) for kind, tried in result["rivals"].items()]
-    if any(row["reference_code"] for row in models.values()):
+    if any(row["reference_code"] for row in result["models"].values()):
         notes.append(
             "Speed unoptimised: on a CPU Transformers runs this architecture as reference code."
         )
     notes += [f"Not available: {name} ({why})." for name, why in result["not_available"].items()]
-    left = {
+    left_out = {
         f"{name} at {row['batch']} × {row['length']:,} ({why})"
         for row in result["speed"]
         for name, why in row["left_out"].items()
     }
-    notes += [f"Not measured: {'; '.join(sorted(left))}."] if left else []
-    return f"{markdown(['', *heads], lines, text=(0,))}\n\n" + "\n\n".join(notes)
+    return [*notes, *([f"Not measured: {'; '.join(sorted(left_out))}."] if left_out else [])]
 
 
 def _named(models: Mapping[str, dict[str, Any]], between: str) -> list[str]:
-    """What models are called where their speeds stand, too."""
-    told = {True: f"{between}(speed unoptimised)", False: ""}
-    return [name + told[row["reference_code"]] for name, row in models.items()]
+    """The names of the models, with a remark on those whose speed says nothing."""
+    remark = {True: f"{between}(speed unoptimised)", False: ""}
+    return [name + remark[row["reference_code"]] for name, row in models.items()]
 
 
 def _amount(result: dict[str, Any]) -> str:
@@ -85,17 +96,18 @@ def _amount(result: dict[str, Any]) -> str:
 
 
 def _training(kind: str, tried: list[dict[str, Any]]) -> str:
-    """How a rival was trained; the rate that is compared is the first."""
+    """How a rival was trained; the one that is compared is the first."""
     losses = ", ".join(
-        f"{one['learning_rate']:g} ({one['trouble'] or format(one['held_out_loss'], '.4f')}"
-        f"{', that of the checkpoint' if one['own_rate'] else ''})"
-        for one in sorted(tried, key=lambda one: one["learning_rate"])
+        f"{rival['learning_rate']:g} ({rival['trouble'] or format(rival['held_out_loss'], '.4f')}"
+        f"{', that of the checkpoint' if rival['own_rate'] else ''})"
+        for rival in sorted(tried, key=itemgetter("learning_rate"))
     )
     best = tried[0]
     taken = "none" if best["trouble"] else f"{best['learning_rate']:g}"
     return (
-        f"Rival {kind}: {best['steps']:,} steps, {best['tokens']:,} tokens; learning rates tried, with the "
-        f"loss on the training's held-out text in nats/token: {losses}; taken: {taken}."
+        f"Rival {kind}: {best['steps']:,} steps, {best['tokens']:,} tokens; learning rates tried, "
+        "with the loss on the training's held-out text in nats/token: "
+        f"{losses}; taken: {taken}."
     )
 
 
@@ -124,7 +136,7 @@ def figure(result: dict[str, Any]) -> Figure:
             tokens = row["batch"] * (row["steps"] if phase == "decode" else row["length"])
             title = f"{phase}, tokens/s at {row['length']:,} × {row['batch']}"
             seconds = [row["seconds"].get(name, {}).get("median") for name in names]
-            panels[title] = [float("nan") if one is None else tokens / one for one in seconds]
+            panels[title] = [math.nan if time is None else tokens / time for time in seconds]
     labels = short_labels(names)
     labelled = {labels[name]: row for name, row in result["models"].items()}
     return bars(_named(labelled, "\n"), panels)

@@ -20,7 +20,7 @@ from hamt.model import HAMTForCausalLM
 def chosen_texts(
     documents: Iterable[str], max_documents: int, max_characters: int
 ) -> tuple[list[str], dict[str, Any]]:
-    """The first documents, each cut after ``max_characters``, and how much of everything that is."""
+    """The first documents, each cut after ``max_characters``, and how much of all text that is."""
     first = list(islice(documents, max_documents + 1))
     whole = [text for text in first[:max_documents] if text]
     texts = [text[:max_characters] for text in whole]
@@ -119,7 +119,7 @@ def score(
 def quality(
     loaded: Loaded, documents: Iterable[str], context: int, batch_size: int
 ) -> dict[str, dict[str, Any]]:
-    """Perplexities in blocks of ``context`` tokens, and with the state carried where it is fixed."""
+    """Perplexities in blocks of ``context`` tokens, and with a state of fixed size carried."""
     model = loaded.model
     measure = partial(score_documents, model, loaded.tokenizer, documents, batch_size=batch_size)
     perplexities: dict[str, dict[str, Any]] = {

@@ -28,10 +28,10 @@ def speed(
     rounds: int,
     max_seconds: float,
 ) -> Iterator[dict[str, Any]]:
-    """A row for prefill and one for decoding at every context and batch size, all models interleaved.
+    """Yield a row for prefill and a row for decoding at every context and batch size.
 
-    A model that cannot read so many tokens, or would take more than ``max_seconds``, is in
-    ``left_out``.
+    The models are timed in one interleaved run. One that cannot read so many tokens, or would take
+    more than ``max_seconds``, is named in ``left_out``.
     """
     predictor = Predictor()
     for length in contexts:
@@ -50,10 +50,10 @@ def speed(
                 except Exception as error:  # of many kinds: no positions for so many, no memory
                     del cases[name]
                     left_out[name] = f"cannot read so many tokens: {reason(error)}"
-            found = measure(cases, left_out, {}, rounds, 0)
+            measured = measure(cases, left_out, {}, rounds, 0)
             for name in cases:
-                predictor.note(name, length, batch, found["seconds"][name]["median"])
-            yield {"phase": "prefill", "length": length, "batch": batch, **found}
+                predictor.note(name, length, batch, measured["seconds"][name]["median"])
+            yield {"phase": "prefill", "length": length, "batch": batch, **measured}
             fit = {name: models[name] for name in cases}
             yield _decoding(fit, length, batch, left_out, decode_steps, rounds)
 
@@ -70,7 +70,7 @@ def _decoding(
     steps: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """The context grows by ``steps`` in every round."""
+    """The row for decoding; in every round the context grows by ``steps``."""
     cases: dict[str, Callable[[], object]] = {}
     sizes: dict[str, int] = {}
     left_out = dict(left_out)
@@ -89,19 +89,23 @@ def _decoding(
         else:
             sizes[name] = cache_bytes(cache)
             cases[name] = partial(_decode, model, batch, cache, steps)
-    found = measure(cases, left_out, {}, rounds, 1, least=0)
+    measured = measure(cases, left_out, {}, rounds, 1, least=0)
     shape = {"phase": "decode", "length": length, "batch": batch, "steps": steps}
-    return {**shape, **found, "cache_bytes": sizes}
+    return {**shape, **measured, "cache_bytes": sizes}
 
 
 def _learned_positions(model: PreTrainedModel) -> bool:
-    """Whether a position beyond the last is an error: not with rotary ones."""
+    """Whether a position beyond the last is an error, as it is not with rotary positions."""
     return getattr(model.config, "rope_parameters", None) is None
 
 
 @torch.no_grad()
 def read(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> Any:
-    """The cache after reading ``ids`` (B, N), on from ``cache``; None if the model keeps none."""
+    """Read ``ids`` (B, N), after what is in ``cache``.
+
+    Returns:
+        The cache after them; None for a model that keeps none.
+    """
     parameters = inspect.signature(model.forward).parameters
     name = "cache_params" if "cache_params" in parameters else "past_key_values"
     if cache is None and isinstance(model, HAMTForCausalLM):
@@ -120,12 +124,12 @@ def _decode(model: PreTrainedModel, batch: int, cache: Any, steps: int) -> None:
 
 
 def prefill_memory(models: Mapping[str, PreTrainedModel], length: int) -> dict[str, int]:
-    """Bytes of tensors at the peak of reading ``length`` tokens, beyond the weights."""
-    found = {}
+    """Bytes of tensors at the peak of reading ``length`` tokens, beyond the weights, by model."""
+    peaks = {}
     for name, model in models.items():
         ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
-        found[name] = call_peak_memory(partial(read, model, ids), model.device.type)
-    return found
+        peaks[name] = call_peak_memory(partial(read, model, ids), model.device.type)
+    return peaks
 
 
 def was_read(timings: Sequence[Mapping[str, Any]], name: str, length: int) -> bool:

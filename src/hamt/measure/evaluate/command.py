@@ -30,7 +30,7 @@ from hamt.options import MAX_SEED, given_text, option, parse
 
 @dataclass
 class EvaluateOptions:
-    """Measure a language model: perplexity with its context stated, lm-evaluation-harness tasks, samples."""
+    """Measure a language model: perplexity, tasks of lm-evaluation-harness, samples."""
 
     checkpoint: str | None = option(
         None,

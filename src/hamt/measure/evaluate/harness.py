@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a model at hand, with the task files of HAMT beside its own."""
+"""Running lm-evaluation-harness on a model, with its own tasks and those of HAMT."""
 
 import logging
 from collections.abc import Sequence
@@ -14,10 +14,14 @@ FROM_A_FILE = ("hamt_lambada", "hamt_wikitext")
 
 
 def check_tasks(tasks: Sequence[str], task_data: str | None = None) -> Any:
-    """The harness's manager of tasks, which has all of these; ``task_data`` is the file of one that needs it.
+    """Make the harness's manager of tasks, and see to it that it can run all of these.
+
+    Args:
+        tasks: names.
+        task_data: the file of a task that reads one (``FROM_A_FILE``).
 
     Raises:
-        UserError: if the harness is not installed, or there is no such task, or no file for one.
+        UserError: if the harness is not installed, there is no such task, or a file is missing.
     """
     try:
         import lm_eval  # noqa: F401
@@ -30,8 +34,9 @@ def check_tasks(tasks: Sequence[str], task_data: str | None = None) -> Any:
     manager = TaskManager(include_path=str(LOCAL_TASKS), metadata={"task_data": task_data})
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         raise UserError(
-            f"no task {', '.join(unknown)}; beside those of lm-evaluation-harness (`lm_eval ls tasks`) there "
-            f"are {', '.join(sorted(path.stem for path in LOCAL_TASKS.glob('*.yaml')))}"
+            f"no task {', '.join(unknown)}; beside those of lm-evaluation-harness "
+            "(`lm_eval ls tasks`) there are "
+            f"{', '.join(sorted(path.stem for path in LOCAL_TASKS.glob('*.yaml')))}"
         )
     for name in sorted({*FROM_A_FILE} & {*tasks}):
         if task_data is None:
@@ -51,7 +56,7 @@ def run_tasks(
     manager: Any,
     batch_size: int = 8,
 ) -> dict[str, dict[str, Any]]:
-    """Run tasks through the harness's ``hf`` model: metrics, ``documents`` and ``shots`` of each, by name.
+    """Run tasks through the harness's ``hf`` model.
 
     Args:
         model: a causal language model of Transformers.
@@ -63,6 +68,9 @@ def run_tasks(
         manager: what ``check_tasks`` returned for them.
         batch_size: rows at a time.
 
+    Returns:
+        By task its metrics, and the numbers of ``documents`` and ``shots``.
+
     Raises:
         UserError: if a task cannot be run.
     """
@@ -71,29 +79,27 @@ def run_tasks(
 
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context)
     try:
-        found = simple_evaluate(harness, tasks=list(tasks), limit=limit, task_manager=manager)
+        results = simple_evaluate(harness, tasks=list(tasks), limit=limit, task_manager=manager)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # of many kinds: data that cannot be had, a task that asks for too much
+    except Exception as error:  # of many kinds: no data, a task that asks for too much
         raise UserError(f"{', '.join(tasks)} cannot be run ({reason(error)})") from error
-    assert found is not None  # only other processes of a group get none
-    counts, shots = found["n-samples"], found["n-shot"]
+    assert results is not None  # only processes of a group beside the first get none
+    counts, shots = results["n-samples"], results["n-shot"]
     return {
         name: {
             **_metrics(values),
             "documents": counts.get(name, {}).get("effective"),
             "shots": shots.get(name),
         }
-        for name, values in found["results"].items()
+        for name, values in results["results"].items()
     }
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, Any]:
-    """``acc,none`` -> ``acc``, and only what is a number."""
+    """Metrics by their plain names, ``acc`` for ``acc,none``."""
     return {
         name.removesuffix(",none"): value
         for name, value in values.items()
-        if isinstance(value, float)  # not the name, nor how many documents there were
+        if isinstance(value, float)  # names and counts stand among them
     }

@@ -15,7 +15,7 @@ INTERVALS = [0, *(2**power for power in range(4, 31))]  # of positions, of doubl
 
 
 def page(content: Mapping[str, Any], scores: Sequence[ContextScore]) -> str:
-    """What ``evaluation.md`` says: of the model, its perplexities, and the tasks if there are any."""
+    """What ``evaluation.md`` says: the model, its perplexities, and the tasks if there are any."""
     parts = [
         f"# {content['model']}",
         f"{content['parameters']:,} parameters; {content['tokenizer']}; text: {content['text']}.\n"

@@ -34,7 +34,7 @@ class ContextScore(NamedTuple):
 
 
 def trained_context(model: PreTrainedModel) -> int:
-    """The context that a model was trained with, as its configuration says; 1,024 if it does not."""
+    """The context of a model's training, as its configuration says; 1,024 if it does not."""
     return getattr(model.config, "max_position_embeddings", None) or 1024
 
 

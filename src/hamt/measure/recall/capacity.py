@@ -1,18 +1,18 @@
-"""How much a holographic memory holds: measured on ``HolographicMemory``, beside what theory says.
+"""How much a holographic memory holds, measured on ``HolographicMemory`` and compared with theory.
 
-Random items of a Gaussian are written under random keys, and one is read back. It comes back with
-the others as noise. With n items in a memory of D features (Plate 1995, IEEE Trans. Neural Netw. 6;
-Frady, Kleyko and Sommer 2018, Neural Comput. 30):
+Random Gaussian items are written under random keys, and one of them is read back. The others are
+noise on it. With n items in a memory of D features theory says (Plate 1995, IEEE Trans. Neural
+Netw. 6; Frady, Kleyko and Sommer 2018, Neural Comput. 30):
 
-* the cosine of what is read and what was written is 1/√n in every algebra with unit keys;
-* R copies, each under keys of its own (heads), averaged: √(R / (R + n - 1)); copies that share
-  their keys (slots) carry the same noise and gain nothing;
-* under the convex rule with a gate g, the item L writes back, many before it: (1 - g)^L · √(g (2 -
-  g));
+* the cosine between what is read and what was written is 1/√n in every algebra with unit keys;
+* of R copies under keys of their own (heads), averaged, it is √(R / (R + n - 1)); copies that share
+  their keys (slots) carry the same noise, and nothing is gained;
+* under the convex rule with a gate g, of the item written L writes ago after many others, it is
+  (1 - g)^L · √(g (2 - g));
 * the item is the nearest of M candidates with probability ∫ φ(h) Φ(h + √(D/n))^(M-1) dh.
 
-Items that are spread over S slots, each in one of them, meet n / S - 1 others; at equal state (S ·
-D) that changes nothing for the cleanup. The cosines hold up to terms of order 1/D.
+An item that is written to one of S slots shares it with n / S - 1 others; at equal state (S · D)
+this makes no difference to the last probability. The cosines hold up to terms of order 1/D.
 
 Shape legend: T trials, n items, R copies, S slots, D features of an item, K key size, M candidates.
 """
@@ -33,7 +33,7 @@ from hamt.memory.algebra import ALGEBRAS, similarity
 from hamt.memory.holographic import HolographicMemory, MemoryState
 from hamt.visualization import COLOURS, Series, draw_series, panels
 
-ROWS = 2**22  # numbers that are handled at a time
+MAX_NUMBERS = 2**22  # that are in memory at a time
 COSINE, COPIES, CONVEX, CLEANUP = "cosine", "copies", "convex", "cleanup"  # parts of the sweep
 EQUAL_STATE, MORE_STATE = "slots, equal state", "slots, more state"
 
@@ -42,8 +42,8 @@ EQUAL_STATE, MORE_STATE = "slots, equal state", "slots, more state"
 class Point:
     """One measurement: the mean over trials, its standard error, and the theory.
 
-    An item is written to all heads (``copies``), there to all slots or (``spread``) to one of them
-    in turn.
+    An item is written to all heads (``copies``). Within a head it is written to all slots or, with
+    ``spread``, to one of them in turn.
     """
 
     part: str
@@ -63,7 +63,7 @@ class Point:
 
     @property
     def deviation(self) -> float:
-        """Measured minus theory in standard errors; 0 where both are the same without any spread."""
+        """Measured minus theory in standard errors; 0 where they agree and nothing varies."""
         difference = self.measured - self.theory
         if abs(difference) < 1e-5:
             return 0.0
@@ -89,15 +89,15 @@ def cleanup_theory(items: int, dimension: int, candidates: int) -> float:
 
 
 def measure(point: Point, trials: int, seed: int = 0) -> Point:
-    """Fill in what ``point`` asks for, from so many independent trials."""
+    """The point with the results of so many independent trials."""
     generator = torch.Generator().manual_seed(seed)
-    batch = max(ROWS // (point.dimension * max(point.copies, 1)), 1)
-    found = []
+    batch = max(MAX_NUMBERS // (point.dimension * max(point.copies, 1)), 1)
+    parts = []
     for begin in range(0, trials, batch):
-        found.append(_trials(point, min(batch, trials - begin), generator))
-    values = torch.cat(found).double()
+        parts.append(_trials(point, min(batch, trials - begin), generator))
+    values = torch.cat(parts).double()
     theory = _theory(point)
-    # Of shares by their theory: one that is 1 in all trials still has an error.
+    # For shares the theory's own: also a share that is 1 in all trials has an error.
     deviation = (
         values.std().item() if point.candidates is None else math.sqrt(theory * (1 - theory))
     )
@@ -120,7 +120,7 @@ def _theory(point: Point) -> float:
 
 
 def _trials(point: Point, count: int, generator: torch.Generator) -> Tensor:
-    """Cosines, or whether the nearest candidate is the right one, (T,)."""
+    """Cosines (T,), or, with candidates, whether the nearest is the right one (T,)."""
     memory = HolographicMemory(
         point.dimension * point.copies,
         num_slots=point.slots,
@@ -150,7 +150,7 @@ def _trials(point: Point, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _slots(point: Point, index: int) -> Tensor | None:
-    """Write weights of an item, (1, 1, S): its gate, the slot that it is spread to, or None for all alike."""
+    """Write weights (1, 1, S) of an item: its gate, or the slot that it is in; None is all."""
     if point.gate is not None:
         return torch.full((1, 1, point.slots), point.gate)
     if not point.spread:
@@ -178,7 +178,7 @@ def points(quick: bool = False) -> Iterator[tuple[Point, int]]:
         yield Point(MORE_STATE, "phasor", 512, 104, **cleanup), many
     for gate in (0.05, 0.12, 0.5):
         for lag in (0, 1, 2, 5) if quick else (0, 1, 2, 5, 10, 20, 40):
-            # Enough before the item that the start of the memory is forgotten.
+            # So many items before it that the empty memory of the start is forgotten.
             items = lag + 1 + math.ceil(8 / gate)
             yield Point(CONVEX, "phasor", 1024, items, gate=gate, lag=lag), some
     for dimension in (512,) if quick else (512, 1024, 2048):
@@ -194,21 +194,22 @@ def points(quick: bool = False) -> Iterator[tuple[Point, int]]:
 def measure_capacity(
     quick: bool = False, seed: int = 0, told: Callable[[Point], None] = lambda point: None
 ) -> list[Point]:
-    """All points of the sweep; ``told`` gets each as it is done."""
-    found = []
+    """Measure all points of ``hamt recall --capacity``; ``told`` gets each as it is done."""
+    measured = []
     for number, (point, trials) in enumerate(points(quick)):
-        found.append(measure(point, trials, seed * 10_000 + number))
-        told(found[-1])
-    return found
+        measured.append(measure(point, trials, seed * 10_000 + number))
+        told(measured[-1])
+    return measured
 
 
-def capacity_page(header: Mapping[str, Any], found: list[Point]) -> str:
+def capacity_page(header: Mapping[str, Any], measured: list[Point]) -> str:
     """What ``capacity.md`` says; ``header`` is the environment that it was measured in."""
-    return f"# Capacity of the memory\n\n{describe_environment(header)}\n\n{capacity_table(found)}"
+    came_from = describe_environment(header)
+    return f"# Capacity of the memory\n\n{came_from}\n\n{capacity_table(measured)}"
 
 
-def capacity_table(found: list[Point]) -> str:
-    """Markdown: one row a point, and how many lie within three standard errors of theory."""
+def capacity_table(measured: list[Point]) -> str:
+    """Markdown: a row for each point, and how many lie within three standard errors of theory."""
     header = [
         "part",
         "algebra",
@@ -233,25 +234,25 @@ def capacity_table(found: list[Point]) -> str:
             f"{point.theory:.4f}",
         ]
         + [f"{point.deviation:+.1f}"]
-        for point in found
+        for point in measured
     ]
-    near = sum(abs(point.deviation) <= 3 for point in found)
-    summary = f"{near} of {len(found)} points lie within 3 standard errors of theory."
+    near = sum(abs(point.deviation) <= 3 for point in measured)
+    summary = f"{near} of {len(measured)} points lie within 3 standard errors of theory."
     return f"{summary}\n\n{markdown(header, rows, text=(0, 1))}\n"
 
 
-def capacity_figure(found: list[Point]) -> Figure:
+def capacity_figure(measured: list[Point]) -> Figure:
     """A panel for each part: points with three standard errors, theory as lines."""
     parts: dict[str, dict[str, list[tuple[float, Point]]]] = {}
-    for point in found:
+    for point in measured:
         name, x = _LABELS[point.part](point)
         parts.setdefault(point.part, {}).setdefault(name, []).append((x, point))
     figure, all_axes = panels(len(parts), size=(6.0, 4.0))
     figure.suptitle("Points: measured, ± 3 standard errors. Lines: theory.", fontsize="medium")
     for axes, (part, lines) in zip(all_axes, parts.items(), strict=True):
         series = {name: _series(sorted(pairs, key=itemgetter(0))) for name, pairs in lines.items()}
-        measured = {name: points for name, (points, _) in series.items()}
-        draw_series(axes, measured, *_AXES[part], linestyle="none")
+        drawn = {name: points for name, (points, _) in series.items()}
+        draw_series(axes, drawn, *_AXES[part], linestyle="none")
         for index, (_, theory) in enumerate(series.values()):
             axes.plot(theory.x, theory.y, color=COLOURS[index % len(COLOURS)], linewidth=1)
         axes.set_title(part, fontsize="medium")

@@ -25,7 +25,7 @@ from hamt.options import check, option, parse
 
 @dataclass
 class RecallOptions:
-    """Train small models on recall and state tracking, at equal state; or measure the memory's capacity."""
+    """Train small models of equal state on recall and state tracking, or measure the capacity."""
 
     config: str | None = option(None, "a YAML file with any of these options; flags override it")
     tasks: list[str] = option(["mqar"], "what is trained and tested", choices=(*SETTINGS, "all"))
@@ -37,7 +37,7 @@ class RecallOptions:
         [1280], "floats that a layer carries: state, convolution tails, phases", at_least=1
     )
     learning_rates: list[float] = option(
-        [0.01], "the best of them counts, for each model and size", above=0
+        [0.01], "the best of them counts, for each model and state size", above=0
     )
     # Above are the seeds of the tests.
     seeds: list[int] = option([0], "one run for each", at_least=0, at_most=HELD_OUT - 1)
@@ -96,8 +96,8 @@ def _capacity(options: RecallOptions, header: dict[str, Any], console: Console) 
     console.print("measuring the capacity of the memory")
     points = measure_capacity(options.quick, options.seeds[0])
     text = capacity_page(header, points)
-    found = [{**asdict(point), "deviation": point.deviation} for point in points]
-    content = {"environment": header, "options": vars(options), "points": found}
+    rows = [{**asdict(point), "deviation": point.deviation} for point in points]
+    content = {"environment": header, "options": vars(options), "points": rows}
     figures = {"capacity": capacity_figure(points)}
     paths = write_report(options.output_dir, "capacity", content, text, figures)
     console.print(text, markup=False)

@@ -1,4 +1,7 @@
-"""Tables and plots of a sweep: for each model and state the best of its learning rates, over all seeds."""
+"""Tables and plots of ``hamt recall``.
+
+For each model and size of state stand the runs with the best learning rate, over all seeds.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,6 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from hamt.baselines.catalogue import ARCHITECTURES, STATE, full_name
 from hamt.environment import describe_runs
 from hamt.measure.tables import markdown, standard_error
 from hamt.visualization import Series, draw_series, panels, plain_log_ticks, short_labels
@@ -16,7 +20,10 @@ Group = Sequence[Result]
 
 
 def best_groups(results: Iterable[Result]) -> dict[str, dict[str, list[Group]]]:
-    """By task and model, the runs of each state at the learning rate whose mean accuracy is highest."""
+    """By task and model, the runs of each size of state at the best learning rate.
+
+    It is the one whose mean accuracy over the seeds is highest.
+    """
     grids: dict[tuple, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         run = result["run"]
@@ -37,7 +44,14 @@ def _mean_accuracy(group: Group) -> float:
 def recall_page(results: Sequence[Result]) -> str:
     """What ``recall.md`` says."""
     came_from = describe_runs([result["environment"] for result in results])
-    return f"# Recall at equal state\n\n{came_from}\n\n{table(results)}"
+    kinds = dict.fromkeys(result["run"]["model"].partition(":")[0] for result in results)
+    named = [
+        f"{kind}: {full_name(kind, ARCHITECTURES[kind].mixers_only)}."
+        for kind in kinds
+        if kind != "hamt"
+    ]
+    legend = " ".join([STATE, *named])
+    return f"# Recall at equal state\n\n{came_from}\n\n{legend}\n\n{table(results)}"
 
 
 def table(results: Iterable[Result]) -> str:

@@ -55,7 +55,7 @@ class RecallRun:
         return f"{self.task}-{model}-{self.state}-{self.learning_rate:g}-{self.seed}"
 
     def describe(self) -> dict[str, Any]:
-        """The options, the task as it is trained and tested, and the model's whole configuration."""
+        """The options, how the task is trained and tested, and the model's whole configuration."""
         with torch.device("meta"):
             config = make_model(self).config.to_dict()
         config.pop("transformers_version", None)

@@ -1,4 +1,4 @@
-"""The tasks as they are trained and tested: sizes for two cores, tested beyond the training length too."""
+"""How each task is trained and tested: at sizes for two cores, and beyond the training length."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,20 +9,20 @@ from hamt.data.tasks import MQAR, Induction, ModularCounting, Parity, Task
 
 
 class Probe(NamedTuple):
-    """What is asked: examples of ``task`` of ``length`` tokens (its own), scored at ``positions`` (all)."""
+    """A test: examples of a task, all of one length, scored at some positions."""
 
     task: Task
-    length: int | None = None
-    positions: slice | None = None
+    length: int | None = None  # tokens; None is the task's own
+    positions: slice | None = None  # None is all
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One benchmark.
+    """What a name of a task stands for.
 
     Args:
-        train: tasks of the training examples.
-        tests: by what they are called in tables; the first is at the training length.
+        train: tasks that the training examples are drawn from.
+        tests: by their names in tables; the first is at the training length.
         training: options of ``train_on_task`` that the task needs.
         hamt: fields of ``HAMTConfig`` that the task needs.
     """
@@ -34,7 +34,7 @@ class Setting:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of all its tasks."""
+        """Tokens in the vocabulary of all its tasks."""
         tests = (test.task for test in self.tests.values())
         return max(task.vocab_size for task in (*self.train, *tests))
 
@@ -48,8 +48,8 @@ def _lengths(task: Task, *lengths: int) -> dict[str, Probe]:
 
 
 def _counting(task: Task) -> Setting:
-    # Trained on rows of 3 to 40 bits; angles must be exact to hold beyond (docs/results, state
-    # tracking).
+    # Trained on rows of 3 to 40 bits. Beyond that length angles must be exact (see state tracking
+    # in docs/results).
     beyond = {
         f"positions {task.length + 1}-{length}": Probe(task, length, slice(task.length, None))
         for length in (80, 256)
