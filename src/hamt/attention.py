@@ -1,6 +1,7 @@
 """Causal softmax attention as a token mixer: the transformer that HAMT is compared with.
 
-Shape legend: B batch, N new tokens, n tokens read before, d hidden_dim, H heads, F features of a head.
+Shape legend: B batch, N new tokens, n tokens read before, d hidden_dim, H heads, F features of a
+head.
 """
 
 import torch
@@ -16,11 +17,12 @@ from hamt.products import MAX_FUSED_ROWS, FusedLinear, linear, plain_weights, pr
 
 
 class FullAttention(Mixer):
-    """Attention over all earlier tokens (Vaswani et al. 2017), rotary positions (Su et al. 2021, arXiv
-    2104.09864), and the short convolution of the memory in front, if ``conv_kernel_size`` is above 1.
+    """Attention over all earlier tokens (Vaswani et al. 2017), rotary positions (Su et al. 2021,
+    arXiv 2104.09864), and the short convolution of the memory in front, if ``conv_kernel_size`` is
+    above 1.
 
-    Its state has the ``keys`` and ``values`` of all tokens read, and grows with them; ``visible`` says
-    which of them belong to the document at hand, if not all do.
+    Its state has the ``keys`` and ``values`` of all tokens read, and grows with them; ``visible``
+    says which of them belong to the document at hand, if not all do.
     """
 
     layer_type = "full_attention"
@@ -177,7 +179,8 @@ def attention_head_dim(config: HAMTConfig) -> int:
     size = config.attention_head_dim or usual_head_dim(config.hidden_dim)
     if config.hidden_dim % size or size % 2:
         raise ValueError(
-            f"attention_head_dim must be even and divide hidden_dim = {config.hidden_dim}; got {size}"
+            "attention_head_dim must be even and "
+            f"divide hidden_dim = {config.hidden_dim}; got {size}"
         )
     return size
 

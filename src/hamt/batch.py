@@ -18,8 +18,8 @@ class Batch:
 
     Args:
         mask: (B, N), true for real tokens, false for padding; None if all are real.
-        documents: (B, N) numbers of documents packed in a row, 0 for the one that the state belongs to;
-            None if each row is one document.
+        documents: (B, N) numbers of documents packed in a row, 0 for the one that the state belongs
+            to; None if each row is one document.
         num_tokens: (B,) real tokens of the state's document before these; None is 0.
         last_name: (B,) name of the last token's document, None if documents have no names.
         shared: what a mixer works out once for all layers of its kind.
@@ -38,7 +38,7 @@ class Batch:
         seq_idx: Tensor | None = None,
         past: "Past | None" = None,
     ) -> "Batch":
-        """From masks (B, N), zero for padding, and names of documents (B, N), after what was read."""
+        """From a mask (B, N), zero for padding, and names of documents (B, N)."""
         mask = None if attention_mask is None else attention_mask.ne(0)
         num_tokens = None if past is None else past.num_tokens
         if seq_idx is None:
@@ -49,7 +49,7 @@ class Batch:
         return cls(mask, documents, num_tokens, seq_idx[:, -1])
 
     def positions(self, inputs: Tensor) -> Tensor:
-        """How many real tokens of its document stand before each token of (B, N, ...): (1 or B, N)."""
+        """Real tokens of its document before each token of (B, N, ...): (1 or B, N)."""
         batch, length = inputs.shape[:2]
         before = None if self.num_tokens is None else self.num_tokens[:, None]
         if self.mask is None and self.documents is None:
@@ -74,9 +74,10 @@ class Batch:
 
 @dataclass
 class Past:
-    """What each row has read: ``num_tokens`` (B,) real tokens of its document; ``seq_idx`` (B,) the name
+    """What each row has read.
 
-    of this document, or None if documents were never told apart.
+    ``num_tokens`` (B,) counts the real tokens of its document; ``seq_idx`` (B,) is the name of this
+    document, or None if documents were never told apart.
     """
 
     num_tokens: Tensor

@@ -56,7 +56,7 @@ class HAMTBlock(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, batch: Batch | None = None, state: State | None = None
     ) -> tuple[Tensor, State, Tensor | None]:
-        """Return hidden states (B, N, d), the state after the last token, and the auxiliary loss."""
+        """Hidden states (B, N, d), the state after the last token, and the auxiliary loss."""
         mixed, state, aux_loss = self.mixer(self.mixer_norm(hidden_states), batch, state)
         hidden_states = hidden_states + self.dropout(mixed)
         if self.mlp is not None and self.mlp_norm is not None:

@@ -1,8 +1,8 @@
 """The state of a model as a Transformers ``Cache``: forked without a copy, kept in a file.
 
-States are values: a forward pass replaces them and never writes into them. So a fork, a snapshot and a
-roll-back are references, and gradients can flow through a carried state. Each layer's mixer names the
-tensors of its own state; what is here knows none of them.
+States are values: a forward pass replaces them and never writes into them. So a fork, a snapshot
+and a roll-back are references, and gradients can flow through a carried state. Each layer's mixer
+names the tensors of its own state; what is here knows none of them.
 """
 
 import os
@@ -47,7 +47,7 @@ class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        """False: tokens superposed in a memory cannot be taken out again; use ``HAMTCache.fork``."""
+        """False: what is superposed cannot be taken out again; use ``HAMTCache.fork``."""
         return False
 
     @property
@@ -65,7 +65,7 @@ class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
         self.state = None
 
     def offload(self) -> None:
-        """Nothing to gain: the state is smaller than one layer's keys and values of a short prompt."""
+        """Nothing to gain: a state is as small as the keys and values of a short prompt."""
 
     prefetch = offload
 
@@ -73,8 +73,9 @@ class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
 class HAMTCache(Cache):
     """The state of all layers after the tokens seen so far.
 
-    Pass it as ``past_key_values``. If all layers are memories, its size does not depend on the number
-    of tokens. ``past`` is what holds for all layers: how many tokens of its document each row has read.
+    Pass it as ``past_key_values``. If all layers are memories, its size does not depend on the
+    number of tokens. ``past`` is what holds for all layers: how many tokens of its document each
+    row has read.
     """
 
     layers: list[HAMTCacheLayer]  # type: ignore[assignment]
@@ -225,7 +226,7 @@ class HAMTCache(Cache):
         form = metadata.get("format", "")
         if form.startswith("hamt-state-") and form != _FORMAT:
             raise ValueError(
-                f"{path} is a state of an earlier version of HAMT: read the prompt again and save it"
+                f"{path} is a state of an earlier version of HAMT: read the prompt again"
             )
         if form != _FORMAT:
             raise ValueError(f"{path} is not a HAMT state; HAMTCache.save writes one")

@@ -55,8 +55,8 @@ class HAMTConfig(PreTrainedConfig):
         gating_network: what makes the gates, by its name in ``hamt.mixers.GATING_NETWORKS``.
         retrieval_head: what makes unbinding keys and read weights, by its name in
             ``hamt.mixers.RETRIEVAL_HEADS``.
-        attention_head_dim: features of a head of attention layers; None is 64 from a width of 256 on,
-            below it 32.
+        attention_head_dim: features of a head of attention layers; None is 64 from a width of 256
+            on, below it 32.
         intermediate_dim: width of the SwiGLU MLP; None is 8/3 · hidden_dim, rounded up to 32; 0
             leaves the MLP out.
         max_position_embeddings: advisory, the context trained on; the memory has no length limit.
@@ -122,8 +122,8 @@ class HAMTConfig(PreTrainedConfig):
             self.hcm_dim = 2 * self.hidden_dim
         if self.intermediate_dim is None:
             self.intermediate_dim = -(-8 * self.hidden_dim // 96) * 32
-        # Before Transformers reads ``layer_types``. ``@strict`` calls it too, on every later save, but
-        # wraps the error in a type of its own.
+        # Before Transformers reads ``layer_types``. ``@strict`` calls it too, on every later save,
+        # but wraps the error in a type of its own.
         self.validate_architecture()
         super().__post_init__(**kwargs)
 
@@ -168,7 +168,8 @@ class HAMTConfig(PreTrainedConfig):
             lower, upper = self.hcm_dim // step * step, -(-self.hcm_dim // step) * step
             near = " or ".join(str(size) for size in (lower, upper) if size)
             raise ValueError(
-                f"hcm_dim must be a multiple of 2 * num_heads = {step}; got {self.hcm_dim}, try {near}"
+                f"hcm_dim must be a multiple of 2 * num_heads = {step}; "
+                f"got {self.hcm_dim}, try {near}"
             )
         if self.binding_type not in ALGEBRAS:
             get_algebra(self.binding_type)
@@ -179,16 +180,16 @@ class HAMTConfig(PreTrainedConfig):
                 )
         if isinstance(self.mixers, list) and len(self.mixers) != self.num_layers:
             raise ValueError(
-                f"mixers must name one mixer for each of the {self.num_layers} layers, or one for all; "
-                f"got {len(self.mixers)}"
+                f"mixers must name one mixer for each of the {self.num_layers} layers, "
+                f"or one for all; got {len(self.mixers)}"
             )
         for mixer in self.layer_mixers:
             if mixer not in MIXERS:
                 raise ValueError(f"mixers must be among {', '.join(MIXERS)}; got {mixer!r}")
         if self.rotation == "constant" and not get_algebra(self.binding_type).has_phase:
             raise ValueError(
-                "rotation='constant' needs a binding with phases: use rotation='none' or 'data_dependent', "
-                "or binding_type phasor or circular_conv"
+                "rotation='constant' needs a binding with phases: use rotation='none' or "
+                "'data_dependent', or binding_type phasor or circular_conv"
             )
         if not 0 <= self.decay_rate < 1:
             raise ValueError(f"decay_rate must lie in [0, 1); got {self.decay_rate}")

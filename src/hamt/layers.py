@@ -47,8 +47,8 @@ def residual_linear(inputs: int, outputs: int) -> nn.Linear:
 class GatingNetwork(nn.Module):
     """The gates of every slot from the token alone.
 
-    Gates that read the memory would make it nonlinear and sequential. The biases spread the half-lives
-    of a head's slots from ``min_half_life`` to ``max_half_life`` tokens.
+    Gates that read the memory would make it nonlinear and sequential. The biases spread the
+    half-lives of a head's slots from ``min_half_life`` to ``max_half_life`` tokens.
     """
 
     def __init__(self, config: HAMTConfig) -> None:
@@ -62,7 +62,7 @@ class GatingNetwork(nn.Module):
         self.bias = nn.Parameter(torch.empty(size))
 
     def forward(self, conditioned: Tensor, product: Tensor | None = None) -> Gates:
-        """Gates in float32 at least, from c (B, N, d), whose ``product`` with the weight may be there."""
+        """Gates in float32 at least, from c (B, N, d); its ``product`` may be there already."""
         # A bfloat16 logit cannot tell a half-life of 1,000 tokens from one of 1,060.
         with torch.autocast(conditioned.device.type, enabled=False):
             wide = torch.promote_types(conditioned.dtype, torch.float32)
@@ -114,11 +114,11 @@ class RetrievalHead(nn.Module):
 
 
 class Rotation(nn.Module):
-    """The turn of the position at each token: c (B, N, d) -> ρ (B, N, H, K), or constant (1, 1, 1, K).
+    """The turn of the position at each token: c (B, N, d) -> ρ (B, N, H, K) or (1, 1, 1, K).
 
-    Phases start as the frequencies of rotary position embeddings (Su et al. 2021, arXiv 2104.09864):
-    one turn takes from 2π to 2π · rotation_base tokens. Signs start at +1. A data-dependent rotation
-    adds a linear map of the token, initially zero.
+    Phases start as the frequencies of rotary position embeddings (Su et al. 2021, arXiv
+    2104.09864): one turn takes from 2π to 2π · rotation_base tokens. Signs start at +1. A
+    data-dependent rotation adds a linear map of the token, initially zero.
     """
 
     def __init__(self, config: HAMTConfig, algebra: Algebra, key_size: int) -> None:
@@ -186,7 +186,7 @@ class HAMTLayer(Mixer):
         return [*weights, gating.weight] if weights and gating.weight is not None else weights
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``slots`` (H, S, F), ``position_key`` (H, K) with a rotation, ``conv`` the convolution's tail."""
+        """``slots`` (H, S, F), ``position_key`` (H, K), and ``conv``, the convolution's tail."""
         memory = self.memory
         shapes: dict[str, tuple[int, ...]] = {
             "slots": (memory.num_heads, memory.num_slots, memory.head_dim)

@@ -15,7 +15,7 @@ from hamt.memory.positions import accumulate_positions
 
 
 class Reconstruction(NamedTuple):
-    """``loss`` is 1 - cosine, which trains; ``mse`` is for the log: it also falls when items shrink."""
+    """``loss`` is 1 - cosine, which trains; ``mse``, for the log, falls when items shrink, too."""
 
     loss: Tensor
     mse: Tensor
@@ -36,9 +36,9 @@ def reconstruction_loss(
     """How well the items of one tile can be read back from the memory at its end.
 
     For the ``chunk_size`` tokens j up to a token T (``end`` exclusive; None draws it),
-    ŷ_j = (k_j ⊛ p_j)⁻¹ ⊛ ŵ_jᵀ M_T with ŵ_j = w_j / |w_j|. Items are detached on both sides, so that only
-    keys and gates learn. The state before the first token is not part of M_T. The shapes are those of
-    ``HolographicMemory.__call__``.
+    ŷ_j = (k_j ⊛ p_j)⁻¹ ⊛ ŵ_jᵀ M_T with ŵ_j = w_j / |w_j|. Items are detached on both sides, so that
+    only keys and gates learn. The state before the first token is not part of M_T. The shapes are
+    those of ``HolographicMemory.__call__``.
     """
     batch, length = items.shape[:2]
     size = min(memory.chunk_size, length)

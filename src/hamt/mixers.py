@@ -2,7 +2,8 @@
 
 A block of the model is norm, mixer, norm, MLP. Which mixer stands in which layer says the field
 ``mixers`` of ``HAMTConfig``. A mixer of your own joins the table before a model with it is made or
-loaded: ``MIXERS["mine"] = MyMixer``. Retrieval heads and gating networks of the memory have tables, too.
+loaded: ``MIXERS["mine"] = MyMixer``. Retrieval heads and gating networks of the memory have tables,
+too.
 
 Shape legend: B batch, N tokens, d hidden_dim.
 """
@@ -39,8 +40,8 @@ def look_up(table: Mapping[str, type | str], name: str) -> Any:
 class Mixer(nn.Module):
     """A token mixer: (B, N, d) -> (B, N, d), with a state that is carried from token to token.
 
-    A subclass takes the configuration, and writes ``forward`` and ``state_shapes``. States are values:
-    a forward pass makes a new one and never writes into the old.
+    A subclass takes the configuration, and writes ``forward`` and ``state_shapes``. States are
+    values: a forward pass makes a new one and never writes into the old.
     """
 
     # What it is called in the ``layer_types`` of Transformers.
@@ -67,7 +68,7 @@ class Mixer(nn.Module):
 
     @classmethod
     def operations(cls, config: Any, length: int) -> dict[str, float]:
-        """Operations of a forward pass for one token, the mean over a sequence of ``length``, by part."""
+        """Operations for one token, the mean over a sequence of ``length``, by part."""
         raise NotImplementedError
 
     def empty_state(

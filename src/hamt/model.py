@@ -36,7 +36,7 @@ from hamt.products import fuse, project, unfuse
 
 @dataclass
 class HAMTBackboneOutput(BaseModelOutputWithPast):
-    """``aux_loss`` is the mean auxiliary loss of the layers, in training with ``use_auxiliary_loss``."""
+    """``aux_loss`` is the mean auxiliary loss of the layers, in training if asked for."""
 
     aux_loss: Tensor | None = None
 
@@ -91,9 +91,9 @@ class HAMTPreTrainedModel(PreTrainedModel):
     def fuse_projections(self) -> int:
         """Decode faster on a CPU, at the price of a second copy of the weights; returns its bytes.
 
-        Maps with the same input become one product (``hamt.products.fuse``). Until ``unfuse_projections``
-        the model computes with the weights as they are now: call it again if you change them. Training
-        and a change of dtype or device undo it.
+        Maps with the same input become one product (``hamt.products.fuse``). Until
+        ``unfuse_projections`` the model computes with the weights as they are now: call it again if
+        you change them. Training and a change of dtype or device undo it.
         """
         return fuse(self)
 
@@ -229,8 +229,8 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
         """Predict the next token; the arguments of ``HAMTBackbone.forward`` and
 
         Args:
-            labels: (B, N) tokens of which each is the target of the position before it; -100 where no
-                loss is wanted.
+            labels: (B, N) tokens of which each is the target of the position before it; -100 where
+                no loss is wanted.
             num_items_in_batch: what the summed loss is divided by; None is the number of targets.
             logits_to_keep: how many of the last positions get logits, or which; 0 is all.
             return_logits: False computes the loss a few tokens at a time, and no logits: of a large

@@ -1,8 +1,8 @@
 """Linear maps: which library multiplies, and several maps of one input as one product.
 
-The maps of a model are plain ``nn.Linear`` modules, so that adapters, quantisers and hooks find what
-they look for; who calls a map chooses the product, by ``project``. ``hamt.cpu.linear`` has a faster one
-for CPUs. Without that folder everything is multiplied as PyTorch does it.
+The maps of a model are plain ``nn.Linear`` modules, so that adapters, quantisers and hooks find
+what they look for; who calls a map chooses the product, by ``project``. ``hamt.cpu.linear`` has a
+faster one for CPUs. Without that folder everything is multiplied as PyTorch does it.
 
 Shape legend: I inputs and O outputs of a map.
 """
@@ -68,16 +68,16 @@ class Fusable(Protocol):
     fused: FusedLinear | None
 
     def fusable_weights(self) -> list[Tensor]:
-        """The matrices (O, I), in order; none if a map does more than multiply (``plain_weights``)."""
+        """The matrices (O, I), in order; none if a map does more than multiply."""
 
 
 def project(module: nn.Module, inputs: Tensor) -> Tensor:
-    """``module(inputs)``, (..., I) -> (..., O), by the faster library if it is a plain linear map."""
+    """``module(inputs)``, (..., I) -> (..., O); a plain linear map by the faster library."""
     return module(inputs) if has_extra_behaviour(module, nn.Linear) else multiply(module, inputs)
 
 
 def multiply(module: nn.Module, inputs: Tensor) -> Tensor:
-    """The product with the weight of a linear map, (..., I) -> (..., O), and its bias; no hook is asked."""
+    """The product of a linear map, (..., I) -> (..., O), past its hooks."""
     fused = module.__dict__.get("fused")
     if fused is not None and (products := fused(inputs)) is not None:
         return products[0] if module.bias is None else products[0] + module.bias
@@ -85,14 +85,14 @@ def multiply(module: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def plain_weights(*maps: nn.Module) -> list[Tensor]:
-    """The matrices (O, I) of maps without a bias, if multiplying is all that each does; else none."""
+    """The matrices (O, I) of maps, if multiplying is all that each of them does; else none."""
     if any(has_extra_behaviour(each, nn.Linear) or each.bias is not None for each in maps):
         return []
     return [each.weight for each in maps]  # type: ignore[misc]
 
 
 def has_extra_behaviour(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module does more than its kind does: an adapter, a hook, a replaced forward."""
+    """Whether a module does more than its kind: an adapter, a hook, a replaced forward."""
     return (
         type(module) is not kind
         or bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
@@ -103,11 +103,12 @@ def has_extra_behaviour(module: nn.Module, kind: type[nn.Module]) -> bool:
 def fuse(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> int:
     """Pack the large matrices of a model, those with the same input as one: decoding gets faster.
 
-    The weights are then in memory twice. Until ``unfuse`` the model computes with them as they are now.
+    The weights are then in memory twice. Until ``unfuse`` the model computes with them as they are
+    now.
 
     Args:
-        model: its maps in float32 on a CPU; all else is left alone, as is everything where PyTorch has no
-            oneDNN.
+        model: its maps in float32 on a CPU; all else is left alone, as is everything where PyTorch
+            has no oneDNN.
         kinds: types of its linear maps.
 
     Returns:

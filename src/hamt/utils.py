@@ -16,9 +16,9 @@ from hamt.mixers import MIXERS, look_up
 def model_flops(config: HAMTConfig, seq_len: int) -> dict[str, float]:
     """Operations of a forward pass for one token, the mean over a sequence of ``seq_len``, by part.
 
-    ``projections``, ``mlp`` and ``head`` are matrix products; ``memory``, ``binding`` and ``attention`` are
-    what mixers do (``Mixer.operations``), ``elementwise`` all that is left: convolution, norms, gates,
-    activations, residuals; a transcendental function counts as one.
+    ``projections``, ``mlp`` and ``head`` are matrix products; ``memory``, ``binding`` and
+    ``attention`` are what mixers do (``Mixer.operations``), ``elementwise`` all that is left:
+    convolution, norms, gates, activations, residuals; a transcendental function counts as one.
     """
     assert config.intermediate_dim is not None  # filled in when it was made
     d, per_norm = config.hidden_dim, 4 * config.hidden_dim
@@ -33,7 +33,7 @@ def model_flops(config: HAMTConfig, seq_len: int) -> dict[str, float]:
 
 
 def compute_flops_per_token(config: HAMTConfig, seq_len: int = 1024) -> dict[str, Any]:
-    """Operations of a forward pass per token, in 10⁹, of HAMT and of a transformer of the same sizes.
+    """Operations for one token, in 10⁹, of HAMT and of a transformer of the same sizes.
 
     Args:
         config: sizes.

@@ -1,9 +1,9 @@
 """The fused form: the recurrence as one operator for CPUs.
 
 ``fused.cpp`` runs the loop over tokens with the slots in the first cache, binds on the way in and
-unbinds on the way out, so that only inputs and outputs travel to memory. ``hamt.cpu.library`` compiles
-it on the machine; without a compiler, HAMT uses the chunked form. Differentiable once, and not by
-``torch.func``.
+unbinds on the way out, so that only inputs and outputs travel to memory. ``hamt.cpu.library``
+compiles it on the machine; without a compiler, HAMT uses the chunked form. Differentiable once, and
+not by ``torch.func``.
 
 Shape legend: B batch, N tokens, H heads, S slots, F features, K key size, P parts of a head.
 """
@@ -44,7 +44,7 @@ _SIZES = (
 
 
 class _Sizes(ctypes.Structure):
-    """What fused.cpp calls ``Sizes``; the library is named by its source, so that the two go together."""
+    """What fused.cpp calls ``Sizes``: the two go together."""
 
     _fields_ = [(name, ctypes.c_int64) for name in _SIZES]
 
@@ -58,8 +58,8 @@ def fused(memory: Memory, tokens: Tokens, state: MemoryState) -> tuple[Tensor, M
     """The fused form of ``hamt.memory.forms``.
 
     Raises:
-        ValueError: if it is not available here, the state is neither float32 nor float64, or a shape
-            does not fit.
+        ValueError: if it is not available here, the state is neither float32 nor float64, or a
+            shape does not fit.
     """
     if not fused_available(tokens.items):
         raise ValueError(
@@ -143,7 +143,7 @@ def _forward(
     phases: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, M after the last token and, if ``keep``, the states that the backward pass starts from."""
+    """y, M after the last token and, if ``keep``, the states for the backward pass."""
     inputs, sizes = _prepare(x, k, u, w, r, log_forget, beta, p, reset, phases)
     final, output = memory.clone(memory_format=torch.contiguous_format), x.new_empty(x.shape)
     checkpoints = _checkpoints(x, memory, keep)
@@ -217,7 +217,7 @@ _scan.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.hamt.scan)
 def _flops(x, *shapes, out_shape=None, **_) -> int:
-    """Decay, write, read and, under the delta rule, correct: 2 operations each for a slot and a feature.
+    """Decay, write, read and, under the delta rule, correct: 2 operations each.
 
     ``x`` and ``shapes``, of the other arguments, are shapes.
     """

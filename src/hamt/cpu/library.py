@@ -1,4 +1,4 @@
-"""The compiled library behind ``hamt.cpu.fused``: built when first needed, kept in the user's cache.
+"""The compiled library of ``hamt.cpu.fused``: built when needed, kept in the user's cache.
 
 It needs a C++ compiler: g++ or clang++, or the one that CXX names; several threads need g++. The
 environment variable HAMT_FUSED=0 switches the library off.
@@ -84,7 +84,7 @@ def _compile(compiler: list[str], flags: list[str]) -> Path:
 
 
 def _folder() -> Path:
-    """Where libraries are kept: the user's cache, or a folder for this process where that cannot be used.
+    """Where libraries are kept: the user's cache, or else a folder for this process alone.
 
     A library is code: a folder that others may write to is not trusted.
     """

@@ -1,9 +1,9 @@
 """Linear maps in float32 on CPUs, multiplied by oneDNN.
 
 PyTorch leaves float32 products on x86 to MKL, which does not use all of a processor that is not
-Intel's, and which packs the whole matrix for a handful of tokens. oneDNN, which PyTorch brings along
-and uses for bfloat16, does neither: large products take half as long on the AMD processor that HAMT was
-measured on, and those of a decoding step two thirds (docs/LOG.md).
+Intel's, and which packs the whole matrix for a handful of tokens. oneDNN, which PyTorch brings
+along and uses for bfloat16, does neither: large products take half as long on the AMD processor
+that HAMT was measured on, and those of a decoding step two thirds (docs/LOG.md).
 
 Shape legend: I inputs and O outputs of a map, T rows.
 """
@@ -24,8 +24,8 @@ _PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 # Below these sizes MKL is as fast or faster: operations of a product, numbers of a matrix for a few
 # rows, its shorter side.
 MIN_FLOPS, MIN_NUMEL, MIN_SIDE = 2**22, 2**17, 16
-# oneDNN compiles code for each number of rows and keeps it: rows are padded to one of so many numbers
-# between a power of two and the next.
+# oneDNN compiles code for each number of rows and keeps it: rows are padded to one of so many
+# numbers between a power of two and the next.
 ROW_BUCKETS = 8
 
 
@@ -107,7 +107,7 @@ def _fits(inputs: Tensor, size: int, bias: Tensor | None, outputs: int) -> bool:
 
 
 def _plain(x: Tensor) -> bool:
-    """Whether a tensor is what the operator takes it for: float32 numbers in this machine's memory."""
+    """Whether a tensor is just float32 numbers in this machine's memory."""
     return (
         x.dtype is torch.float32
         and x.is_cpu

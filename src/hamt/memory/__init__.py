@@ -1,4 +1,4 @@
-"""The holographic memory, readable by itself: algebras, write rules, positions, forms that agree."""
+"""The holographic memory, readable by itself: algebras, write rules, positions, forms."""
 
 from hamt.memory.algebra import ALGEBRAS, Algebra, get_algebra, similarity
 from hamt.memory.forms import FORMS, MemoryState, Tokens

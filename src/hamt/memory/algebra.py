@@ -88,7 +88,7 @@ class Elementwise:
         return lifted
 
     def key(self, raw: Tensor) -> Tensor:
-        """Project any real vector (..., K) onto the nearest key, with a straight-through gradient."""
+        """The nearest key to any real vector (..., K), with a straight-through gradient."""
         return _StraightThroughSign.apply(raw)
 
     def compose(self, key: Tensor, other: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def chunked_scan(
 
 
 def _tile(x: Tensor, size: int) -> Tensor:
-    """Cut (B, N, H, ·), or (B, N, H), into tiles (B, H, T, size, ·); zeros, null tokens, fill up."""
+    """Cut (B, N, H, ·), or (B, N, H), into tiles (B, H, T, size, ·), filled up with zeros."""
     if x.ndim == 3:
         x = x[..., None]
     batch, length, heads, width = x.shape

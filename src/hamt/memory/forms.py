@@ -1,10 +1,10 @@
 """The forms of the memory: the loop that defines the meaning, and what computes the same faster.
 
 Every form takes a sequence (``Tokens``) and the state before it, and gives the read-outs and the
-state after it. ``recurrent`` is the equations of ``hamt.memory.holographic`` line by line; ``chunked``
-computes the same with matrix products inside tiles of tokens and a short scan across tiles (the
-secondary chunking of Gated Linear Attention, Yang et al. 2024, arXiv 2312.06635). ``hamt.cpu`` adds
-``fused``, one operator for CPUs.
+state after it. ``recurrent`` is the equations of ``hamt.memory.holographic`` line by line;
+``chunked`` computes the same with matrix products inside tiles of tokens and a short scan across
+tiles (the secondary chunking of Gated Linear Attention, Yang et al. 2024, arXiv 2312.06635).
+``hamt.cpu`` adds ``fused``, one operator for CPUs.
 
 Shape legend: B batch, N tokens, H heads, S slots, F features of an item, K key size.
 """
@@ -25,8 +25,8 @@ from hamt.memory.write_rules import Gates, WriteRule
 class MemoryState(NamedTuple):
     """All that a memory carries from token to token; its size does not depend on the context.
 
-    ``slots`` M (B, H, S, F), lifted superpositions, float32 or float64; ``position_key`` p (B, H, K),
-    phases in radians, or signs, and None without rotation.
+    ``slots`` M (B, H, S, F), lifted superpositions, float32 or float64; ``position_key`` p (B, H,
+    K), phases in radians, or signs, and None without rotation.
     """
 
     slots: Tensor
@@ -34,11 +34,12 @@ class MemoryState(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """One sequence: lifted ``items`` v (B, N, H, F); ``keys`` k and ``unbinding_keys`` u (B, N, H, K);
+    """One sequence as every form takes it.
 
-    ``read`` r (B, N, H, S); ``gates``, complete; ``rotation`` ρ (1 or B, 1 or N, 1 or H, K) or None;
-    ``documents`` (B, N), numbers of documents, 0 for the one of the state, or None for one document;
-    ``mask`` (B, N), false for padding, or None.
+    ``items`` are the lifted v (B, N, H, F); ``keys`` k and ``unbinding_keys`` u (B, N, H, K);
+    ``read`` r (B, N, H, S); ``gates``, complete; ``rotation`` ρ (1 or B, 1 or N, 1 or H, K) or
+    None; ``documents`` (B, N), numbers of documents, 0 for the one of the state, or None for one
+    document; ``mask`` (B, N), false for padding, or None.
     """
 
     items: Tensor
@@ -60,9 +61,10 @@ class Memory(Protocol):
 
 
 class Form(NamedTuple):
-    """A way to ``run`` the memory; whether it ``computes`` a write rule; whether it ``suits`` items
+    """A way to ``run`` the memory.
 
-    (B, N, H, F): whether it is there for them, and worth it.
+    ``computes`` says whether it knows a write rule, ``suits`` whether it is there for items
+    (B, N, H, F), and worth it.
     """
 
     run: Callable[[Memory, Tokens, MemoryState], tuple[Tensor, MemoryState]]
@@ -130,7 +132,7 @@ FORMS: dict[str, Form] = {
 def positions_of(
     algebra: Algebra, tokens: Tokens, state: MemoryState
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Equation (1) for all tokens at once: p as ``accumulate_positions`` gives it, and the last (B, H, K)."""
+    """Equation (1) for all tokens, as ``accumulate_positions`` has it; and the last, (B, H, K)."""
     start = state.position_key
     batch, length, heads = tokens.items.shape[:3]
     if tokens.rotation is not None:

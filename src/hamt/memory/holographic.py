@@ -7,9 +7,9 @@ Per head, with ⊛ the binding of one algebra (``hamt.memory.algebra``):
     (3) M_t[s] = α_t[s] · M_{t-1}[s] + w_t[s] · x_t     superpose, for every slot s
     (4) y_t    = (u_t ⊛ p_t)⁻¹ ⊛ Σ_s r_t[s] · M_t[s]    read, unbind
 
-(3) is the gated write rule; ``hamt.memory.write_rules`` has others. ``hamt.memory.forms`` holds the loop
-over tokens, which defines the meaning, beside what computes the same faster; ``step`` is one turn of
-the loop, for decoding.
+(3) is the gated write rule; ``hamt.memory.write_rules`` has others. ``hamt.memory.forms`` holds the
+loop over tokens, which defines the meaning, beside what computes the same faster; ``step`` is one
+turn of the loop, for decoding.
 
 Shape legend: B batch, N tokens, H heads, S slots, F features of an item, K key size.
 """
@@ -30,7 +30,8 @@ class HolographicMemory:
             features.
         num_slots: slots S per head.
         num_heads: heads H.
-        binding_type: ``elementwise``, ``circular_conv`` or ``phasor`` (see ``hamt.memory.algebra``).
+        binding_type: ``elementwise``, ``circular_conv`` or ``phasor`` (see
+            ``hamt.memory.algebra``).
         write_rule: ``gated`` takes α from the caller; ``convex`` sets α = (1-w)(1-λ); ``delta``
             corrects what a slot holds, with w a unit vector and a strength β; or one of your own in
             ``hamt.memory.write_rules.WRITE_RULES``.
@@ -113,8 +114,8 @@ class HolographicMemory:
         """Superpose an item for each head: equations (2) and (3) without position.
 
         Shapes: item (B, H, F), key (B, H, K), write and log_forget (B, H, S), beta (B, H), or what
-        broadcasts to them. Left out, the item is written whole to every slot (under the delta rule, in
-        the direction that all slots share), and nothing is forgotten.
+        broadcasts to them. Left out, the item is written whole to every slot (under the delta rule,
+        in the direction that all slots share), and nothing is forgotten.
         """
         open_gates = self.rule.open_gates(state.slots[..., 0])
         gates = Gates(
@@ -159,17 +160,17 @@ class HolographicMemory:
             items: v, (B, N, H, F).
             keys: k, (B, N, H, K), members of the algebra (``algebra.key``).
             unbinding_keys: u, (B, N, H, K), members of the algebra, too.
-            gates: those of the write rule (``Gates``): w (B, N, H, S), under the delta rule unit vectors
-                over the slots; log α ≤ 0 (B, N, H, S), floored at -20 (float64: -40), None under the
-                convex rule; β (B, N, H) under the delta rule, else None.
+            gates: those of the write rule (``Gates``): w (B, N, H, S), under the delta rule unit
+                vectors over the slots; log α ≤ 0 (B, N, H, S), floored at -20 (float64: -40), None
+                under the convex rule; β (B, N, H) under the delta rule, else None.
             read: r, (B, N, H, S).
-            rotation: ρ, keys (1 or B, 1 or N, 1 or H, K): phases, or signs if ``elementwise``; a token
-                with the identity (phase 0, sign 1) does not advance.
+            rotation: ρ, keys (1 or B, 1 or N, 1 or H, K): phases, or signs if ``elementwise``; a
+                token with the identity (phase 0, sign 1) does not advance.
             initial_state: the state before the first token; None is an empty memory.
-            documents: (B, N) integers. Documents packed in one row see nothing of each other: a token
-                goes on from the token before it if both have the same number, and the first one from
-                ``initial_state`` if its number is 0 (``number_documents`` makes such numbers of names).
-                None is one document.
+            documents: (B, N) integers. Documents packed in one row see nothing of each other: a
+                token goes on from the token before it if both have the same number, and the first
+                one from ``initial_state`` if its number is 0 (``number_documents`` makes such
+                numbers of names). None is one document.
             mask: (B, N), false for padding: such a token neither writes, decays nor advances.
             form: one of ``hamt.memory.forms.FORMS``; None is the fastest there is.
 
@@ -206,7 +207,7 @@ class HolographicMemory:
     def run(
         self, tokens: Tokens, state: MemoryState, form: str | None = None
     ) -> tuple[Tensor, MemoryState]:
-        """A sequence whose items are lifted and whose gates are complete -> lifted read-outs, the state.
+        """Lifted items and complete gates -> lifted read-outs, and the state.
 
         Raises:
             ValueError: if there is no such form for the write rule, or not here.

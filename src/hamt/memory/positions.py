@@ -32,7 +32,7 @@ def accumulate_positions(
     batch: int,
     length: int,
 ) -> tuple[Tensor, Tensor]:
-    """Positions after each token: p_t = p_{t-1} ⊛ ρ_t, from the identity at the start of a document.
+    """Positions p_t = p_{t-1} ⊛ ρ_t, from the identity at the start of a document.
 
     Args:
         algebra: whose keys they are.
@@ -70,7 +70,7 @@ def accumulate_positions(
 
 
 def wrap_steps(rotation: Tensor, steps: Tensor) -> Tensor:
-    """steps · ρ modulo 2π, in float64 on the way: (·, 1, H, K), (1 or B, N) -> (1 or B, N, H, K)."""
+    """steps · ρ modulo 2π, by way of float64: (·, 1, H, K), (1 or B, N) -> (·, N, H, K)."""
     return wrap_phase(rotation.double() * steps[..., None, None]).to(rotation.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The linear recurrence M_t = exp(log_decay_t) M_{t-1} + delta_t with a decay per slot, in parallel.
+"""The recurrence M_t = exp(log_decay_t) M_{t-1} + delta_t, a decay for each slot, in parallel.
 
 Shape legend: B batch, H heads, T tiles, S slots, F features; C tokens in a tile or tiles in a
 group.
@@ -36,7 +36,7 @@ def scores(query: Tensor, decay: Tensor, write: Tensor) -> Tensor:
 def boundary_decays(
     total: Tensor, documents: Tensor | None, ends: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Decay from the state that enters a tile to each token, and from each token to the end of the tile.
+    """Decay from the start of a tile to each token, and from each token to its end.
 
     Args:
         total: cumulated log α within tiles, (B, H, T, C, S).
@@ -96,5 +96,5 @@ def scan(
 
 
 def repeat_last(x: Tensor, count: int) -> Tensor:
-    """Lengthen the last dimension by ``count`` copies of its last entry (``F.pad`` wants floats)."""
+    """``count`` more copies of the last entry; ``F.pad`` does so for floats only."""
     return torch.cat((x, x[..., -1:].expand(*x.shape[:-1], count)), dim=-1)

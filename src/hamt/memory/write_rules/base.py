@@ -1,7 +1,7 @@
 """What every write rule answers.
 
-Shape legend: ... any leading dimensions, B batch, N tokens, H heads, S slots, F features of an item;
-T tiles, C tokens of a tile.
+Shape legend: ... any leading dimensions, B batch, N tokens, H heads, S slots, F features of an
+item; T tiles, C tokens of a tile.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ INITIAL_WRITE_LOGIT = -2.0
 class Gates(NamedTuple):
     """The gates of every token.
 
-    ``write`` w (..., H, S); ``log_forget`` log α ≤ 0 (..., H, S), None where the rule derives it from
-    w; ``beta`` β in [0, 1] (..., H), the strength of a correction, None where a rule has none.
+    ``write`` w (..., H, S); ``log_forget`` log α ≤ 0 (..., H, S), None where the rule derives it
+    from w; ``beta`` β in [0, 1] (..., H), the strength of a correction, None where a rule has none.
     """
 
     write: Tensor
@@ -45,8 +45,8 @@ class Gates(NamedTuple):
 class WriteRule:
     """One way to write to the slots.
 
-    A rule without ``tiles`` runs in the loop alone. ``decay_rate`` λ is the share that is forgotten at
-    every token, for rules that forget at a fixed pace.
+    A rule without ``tiles`` runs in the loop alone. ``decay_rate`` λ is the share that is forgotten
+    at every token, for rules that forget at a fixed pace.
     """
 
     name: str
@@ -136,7 +136,7 @@ class WriteRule:
         raise NotImplementedError
 
     def kept(self, gates: Gates) -> Tensor:
-        """The share of its content that a slot keeps at each token, (..., H, S), from complete gates."""
+        """The share of its content that a slot keeps at each token, (..., H, S)."""
         assert gates.log_forget is not None
         return gates.log_forget.exp()
 

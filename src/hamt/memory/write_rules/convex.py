@@ -1,4 +1,4 @@
-"""The convex rule: M ← (1 - g)(1 - λ) M + g ⊗ x, one gate for what is forgotten and what is written."""
+"""The convex rule: M ← (1 - g)(1 - λ) M + g ⊗ x, one gate to forget and to write."""
 
 import torch
 from torch import Tensor

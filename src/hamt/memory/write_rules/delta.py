@@ -1,20 +1,21 @@
 """The delta rule: a slot is told the difference between an item and what it already holds.
 
-With the item x_t = (k_t ⊛ p_t) ⊛ v_t already bound, a direction ŵ_t over the slots, |ŵ_t| = 1, and a
-strength β_t in (0, 1):
+With the item x_t = (k_t ⊛ p_t) ⊛ v_t already bound, a direction ŵ_t over the slots, |ŵ_t| = 1, and
+a strength β_t in (0, 1):
 
     (3a) M̃   = Diag(α_t) M_{t-1}
     (3b) e_t = β_t (x_t - ŵ_tᵀ M̃)                    the correction
     (3c) M_t = M̃ + ŵ_t ⊗ e_t
 
-Binding cancels inside the bracket: the correction acts on slots. It cannot tell two keys in one slot
-apart, and with one slot it is the convex gate.
+Binding cancels inside the bracket: the correction acts on slots. It cannot tell two keys in one
+slot apart, and with one slot it is the convex gate.
 
-Inside a tile the corrections solve a triangular system (DeltaNet, Yang et al. 2024, arXiv 2406.06484;
-with a decay per slot, Kimi Delta Attention, arXiv 2510.26692, with slots in the place of the key
-dimension): with g the cumulated log α and M₀ the state that enters the tile,
+Inside a tile the corrections solve a triangular system (DeltaNet, Yang et al. 2024, arXiv
+2406.06484; with a decay per slot, Kimi Delta Attention, arXiv 2510.26692, with slots in the place
+of the key dimension): with g the cumulated log α and M₀ the state that enters the tile,
 
-    e_i + β_i Σ_{j<i} a_ij e_j = β_i (x_i - (ŵ_i ⊙ exp g_i)ᵀ M₀),    a_ij = Σ_s ŵ_i ŵ_j exp(g_i - g_j)
+    e_i + β_i Σ_{j<i} a_ij e_j = β_i (x_i - (ŵ_i ⊙ exp g_i)ᵀ M₀)
+    a_ij = Σ_s ŵ_i ŵ_j exp(g_i - g_j)
 
 Shape legend: see ``hamt.memory.write_rules.base``.
 """

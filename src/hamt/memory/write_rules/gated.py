@@ -1,7 +1,7 @@
 """The gated rule: M ← α ⊙ M + w ⊗ x, with a forget gate and a write gate for every slot.
 
-It is the recurrence of Gated Linear Attention (Yang et al. 2024, arXiv 2312.06635) with slots in the
-place of the key dimension. Shape legend: see ``hamt.memory.write_rules.base``.
+It is the recurrence of Gated Linear Attention (Yang et al. 2024, arXiv 2312.06635) with slots in
+the place of the key dimension. Shape legend: see ``hamt.memory.write_rules.base``.
 """
 
 import torch
