@@ -17,72 +17,13 @@ from hamt.data.corpus import join_articles
 from hamt.data.tasks import MQAR, Induction, Task
 
 EXAMPLES = 64
-WORDS = [
-    "apple",
-    "river",
-    "stone",
-    "cloud",
-    "table",
-    "green",
-    "horse",
-    "paper",
-    "light",
-    "water",
-    "house",
-    "music",
-    "bread",
-    "chair",
-    "glass",
-    "plant",
-    "sugar",
-    "wheel",
-    "beach",
-    "crown",
-    "dance",
-    "earth",
-    "field",
-    "grape",
-    "heart",
-    "island",
-    "jewel",
-    "knife",
-    "lemon",
-    "metal",
-    "night",
-    "ocean",
-    "pearl",
-    "queen",
-    "radio",
-    "salad",
-    "tiger",
-    "uncle",
-    "violin",
-    "window",
-    "yacht",
-    "zebra",
-    "anchor",
-    "bridge",
-    "candle",
-    "desert",
-    "engine",
-    "forest",
-    "garden",
-    "hammer",
-    "insect",
-    "jacket",
-    "kettle",
-    "ladder",
-    "mirror",
-    "needle",
-    "orange",
-    "pencil",
-    "rabbit",
-    "school",
-    "temple",
-    "umbrella",
-    "valley",
-    "wallet",
-]
+WORDS = """
+apple river stone cloud table green horse paper light water house music bread chair glass plant
+sugar wheel beach crown dance earth field grape heart island jewel knife lemon metal night ocean
+pearl queen radio salad tiger uncle violin window yacht zebra anchor bridge candle desert engine
+forest garden hammer insect jacket kettle ladder mirror needle orange pencil rabbit school
+temple umbrella valley wallet
+""".split()  # noqa: SIM905
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
