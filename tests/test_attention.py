@@ -176,3 +176,20 @@ def test_the_state_of_another_mixer_is_refused(mixers):
     other = attention_model("memory")(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="comes from another model: its slots"):
         attention_model(mixers)(ids, past_key_values=other)
+
+
+def test_a_state_has_no_hidden_bytes():
+    """Of a long prompt, queries, keys and values come from one product."""
+    model = attention_model("full_attention", conv_kernel_size=0)
+    cache = model(random_ids(1, 300), use_cache=True).past_key_values
+    for state in cache.states:
+        for tensor in state.values():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_layers_cannot_be_taken_away_from_a_list_of_mixers(tmp_path):
+    attention_model(["memory", "full_attention"]).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="one mixer for each of the 1 layers, or one for all; got 2"
+    ):
+        HAMTModel.from_pretrained(tmp_path, num_layers=1)

@@ -254,3 +254,13 @@ def test_every_accepted_option_builds_and_takes_a_training_step(binding_type, wr
         assert losses[1] != losses[0] if binding_type == "elementwise" else losses[1] < losses[0], (
             options
         )
+
+
+def test_layer_types_follow_from_the_mixers_whatever_a_file_says():
+    config = HAMTConfig(num_layers=1, layer_types=["full_attention"])
+    assert config.layer_types == ["linear_attention"]
+    for wrong in ({"mixers": ""}, {"attention_head_dim": -32}, {"attention_head_dim": 0}):
+        with pytest.raises(
+            ValueError, match=r"mixers must be among|attention_head_dim must be even"
+        ):
+            HAMTConfig(**wrong)

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from model_inputs import assert_close, random_ids
 from torch import nn
 
-from hamt import HAMTConfig, HAMTModel
+from hamt import HAMTCache, HAMTConfig, HAMTModel
 from hamt.layers import as_keys
 from hamt.memory import FORMS, WRITE_RULES, Gates
-from hamt.memory.write_rules import WriteRule
+from hamt.memory.write_rules import Gated, WriteRule
 from hamt.mixers import MIXERS, RETRIEVAL_HEADS, Mixer
 
 
@@ -124,3 +124,41 @@ def test_a_rule_without_tiles_runs_in_the_loop_alone(monkeypatch):
     model = HAMTModel(HAMTConfig(vocab_size=97, hidden_dim=32, write_rule="strongest"))
     memory = model.model.layers[0].mixer.memory
     assert [name for name, form in FORMS.items() if form.computes(memory.rule)] == ["recurrent"]
+
+
+class Louder(Gated):
+    """A rule with a turn of its own, and tiles that are not its own."""
+
+    def turn(self, slots, bound, gates):
+        return super().turn(slots, 2 * bound, gates)
+
+
+@pytest.mark.parametrize("name", ["gated", "louder"])
+def test_a_rule_with_a_turn_of_its_own_is_never_computed_by_the_tiles_of_another(name, monkeypatch):
+    monkeypatch.setitem(WRITE_RULES, "louder", Louder)
+    monkeypatch.setattr(Louder, "name", name)
+    torch.manual_seed(0)
+    model = HAMTModel(HAMTConfig(vocab_size=97, hidden_dim=32, write_rule="louder")).eval()
+    ids, cache, logits = random_ids(1, 9), None, []
+    for token in ids.split(1, dim=1):
+        outputs = model(token, past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        logits.append(outputs.logits)
+    assert_close(torch.cat(logits, dim=1), model(ids).logits)
+
+
+def test_a_mixer_without_a_state_is_kept_in_a_file(monkeypatch, tmp_path):
+    class Nothing(RunningMean):
+        def state_shapes(self):
+            return {}
+
+        def forward(self, hidden_states, batch=None, state=None):
+            return self.output_proj(hidden_states), {}, None
+
+    monkeypatch.setitem(MIXERS, "nothing", Nothing)
+    model = HAMTModel(HAMTConfig(vocab_size=97, hidden_dim=32, num_layers=2, mixers="nothing"))
+    ids = random_ids(2, 5)
+    cache = model(ids, use_cache=True).past_key_values
+    cache.save(tmp_path / "state")
+    loaded = HAMTCache.load(tmp_path / "state")
+    assert_close(model(ids, past_key_values=loaded).logits, model(ids).logits)

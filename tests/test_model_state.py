@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model_inputs import (
+    VOCAB,
     assert_close,
     assert_same_gradients,
     gradients,
@@ -353,3 +354,36 @@ def test_what_is_not_a_state_of_this_model_is_refused():
         model(ids, past_key_values=tiny_model(num_slots=5)(ids).past_key_values)
     with pytest.raises(ValueError, match="2 rows, the input 1"):
         model(ids[:1], past_key_values=model(ids).past_key_values)
+
+
+# ---------------------------------------------------------------- names and padding
+
+
+def test_names_of_documents_are_the_callers_own():
+    """A state neither follows what is written into them later, nor keeps all of them alive."""
+    model, ids, names = tiny_model(), random_ids(1, 9), torch.zeros(1, 9, dtype=torch.long)
+    cache = model(ids, seq_idx=names, use_cache=True).past_key_values
+    assert cache.past.seq_idx.untyped_storage().nbytes() == 8
+    expected = model(ids, past_key_values=cache.fork(), seq_idx=torch.zeros_like(names)).logits
+    names.fill_(7)
+    seen = model(ids, past_key_values=cache, seq_idx=torch.zeros_like(names)).logits
+    assert torch.equal(seen, expected)
+
+
+def test_a_segment_of_padding_belongs_to_the_document_that_was_read():
+    """Whatever it is called."""
+    model, ids, more = tiny_model(), random_ids(1, 9), random_ids(1, 4, seed=3)
+    four, padding = torch.full((1, 9), 4), torch.zeros(1, 2, dtype=torch.long)
+    cache = model(ids, seq_idx=four, use_cache=True).past_key_values
+    model(padding, attention_mask=padding, seq_idx=padding, past_key_values=cache)
+    seen = model(more, seq_idx=four[:, :4], past_key_values=cache).logits
+    assert_close(seen, model(torch.cat((ids, more), dim=1)).logits[:, 9:])
+
+
+def test_nothing_to_read_changes_nothing():
+    model, ids = tiny_model(), random_ids(2, 9)
+    nothing = ids[:, :0]
+    assert model(nothing, use_cache=True).logits.shape == (2, 0, VOCAB)
+    cache = model(ids, use_cache=True).past_key_values
+    model(nothing, past_key_values=cache)
+    assert cache.past.num_tokens.tolist() == [9, 9]

@@ -31,8 +31,8 @@ class Siblings(nn.Module):
 
     def forward(self, inputs):
         products = None
-        if self.fused is not None and self.fusable_weights():
-            products = self.fused(inputs)
+        if self.fused is not None:
+            products = self.fused(inputs, self.fusable_weights())
         return products or tuple(project(each, inputs) for each in self.maps)
 
     def expected(self, inputs):
@@ -281,8 +281,9 @@ def test_every_model_computes_the_same(options, products, layouts):
         lambda model: model.train().eval(),
         lambda model: model.bfloat16().float(),
         lambda model: model.unfuse_projections(),
+        lambda model: model.load_state_dict(model.state_dict()),
     ],
-    ids=["training", "dtype", "unfused"],
+    ids=["training", "dtype", "unfused", "loaded"],
 )
 def test_training_and_casts_undo_it(change, layouts):
     """So that no step of training leaves old weights in use."""
@@ -337,3 +338,25 @@ def test_maps_are_plain_modules():
     model = wide_model(rotation="data_dependent")
     kinds = {type(m) for m in model.modules() if isinstance(m, nn.Linear)}
     assert kinds == {nn.Linear}
+
+
+def test_weights_in_the_place_of_those_that_were_fused_are_used():
+    model = wide_model().eval()
+    model.fuse_projections()
+    others = {name: 1.5 * weight for name, weight in model.named_parameters()}
+    with torch.no_grad(), without_onednn():
+        expected = torch.func.functional_call(model, others, (IDS,)).logits
+    with torch.no_grad():
+        seen = torch.func.functional_call(model, others, (IDS,)).logits
+        torch.testing.assert_close(seen, expected, rtol=1e-3, atol=1e-3)
+        model.resize_token_embeddings(70)
+        assert model(IDS).logits.shape == (*IDS.shape, 70)
+
+
+def test_backward_hooks_of_maps_are_called():
+    model, calls = wide_model(), []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_full_backward_hook(lambda *_: calls.append(1))
+    model(IDS, labels=IDS).loss.backward()
+    assert len(calls) == sum(isinstance(module, nn.Linear) for module in model.modules())

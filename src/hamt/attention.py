@@ -80,7 +80,8 @@ class FullAttention(Mixer):
         if "keys" in before:
             keys = torch.cat((before["keys"], keys), dim=1)
             values = torch.cat((before["values"], values), dim=1)
-        new_state |= {"keys": keys, "values": values}
+        # A copy where they are views of one product with the queries.
+        new_state |= {"keys": keys, "values": values.contiguous()}
         past = keys.shape[1] - hidden_states.shape[1]
         mask = self._mask(batch, before.get("visible"), hidden_states, past, new_state)
         queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
@@ -90,7 +91,8 @@ class FullAttention(Mixer):
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """(B, H, N, F), twice (B, H, n + N, F), (B, 1, N, n + N) or None -> (B, H, N, F).
 
-        Without a mask the last query sees all keys, the one before it all but one, and so on.
+        Without a mask there are as many queries as keys, each sees those up to its own, or there
+        is one query, which sees all.
         """
         causal = mask is None and queries.shape[2] > 1
         return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal)
@@ -98,8 +100,8 @@ class FullAttention(Mixer):
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, (B, N, H, F) each."""
         products, weights = None, self.fusable_weights()
-        if self.fused is not None and weights:
-            products = self.fused(hidden_states)
+        if self.fused is not None:
+            products = self.fused(hidden_states, weights)
         many = hidden_states.numel() > MAX_FUSED_ROWS * hidden_states.shape[-1]
         if products is None and weights and many:
             # One product instead of three; the copy of the matrices is small beside it.
@@ -111,14 +113,14 @@ class FullAttention(Mixer):
 
     def _rotary(self, batch: Batch, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """cos and signed sin of all positions, (1 or B, N, 1, F) each, the same in all layers."""
-        tables = batch.shared.get("rotary")
+        tables = batch.shared.get(FullAttention)
         if tables is None:
             base, half = float(self.config.rotation_base), self.head_dim // 2
             power = torch.arange(half, device=inputs.device, dtype=torch.float32) / half
             angle = batch.positions(inputs)[..., None, None] * base**-power
             cos, sin = angle.cos(), angle.sin()
             tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-            batch.shared["rotary"] = tables
+            batch.shared[FullAttention] = tables
         return tables
 
     def _mask(

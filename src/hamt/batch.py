@@ -44,9 +44,23 @@ class Batch:
         if seq_idx is None:
             return cls(mask, num_tokens=num_tokens)
         if mask is not None:
-            seq_idx = _fill_padding(seq_idx, mask)
+            seq_idx = _fill_padding(seq_idx, mask, past)
         documents = number_documents(seq_idx, None if past is None else past.seq_idx)
-        return cls(mask, documents, num_tokens, seq_idx[:, -1])
+        # A copy: the caller may write into its names, or have very many of them.
+        return cls(mask, documents, num_tokens, seq_idx[:, -1].clone())
+
+    def to(self, device: torch.device, **options: Any) -> "Batch":
+        """The same on another device, as Accelerate moves the arguments of a layer."""
+
+        def moved(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, **options)
+
+        return Batch(
+            moved(self.mask),
+            moved(self.documents),
+            moved(self.num_tokens),
+            moved(self.last_name),
+        )
 
     def positions(self, inputs: Tensor) -> Tensor:
         """Real tokens of its document before each token of (B, N, ...): (1 or B, N)."""
@@ -67,6 +81,9 @@ class Batch:
 
     def after(self, inputs: Tensor) -> "Past":
         """What has been read after the tokens (B, N, ...)."""
+        if inputs.shape[1] == 0:
+            nothing = torch.zeros(len(inputs), dtype=torch.long, device=inputs.device)
+            return Past(nothing if self.num_tokens is None else self.num_tokens, self.last_name)
         before_last = self.positions(inputs)[:, -1].expand(len(inputs))
         real = 1 if self.mask is None else self.mask[:, -1]
         return Past(before_last + real, self.last_name)
@@ -124,9 +141,15 @@ def names_of_documents(
     return documents + before[:, None], Past(past.num_tokens, before)
 
 
-def _fill_padding(seq_idx: Tensor, real: Tensor) -> Tensor:
-    """Let padding join the document of the last real token before it, or of the first one."""
+def _fill_padding(seq_idx: Tensor, real: Tensor, past: Past | None) -> Tensor:
+    """Let padding join the document of the last real token before it, or of the first one.
+
+    A row without any real token stays in the document that it has read.
+    """
     index = torch.arange(real.shape[1], device=real.device)
     before = index.where(real, -1).cummax(dim=1).values
     first = real.byte().argmax(dim=1, keepdim=True)
-    return seq_idx.gather(1, before.where(before >= 0, first))
+    filled = seq_idx.gather(1, before.where(before >= 0, first))
+    if past is None or past.seq_idx is None:
+        return filled
+    return filled.where(real.any(dim=1, keepdim=True), past.seq_idx[:, None])

@@ -32,8 +32,8 @@ class HAMTMLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Transform each token by itself."""
         products = None
-        if self.fused is not None and self.fusable_weights():
-            products = self.fused(hidden_states)
+        if self.fused is not None:
+            products = self.fused(hidden_states, self.fusable_weights())
         gate, up = products or (
             project(self.gate_proj, hidden_states),
             project(self.up_proj, hidden_states),

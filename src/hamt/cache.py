@@ -53,7 +53,7 @@ class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Rows of the state, -1 before the first token."""
-        return -1 if self.state is None else len(next(iter(self.state.values())))
+        return -1 if not self.state else len(next(iter(self.state.values())))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply ``function`` to every tensor of the state."""
@@ -188,7 +188,7 @@ class HAMTCache(Cache):
                     if name.startswith(prefix)
                 }
             )
-        if "num_tokens" not in tensors or not all(states):
+        if "num_tokens" not in tensors:
             raise ValueError("not a whole HAMT state: save it again")
         seq_idx = tensors.get("seq_idx")
         past = Past(

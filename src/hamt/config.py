@@ -118,6 +118,7 @@ class HAMTConfig(PreTrainedConfig):
         # Sizes under their Transformers names count before other sizes are derived from them.
         for alias in self.attribute_map.keys() & kwargs.keys():
             setattr(self, alias, kwargs.pop(alias))
+        kwargs.pop("layer_types", None)  # follows from the mixers
         if self.hcm_dim is None:
             self.hcm_dim = 2 * self.hidden_dim
         if self.intermediate_dim is None:
@@ -132,7 +133,7 @@ class HAMTConfig(PreTrainedConfig):
         """The name of each layer's mixer."""
         if isinstance(self.mixers, list):
             return self.mixers
-        return [self.mixers or "memory"] * self.num_layers
+        return ["memory" if self.mixers is None else self.mixers] * self.num_layers
 
     @property
     def layer_types(self) -> list[str]:
@@ -182,6 +183,12 @@ class HAMTConfig(PreTrainedConfig):
             raise ValueError(
                 f"mixers must name one mixer for each of the {self.num_layers} layers, "
                 f"or one for all; got {len(self.mixers)}"
+            )
+        size = self.attention_head_dim
+        if size is not None and (size < 2 or size % 2 or self.hidden_dim % size):
+            raise ValueError(
+                "attention_head_dim must be even and "
+                f"divide hidden_dim = {self.hidden_dim}; got {size}"
             )
         for mixer in self.layer_mixers:
             if mixer not in MIXERS:

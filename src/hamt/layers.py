@@ -242,8 +242,8 @@ class HAMTLayer(Mixer):
     def _project(self, conditioned: Tensor) -> tuple[Tensor, Tensor, Gates, tuple[Tensor, Tensor]]:
         """Items (B, N, H, F), keys (B, N, H, K), the gates, and what to read, from c (B, N, d)."""
         products = None
-        if self.fused is not None and self.fusable_weights():
-            products = self.fused(conditioned)
+        if self.fused is not None:
+            products = self.fused(conditioned, self.fusable_weights())
         if products is None:
             items, keys = project(self.item_proj, conditioned), project(self.key_proj, conditioned)
             gates, reading = self.gating(conditioned), self.retrieval(conditioned)

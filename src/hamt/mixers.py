@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hamt.batch import Batch
 
-# Classes, or where they are: a configuration can be checked before they are imported.
+# Classes, or where they are: those of HAMT are imported when a configuration names them.
 MIXERS: dict[str, type | str] = {
     "memory": "hamt.layers:HAMTLayer",
     "full_attention": "hamt.attention:FullAttention",
@@ -44,7 +44,7 @@ class Mixer(nn.Module):
     values: a forward pass makes a new one and never writes into the old.
     """
 
-    # What it is called in the ``layer_types`` of Transformers.
+    # What Transformers calls it in ``layer_types``; it knows a fixed list of names.
     layer_type: ClassVar[str] = "linear_attention"
 
     def forward(

@@ -107,6 +107,11 @@ class HAMTPreTrainedModel(PreTrainedModel):
             unfuse(self)
         return super().train(mode)
 
+    def load_state_dict(self, *arguments, **options):
+        """As ``nn.Module.load_state_dict``; what was fused of the old weights is not used any more."""
+        unfuse(self)
+        return super().load_state_dict(*arguments, **options)
+
     def _apply(self, *arguments, **options):
         unfuse(self)
         return super()._apply(*arguments, **options)
@@ -117,6 +122,7 @@ class HAMTBackbone(HAMTPreTrainedModel):
 
     def __init__(self, config: HAMTConfig) -> None:
         super().__init__(config)
+        config.validate_architecture()  # fields may have been set one by one since it was made
         # No padding_idx: padding is masked, and a tokenizer that pads with its end-of-text token
         # (GPT-2's) would leave that token without an embedding to learn.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_dim)
@@ -290,7 +296,7 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         # A private hook of generate: HAMT's state is the only cache it has.
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = HAMTCache(self.config.num_layers)
+            model_kwargs["past_key_values"] = HAMTCache(len(self.model.layers))
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):  # type: ignore[override]
         """Positions live in the state; position_ids would only be searched for packed documents."""

@@ -7,6 +7,7 @@ faster one for CPUs. Without that folder everything is multiplied as PyTorch doe
 Shape legend: I inputs and O outputs of a map.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -36,14 +37,23 @@ MAX_FUSED_ROWS = 128
 class FusedLinear:
     """The matrices (O, I) of several maps with the same input, packed as one.
 
-    It is made of the weights as they are and does not notice when they change.
+    It is made of the weights as they are, and does not notice when they are changed in place.
     """
 
-    def __init__(self, packed: Tensor, sizes: list[int]) -> None:
-        self.packed, self.sizes, self.outputs = packed, sizes, sum(sizes)
+    def __init__(self, packed: Tensor, weights: Sequence[Tensor]) -> None:
+        self.packed, self.sizes = packed, [len(weight) for weight in weights]
+        self.outputs = sum(self.sizes)
+        self.weights = [weakref.ref(weight) for weight in weights]
 
-    def __call__(self, inputs: Tensor) -> tuple[Tensor, ...] | None:
-        """(..., I) -> (..., O) for each map; None where the maps have to be called one by one."""
+    def __call__(self, inputs: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """(..., I) -> (..., O) for each map; None where the maps have to be called one by one.
+
+        So it is where ``weights``, those of the maps now, are not those that were fused.
+        """
+        if len(weights) != len(self.weights) or any(
+            known() is not weight for known, weight in zip(self.weights, weights, strict=True)
+        ):
+            return None
         if len(self.sizes) == 1:
             product = packed_linear(inputs, self.packed, self.outputs)
             return None if product is None else (product,)
@@ -79,7 +89,7 @@ def project(module: nn.Module, inputs: Tensor) -> Tensor:
 def multiply(module: nn.Module, inputs: Tensor) -> Tensor:
     """The product of a linear map, (..., I) -> (..., O), past its hooks."""
     fused = module.__dict__.get("fused")
-    if fused is not None and (products := fused(inputs)) is not None:
+    if fused is not None and (products := fused(inputs, [module.weight])) is not None:
         return products[0] if module.bias is None else products[0] + module.bias
     return linear(inputs, module.weight, module.bias)  # type: ignore[arg-type]
 
@@ -96,7 +106,8 @@ def has_extra_behaviour(module: nn.Module, kind: type[nn.Module]) -> bool:
     return (
         type(module) is not kind
         or bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-        or bool(hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks)
+        or bool(module._backward_hooks or module._backward_pre_hooks)
+        or hooks_of_all._has_any_global_hook()
     )
 
 
@@ -124,7 +135,7 @@ def fuse(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) ->
             continue
         packed = pack(weights)
         if packed is not None:
-            fused = FusedLinear(packed, [len(weight) for weight in weights])
+            fused = FusedLinear(packed, weights)
             owner.fused = fused
             seen.update(map(id, weights))
             taken += sum(weight.nbytes for weight in weights)

@@ -11,7 +11,7 @@ t, t-1, ...
     gated, convex   c_tj = Σ_s λ[s] w_j[s]               λ ← α_j ⊙ λ
     delta           c_tj = β_j Σ_s λ[s] ŵ_j[s]           λ ← α_j ⊙ (λ - ŵ_j c_tj)
 
-until b_t = λ. Under the delta rule this is what the triangular solve of ``hamt.memory.delta``
+until b_t = λ. Under the delta rule this is what the triangular solve of ``hamt.memory.write_rules.delta``
 gives, one row at a time.
 
 With a short convolution an item is a mixture of its token and the few before it: a position is then

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from hamt.cpu.library import fused_library, library_found
 from hamt.memory.algebra import Algebra
 from hamt.memory.forms import FORMS, Form, Memory, MemoryState, Tokens, positions_of
+from hamt.memory.write_rules import Convex, Delta, Gated
 
 # Tokens between the states that the backward pass starts from: its workspace stays in the second
 # cache.
@@ -72,8 +73,8 @@ def fused(memory: Memory, tokens: Tokens, state: MemoryState) -> tuple[Tensor, M
 
 
 # Rules that ``fused.cpp`` computes; the convex rule is the gated one, its gates complete.
-RULES = ("gated", "convex", "delta")
-FORMS["fused"] = Form(fused, lambda rule: rule.name in RULES, fused_available)
+RULES = (Gated, Convex, Delta)
+FORMS["fused"] = Form(fused, lambda rule: type(rule) in RULES, fused_available)
 
 
 def fused_scan(
@@ -264,7 +265,7 @@ def _prepare(
 def _call(name: str, dtype: torch.dtype, sizes: _Sizes, inputs: Tensors, outputs: Tensors) -> None:
     library = fused_library()
     if library is None:
-        raise RuntimeError("the fused form is not available here: see hamt.cpu.fused")
+        raise RuntimeError("the fused form is not available here: see hamt.cpu.library")
     function = getattr(library, f"hamt_{name}_{_TYPES[dtype]}")
 
     def addresses(tensors: Tensors):

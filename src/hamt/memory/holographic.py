@@ -154,7 +154,7 @@ class HolographicMemory:
         mask: Tensor | None = None,
         form: str | None = None,
     ) -> tuple[Tensor, MemoryState]:
-        """Run the memory over a sequence, N ≥ 1.
+        """Run the memory over a sequence.
 
         Args:
             items: v, (B, N, H, F).
@@ -212,6 +212,8 @@ class HolographicMemory:
         Raises:
             ValueError: if there is no such form for the write rule, or not here.
         """
+        if not tokens.items.shape[1]:
+            return tokens.items, state
         there = {name: form for name, form in FORMS.items() if form.computes(self.rule)}
         if form is None:
             form = next(name for name in reversed(there) if there[name].suits(tokens.items))

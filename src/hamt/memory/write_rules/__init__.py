@@ -12,4 +12,12 @@ from hamt.memory.write_rules.gated import Gated
 
 WRITE_RULES: dict[str, type[WriteRule]] = {"gated": Gated, "convex": Convex, "delta": Delta}
 
-__all__ = ["INITIAL_WRITE_LOGIT", "WRITE_RULES", "Gates", "WriteRule"]
+__all__ = [
+    "INITIAL_WRITE_LOGIT",
+    "WRITE_RULES",
+    "Convex",
+    "Delta",
+    "Gated",
+    "Gates",
+    "WriteRule",
+]

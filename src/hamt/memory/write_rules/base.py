@@ -120,8 +120,9 @@ class WriteRule:
         raise NotImplementedError
 
     def has_tiles(self) -> bool:
-        """Whether ``tiles`` is written."""
-        return type(self).tiles is not WriteRule.tiles
+        """Whether ``tiles`` is written, and is that of the ``turn`` that the rule has."""
+        wrote = next(each for each in type(self).__mro__ if {"turn", "tiles"} & vars(each).keys())
+        return wrote is not WriteRule and "tiles" in vars(wrote)
 
     def adjoint(self, weight: Tensor, gates: Gates) -> tuple[Tensor, Tensor]:
         """One turn backwards, with the gates held fixed.
