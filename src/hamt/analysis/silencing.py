@@ -40,28 +40,26 @@ def loss_without_slots(
             f"input_ids must be one text of at least two tokens; got {tuple(input_ids.shape)}"
         )
     blocks, input_ids = model.model.layers, input_ids.to(model.device)
-    asked = memory_layers(model) if layers is None else layers
+    memories = {
+        index: blocks[index].mixer.memory
+        for index in (memory_layers(model) if layers is None else layers)
+    }
     # What enters each block, so that those before it are not run again.
     entering = [model.model.embed_tokens(input_ids[None])]
     for block in blocks:
         entering.append(block(entering[-1])[0])
     (loss,) = _losses(model, entering[-1], input_ids)
     rises = {}
-    total = sum(
-        blocks[index].mixer.memory.num_heads * blocks[index].mixer.memory.num_slots
-        for index in asked
-    )
+    total = sum(memory.num_heads * memory.num_slots for memory in memories.values())
     with tqdm(total=total, desc="silencing", unit="slot", leave=False, disable=None) as bar:
-        for index in asked:
-            mixer = blocks[index].mixer
-            memory = mixer.memory
+        for index, memory in memories.items():
             heads, slots = memory.num_heads, memory.num_slots
             # Read weights of each slot in its row: all but its own.
             kept = 1 - torch.eye(heads * slots).view(-1, 1, heads, slots)
             losses = []
             for part in kept.split(ROWS):
                 hidden_states = entering[index].expand(len(part), -1, -1)
-                with rerouted(mixer, _reading(memory, part)):
+                with rerouted(blocks[index].mixer, _reading(memory, part)):
                     for block in blocks[index:]:
                         hidden_states = block(hidden_states)[0]
                 losses.append(_losses(model, hidden_states, input_ids))

@@ -19,19 +19,12 @@ from hamt.model import HAMTForCausalLM
 
 
 class Answer(NamedTuple):
-    """One query and its answer.
+    """One query and its answer."""
 
-    Attributes:
-        query: position of the query.
-        value: position where the value that it asks for was given.
-        right: whether the answer is this value.
-        source: position that adds most to the logit of the value.
-    """
-
-    query: int
-    value: int
-    right: bool
-    source: int
+    query: int  # position of the query
+    value: int  # position where the value that it asks for was given
+    right: bool  # whether the answer is this value
+    source: int  # position that adds most to the logit of the value
 
 
 def recall_sources(
@@ -95,12 +88,10 @@ def _answers(
     wanted = targets[queries]
     recording = record(model, tokens[None])
     said = model.lm_head(model.model.norm(recording.final[0, queries])).argmax(dim=-1)
-    sources = logit_contributions(model, recording, queries.tolist(), wanted[None])[0].argmax(
-        dim=-1
-    )
-    for query, value, word, source in zip(
-        *(x.tolist() for x in (queries, wanted, said, sources)), strict=True
-    ):
+    added = logit_contributions(model, recording, queries.tolist(), wanted[None])[0]
+    for query, value, word, source in torch.stack(
+        (queries, wanted, said, added.argmax(dim=-1)), dim=1
+    ).tolist():
         yield Answer(query, value_position(tokens, value, pairs), word == value, source)
 
 
