@@ -113,12 +113,7 @@ def logit_directions(
     layers, through the last norm and the head (direct logit attribution, Elhage et al. 2021, A
     Mathematical Framework for Transformer Circuits). What later layers make of it is not counted.
 
-    Args:
-        model: the one that was recorded.
-        recording: that has this layer.
-        layer: index.
-        queries: Q positions that predict.
-        targets: (B, Q) tokens.
+    Of the model that was recorded; ``queries`` are Q positions that predict ``targets`` (B, Q).
     """
     trace, mixer = recording.traces[layer], model.model.layers[layer].mixer
     at = _positions(queries, trace.items.shape[1])

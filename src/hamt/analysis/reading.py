@@ -5,9 +5,6 @@ nothing to do with what is sought have cosines of standard deviation 1/√F with
 largest of n such cosines is known (``largest_by_chance``). Keys whose entries are permuted show
 the level for the items and keys that are there.
 
-With a short convolution an item is a mixture of its token and the few before it: a position is then
-not exactly a token.
-
 Shape legend: B batch, N tokens, H heads, S slots, F features, T times, L lags.
 """
 
@@ -83,9 +80,9 @@ def read_memory(
 
 
 def cosines_under_key(algebra: Algebra, held: Tensor, key: Tensor, items: Tensor) -> Tensor:
-    """How like items are to what comes out under a key, and under its ``permuted_keys``.
+    """Cosines of items with what comes out under a key, and then under its ``permuted_keys``.
 
-    Shapes: held (..., F), key (..., K), items (N, ..., F) -> (1 + ORDERS, ..., N), the right key first.
+    Shapes: held (..., F), key (..., K), items (N, ..., F) -> (1 + ORDERS, ..., N).
     """
     unbound = algebra.unbind(held, torch.cat((key[None], permuted_keys(algebra, key))))
     unbound, items = F.normalize(unbound, dim=-1), F.normalize(items, dim=-1)
@@ -127,9 +124,8 @@ def retrieval_by_lag(
 ) -> Retrieval:
     """How well an item can be read back some tokens after it was written.
 
-    Lag 0 is the fidelity of a write.
-    Each item is read from the slots in the proportions in which it was written, ŵ_j = w_j / |w_j|,
-    as in ``hamt.losses.reconstruction_loss``.
+    Lag 0 is the fidelity of a write. Each item is read from the slots in the proportions in which
+    it was written, ŵ_j = w_j / |w_j|, as in ``hamt.losses.reconstruction_loss``.
 
     Args:
         trace: of one layer.

@@ -78,12 +78,8 @@ def observe(
     """Within this context, tell of every run of some memories, in the order of layers.
 
     What is observed is what is computed: results do not change. A run must be over one document
-    without padding.
-
-    Args:
-        model: whose memories are observed.
-        observer: called with the index of a layer and the trace of its run.
-        layers: indices; None is all.
+    without padding. ``observer`` is called with the index of a layer and the trace of its run;
+    ``layers`` are indices, None for all.
     """
     with ExitStack() as stack:
         for index in memory_layers(model) if layers is None else layers:
@@ -132,7 +128,7 @@ def rerouted(mixer: HAMTLayer, run: Callable[..., tuple[Tensor, MemoryState]]) -
 
 
 class _Rerouted:
-    """A memory that is run by ``run``; all its attributes are those of the memory."""
+    """Calls ``run``; all its attributes are those of the memory."""
 
     def __init__(self, memory: HolographicMemory, run: Callable) -> None:
         self._memory, self._run = memory, run
@@ -145,17 +141,14 @@ class _Rerouted:
 
 
 def _trace(
-    memory: HolographicMemory,
-    tensors: tuple[Any, ...],
-    options: dict[str, Any],
-    output: Tensor,
-    after: MemoryState,
+    memory: HolographicMemory, tensors: Any, options: Any, output: Tensor, after: MemoryState
 ) -> Trace:
     items, keys, unbinding_keys, gates, read = tensors
     if options["mask"] is not None or options["documents"] is not None:
-        raise ValueError(
+        message = (
             "one document without padding can be recorded: leave attention_mask and seq_idx out"
         )
+        raise ValueError(message)
     algebra, rotation, turn = memory.algebra, options["rotation"], None
     wide = torch.promote_types(items.dtype, torch.float32)
     before = options["initial_state"] or memory.initial_state(len(items), wide, items.device)
@@ -178,16 +171,12 @@ def read_text(
     cache: HAMTCache | None = None,
     segment: int = SEGMENT,
 ) -> Iterator[Tensor]:
-    """Read a text in segments, the state carried; yield what enters the last norm.
+    """Read texts (B, N) without padding in segments, the state carried; of no tokens nothing.
 
-    Args:
-        model: in evaluation mode; not changed.
-        input_ids: (B, N) tokens of texts without padding; of none nothing is read.
-        cache: the state to go on from; it is updated. None starts with an empty memory.
-        segment: tokens that are read at a time.
+    ``cache`` is the state to go on from and is updated; None starts with an empty memory.
 
     Yields:
-        Hidden states of each segment, (B, ``segment`` or fewer, d).
+        What enters the last norm, (B, ``segment`` or fewer, d).
     """
     cache = HAMTCache(len(model.model.layers)) if cache is None else cache
     entering: list[Tensor] = []
@@ -209,14 +198,11 @@ def record(
     cache: HAMTCache | None = None,
     segment: int = SEGMENT,
 ) -> Recording:
-    """Record everything that memories are given and give back while a text is read.
+    """Record everything that memories are given and give back while texts (B, N) are read.
 
-    Args:
-        model: in evaluation mode, as ``from_pretrained`` gives it; not changed.
-        input_ids: (B, N) tokens of texts without padding.
-        layers: indices; None is all. A layer takes some 16 N · (D + H · S) bytes.
-        cache: the state to go on from; it is updated. None starts with an empty memory.
-        segment: tokens that are read at a time; changes nothing but the memory that is needed.
+    The model is in evaluation mode and is not changed; for ``cache`` see ``read_text``. ``layers``
+    are indices, None for all: a layer takes some 16 N · (D + H · S) bytes. ``segment``, the tokens
+    that are read at a time, changes nothing but the memory that is needed.
 
     Raises:
         ValueError: if the text is empty.

@@ -106,13 +106,10 @@ def _shares(mass: Tensor) -> Tensor:
 def survey(
     model: HAMTForCausalLM, input_ids: Tensor, times: int = TIMES, segment: int = SEGMENT
 ) -> dict[int, LayerSurvey]:
-    """Read a text and measure its way through the memories; returns surveys by layer.
+    """Read texts (B, N) without padding and measure their way through the memories, by layer.
 
-    Args:
-        model: in evaluation mode; not changed.
-        input_ids: (B, N) tokens of texts without padding.
-        times: how many states of each segment are looked at.
-        segment: tokens that are read at a time.
+    The model is in evaluation mode and is not changed. ``times`` is how many states of each segment
+    are looked at, ``segment`` the tokens that are read at a time.
     """
     parts: dict[int, list[LayerSurvey]] = {}
 
