@@ -14,7 +14,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -62,23 +61,14 @@ class Series(NamedTuple):
         cls, x: Sequence[float], y: Sequence[float], errors: Sequence[float]
     ) -> "Series":
         """Points between y - error and y + error."""
-        pairs = list(zip(y, errors, strict=True))
-        return cls(
-            x,
-            y,
-            [value - error for value, error in pairs],
-            [value + error for value, error in pairs],
-        )
+        middle, error = np.asarray(y), np.asarray(errors)
+        return cls(x, y, (middle - error).tolist(), (middle + error).tolist())
 
 
 def save_figure(path: str | os.PathLike[str], figure: Figure) -> None:
     """Write a figure as PNG."""
     content = as_png(figure)
-
-    def write(file: Path) -> None:
-        file.write_bytes(content)
-
-    write_file(path, write)
+    write_file(path, lambda file: file.write_bytes(content))
 
 
 def as_png(figure: Figure, dpi: int = 150) -> bytes:
@@ -117,12 +107,9 @@ def short_label(description: str) -> str:
 
 def short_labels(descriptions: Iterable[str]) -> dict[str, str]:
     """``short_label`` of each; models that would be called alike keep their descriptions."""
-    labels = {description: short_label(description) for description in descriptions}
+    labels = {name: short_label(name) for name in descriptions}
     counts = Counter(labels.values())
-    return {
-        description: label if counts[label] == 1 else description
-        for description, label in labels.items()
-    }
+    return {name: label if counts[label] == 1 else name for name, label in labels.items()}
 
 
 def plain_number(value: float, position: int | None = None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from hamt.analysis.analyse import TRACED, Analysis, analyse, summarise
 from hamt.analysis.dashboard import dashboard
@@ -74,9 +74,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def summary(analysis: Analysis) -> Table:
     """A table with a line for each layer."""
-    table = Table()
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
+    table = Table(*(Column(name, justify="right") for name in COLUMNS))
     for index, layer in analysis.results["layers"].items():
         half_lives, cells, fidelity = summarise(layer)
         reach = f"{half_lives[0]:,.1f} to {half_lives[-1]:,.0f}"

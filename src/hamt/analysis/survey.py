@@ -39,8 +39,9 @@ class LayerSurvey:
     turn: Tensor | None  # mean size of the rotation (see ``Trace``), (H, K)
 
     def half_lives(self) -> Tensor:
-        """Tokens after which half of what a slot held is left, by its mean gates, (H, S)."""
-        return mean_half_lives(self.keep)
+        """Tokens after which half of what a slot held is left, by its mean log gates, (H, S)."""
+        log_keep = self.keep.clamp(min=1e-30).log()
+        return math.log(2) / -log_keep.mean(dim=(0, 1)).clamp(max=-1e-12)
 
     def write_share(self) -> Tensor:
         """The share of a head's writing that goes to each slot, (H, S); rows sum to 1.
@@ -69,12 +70,6 @@ class LayerSurvey:
         least = DEAD / self.write.shape[-1]
         idle = (self.write_share() < least) | (self.read_share() < least)
         return [(int(h), int(s)) for h, s in idle.nonzero()]
-
-
-def mean_half_lives(keep: Tensor) -> Tensor:
-    """Half-lives (H, S) in tokens, from the mean logarithm of what slots keep, (B, N, H, S)."""
-    log_keep = keep.clamp(min=1e-30).log()
-    return math.log(2) / -log_keep.mean(dim=(0, 1)).clamp(max=-1e-12)
 
 
 def effective_slots(share: Tensor) -> Tensor:
@@ -114,7 +109,7 @@ def survey(
     parts: dict[int, list[LayerSurvey]] = {}
 
     def gather(index: int, trace: Trace) -> None:
-        parts.setdefault(index, []).append(_survey_segment(trace, times))
+        parts.setdefault(index, []).append(survey_trace(trace, times))
 
     with observe(model, gather):
         for _ in read_text(model, input_ids, segment=segment):
@@ -122,7 +117,8 @@ def survey(
     return {index: _joined(segments) for index, segments in parts.items()}
 
 
-def _survey_segment(trace: Trace, times: int) -> LayerSurvey:
+def survey_trace(trace: Trace, times: int) -> LayerSurvey:
+    """The survey of one layer's run, with states after at most so many tokens, evenly spread."""
     length, rule = trace.items.shape[1], trace.memory.rule
     ends = sorted({round(end) for end in torch.linspace(1, length, min(times, length)).tolist()})
     states = torch.stack(list(trace.states(ends)), dim=1)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hamt.analysis.contributions import contributions
 from hamt.analysis.reading import cosines_under_key, largest_by_chance
 from hamt.analysis.record import SEGMENT, Trace, record
-from hamt.analysis.survey import mean_half_lives
+from hamt.analysis.survey import survey_trace
 from hamt.analysis.tokens import token_texts
 from hamt.cache import HAMTCache
 from hamt.errors import UserError
@@ -83,22 +83,16 @@ class Explorer:
         kept = torch.tensor(ids[-MAX_TOKENS:])
         with self._lock:
             recorded = record(self.model, kept[None]).traces
-        # A page keeps its text for as long as it is open: no more than is needed.
-        traces = {index: trace._replace(gate=None) for index, trace in recorded.items()}
-        times = sorted({round(end) for end in np.linspace(1, len(kept), min(TIMES, len(kept)))})
-        write, half_lives, norms = [], [], []
-        for trace in traces.values():
-            write.append(trace.write[0].abs().mean(dim=(1, 2)))
-            half_lives.append(mean_half_lives(trace.memory.rule.kept(trace.gates)))
-            norms.append(torch.stack([slots[0].norm(dim=-1) for slots in trace.states(times)]))
+        surveys = [survey_trace(trace, TIMES) for trace in recorded.values()]
         return_freed_memory()
         return View(
-            traces,
+            # A page keeps its text for as long as it is open: no more than is needed.
+            {index: trace._replace(gate=None) for index, trace in recorded.items()},
             token_texts(self.tokenizer, kept),
-            torch.stack(write).numpy(),
-            torch.stack(half_lives).numpy(),
-            times,
-            torch.stack(norms, dim=1).numpy(),
+            np.stack([layer.write[0].abs().mean(dim=(1, 2)).numpy() for layer in surveys]),
+            np.stack([layer.half_lives().numpy() for layer in surveys]),
+            surveys[0].times,
+            np.stack([layer.norms[0].numpy() for layer in surveys], axis=1),
             len(ids) > len(kept) or len(text) > MAX_CHARACTERS,
         )
 
