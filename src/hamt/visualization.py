@@ -166,6 +166,12 @@ def draw_series(
         axes.legend(fontsize="small")
 
 
+def whole_number_ticks(axis: Axis) -> None:
+    """Label an axis with whole numbers, even where there is only one."""
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.set_major_formatter(FuncFormatter(plain_number))
+
+
 def plain_log_ticks(axis: Axis, measured: Iterable[float] = ()) -> None:
     """Label a logarithmic axis with plain numbers instead of powers.
 
@@ -210,8 +216,7 @@ def training_curves(
             )
     axes.set_xlabel("step")
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
+    whole_number_ticks(axes.xaxis)
     axes.set_ylabel("loss (nats/token)")
     axes.legend()
     return figure

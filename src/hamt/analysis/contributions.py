@@ -30,13 +30,6 @@ from hamt.analysis.record import Recording, Trace
 from hamt.model import HAMTForCausalLM
 
 
-class Coefficients(NamedTuple):
-    """What weighs how much in the read-outs at Q queries."""
-
-    tokens: Tensor  # c, of each bound item, (B, Q, H, N); zero after the query
-    initial: Tensor  # b, of each slot of the state before the first token, (B, Q, H, S)
-
-
 class Contributions(NamedTuple):
     """Inner products of the parts of read-outs with a direction."""
 
@@ -49,8 +42,12 @@ class Contributions(NamedTuple):
 
 
 @torch.no_grad()
-def coefficients(trace: Trace, queries: Sequence[int]) -> Coefficients:
-    """What each bound item weighs in the read-outs at ``queries``, Q positions of the trace.
+def coefficients(trace: Trace, queries: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What weighs how much in the read-outs at ``queries``, Q positions of the trace.
+
+    Returns:
+        c of each bound item, (B, Q, H, N), zero after the query; b of each slot of the state before
+        the first token, (B, Q, H, S).
 
     Raises:
         ValueError: if a query is not a position of the trace.
@@ -68,7 +65,7 @@ def coefficients(trace: Trace, queries: Sequence[int]) -> Coefficients:
             weight[:, :under_way], trace.gates.tokens([j])
         )
     back = order.argsort()
-    return Coefficients(tokens[:, back], weight[:, back])
+    return tokens[:, back], weight[:, back]
 
 
 @torch.no_grad()
@@ -89,12 +86,12 @@ def contributions(
         output = trace.output[:, at].to(wide)
         square = output.square().sum(dim=-1, keepdim=True)
         directions = output / square.clamp(min=torch.finfo(wide).tiny)
-    weight = coefficients(trace, queries)
+    weights, initial_weights = coefficients(trace, queries)
     # Keys are isometries: ⟨u⁻¹ ⊛ x, a⟩ = ⟨x, u ⊛ a⟩, one product for all pairs.
     sought = algebra.bind(algebra.lift(directions.to(wide)), trace.unbinding_keys[:, at])
     bound = algebra.bind(trace.items, trace.keys)
-    tokens = weight.tokens * torch.einsum("bqhf,bjhf->bqhj", sought, bound)
-    initial = torch.einsum("bqhs,bhsf,bqhf->bqh", weight.initial, trace.before.slots, sought)
+    tokens = weights * torch.einsum("bqhf,bjhf->bqhj", sought, bound)
+    initial = torch.einsum("bqhs,bhsf,bqhf->bqh", initial_weights, trace.before.slots, sought)
     return Contributions(tokens, initial)
 
 

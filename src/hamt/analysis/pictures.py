@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from hamt.analysis.survey import LayerSurvey
@@ -22,6 +21,7 @@ from hamt.visualization import (
     draw_series,
     panels,
     plain_number,
+    whole_number_ticks,
 )
 
 PICTURED = 64  # tokens at the end of a text that pictures name one by one
@@ -38,12 +38,8 @@ def all_pictures(
 ) -> dict[str, Figure]:
     """All pictures of one text, by the names of their files.
 
-    Args:
-        surveys: by layer.
-        rises: by layer, how much the loss rises without each slot, (H, S); empty if not measured.
-        shares: by layer, shares of each read-out by position, (N, H, N + 1); the last column is
-            what came before the first of the tokens.
-        tokens: these N as text.
+    By layer, ``rises`` is how much the loss rises without each slot, (H, S), or empty; ``shares``
+    are those of the last N tokens' read-outs, (N, H, N + 1), the last column for what came before.
     """
     last = tokens[-PICTURED:]
     which = f"the last {len(last)} tokens" if len(tokens) > PICTURED else "all tokens"
@@ -79,7 +75,7 @@ def memory_evolution(surveys: Mapping[int, LayerSurvey]) -> Figure:
         figure.colorbar(mesh, ax=axes, label="norm of the slot")
         axes.set_xlabel("tokens read")
         axes.set_xlim(left=times[0] - 0.5)  # the first state may stand for a wide stretch
-        _plain_whole_numbers(axes)
+        whole_number_ticks(axes.xaxis)
         named = np.unique(np.linspace(0, len(rows) - 1, HALF_LIVES).round().astype(int))
         axes.set_yticks(named, [f"{half_lives[row]:,.1f}" for row in named])
         axes.set_ylabel("slots by half-life (tokens)")
@@ -116,7 +112,7 @@ def slot_heatmaps(surveys: Mapping[int, LayerSurvey], rises: Mapping[int, Tensor
         image = axes.imshow(values, aspect="auto", cmap=colours, norm=norm)
         figure.colorbar(image, ax=axes, format=FuncFormatter(plain_number))
         axes.set_xlabel("slot")
-        _plain_whole_numbers(axes)
+        whole_number_ticks(axes.xaxis)
         axes.set_yticks(range(len(heads)), heads, fontsize="small")
         axes.set_title(title, fontsize="medium")
     return figure
@@ -177,9 +173,3 @@ def gates_over_text(tokens: Sequence[str], layers: Mapping[str, np.ndarray], tit
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small", ncols=4)
     return figure
-
-
-def _plain_whole_numbers(axes: Axes) -> None:
-    """Label the horizontal axis with whole numbers, even where there is only one."""
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(plain_number))

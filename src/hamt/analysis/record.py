@@ -83,8 +83,7 @@ def observe(
     """
     with ExitStack() as stack:
         for index in memory_layers(model) if layers is None else layers:
-            mixer = model.model.layers[index].mixer
-            stack.enter_context(_observed(mixer, partial(observer, index)))
+            _observe(model.model.layers[index].mixer, partial(observer, index), stack)
         yield
 
 
@@ -93,8 +92,7 @@ def memory_layers(model: HAMTForCausalLM) -> list[int]:
     return [i for i, block in enumerate(model.model.layers) if isinstance(block.mixer, HAMTLayer)]
 
 
-@contextmanager
-def _observed(mixer: HAMTLayer, observer: Callable[[Trace], None]) -> Iterator[None]:
+def _observe(mixer: HAMTLayer, observer: Callable[[Trace], None], stack: ExitStack) -> None:
     memory, pending = mixer.memory, []
 
     def run(*tensors: Any, **options: Any) -> tuple[Tensor, MemoryState]:
@@ -108,12 +106,10 @@ def _observed(mixer: HAMTLayer, observer: Callable[[Trace], None]) -> Iterator[N
     def done(module: torch.nn.Module, inputs: Any, output: Any) -> None:
         observer(pending.pop())
 
-    with ExitStack() as stack:
-        stack.enter_context(rerouted(mixer, run))
-        stack.enter_context(mixer.register_forward_hook(done))
-        if mixer.gate_proj is not None:
-            stack.enter_context(mixer.gate_proj.register_forward_hook(gated))
-        yield
+    stack.enter_context(rerouted(mixer, run))
+    stack.enter_context(mixer.register_forward_hook(done))
+    if mixer.gate_proj is not None:
+        stack.enter_context(mixer.gate_proj.register_forward_hook(gated))
 
 
 @contextmanager

@@ -26,12 +26,7 @@ def recall_sources(
     The short convolution mixes a token into the ``conv_kernel_size`` - 1 positions after it, its
     reach. A source is a hit if it lies within this reach of the value that was asked for.
 
-    Args:
-        model: trained on the task.
-        task: associative recall.
-        num_examples: rows that are drawn.
-        seed: of the draw.
-        length: tokens of a row; None is the task's own.
+    ``num_examples`` rows are drawn with ``seed``, of ``length`` tokens each, or as the task has it.
 
     Returns:
         Plain data: ``examples``, ``queries`` and ``accuracy``; of the right answers the shares of
