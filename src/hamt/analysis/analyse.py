@@ -95,6 +95,7 @@ def summarise(layer: Mapping[str, Any]) -> tuple[list[float], list[str], float]:
 def layer_figures(layer: LayerSurvey) -> dict[str, Any]:
     """One layer as plain numbers."""
     write_share, read_share = layer.write_share(), layer.read_share()
+    lags, right, wrong = layer.retrieval
     return {
         "half_life_tokens": _plain(layer.half_lives()),
         "write_share": _plain(write_share),
@@ -105,11 +106,7 @@ def layer_figures(layer: LayerSurvey) -> dict[str, Any]:
         "after_tokens": layer.times,
         "norms": _plain(layer.norms.mean(dim=0)),
         "effective_ranks": _plain(layer.rank.mean(dim=0)),
-        "retrieval": {
-            "lag": layer.retrieval.lags,
-            "cosine": _plain(layer.retrieval.right),
-            "wrong_key": _plain(layer.retrieval.wrong),
-        },
+        "retrieval": {"lag": lags, "cosine": _plain(right), "wrong_key": _plain(wrong)},
         "rotation": None if layer.turn is None else _plain(layer.turn),
     }
 
@@ -134,27 +131,26 @@ def what_is_held(trace: Trace, tokens: Sequence[str]) -> list[dict[str, Any]]:
     For each: the head that gives back most, the cosine of that with what was written, its rank
     among all items, the cosines that chance gives, and the nearest items.
     """
-    last, heads, held = len(tokens) - 1, range(trace.items.shape[2]), []
-    for back in [back for back in ASKED if back <= last]:
-        readings = [read_memory(trace, last, last - back, head, count=NEAREST) for head in heads]
-        head, best = max(enumerate(readings), key=lambda pair: pair[1].stored)
-        nearest = [
+    return [_held(trace, tokens, back) for back in ASKED if back < len(tokens)]
+
+
+def _held(trace: Trace, tokens: Sequence[str], back: int) -> dict[str, Any]:
+    last, heads = len(tokens) - 1, range(trace.items.shape[2])
+    readings = [read_memory(trace, last, last - back, head, count=NEAREST) for head in heads]
+    head, best = max(enumerate(readings), key=lambda pair: pair[1].stored)
+    return {
+        "token": tokens[last - back],
+        "back": back,
+        "head": head,
+        "cosine": round(best.stored, 4),
+        "rank": best.rank,
+        "chance_theory": round(best.theory, 4),
+        "chance_permuted": round(best.permuted, 4),
+        "nearest": [
             {"token": tokens[position], "back": last - position, "cosine": round(cosine, 4)}
             for position, cosine in zip(best.positions, best.cosines, strict=True)
-        ]
-        held.append(
-            {
-                "token": tokens[last - back],
-                "back": back,
-                "head": head,
-                "cosine": round(best.stored, 4),
-                "rank": best.rank,
-                "chance_theory": round(best.theory, 4),
-                "chance_permuted": round(best.permuted, 4),
-                "nearest": nearest,
-            }
-        )
-    return held
+        ],
+    }
 
 
 def _sources(row: np.ndarray) -> list[tuple[int, float]]:

@@ -41,13 +41,9 @@ def read_memory(
 ) -> Reading:
     """Unbind the memory with the binding key of an earlier token; find the nearest stored items.
 
-    Args:
-        trace: of one layer over one text.
-        after: the state after this position.
-        token: position whose key is used, at most ``after``.
-        head: index.
-        slot: index; None mixes the slots as the read-out at ``after`` does.
-        count: how many items to name.
+    The state is that after the position ``after``, the key that of the position ``token``, at most
+    ``after``. Where ``slot`` is None the slots are mixed as the read-out at ``after`` does.
+    ``count`` items are named.
 
     Raises:
         ValueError: if an index is out of range.
