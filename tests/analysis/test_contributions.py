@@ -110,7 +110,7 @@ def test_states_in_between_are_those_of_a_shorter_text(kind):
     "options", [{}, {"use_output_gate": False}, {"conv_kernel_size": 1}], ids=str
 )
 def test_directions_of_a_logit_give_what_a_layer_adds_to_it(options):
-    """Measured the other way: the layer's output through the last norm, held fixed, and the head."""
+    """Measured the other way: the layer's output through the last norm, held fixed, and head."""
     model, queries = build(**options), [3, 20]
     ids = text()
     targets = torch.tensor([[4, 5], [6, 7]])

@@ -40,10 +40,8 @@ def dashboard(analysis: Analysis, heading: str) -> str:
         "sources": analysis.sources,
         "write": {index: layer["write_gate_of_the_end"] for index, layer in layers.items()},
         "held": {index: layer["held"] for index, layer in layers.items()},
-        "slots": {
-            index: {"half_lives": layer["half_life_tokens"], "norms": layer["norms"][-1]}
-            for index, layer in layers.items()
-        },
+        "half_lives": {index: layer["half_life_tokens"] for index, layer in layers.items()},
+        "norms": {index: layer["norms"][-1] for index, layer in layers.items()},
     }
     parts = {
         "HEADING": html.escape(heading),
