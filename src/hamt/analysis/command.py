@@ -100,9 +100,8 @@ def write(
 
 def _read(analysis: Analysis) -> str:
     read, there = analysis.results["tokens"], analysis.results["tokens_of_the_text"]
-    return (
-        f"{read:,} tokens read" if read == there else f"the first {read:,} of {there:,} tokens read"
-    )
+    which = f"{read:,}" if read == there else f"the first {read:,} of {there:,}"
+    return f"{which} tokens read"
 
 
 def _text(options: AnalyzeOptions) -> str:

@@ -123,11 +123,8 @@ def retrieval_by_lag(
     Lag 0 is the fidelity of a write. Each item is read from the slots in the proportions in which
     it was written, ŵ_j = w_j / |w_j|, as in ``hamt.losses.reconstruction_loss``.
 
-    Args:
-        trace: of one layer.
-        times: T positions after which items are read.
-        states: the memory after each of them, (B, T, H, S, F).
-        lags: in tokens; those that reach beyond the first token at every time are left out.
+    ``states`` (B, T, H, S, F) are the memory after each of the T positions ``times``. Of ``lags``,
+    in tokens, those that reach beyond the first token at every time are left out.
     """
     algebra, device = trace.memory.algebra, trace.items.device
     now = torch.tensor(times, device=device)[:, None]
