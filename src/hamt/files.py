@@ -16,7 +16,7 @@ from hamt.errors import UserError, reason
 WRITING = ".writing-"  # begins the name of a folder that is being written
 
 
-def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary folder, then move each of its files into ``folder``.
 
     A crash while ``write`` runs leaves ``folder`` as it was. Files get the mode that any new file
@@ -38,7 +38,7 @@ def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]) 
         raise
 
 
-def write_file(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+def write_file(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file at a temporary path, then rename it to ``path``."""
     path = Path(path)
     write_folder(path.parent, lambda folder: write(folder / path.name))
@@ -51,14 +51,10 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` as UTF-8."""
-
-    def write(file: Path) -> None:
-        file.write_text(text, encoding="utf-8")
-
-    write_file(path, write)
+    write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def new_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+def new_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary folder; rename it to ``folder`` once the disk has all of it.
 
     Under this name there is never half a folder. One that is there already stays, also if another
@@ -80,7 +76,7 @@ def new_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]) ->
         _sync(folder.parent)
 
 
-def _write(write: Callable[[Path], None], target: Path) -> None:
+def _write(write: Callable[[Path], object], target: Path) -> None:
     """Let ``write`` fill ``target``, and turn what libraries raise on a full disk to an OSError."""
     try:
         write(target)

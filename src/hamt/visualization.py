@@ -14,7 +14,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -62,23 +61,14 @@ class Series(NamedTuple):
         cls, x: Sequence[float], y: Sequence[float], errors: Sequence[float]
     ) -> "Series":
         """Points between y - error and y + error."""
-        pairs = list(zip(y, errors, strict=True))
-        return cls(
-            x,
-            y,
-            [value - error for value, error in pairs],
-            [value + error for value, error in pairs],
-        )
+        middle, error = np.asarray(y), np.asarray(errors)
+        return cls(x, y, (middle - error).tolist(), (middle + error).tolist())
 
 
 def save_figure(path: str | os.PathLike[str], figure: Figure) -> None:
     """Write a figure as PNG."""
     content = as_png(figure)
-
-    def write(file: Path) -> None:
-        file.write_bytes(content)
-
-    write_file(path, write)
+    write_file(path, lambda file: file.write_bytes(content))
 
 
 def as_png(figure: Figure, dpi: int = 150) -> bytes:
@@ -117,12 +107,9 @@ def short_label(description: str) -> str:
 
 def short_labels(descriptions: Iterable[str]) -> dict[str, str]:
     """``short_label`` of each; models that would be called alike keep their descriptions."""
-    labels = {description: short_label(description) for description in descriptions}
+    labels = {name: short_label(name) for name in descriptions}
     counts = Counter(labels.values())
-    return {
-        description: label if counts[label] == 1 else description
-        for description, label in labels.items()
-    }
+    return {name: label if counts[label] == 1 else name for name, label in labels.items()}
 
 
 def plain_number(value: float, position: int | None = None) -> str:
@@ -179,6 +166,12 @@ def draw_series(
         axes.legend(fontsize="small")
 
 
+def whole_number_ticks(axis: Axis) -> None:
+    """Label an axis with whole numbers, even where there is only one."""
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.set_major_formatter(FuncFormatter(plain_number))
+
+
 def plain_log_ticks(axis: Axis, measured: Iterable[float] = ()) -> None:
     """Label a logarithmic axis with plain numbers instead of powers.
 
@@ -223,8 +216,7 @@ def training_curves(
             )
     axes.set_xlabel("step")
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
+    whole_number_ticks(axes.xaxis)
     axes.set_ylabel("loss (nats/token)")
     axes.legend()
     return figure

@@ -163,7 +163,7 @@ def test_shares_are_of_what_is_written_and_read():
 
 
 def test_the_half_life_of_a_corrected_slot_counts_what_writes_erase():
-    """Of the first state of a slot, passed on through the recurrence, half is left after about as long."""
+    """After about as long, half is left of a slot's first state, passed on by the recurrence."""
     model = build(write_rule="delta", min_half_life=50, max_half_life=500, num_slots=8, hcm_dim=32)
     trace = record(model, text(300)).traces[0]
     kept = trace.gates.log_forget.exp()
@@ -240,7 +240,7 @@ def test_the_loss_without_a_slot_is_that_of_a_model_that_cannot_read_it():
 
 
 def test_a_survey_costs_little_more_than_what_it_watches():
-    """Twice a forward pass at most (docs/results/probes); three times here, where others run beside it."""
+    """Twice a forward pass (docs/results/probes); three times here, where others run beside it."""
     model, _ = load_checkpoint(PRETRAINED)
     ids = torch.randint(2048, (1, 1024), generator=torch.Generator().manual_seed(0))
 

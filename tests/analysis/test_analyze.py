@@ -58,9 +58,11 @@ def test_pages_show_the_end_of_a_long_text():
         tokenizer("The people of the United States expect the Congress to act. " * 30).input_ids
     )
     found = analyse(model, tokenizer, ids, silence=False)
-    assert len(ids) > TRACED == len(found.tokens)
+    tokens = found.results["tokens_of_the_end"]
+    assert len(ids) > TRACED == len(tokens)
     trace = record(model, ids[None]).traces[2]
-    assert found.write[2][-1] == pytest.approx(trace.write[0, -1].abs().mean().item(), rel=1e-4)
+    written = found.results["layers"]["2"]["write_gate_of_the_end"]
+    assert written[-1] == pytest.approx(trace.write[0, -1].abs().mean().item(), rel=1e-4)
     shares = contributions(trace, [len(ids) - 1]).tokens[0, 0].mean(dim=0)
     position, share = found.sources[2][-1][0]
     assert len(ids) - TRACED + position == int(shares.argmax())
@@ -68,7 +70,7 @@ def test_pages_show_the_end_of_a_long_text():
     picture = found.figures["contributions_layer_2"].axes[0]
     drawn = picture.images[0].get_array()
     assert drawn[-1, -1] == pytest.approx(shares[-1].item(), abs=1e-3)
-    assert picture.get_xticklabels()[-1].get_text() == found.tokens[-1]
+    assert picture.get_xticklabels()[-1].get_text() == tokens[-1]
 
 
 def test_tokens_are_words_and_no_formulas(tmp_path):

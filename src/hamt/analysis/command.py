@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from rich.table import Column, Table
 
-from hamt.analysis.analyse import SILENCED, TRACED, Analysis, analyse, summarise
+from hamt.analysis.analyse import TRACED, Analysis, analyse, summarise
 from hamt.analysis.dashboard import dashboard
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.environment import describe_environment, environment
 from hamt.errors import UserError
 from hamt.files import check_writable, write_json, write_text
+from hamt.generation import encode_text
 from hamt.options import given_text, option, parse
 from hamt.visualization import save_figure
 
@@ -27,19 +26,7 @@ TEXT = (
     "The Congress of the United States has the power to act, and the people of the United States "
     "expect it to act. Let us work together, and the state of the Union will be stronger still."
 )
-CAPTIONS = {
-    "memory_evolution": "Norms of the slots while the text is read, not normalised; the slots with "
-    "the shortest half-lives are lowest.",
-    "slots": "How evenly slots are written and read, how long they keep what they are told, and by "
-    f"how much the loss of the first {SILENCED} tokens rises when a slot is never read.",
-    "retrieval": "What is read back under the key of a token, some tokens after it was written, "
-    "beside what the keys of other tokens give.",
-    "gates": "How strongly each token is written, averaged over heads and slots.",
-}
-CONTRIBUTIONS = (
-    "Where each read-out came from: exact shares with keys and gates held fixed. What came before "
-    "the first token shown is left out."
-)
+COLUMNS = ("layer", "half-lives", "slots written", "slots read", "dead", "rank", "fidelity")
 
 
 @dataclass
@@ -62,16 +49,17 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(AnalyzeOptions, arguments, "analyze")
     text = _text(options)
     check_writable(options.output_dir, make=True)
-    console = Console(soft_wrap=True, highlight=False)
-    model, tokenizer = load_checkpoint(
-        PRETRAINED if options.checkpoint is None else options.checkpoint
-    )
-    ids = _tokens(tokenizer, text)
-    input_ids = ids[: options.max_tokens]
+    checkpoint = PRETRAINED if options.checkpoint is None else options.checkpoint
+    model, tokenizer = load_checkpoint(checkpoint)
+    name = options.checkpoint or "The model in HAMT"
+    ids = encode_text(tokenizer, text)
+    if len(ids) < 2 or not text.strip():
+        raise UserError("the text must have at least two tokens")
+    input_ids = torch.tensor(ids[: options.max_tokens])
     analysis = analyse(model, tokenizer, input_ids, silence=not options.skip_silencing)
     analysis.results["tokens_of_the_text"] = len(ids)
     header = environment()
-    name = options.checkpoint or "The model in HAMT"
+    console = Console(soft_wrap=True, highlight=False)
     console.print(f"{name}: {model.num_parameters():,} parameters, {_read(analysis)}", markup=False)
     console.print(summary(analysis))
     slots = len(analysis.results["layers"]["0"]["write_share"][0])
@@ -86,28 +74,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def summary(analysis: Analysis) -> Table:
     """A table with a line for each layer."""
-    table = Table()
-    for column in (
-        "layer",
-        "half-lives",
-        "slots written",
-        "slots read",
-        "dead",
-        "rank",
-        "fidelity",
-    ):
-        table.add_column(column, justify="right")
+    table = Table(*(Column(name, justify="right") for name in COLUMNS))
     for index, layer in analysis.results["layers"].items():
-        line = summarise(layer)
-        table.add_row(
-            index,
-            f"{line.half_lives[0]:,.1f} to {line.half_lives[-1]:,.0f}",
-            f"{line.written:.1f}",
-            f"{line.read:.1f}",
-            str(line.dead),
-            f"{line.rank:.1f}",
-            f"{line.fidelity:.3f}",
-        )
+        half_lives, cells, fidelity = summarise(layer)
+        reach = f"{half_lives[0]:,.1f} to {half_lives[-1]:,.0f}"
+        table.add_row(index, reach, *cells, f"{fidelity:.3f}")
     return table
 
 
@@ -117,24 +88,20 @@ def write(
     """Write everything into the output folder; returns the paths."""
     folder = Path(options.output_dir)
     results = {"environment": header, "options": vars(options), "model": name, **analysis.results}
-    paths = [folder / "analysis_results.json"]
-    write_json(paths[0], results)
-    for plot, figure in analysis.figures.items():
-        paths.append(folder / f"{plot}.png")
-        save_figure(paths[-1], figure)
+    pictures = {folder / f"{plot}.png": figure for plot, figure in analysis.figures.items()}
     shown = f"the last {TRACED} shown" if results["tokens"] > TRACED else "all shown"
-    heading = f"{name}; {_read(analysis)}, {shown}. "
-    captions = {plot: CAPTIONS.get(plot, CONTRIBUTIONS) for plot in analysis.figures}
-    paths.append(folder / "dashboard.html")
-    write_text(paths[-1], dashboard(analysis, heading + describe_environment(header), captions))
-    return paths
+    heading = f"{name}; {_read(analysis)}, {shown}. {describe_environment(header)}"
+    write_json(folder / "analysis_results.json", results)
+    for path, figure in pictures.items():
+        save_figure(path, figure)
+    write_text(folder / "dashboard.html", dashboard(analysis, heading))
+    return [folder / "analysis_results.json", *pictures, folder / "dashboard.html"]
 
 
 def _read(analysis: Analysis) -> str:
     read, there = analysis.results["tokens"], analysis.results["tokens_of_the_text"]
-    return (
-        f"{read:,} tokens read" if read == there else f"the first {read:,} of {there:,} tokens read"
-    )
+    which = f"{read:,}" if read == there else f"the first {read:,} of {there:,}"
+    return f"{which} tokens read"
 
 
 def _text(options: AnalyzeOptions) -> str:
@@ -152,13 +119,3 @@ def _text(options: AnalyzeOptions) -> str:
         raise UserError(f"no text {options.file} ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{options.file} is not UTF-8 text") from error
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    try:
-        ids = tokenizer(text, add_special_tokens=False, truncation=False).input_ids
-    except UnicodeEncodeError as error:
-        raise UserError("--text must be UTF-8") from error
-    if len(ids) < 2 or not text.strip():
-        raise UserError("the text must have at least two tokens")
-    return torch.tensor(ids)

@@ -30,28 +30,11 @@ from hamt.analysis.record import Recording, Trace
 from hamt.model import HAMTForCausalLM
 
 
-class Coefficients(NamedTuple):
-    """What weighs how much in the read-outs at Q queries.
-
-    Attributes:
-        tokens: c, of each bound item, (B, Q, H, N); zero after the query.
-        initial: b, of each slot of the state before the first token, (B, Q, H, S).
-    """
-
-    tokens: Tensor
-    initial: Tensor
-
-
 class Contributions(NamedTuple):
-    """Inner products of the parts of read-outs with a direction.
+    """Inner products of the parts of read-outs with a direction."""
 
-    Attributes:
-        tokens: of the part that each position gave, (B, Q, H, N).
-        initial: of the part that the state before the first token gave, (B, Q, H).
-    """
-
-    tokens: Tensor
-    initial: Tensor
+    tokens: Tensor  # of the part that each position gave, (B, Q, H, N)
+    initial: Tensor  # of the part that the state before the first token gave, (B, Q, H)
 
     def sum(self) -> Tensor:
         """The inner product of the whole read-out, (B, Q, H)."""
@@ -59,31 +42,30 @@ class Contributions(NamedTuple):
 
 
 @torch.no_grad()
-def coefficients(trace: Trace, queries: Sequence[int]) -> Coefficients:
-    """What each bound item weighs in the read-outs at ``queries``, Q positions of the trace.
+def coefficients(trace: Trace, queries: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What weighs how much in the read-outs at ``queries``, Q positions of the trace.
+
+    Returns:
+        c of each bound item, (B, Q, H, N), zero after the query; b of each slot of the state before
+        the first token, (B, Q, H, S).
 
     Raises:
         ValueError: if a query is not a position of the trace.
     """
     batch, length, heads, _ = trace.write.shape
     at = _positions(queries, length)
-    order = at.argsort(descending=True)
-    waiting = at[order].tolist()
     # Rows of later queries come first: those already under way are a prefix, and no step touches
     # the others.
+    order = at.argsort(descending=True)
     weight = trace.read[:, at[order]]
     tokens = trace.write.new_zeros(batch, len(at), heads, length)
-    under_way = 0
-    for j in range(length - 1, -1, -1):
-        while under_way < len(waiting) and waiting[under_way] >= j:
-            under_way += 1
-        if not under_way:
-            continue
-        now = trace.gates.tokens([j])
-        share, before = trace.memory.rule.adjoint(weight[:, :under_way], now)
-        tokens[:, :under_way, :, j], weight[:, :under_way] = share, before
+    for j in range(int(at.max()), -1, -1):
+        under_way = int((at >= j).sum())
+        tokens[:, :under_way, :, j], weight[:, :under_way] = trace.memory.rule.adjoint(
+            weight[:, :under_way], trace.gates.tokens([j])
+        )
     back = order.argsort()
-    return Coefficients(tokens[:, back], weight[:, back])
+    return tokens[:, back], weight[:, back]
 
 
 @torch.no_grad()
@@ -92,14 +74,8 @@ def contributions(
 ) -> Contributions:
     """Signed contributions of all positions to the read-outs at ``queries``, along directions.
 
-    Args:
-        trace: of one layer.
-        queries: Q positions.
-        directions: (B, Q, H, F), lowered, as ``trace.output``; None is y / |y|², along which the
-            contributions are shares that sum to 1.
-
-    Returns:
-        Contributions that sum to ⟨y_t, direction⟩ for every query and head.
+    They sum to ⟨y_t, direction⟩ for every query and head. ``directions`` (B, Q, H, F) are lowered,
+    as ``trace.output``; None is y / |y|², along which the contributions are shares that sum to 1.
 
     Raises:
         ValueError: if a query is not a position of the trace.
@@ -108,15 +84,14 @@ def contributions(
     algebra, wide = trace.memory.algebra, trace.items.dtype
     if directions is None:
         output = trace.output[:, at].to(wide)
-        directions = output / output.square().sum(dim=-1, keepdim=True).clamp(
-            min=torch.finfo(wide).tiny
-        )
-    weight = coefficients(trace, queries)
+        square = output.square().sum(dim=-1, keepdim=True)
+        directions = output / square.clamp(min=torch.finfo(wide).tiny)
+    weights, initial_weights = coefficients(trace, queries)
     # Keys are isometries: ⟨u⁻¹ ⊛ x, a⟩ = ⟨x, u ⊛ a⟩, one product for all pairs.
     sought = algebra.bind(algebra.lift(directions.to(wide)), trace.unbinding_keys[:, at])
     bound = algebra.bind(trace.items, trace.keys)
-    tokens = weight.tokens * torch.einsum("bqhf,bjhf->bqhj", sought, bound)
-    initial = torch.einsum("bqhs,bhsf,bqhf->bqh", weight.initial, trace.before.slots, sought)
+    tokens = weights * torch.einsum("bqhf,bjhf->bqhj", sought, bound)
+    initial = torch.einsum("bqhs,bhsf,bqhf->bqh", initial_weights, trace.before.slots, sought)
     return Contributions(tokens, initial)
 
 
@@ -128,49 +103,32 @@ def logit_directions(
     queries: Sequence[int],
     targets: Tensor,
 ) -> Tensor:
-    """The directions in which a layer's read-outs raise the logits of ``targets``.
+    """The directions (B, Q, H, F) in which a layer's read-outs raise the logits of ``targets``.
 
     The norms and the output gate are held at what they were. ⟨y_t, direction⟩ summed over heads is
     then exactly what the layer adds to the logit by way of the residual stream, past all later
     layers, through the last norm and the head (direct logit attribution, Elhage et al. 2021, A
     Mathematical Framework for Transformer Circuits). What later layers make of it is not counted.
 
-    Args:
-        model: the one that was recorded.
-        recording: that has this layer.
-        layer: index.
-        queries: Q positions that predict.
-        targets: (B, Q) tokens.
-
-    Returns:
-        The directions, (B, Q, H, F).
+    Of the model that was recorded; ``queries`` are Q positions that predict ``targets`` (B, Q).
     """
     trace, mixer = recording.traces[layer], model.model.layers[layer].mixer
     at = _positions(queries, trace.items.shape[1])
-    wide = trace.items.dtype
-    direction = model.lm_head.weight[targets].to(wide) * _scale(
-        model.model.norm, recording.final[:, at]
-    )
+    wide, heads = trace.items.dtype, trace.items.shape[2]
+    scale = _scale(model.model.norm, recording.final[:, at])
+    direction = model.lm_head.weight[targets].to(wide) * scale
     direction = direction @ mixer.output_proj.weight.to(wide)
     if trace.gate is not None:
         direction = direction * trace.gate[:, at].to(wide)
-    heads = trace.items.shape[2]
     return direction.unflatten(-1, (heads, -1)) * _scale(mixer.norm, trace.output[:, at])
 
 
 def logit_contributions(
     model: HAMTForCausalLM, recording: Recording, queries: Sequence[int], targets: Tensor
 ) -> Tensor:
-    """What each position adds to the logits of ``targets``, over all recorded layers and heads.
+    """What each position adds to the logits of ``targets``, (B, Q, N).
 
-    Args:
-        model: the one that was recorded.
-        recording: of its layers.
-        queries: Q positions that predict.
-        targets: (B, Q) tokens.
-
-    Returns:
-        Parts of the logits, (B, Q, N); see ``logit_directions``.
+    The sum over all recorded layers and heads; the arguments are those of ``logit_directions``.
     """
     added = []
     for layer, trace in recording.traces.items():

@@ -9,39 +9,44 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hamt.analysis.analyse import Analysis, summarise
+from hamt.analysis.analyse import SILENCED, Analysis, summarise
 from hamt.visualization import as_png
 
+CAPTIONS = {
+    "memory_evolution": "Norms of the slots while the text is read, not normalised; the slots with "
+    "the shortest half-lives are lowest.",
+    "slots": "How evenly slots are written and read, how long they keep what they are told, and by "
+    f"how much the loss of the first {SILENCED} tokens rises when a slot is never read.",
+    "retrieval": "What is read back under the key of a token, some tokens after it was written, "
+    "beside what the keys of other tokens give.",
+    "gates": "How strongly each token is written, averaged over heads and slots.",
+}
+# Of the other pictures, contributions by layer.
+CONTRIBUTIONS = (
+    "Where each read-out came from: exact shares with keys and gates held fixed. What came before "
+    "the first token shown is left out."
+)
 
-def dashboard(analysis: Analysis, heading: str, captions: Mapping[str, str]) -> str:
+
+def dashboard(analysis: Analysis, heading: str) -> str:
     """The page as HTML: a text whose tokens can be clicked, tables, and the pictures.
 
-    Args:
-        analysis: of the text.
-        heading: what was read, by which model, where.
-        captions: of pictures by their names.
+    ``heading`` says what was read, by which model, where.
     """
     template = files("hamt.analysis").joinpath("dashboard.html").read_text(encoding="utf-8")
     layers = analysis.results["layers"]
     data = {
-        "tokens": analysis.tokens,
-        "sources": {str(layer): rows for layer, rows in analysis.sources.items()},
-        "write": {str(layer): row for layer, row in analysis.write.items()},
+        "tokens": analysis.results["tokens_of_the_end"],
+        "sources": analysis.sources,
+        "write": {index: layer["write_gate_of_the_end"] for index, layer in layers.items()},
         "held": {index: layer["held"] for index, layer in layers.items()},
-        "slots": {
-            index: {"half_lives": layer["half_life_tokens"], "norms": layer["norms"][-1]}
-            for index, layer in layers.items()
-        },
+        "half_lives": {index: layer["half_life_tokens"] for index, layer in layers.items()},
+        "norms": {index: layer["norms"][-1] for index, layer in layers.items()},
     }
-    pictures = "\n".join(
-        f'<figure><img alt="{html.escape(name)}" src="{_embedded(figure)}">'
-        f"<figcaption>{html.escape(captions.get(name, ''))}</figcaption></figure>"
-        for name, figure in analysis.figures.items()
-    )
     parts = {
         "HEADING": html.escape(heading),
         "ROWS": "\n".join(_row(index, layer) for index, layer in layers.items()),
-        "PICTURES": pictures,
+        "PICTURES": "\n".join(_picture(*picture) for picture in analysis.figures.items()),
         # A text may hold </script>.
         "DATA": json.dumps(data).replace("<", "\\u003c"),
     }
@@ -51,18 +56,16 @@ def dashboard(analysis: Analysis, heading: str, captions: Mapping[str, str]) -> 
 
 
 def _row(index: str, layer: Mapping[str, Any]) -> str:
-    summary = summarise(layer)
-    cells = [
-        index,
-        " – ".join(f"{half_life:,.1f}" for half_life in summary.half_lives),
-        f"{summary.written:.1f}",
-        f"{summary.read:.1f}",
-        str(summary.dead),
-        f"{summary.rank:.1f}",
-        f"{summary.fidelity:.2f}",
-    ]
-    return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+    half_lives, cells, fidelity = summarise(layer)
+    named = (half_lives[0], half_lives[len(half_lives) // 2], half_lives[-1])
+    reach = " – ".join(f"{half_life:,.1f}" for half_life in named)
+    cells = [index, reach, *cells, f"{fidelity:.2f}"]
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _embedded(figure: Figure) -> str:
-    return "data:image/png;base64," + base64.b64encode(as_png(figure, dpi=110)).decode()
+def _picture(name: str, figure: Figure) -> str:
+    png = base64.b64encode(as_png(figure, dpi=110)).decode()
+    return (
+        f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{png}">'
+        f"<figcaption>{html.escape(CAPTIONS.get(name, CONTRIBUTIONS))}</figcaption></figure>"
+    )

@@ -3,14 +3,13 @@
 Shape legend: N tokens, T times, H heads, S slots.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from hamt.analysis.survey import LayerSurvey
@@ -22,6 +21,7 @@ from hamt.visualization import (
     draw_series,
     panels,
     plain_number,
+    whole_number_ticks,
 )
 
 PICTURED = 64  # tokens at the end of a text that pictures name one by one
@@ -38,13 +38,8 @@ def all_pictures(
 ) -> dict[str, Figure]:
     """All pictures of one text, by the names of their files.
 
-    Args:
-        surveys: by layer.
-        rises: by layer, how much the loss rises without each slot, (H, S); empty if that was not
-            measured.
-        shares: by layer, shares of each read-out by position, (N, H, N + 1); the last column is
-            what came before the first of the tokens.
-        tokens: these N as text.
+    By layer, ``rises`` is how much the loss rises without each slot, (H, S), or empty; ``shares``
+    are those of the last N tokens' read-outs, (N, H, N + 1), the last column for what came before.
     """
     last = tokens[-PICTURED:]
     which = f"the last {len(last)} tokens" if len(tokens) > PICTURED else "all tokens"
@@ -59,11 +54,9 @@ def all_pictures(
         "gates": gates_over_text(last, gates, which),
     }
     for i, matrix in shares.items():
-        figures[f"contributions_layer_{i}"] = contribution_matrix(
-            matrix.mean(axis=1)[:, :-1][-PICTURED:, -PICTURED:],
-            last,
-            f"layer {i}, mean of {matrix.shape[1]} heads, {which}",
-        )
+        title = f"layer {i}, mean of {matrix.shape[1]} heads, {which}"
+        mean = matrix.mean(axis=1)[:, :-1][-PICTURED:, -PICTURED:]
+        figures[f"contributions_layer_{i}"] = contribution_matrix(mean, last, title)
     return figures
 
 
@@ -75,16 +68,14 @@ def memory_evolution(surveys: Mapping[int, LayerSurvey]) -> Figure:
     figure, all_axes = panels(len(surveys), size=(6.0, 3.4))
     for axes, (index, survey) in zip(all_axes, surveys.items(), strict=True):
         half_lives, order = survey.half_lives().flatten().sort()
-        norms = survey.norms.mean(dim=0).flatten(1)[:, order].T.numpy()
+        norms, times = survey.norms.mean(dim=0).flatten(1)[:, order].T.numpy(), survey.times
         rows = np.arange(len(norms))
         axes.grid(visible=False)
-        mesh = axes.pcolormesh(
-            survey.times, rows, norms, shading="nearest", cmap=SEQUENTIAL, vmin=0
-        )
-        axes.figure.colorbar(mesh, ax=axes, label="norm of the slot")
+        mesh = axes.pcolormesh(times, rows, norms, shading="nearest", cmap=SEQUENTIAL, vmin=0)
+        figure.colorbar(mesh, ax=axes, label="norm of the slot")
         axes.set_xlabel("tokens read")
-        axes.set_xlim(left=survey.times[0] - 0.5)  # the first state may stand for a wide stretch
-        _plain_whole_numbers(axes)
+        axes.set_xlim(left=times[0] - 0.5)  # the first state may stand for a wide stretch
+        whole_number_ticks(axes.xaxis)
         named = np.unique(np.linspace(0, len(rows) - 1, HALF_LIVES).round().astype(int))
         axes.set_yticks(named, [f"{half_lives[row]:,.1f}" for row in named])
         axes.set_ylabel("slots by half-life (tokens)")
@@ -95,36 +86,33 @@ def memory_evolution(surveys: Mapping[int, LayerSurvey]) -> Figure:
 def slot_heatmaps(surveys: Mapping[int, LayerSurvey], rises: Mapping[int, Tensor]) -> Figure:
     """How the slots (columns) of each head (rows) are used, how long they hold what they are told.
 
-    A panel for each of the shares of writing and reading, half-lives, and, where ``rises`` (H, S)
-    by layer are given, how much the loss rises without the slot; values of both signs are drawn
-    around zero.
+    Where ``rises`` (H, S) by layer are given, a panel tells how much the loss rises without the
+    slot. Values of both signs are drawn around zero.
     """
-    heads = [
-        f"layer {i}, head {head}"
-        for i, survey in surveys.items()
-        for head in range(survey.write.shape[2])
-    ]
+    by_layer = surveys.values()
+    counts = {i: survey.write.shape[2] for i, survey in surveys.items()}
+    heads = [f"layer {i}, head {head}" for i, count in counts.items() for head in range(count)]
     maps = {
-        "share of writing": _stacked(survey.write_share() for survey in surveys.values()),
-        "share of reading": _stacked(survey.read_share() for survey in surveys.values()),
-        HALF_LIFE: _stacked(survey.half_lives() for survey in surveys.values()),
+        "share of writing": [survey.write_share() for survey in by_layer],
+        "share of reading": [survey.read_share() for survey in by_layer],
+        HALF_LIFE: [survey.half_lives() for survey in by_layer],
     }
     if rises:
-        maps["rise of the loss without it (nats/token)"] = _stacked(rises.values())
+        maps["rise of the loss without it (nats/token)"] = list(rises.values())
     figure, all_axes = panels(len(maps), size=(5.0, 1.2 + 0.22 * len(heads)))
-    for axes, (title, values) in zip(all_axes, maps.items(), strict=True):
+    for axes, (title, parts) in zip(all_axes, maps.items(), strict=True):
+        values = torch.cat(parts).numpy()
         axes.grid(visible=False)
         signed = bool(values.min() < 0)
         extreme = float(np.abs(values).max()) or 1.0
         norm: Normalize = Normalize(-extreme if signed else 0.0, extreme)
         if title == HALF_LIFE:
             norm = LogNorm(values.min(), values.max())
-        image = axes.imshow(
-            values, aspect="auto", cmap=DIVERGING if signed else SEQUENTIAL, norm=norm
-        )
-        axes.figure.colorbar(image, ax=axes, format=FuncFormatter(plain_number))
+        colours = DIVERGING if signed else SEQUENTIAL
+        image = axes.imshow(values, aspect="auto", cmap=colours, norm=norm)
+        figure.colorbar(image, ax=axes, format=FuncFormatter(plain_number))
         axes.set_xlabel("slot")
-        _plain_whole_numbers(axes)
+        whole_number_ticks(axes.xaxis)
         axes.set_yticks(range(len(heads)), heads, fontsize="small")
         axes.set_title(title, fontsize="medium")
     return figure
@@ -137,12 +125,11 @@ def retrieval_similarity(surveys: Mapping[int, LayerSurvey]) -> Figure:
     """
     figure, all_axes = panels(len(surveys))
     for axes, (index, survey) in zip(all_axes, surveys.items(), strict=True):
-        lags = survey.retrieval.lags
-        # One further, so that the lag 0 has a place on a logarithmic axis.
-        places = [lag + 1 for lag in lags]
+        lags, right, wrong = survey.retrieval
+        places = [lag + 1 for lag in lags]  # so that the lag 0 has one on a logarithmic axis
         lines = {
-            "its own key": Series(places, survey.retrieval.right.tolist()),
-            "keys of other tokens": Series(places, survey.retrieval.wrong.tolist()),
+            "its own key": Series(places, right.tolist()),
+            "keys of other tokens": Series(places, wrong.tolist()),
         }
         draw_series(axes, lines, "tokens since it was written", "cosine with what was stored")
         axes.set_xscale("log", base=2)
@@ -156,8 +143,7 @@ def retrieval_similarity(surveys: Mapping[int, LayerSurvey]) -> Figure:
 def contribution_matrix(shares: np.ndarray, tokens: Sequence[str], title: str) -> Figure:
     """Shares (N, N) of the read-out at each token (rows) that come from each token (columns).
 
-    The counterpart of an attention map. A share is negative where a position speaks against the
-    rest.
+    A share is negative where a position speaks against the rest.
     """
     side = min(max(0.16 * len(tokens), 4.5), 14.0)
     figure, (axes,) = panels(1, size=(side + 1.5, side))
@@ -187,13 +173,3 @@ def gates_over_text(tokens: Sequence[str], layers: Mapping[str, np.ndarray], tit
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small", ncols=4)
     return figure
-
-
-def _plain_whole_numbers(axes: Axes) -> None:
-    """Label the horizontal axis with whole numbers, even where there is only one."""
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
-
-
-def _stacked(parts: Iterable[Tensor]) -> np.ndarray:
-    return torch.cat(list(parts)).numpy()

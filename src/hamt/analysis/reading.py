@@ -5,9 +5,6 @@ nothing to do with what is sought have cosines of standard deviation 1/√F with
 largest of n such cosines is known (``largest_by_chance``). Keys whose entries are permuted show
 the level for the items and keys that are there.
 
-With a short convolution an item is a mixture of its token and the few before it: a position is then
-not exactly a token.
-
 Shape legend: B batch, N tokens, H heads, S slots, F features, T times, L lags.
 """
 
@@ -28,51 +25,30 @@ OTHERS = 4  # wrong keys for each item of a retrieval by lag
 
 
 class Reading(NamedTuple):
-    """What comes out under a key.
+    """What comes out under a key."""
 
-    Attributes:
-        positions: of the nearest stored items, best first.
-        cosines: of these items.
-        stored: cosine with the item that was bound to this key.
-        rank: how many items are nearer than that one; 0 means that it is found.
-        theory: the expected largest cosine with as many random directions as there are items.
-        permuted: the largest cosine under the same key with its entries in another order, mean
-            over 100 orders.
-    """
-
-    positions: list[int]
-    cosines: list[float]
-    stored: float
-    rank: int
-    theory: float
-    permuted: float
+    positions: list[int]  # of the nearest stored items, best first
+    cosines: list[float]  # of these items
+    stored: float  # cosine with the item that was bound to this key
+    rank: int  # how many items are nearer than that one; 0 means that it is found
+    theory: float  # the expected largest cosine with as many random directions
+    permuted: float  # the largest cosine under permuted keys, mean over ``ORDERS``
 
 
 @torch.no_grad()
 def read_memory(
-    trace: Trace,
-    after: int,
-    token: int,
-    head: int,
-    slot: int | None = None,
-    row: int = 0,
-    count: int = 8,
+    trace: Trace, after: int, token: int, head: int, slot: int | None = None, count: int = 8
 ) -> Reading:
     """Unbind the memory with the binding key of an earlier token; find the nearest stored items.
 
-    Args:
-        trace: of one layer.
-        after: the state after this position.
-        token: position whose key is used, at most ``after``.
-        head: index.
-        slot: index; None mixes the slots as the read-out at ``after`` does.
-        row: index in the batch.
-        count: how many items to name.
+    The state is that after the position ``after``, the key that of the position ``token``, at most
+    ``after``. Where ``slot`` is None the slots are mixed as the read-out at ``after`` does.
+    ``count`` items are named.
 
     Raises:
         ValueError: if an index is out of range.
     """
-    length, heads, slots = trace.write.shape[1:]
+    _, length, heads, slots = trace.write.shape
     limits = {
         "after": (after, length),
         "token": (token, after + 1),
@@ -83,22 +59,30 @@ def read_memory(
         if not 0 <= index < limit:
             raise ValueError(f"{name} must lie from 0 to {limit - 1}; got {index}")
     state = trace.after.slots if after + 1 == length else next(trace.states([after + 1]))
-    held = state[row, head]
-    held = held[slot] if slot is not None else trace.read[row, after, head] @ held
-    keys, items = trace.keys[row, : after + 1, head], trace.items[row, : after + 1, head]
-    algebra = trace.memory.algebra
-    right_and_permuted = torch.cat((keys[None, token], permuted_keys(algebra, keys[token])))
-    unbound = F.normalize(algebra.unbind(held, right_and_permuted), dim=-1)
-    cosines = unbound @ F.normalize(items, dim=-1).T
-    best = cosines[0].topk(min(count, len(items)))
+    held = state[0, head]
+    held = trace.read[0, after, head] @ held if slot is None else held[slot]
+    items = trace.items[0, : after + 1, head]
+    cosines = cosines_under_key(trace.memory.algebra, held, trace.keys[0, token, head], items)
+    right = cosines[0]
+    best = right.topk(min(count, len(items)))
     return Reading(
         best.indices.tolist(),
         best.values.tolist(),
-        cosines[0, token].item(),
-        int((cosines[0] > cosines[0, token]).sum()),
+        right[token].item(),
+        int((right > right[token]).sum()),
         largest_by_chance(len(items), items.shape[-1]),
         cosines[1:].amax(dim=1).mean().item(),
     )
+
+
+def cosines_under_key(algebra: Algebra, held: Tensor, key: Tensor, items: Tensor) -> Tensor:
+    """Cosines of items with what comes out under a key, and then under its ``permuted_keys``.
+
+    Shapes: held (..., F), key (..., K), items (N, ..., F) -> (1 + ORDERS, ..., N).
+    """
+    unbound = algebra.unbind(held, torch.cat((key[None], permuted_keys(algebra, key))))
+    unbound, items = F.normalize(unbound, dim=-1), F.normalize(items, dim=-1)
+    return torch.einsum("n...f,o...f->o...n", items, unbound)
 
 
 def permuted_keys(algebra: Algebra, key: Tensor) -> Tensor:
@@ -109,14 +93,10 @@ def permuted_keys(algebra: Algebra, key: Tensor) -> Tensor:
 
 
 def largest_by_chance(count: int, features: int) -> float:
-    """Expected largest cosine of n random directions in F dimensions with another direction.
+    """Expected largest cosine of ``count`` (n) random directions in F dimensions with another one.
 
     The angle θ between two directions has a density proportional to sin^(F-2) θ. The largest of n
     cosines has the mean 1 - ∫ P(cos θ < x)^n dx, which is integrated numerically.
-
-    Args:
-        count: n.
-        features: F.
     """
     if features == 1:  # cosines are 1 and -1
         return 1 - 2.0 ** (1 - count)
@@ -127,17 +107,11 @@ def largest_by_chance(count: int, features: int) -> float:
 
 
 class Retrieval(NamedTuple):
-    """How like what a memory gives back is to what it was given, some tokens later.
+    """How like what a memory gives back is to what it was given, some tokens later."""
 
-    Attributes:
-        lags: L numbers of tokens since an item was written.
-        right: cosines under the key of the token, (L,), averaged over times and heads.
-        wrong: cosines under the keys of other tokens, (L,).
-    """
-
-    lags: list[int]
-    right: Tensor
-    wrong: Tensor
+    lags: list[int]  # L numbers of tokens since an item was written
+    right: Tensor  # cosines under the key of the token, (L,), averaged over times and heads
+    wrong: Tensor  # cosines under the keys of other tokens, (L,)
 
 
 @torch.no_grad()
@@ -146,15 +120,11 @@ def retrieval_by_lag(
 ) -> Retrieval:
     """How well an item can be read back some tokens after it was written.
 
-    Lag 0 is the fidelity of a write.
-    Each item is read from the slots in the proportions in which it was written, ŵ_j = w_j / |w_j|,
-    as in ``hamt.losses.reconstruction_loss``.
+    Lag 0 is the fidelity of a write. Each item is read from the slots in the proportions in which
+    it was written, ŵ_j = w_j / |w_j|, as in ``hamt.losses.reconstruction_loss``.
 
-    Args:
-        trace: of one layer.
-        times: T positions after which items are read.
-        states: the memory after each of them, (B, T, H, S, F).
-        lags: in tokens; those that reach beyond the first token at every time are left out.
+    ``states`` (B, T, H, S, F) are the memory after each of the T positions ``times``. Of ``lags``,
+    in tokens, those that reach beyond the first token at every time are left out.
     """
     algebra, device = trace.memory.algebra, trace.items.device
     now = torch.tensor(times, device=device)[:, None]
@@ -163,22 +133,15 @@ def retrieval_by_lag(
     tokens = tokens.clamp(min=0)
     shares = F.normalize(trace.write, dim=-1)[:, tokens]
     held = torch.einsum("btlhs,bthsf->btlhf", shares, states)[:, :, :, None]
-    others = (
-        (torch.linspace(0, 1, OTHERS, device=device) * now)
-        .long()[:, None]
-        .expand(-1, len(lags), -1)
-    )
-    others = others.where(
-        others != tokens[..., None], (others + now[..., None] // 2 + 1) % (now[..., None] + 1)
-    )
+    others = (torch.linspace(0, 1, OTHERS, device=device) * now).long()[:, None]
+    others = others.expand(-1, len(lags), -1)
+    farther = (others + now[..., None] // 2 + 1) % (now[..., None] + 1)
+    others = others.where(others != tokens[..., None], farther)
+    measured = there.any(dim=0)
     means = []
     for positions in (tokens[..., None], others):
         unbound = algebra.unbind(held, trace.keys[:, positions])
         cosine = F.cosine_similarity(unbound, trace.items[:, tokens, None], dim=-1)
-        cosine = cosine.mean(dim=(0, 3, 4))
-        means.append((cosine * there).sum(dim=0) / there.sum(dim=0))
-    measured = there.any(dim=0)
-    right, wrong = (mean[measured] for mean in means)
-    return Retrieval(
-        [lag for lag, known in zip(lags, measured.tolist(), strict=True) if known], right, wrong
-    )
+        total = (cosine.mean(dim=(0, 3, 4)) * there).sum(dim=0)
+        means.append((total / there.sum(dim=0))[measured])
+    return Retrieval([lags[i] for i in measured.nonzero()[:, 0].tolist()], *means)

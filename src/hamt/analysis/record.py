@@ -7,6 +7,7 @@ D = H · F hcm_dim.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,35 +27,20 @@ class Trace(NamedTuple):
     """One run of one memory over N tokens of one document.
 
     Symbols are those of equations (1) to (4) in ``hamt.memory.holographic``.
-
-    Attributes:
-        memory: the one that ran.
-        items: v, lifted, (B, N, H, F).
-        keys: k ⊛ p, the binding keys with their positions, (B, N, H, K).
-        unbinding_keys: u ⊛ p, (B, N, H, K).
-        write: gates w as the recurrence uses them, (B, N, H, S).
-        read: gates r, (B, N, H, S).
-        log_forget: log α, (B, N, H, S).
-        beta: the write strength of the delta rule, (B, N, H), or None.
-        before: the state before the first token.
-        after: the state after the last token.
-        output: y, (B, N, H, F).
-        turn: mean size of the rotation over the tokens, (H, K), in radians or as the share of signs
-            that flip, or None.
-        gate: the output gate SiLU(W_g x), (B, N, D), or None.
     """
 
     memory: HolographicMemory
-    items: Tensor
-    keys: Tensor
-    unbinding_keys: Tensor
-    gates: Gates
-    read: Tensor
+    items: Tensor  # v, lifted, (B, N, H, F)
+    keys: Tensor  # k ⊛ p, the binding keys with their positions, (B, N, H, K)
+    unbinding_keys: Tensor  # u ⊛ p, (B, N, H, K)
+    gates: Gates  # as the recurrence uses them: (B, N, H, S), β (B, N, H)
+    read: Tensor  # r, (B, N, H, S)
     before: MemoryState
     after: MemoryState
-    output: Tensor
+    output: Tensor  # y, (B, N, H, F)
+    # Mean size of the rotation over the tokens, (H, K): radians, or the share of signs that flip.
     turn: Tensor | None = None
-    gate: Tensor | None = None
+    gate: Tensor | None = None  # the output gate SiLU(W_g x), (B, N, D)
 
     @property
     def write(self) -> Tensor:
@@ -64,16 +50,12 @@ class Trace(NamedTuple):
     def states(self, ends: Iterable[int]) -> Iterator[Tensor]:
         """The slots (B, H, S, F) after the first n tokens, for each n of ``ends``, which rise."""
         state, begin = MemoryState(self.before.slots), 0  # positions are in the keys
+        sequences = (self.items, self.keys, self.unbinding_keys, self.read)
         for end in ends:
             if end > begin:
                 part = slice(begin, end)
-                tokens = Tokens(
-                    self.items[:, part],
-                    self.keys[:, part],
-                    self.unbinding_keys[:, part],
-                    self.read[:, part],
-                    self.gates.tokens(part),
-                )
+                items, keys, unbinding_keys, read = (x[:, part] for x in sequences)
+                tokens = Tokens(items, keys, unbinding_keys, read, self.gates.tokens(part))
                 _, state = self.memory.run(tokens, state)
                 begin = end
             yield state.slots
@@ -96,17 +78,12 @@ def observe(
     """Within this context, tell of every run of some memories, in the order of layers.
 
     What is observed is what is computed: results do not change. A run must be over one document
-    without padding.
-
-    Args:
-        model: whose memories are observed.
-        observer: called with the index of a layer and the trace of its run.
-        layers: indices; None is all.
+    without padding. ``observer`` is called with the index of a layer and the trace of its run;
+    ``layers`` are indices, None for all.
     """
-    blocks = model.model.layers
     with ExitStack() as stack:
         for index in memory_layers(model) if layers is None else layers:
-            stack.enter_context(_observed(blocks[index].mixer, index, observer))
+            _observe(model.model.layers[index].mixer, partial(observer, index), stack)
         yield
 
 
@@ -115,10 +92,7 @@ def memory_layers(model: HAMTForCausalLM) -> list[int]:
     return [i for i, block in enumerate(model.model.layers) if isinstance(block.mixer, HAMTLayer)]
 
 
-@contextmanager
-def _observed(
-    mixer: HAMTLayer, index: int, observer: Callable[[int, Trace], None]
-) -> Iterator[None]:
+def _observe(mixer: HAMTLayer, observer: Callable[[Trace], None], stack: ExitStack) -> None:
     memory, pending = mixer.memory, []
 
     def run(*tensors: Any, **options: Any) -> tuple[Tensor, MemoryState]:
@@ -130,17 +104,12 @@ def _observed(
         pending[-1] = pending[-1]._replace(gate=F.silu(output))
 
     def done(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        observer(index, pending.pop())
+        observer(pending.pop())
 
-    hooks = [mixer.register_forward_hook(done)]
+    stack.enter_context(rerouted(mixer, run))
+    stack.enter_context(mixer.register_forward_hook(done))
     if mixer.gate_proj is not None:
-        hooks.append(mixer.gate_proj.register_forward_hook(gated))
-    try:
-        with rerouted(mixer, run):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+        stack.enter_context(mixer.gate_proj.register_forward_hook(gated))
 
 
 @contextmanager
@@ -155,7 +124,7 @@ def rerouted(mixer: HAMTLayer, run: Callable[..., tuple[Tensor, MemoryState]]) -
 
 
 class _Rerouted:
-    """A memory that is run by ``run``; all its attributes are those of the memory."""
+    """Calls ``run``; all its attributes are those of the memory."""
 
     def __init__(self, memory: HolographicMemory, run: Callable) -> None:
         self._memory, self._run = memory, run
@@ -168,43 +137,27 @@ class _Rerouted:
 
 
 def _trace(
-    memory: HolographicMemory,
-    tensors: tuple[Any, ...],
-    options: dict[str, Any],
-    output: Tensor,
-    after: MemoryState,
+    memory: HolographicMemory, tensors: Any, options: Any, output: Tensor, after: MemoryState
 ) -> Trace:
     items, keys, unbinding_keys, gates, read = tensors
     if options["mask"] is not None or options["documents"] is not None:
-        raise ValueError(
+        message = (
             "one document without padding can be recorded: leave attention_mask and seq_idx out"
         )
+        raise ValueError(message)
+    algebra, rotation, turn = memory.algebra, options["rotation"], None
     wide = torch.promote_types(items.dtype, torch.float32)
     before = options["initial_state"] or memory.initial_state(len(items), wide, items.device)
-    complete = memory.rule.complete(gates, wide).map(lambda gate: gate.to(wide))
-    rotation, turn = options["rotation"], None
-    tokens = Tokens(
-        memory.algebra.lift(items).to(wide), keys, unbinding_keys, read.to(wide), complete, rotation
-    )
+    gates = memory.rule.complete(gates, wide).map(lambda gate: gate.to(wide))
+    items, read = algebra.lift(items).to(wide), read.to(wide)
     if rotation is not None:
-        size = rotation.abs() if memory.algebra.has_phase else rotation < 0
+        size = rotation.abs() if algebra.has_phase else rotation < 0
         turn = size.to(wide).mean(dim=(0, 1)).expand(memory.num_heads, -1)
-        positions, _ = positions_of(memory.algebra, tokens, before)
+        tokens = Tokens(items, keys, unbinding_keys, read, gates, rotation)
+        positions, _ = positions_of(algebra, tokens, before)
         assert positions is not None
-        keys = memory.algebra.compose(keys, positions)
-        unbinding_keys = memory.algebra.compose(unbinding_keys, positions)
-    return Trace(
-        memory,
-        tokens.items,
-        keys,
-        unbinding_keys,
-        complete,
-        tokens.read,
-        before,
-        after,
-        output,
-        turn,
-    )
+        keys, unbinding_keys = (algebra.compose(key, positions) for key in (keys, unbinding_keys))
+    return Trace(memory, items, keys, unbinding_keys, gates, read, before, after, output, turn)
 
 
 @torch.no_grad()
@@ -214,28 +167,23 @@ def read_text(
     cache: HAMTCache | None = None,
     segment: int = SEGMENT,
 ) -> Iterator[Tensor]:
-    """Read a text in segments, the state carried; yield what enters the last norm.
+    """Read texts (B, N) without padding in segments, the state carried; of no tokens nothing.
 
-    Args:
-        model: in evaluation mode; not changed.
-        input_ids: (B, N) tokens of texts without padding; of none nothing is read.
-        cache: the state to go on from; it is updated. None starts with an empty memory.
-        segment: tokens that are read at a time.
+    ``cache`` is the state to go on from and is updated; None starts with an empty memory.
 
     Yields:
-        Hidden states of each segment, (B, ``segment`` or fewer, d).
+        What enters the last norm, (B, ``segment`` or fewer, d).
     """
     cache = HAMTCache(len(model.model.layers)) if cache is None else cache
     entering: list[Tensor] = []
-    hook = model.model.norm.register_forward_pre_hook(
-        lambda module, inputs: entering.append(inputs[0])
-    )
-    try:
+
+    def enters(module: torch.nn.Module, inputs: Any) -> None:
+        entering.append(inputs[0])
+
+    with model.model.norm.register_forward_pre_hook(enters):
         for part in input_ids.to(model.device).split(segment, dim=1) if input_ids.shape[1] else ():
             model.model(part, past_key_values=cache)
             yield entering.pop()
-    finally:
-        hook.remove()
 
 
 @torch.no_grad()
@@ -246,44 +194,28 @@ def record(
     cache: HAMTCache | None = None,
     segment: int = SEGMENT,
 ) -> Recording:
-    """Record everything that memories are given and give back while a text is read.
+    """Record everything that memories are given and give back while texts (B, N) are read.
 
-    Args:
-        model: in evaluation mode, as ``from_pretrained`` gives it; not changed.
-        input_ids: (B, N) tokens of texts without padding.
-        layers: indices; None is all. A layer takes some 16 N · (D + H · S) bytes.
-        cache: the state to go on from; it is updated. None starts with an empty memory.
-        segment: tokens that are read at a time; changes nothing but the memory that is needed.
+    The model is in evaluation mode and is not changed; for ``cache`` see ``read_text``. ``layers``
+    are indices, None for all: a layer takes some 16 N · (D + H · S) bytes. ``segment``, the tokens
+    that are read at a time, changes nothing but the memory that is needed.
 
     Raises:
         ValueError: if the text is empty.
     """
     if input_ids.ndim != 2 or not input_ids.numel():
-        raise ValueError(
-            "input_ids must be (batch, tokens) with at least one token; "
-            f"got {tuple(input_ids.shape)}"
-        )
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"input_ids must be (batch, tokens), at least one token; got {shape}")
     traces: dict[int, list[Trace]] = {}
     with observe(model, lambda index, trace: traces.setdefault(index, []).append(trace), layers):
         final = torch.cat(list(read_text(model, input_ids, cache, segment)), dim=1)
     return Recording({index: _joined(parts) for index, parts in traces.items()}, final)
 
 
-def mean_turn(parts: Sequence[tuple[int, Tensor | None]]) -> Tensor | None:
-    """The mean of rotations over texts.
-
-    Args:
-        parts: of each text its length in tokens and its mean rotation (H, K), or None.
-
-    Returns:
-        The mean over all tokens, (H, K); None without rotation.
-    """
-    turns = [(length, turn) for length, turn in parts if turn is not None]
-    if not turns:
-        return None
-    return torch.stack([length * turn for length, turn in turns]).sum(dim=0) / sum(
-        n for n, _ in turns
-    )
+def mean_turn(turns: Sequence[Tensor | None], lengths: Sequence[int]) -> Tensor | None:
+    """The mean over all tokens of texts, from the mean rotation (H, K) of each, if there is one."""
+    weighted = [n * turn for n, turn in zip(lengths, turns, strict=True) if turn is not None]
+    return torch.stack(weighted).sum(dim=0) / sum(lengths) if weighted else None
 
 
 def _joined(parts: Sequence[Trace]) -> Trace:
@@ -291,17 +223,13 @@ def _joined(parts: Sequence[Trace]) -> Trace:
     if len(parts) == 1:
         return parts[0]
 
-    def joined(name: str) -> Any:
-        tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else torch.cat(tensors, dim=1)
+    def joined(tensors: Sequence[Tensor | None]) -> Any:
+        return None if tensors[0] is None else torch.cat(tensors, dim=1)  # type: ignore[arg-type]
 
-    gates = zip(*(part.gates for part in parts), strict=True)
-    whole = (None if gate[0] is None else torch.cat(gate, dim=1) for gate in gates)
     sequences = ("items", "keys", "unbinding_keys", "read", "output", "gate")
-    turn = mean_turn([(part.items.shape[1], part.turn) for part in parts])
     return parts[0]._replace(
-        gates=Gates(*whole),  # type: ignore[arg-type]
+        gates=Gates(*map(joined, zip(*(part.gates for part in parts), strict=True))),
         after=parts[-1].after,
-        turn=turn,
-        **{name: joined(name) for name in sequences},
+        turn=mean_turn([part.turn for part in parts], [part.items.shape[1] for part in parts]),
+        **{name: joined([getattr(part, name) for part in parts]) for name in sequences},
     )

@@ -22,46 +22,36 @@ ROWS = 16  # slots that are silenced at a time, each in a row of the batch of it
 def loss_without_slots(
     model: HAMTForCausalLM, input_ids: Tensor, layers: Sequence[int] | None = None
 ) -> tuple[float, dict[int, Tensor]]:
-    """The loss of a text, and how much it rises when one slot is never read.
+    """The loss of a text (N,) in nats per token; by layer, its rise (H, S) without each slot.
 
-    Args:
-        model: in evaluation mode; not changed.
-        input_ids: (N,) tokens of one text, N ≥ 2.
-        layers: indices; None is all.
-
-    Returns:
-        The loss of the unchanged model in nats per token; by layer, the rise for each slot (H, S).
+    The slot is never read. The model is in evaluation mode and is not changed; ``layers`` are
+    indices, None for all.
 
     Raises:
         ValueError: if ``input_ids`` is not one text of two tokens or more.
     """
     if input_ids.ndim != 1 or len(input_ids) < 2:
-        raise ValueError(
-            f"input_ids must be one text of at least two tokens; got {tuple(input_ids.shape)}"
-        )
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"input_ids must be one text of at least two tokens; got {shape}")
     blocks, input_ids = model.model.layers, input_ids.to(model.device)
     asked = memory_layers(model) if layers is None else layers
+    memories = {index: blocks[index].mixer.memory for index in asked}
     # What enters each block, so that those before it are not run again.
     entering = [model.model.embed_tokens(input_ids[None])]
     for block in blocks:
         entering.append(block(entering[-1])[0])
     (loss,) = _losses(model, entering[-1], input_ids)
     rises = {}
-    total = sum(
-        blocks[index].mixer.memory.num_heads * blocks[index].mixer.memory.num_slots
-        for index in asked
-    )
+    total = sum(memory.num_heads * memory.num_slots for memory in memories.values())
     with tqdm(total=total, desc="silencing", unit="slot", leave=False, disable=None) as bar:
-        for index in asked:
-            mixer = blocks[index].mixer
-            memory = mixer.memory
+        for index, memory in memories.items():
             heads, slots = memory.num_heads, memory.num_slots
             # Read weights of each slot in its row: all but its own.
             kept = 1 - torch.eye(heads * slots).view(-1, 1, heads, slots)
             losses = []
             for part in kept.split(ROWS):
                 hidden_states = entering[index].expand(len(part), -1, -1)
-                with rerouted(mixer, _reading(memory, part)):
+                with rerouted(blocks[index].mixer, _reading(memory, part)):
                     for block in blocks[index:]:
                         hidden_states = block(hidden_states)[0]
                 losses.append(_losses(model, hidden_states, input_ids))

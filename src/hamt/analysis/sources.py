@@ -4,9 +4,8 @@ Shape legend: N tokens, Q queries.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,22 +17,6 @@ from hamt.data.tasks import MQAR
 from hamt.model import HAMTForCausalLM
 
 
-class Answer(NamedTuple):
-    """One query and its answer.
-
-    Attributes:
-        query: position of the query.
-        value: position where the value that it asks for was given.
-        right: whether the answer is this value.
-        source: position that adds most to the logit of the value.
-    """
-
-    query: int
-    value: int
-    right: bool
-    source: int
-
-
 def recall_sources(
     model: HAMTForCausalLM, task: MQAR, num_examples: int, seed: int, length: int | None = None
 ) -> dict[str, Any]:
@@ -43,12 +26,7 @@ def recall_sources(
     The short convolution mixes a token into the ``conv_kernel_size`` - 1 positions after it, its
     reach. A source is a hit if it lies within this reach of the value that was asked for.
 
-    Args:
-        model: trained on the task.
-        task: associative recall.
-        num_examples: rows that are drawn.
-        seed: of the draw.
-        length: tokens of a row; None is the task's own.
+    ``num_examples`` rows are drawn with ``seed``, of ``length`` tokens each, or as the task has it.
 
     Returns:
         Plain data: ``examples``, ``queries`` and ``accuracy``; of the right answers the shares of
@@ -61,47 +39,41 @@ def recall_sources(
     """
     reach = model.config.conv_kernel_size - 1
     inputs, targets = task.sample(num_examples, torch.Generator().manual_seed(seed), length)
-    answers = [
-        answer
-        for tokens, asked in zip(inputs, targets, strict=True)
-        for answer in _answers(model, tokens, asked, task.num_kv_pairs)
-    ]
-    right = [answer for answer in answers if answer.right]
-    if not right:
+    rows = zip(inputs, targets, strict=True)
+    answers = torch.cat([_answers(model, *row, task.num_kv_pairs) for row in rows], dim=1)
+    query, value, source = answers[:3, answers[3] == 1]
+    if not len(query):
         raise ValueError("the model has no answer right: train it on the task first")
-    distances = [answer.source - answer.value for answer in right]
+    distances = (source - value).tolist()
     # Positions that count as hits, of all those up to the query.
-    windows = [
-        (min(a.value + reach, a.query) - max(a.value - reach, 0) + 1) / (a.query + 1) for a in right
-    ]
+    window = (value + reach).minimum(query) - (value - reach).clamp(min=0) + 1
     return {
         "examples": num_examples,
-        "queries": len(answers),
-        "accuracy": len(right) / len(answers),
+        "queries": answers.shape[1],
+        "accuracy": len(query) / answers.shape[1],
         "hits": mean(abs(distance) <= reach for distance in distances),
         "exact": mean(distance == 0 for distance in distances),
-        "chance": mean(windows),
+        "chance": (window.double() / (query + 1)).mean().item(),
         "reach": reach,
         "distances": dict(sorted(Counter(distances).items())),
     }
 
 
 @torch.no_grad()
-def _answers(
-    model: HAMTForCausalLM, tokens: Tensor, targets: Tensor, pairs: int
-) -> Iterator[Answer]:
-    """All queries of one row: ``tokens`` and ``targets`` (N,), which begins with so many pairs."""
+def _answers(model: HAMTForCausalLM, tokens: Tensor, targets: Tensor, pairs: int) -> Tensor:
+    """All Q answers to one row: ``tokens`` and ``targets`` (N,), which begins with so many pairs.
+
+    Returns:
+        (4, Q): the positions of the query, of the value that it asks for, and of what adds most to
+        the logit of this value; and whether the answer is this value.
+    """
     queries = (targets != IGNORE_INDEX).nonzero()[:, 0]
     wanted = targets[queries]
     recording = record(model, tokens[None])
     said = model.lm_head(model.model.norm(recording.final[0, queries])).argmax(dim=-1)
-    sources = logit_contributions(model, recording, queries.tolist(), wanted[None])[0].argmax(
-        dim=-1
-    )
-    for query, value, word, source in zip(
-        *(x.tolist() for x in (queries, wanted, said, sources)), strict=True
-    ):
-        yield Answer(query, value_position(tokens, value, pairs), word == value, source)
+    added = logit_contributions(model, recording, queries.tolist(), wanted[None])[0]
+    values = torch.tensor([value_position(tokens, value, pairs) for value in wanted.tolist()])
+    return torch.stack((queries, values, added.argmax(dim=-1), said == wanted))
 
 
 def value_position(tokens: Tensor, value: int, pairs: int) -> int:

@@ -7,7 +7,8 @@ Shape legend: B batch, N tokens, T times, H heads, S slots, F features, K key si
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,34 +24,24 @@ DEAD = 0.01  # of an even share of what is written or read
 
 @dataclass
 class LayerSurvey:
-    """What one layer did with a text.
+    """What one layer did with a text."""
 
-    Attributes:
-        write: gates of each token, (B, N, H, S).
-        read: gates of each token, (B, N, H, S).
-        keep: share of its content that a slot keeps at each token, (B, N, H, S): α, under the delta
-            rule α (1 - β ŵ²), as a write erases what lies in its direction.
-        written: norms of items, under the delta rule times β, (B, N, H).
-        times: T numbers of tokens, after which ``norms`` and ``rank`` were taken.
-        norms: Euclidean norms of the slots, not normalised, (B, T, H, S).
-        rank: effective ranks of the heads, (B, T, H).
-        retrieval: by lag, within the last whole segment.
-        turn: mean size of the rotation (see ``Trace``), (H, K), or None.
-    """
-
-    write: Tensor
-    read: Tensor
+    write: Tensor  # gates of each token, (B, N, H, S)
+    read: Tensor  # the same
+    # The share of its content that a slot keeps at each token, (B, N, H, S): α, under the delta
+    # rule α (1 - β ŵ²), as a write erases what lies in its direction.
     keep: Tensor
-    written: Tensor
-    times: list[int]
-    norms: Tensor
-    rank: Tensor
-    retrieval: Retrieval
-    turn: Tensor | None
+    written: Tensor  # norms of items, under the delta rule times β, (B, N, H)
+    times: list[int]  # T numbers of tokens, after which ``norms`` and ``rank`` were taken
+    norms: Tensor  # Euclidean norms of the slots, not normalised, (B, T, H, S)
+    rank: Tensor  # effective ranks of the heads, (B, T, H)
+    retrieval: Retrieval  # by lag, within the last whole segment
+    turn: Tensor | None  # mean size of the rotation (see ``Trace``), (H, K)
 
     def half_lives(self) -> Tensor:
-        """Tokens after which half of what a slot held is left, by its mean gates, (H, S)."""
-        return mean_half_lives(self.keep)
+        """Tokens after which half of what a slot held is left, by its mean log gates, (H, S)."""
+        log_keep = self.keep.clamp(min=1e-30).log()
+        return math.log(2) / -log_keep.mean(dim=(0, 1)).clamp(max=-1e-12)
 
     def write_share(self) -> Tensor:
         """The share of a head's writing that goes to each slot, (H, S); rows sum to 1.
@@ -81,12 +72,6 @@ class LayerSurvey:
         return [(int(h), int(s)) for h, s in idle.nonzero()]
 
 
-def mean_half_lives(keep: Tensor) -> Tensor:
-    """Half-lives (H, S) in tokens, by the mean logarithm of the shares that slots keep (B, N, H, S)."""
-    log_keep = keep.clamp(min=1e-30).log()
-    return math.log(2) / -log_keep.mean(dim=(0, 1)).clamp(max=-1e-12)
-
-
 def effective_slots(share: Tensor) -> Tensor:
     """Slots that are as good as in use, from 1 to S: exp of the entropy of their shares.
 
@@ -112,69 +97,56 @@ def _shares(mass: Tensor) -> Tensor:
     return mass / mass.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
 
 
-@dataclass
-class _Gathered:
-    """What was found in one layer, segment by segment."""
-
-    traces: list[tuple[Tensor, ...]] = field(default_factory=list)
-    times: list[int] = field(default_factory=list)
-    states: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    retrieval: Retrieval | None = None
-    seen: int = 0
-    longest: int = 0
-    turns: list[tuple[int, Tensor | None]] = field(default_factory=list)
-
-
 @torch.no_grad()
 def survey(
-    model: HAMTForCausalLM,
-    input_ids: Tensor,
-    layers: Sequence[int] | None = None,
-    times: int = TIMES,
-    segment: int = SEGMENT,
+    model: HAMTForCausalLM, input_ids: Tensor, times: int = TIMES, segment: int = SEGMENT
 ) -> dict[int, LayerSurvey]:
-    """Read a text and measure its way through the memories; returns surveys by layer.
+    """Read texts (B, N) without padding and measure their way through the memories, by layer.
 
-    Args:
-        model: in evaluation mode; not changed.
-        input_ids: (B, N) tokens of texts without padding.
-        layers: indices; None is all.
-        times: how many states of each segment are looked at.
-        segment: tokens that are read at a time.
+    The model is in evaluation mode and is not changed. ``times`` is how many states of each segment
+    are looked at, ``segment`` the tokens that are read at a time.
     """
-    gathered: dict[int, _Gathered] = {}
+    parts: dict[int, list[LayerSurvey]] = {}
 
     def gather(index: int, trace: Trace) -> None:
-        _gather(gathered.setdefault(index, _Gathered()), trace, times)
+        parts.setdefault(index, []).append(survey_trace(trace, times))
 
-    with observe(model, gather, layers):
+    with observe(model, gather):
         for _ in read_text(model, input_ids, segment=segment):
             pass
-    return {index: _finish(parts) for index, parts in gathered.items()}
+    return {index: _joined(segments) for index, segments in parts.items()}
 
 
-def _gather(found: _Gathered, trace: Trace, times: int) -> None:
-    length = trace.items.shape[1]
+def survey_trace(trace: Trace, times: int) -> LayerSurvey:
+    """The survey of one layer's run, with states after at most so many tokens, evenly spread."""
+    length, rule = trace.items.shape[1], trace.memory.rule
     ends = sorted({round(end) for end in torch.linspace(1, length, min(times, length)).tolist()})
     states = torch.stack(list(trace.states(ends)), dim=1)
-    found.states.append((states.norm(dim=-1), effective_rank(states)))
-    found.times += [found.seen + end for end in ends]
-    rule = trace.memory.rule
-    written = trace.items.norm(dim=-1) * rule.strength(trace.gates)
-    keep = rule.kept(trace.gates)
-    found.traces.append((trace.write, trace.read, keep, written))
-    if length >= found.longest:  # items of one segment cannot be asked for in another
-        found.longest = length
-        found.retrieval = retrieval_by_lag(trace, [end - 1 for end in ends], states, LAGS)
-    found.turns.append((length, trace.turn))
-    found.seen += length
-
-
-def _finish(found: _Gathered) -> LayerSurvey:
-    write, read, keep, written = (
-        torch.cat(parts, dim=1) for parts in zip(*found.traces, strict=True)
+    return LayerSurvey(
+        write=trace.write,
+        read=trace.read,
+        keep=rule.kept(trace.gates),
+        written=trace.items.norm(dim=-1) * rule.strength(trace.gates),
+        times=ends,
+        norms=states.norm(dim=-1),
+        rank=effective_rank(states),
+        retrieval=retrieval_by_lag(trace, [end - 1 for end in ends], states, LAGS),
+        turn=trace.turn,
     )
-    norms, rank = (torch.cat(parts, dim=1) for parts in zip(*found.states, strict=True))
-    assert found.retrieval is not None
-    turn = mean_turn(found.turns)
-    return LayerSurvey(write, read, keep, written, found.times, norms, rank, found.retrieval, turn)
+
+
+def _joined(parts: Sequence[LayerSurvey]) -> LayerSurvey:
+    """One survey of several segments that follow each other."""
+    lengths = [part.write.shape[1] for part in parts]
+    starts = accumulate(lengths, initial=0)
+    # Items of one segment cannot be asked for in another: retrieval is that of the last whole one.
+    last = max(i for i, length in enumerate(lengths) if length == max(lengths))
+    names = ("write", "read", "keep", "written", "norms", "rank")
+    return LayerSurvey(
+        **{name: torch.cat([getattr(part, name) for part in parts], dim=1) for name in names},
+        times=[
+            start + time for start, part in zip(starts, parts, strict=False) for time in part.times
+        ],
+        retrieval=parts[last].retrieval,
+        turn=mean_turn([part.turn for part in parts], lengths),
+    )

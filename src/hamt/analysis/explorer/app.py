@@ -69,17 +69,15 @@ def _reading_tab(app: gr.Blocks, page: "_Page", layers: list[int]) -> None:
     outputs = [view, status, tokens, found, time, slots]
     for event in (read.click, text.submit, app.load):
         event(page.read, [text, layer], outputs, show_progress="minimal")
-    layer.change(
-        page.turn_to_layer, [view, layer, time], [tokens, found, slots], show_progress="hidden"
-    )
+    shown = [view, layer, time]
+    layer.change(page.turn_to_layer, shown, [tokens, found, slots], show_progress="hidden")
     tokens.select(page.retrieve, [view, layer], found, show_progress="hidden")
-    time.change(page.slots, [view, layer, time], slots, show_progress="hidden")
+    time.change(page.slots, shown, slots, show_progress="hidden")
 
 
 def _writing_tab(page: "_Page", layers: list[int]) -> None:
-    prompt = gr.Textbox(
-        label="Prompt", lines=2, value="The state of the Union is", elem_id="prompt"
-    )
+    start = "The state of the Union is"
+    prompt = gr.Textbox(label="Prompt", lines=2, value=start, elem_id="prompt")
     with gr.Row():
         temperature = gr.Slider(0, 2, value=0.8, step=0.05, label="Temperature (0 is greedy)")
         top_p = gr.Slider(0.05, 1, value=0.95, step=0.05, label="Top-p")
@@ -106,15 +104,12 @@ class _Page:
         except UserError as error:
             return [None, f"**{_sentence(error)}**", [], NOTHING, gr.Slider(interactive=False), ""]
         last = len(view.tokens)
+        status = f"{last:,} tokens read."
+        if view.left_out:
+            status += f" The tokens before them were left out: {MAX_TOKENS:,} are shown at most."
+        tokens, found, slots = self.turn_to_layer(view, layer, last)
         slider = gr.Slider(1, max(last, 2), value=last, step=1, interactive=last > 1)
-        return [
-            view,
-            _status(view),
-            _tokens(view, layer),
-            NOTHING,
-            slider,
-            self.slots(view, layer, last),
-        ]
+        return [view, status, tokens, found, slider, slots]
 
     def turn_to_layer(self, view: View | None, layer: int, time: int) -> list[Any]:
         if view is None:
@@ -159,16 +154,14 @@ class _Page:
             yield ["", f"<p class='note'>{html.escape(_sentence(error))}</p>"]
 
 
-def launch(app: gr.Blocks, host: str, port: int | None, block: bool = True) -> Any:
-    """Serve the page; fonts are the reader's own.
+def launch(app: gr.Blocks, host: str, port: int | None) -> Any:
+    """Serve the page without waiting for its end; fonts are the reader's own.
 
     It takes no files. On this machine's own addresses it answers only to their names: else a page
     of somebody else, whose name is made to point here, could ask it, too.
     """
     names = LOCAL if host in LOCAL else ("*",)
-    theme = gr.themes.Base(
-        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
+    text, code = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     return app.queue(default_concurrency_limit=1).launch(
         server_name=host,
         server_port=port,
@@ -176,25 +169,18 @@ def launch(app: gr.Blocks, host: str, port: int | None, block: bool = True) -> A
         quiet=True,
         ssr_mode=False,
         footer_links=[],
-        theme=theme,
+        theme=gr.themes.Base(font=text, font_mono=code),
         css=STYLE,
         max_file_size=0,
         state_session_capacity=SESSIONS,
         app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names)]},
-        prevent_thread_lock=not block,
+        prevent_thread_lock=True,
     )
 
 
 def _sentence(error: UserError) -> str:
     said = str(error)
     return f"{said[:1].upper()}{said[1:]}."
-
-
-def _status(view: View) -> str:
-    status = f"{len(view.tokens):,} tokens read."
-    if view.left_out:
-        status += f" The tokens before them were left out: {MAX_TOKENS:,} are shown at most."
-    return status
 
 
 def _tokens(view: View, layer: int) -> list[tuple[str, str]]:

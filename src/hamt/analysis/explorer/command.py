@@ -33,9 +33,8 @@ def main(arguments: Sequence[str]) -> int:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Gradio asks its own page whether it is there, which no proxy can answer.
     for name in ("NO_PROXY", "no_proxy"):
-        os.environ[name] = ",".join(
-            filter(None, (os.environ.get(name), "127.0.0.1", "localhost", options.host))
-        )
+        hosts = (os.environ.get(name), "127.0.0.1", "localhost", options.host)
+        os.environ[name] = ",".join(filter(None, hosts))
     try:
         from hamt.analysis.explorer.app import build_app, launch
     except ImportError as error:
@@ -45,12 +44,11 @@ def main(arguments: Sequence[str]) -> int:
             ) from error
         raise UserError(f"Gradio cannot be used here: {reason(error)}") from error
     _check_address(options.host, options.port)
-    model, tokenizer = load_checkpoint(
-        PRETRAINED if options.checkpoint is None else options.checkpoint
-    )
-    app = build_app(Explorer(model, tokenizer), options.checkpoint or "The model in HAMT")
+    checkpoint = PRETRAINED if options.checkpoint is None else options.checkpoint
+    explorer = Explorer(*load_checkpoint(checkpoint))
+    app = build_app(explorer, options.checkpoint or "The model in HAMT")
     try:
-        _, address, _ = launch(app, options.host, options.port, block=False)
+        _, address, _ = launch(app, options.host, options.port)
     except Exception as error:  # whatever the libraries trip over
         where = f"{options.host}, port {options.port or 'any'}"
         raise UserError(f"cannot serve at {where}: {reason(error)}") from error

@@ -34,24 +34,23 @@ def slot_grid(
 
     Norms are shades of blue between 0 and ``largest``; half-lives are in tokens.
     """
-    rows = []
+    rows = ""
     for head, values in enumerate(norms.tolist()):
-        cells = []
+        rows += f"<tr><th>head {head}</th>"
         for slot, norm in enumerate(values):
             share = min(norm / largest, 1.0) if largest > 0 else 0
             title, text = f"head {head}, slot {slot}: norm {norm:.2f}", ""
             if half_lives is not None:
                 text = _short(half_lives[head, slot])
                 title += f", half-life {text} tokens"
-            shade = f"background: rgba({BLUE}, {share:.3f})"
-            cells.append(f'<td title="{title}" style="{shade}">{text}</td>')
-        rows.append(f"<tr><th>head {head}</th>{''.join(cells)}</tr>")
+            rows += f'<td title="{title}" style="background: rgba({BLUE}, {share:.3f})">{text}</td>'
+        rows += "</tr>"
     numbers = "".join(f"<th>{slot}</th>" for slot in range(norms.shape[1]))
     said = f"{html.escape(caption)} Without colour: empty; full blue: a norm of {largest:.1f}."
     if half_lives is not None:
         said += " In each slot: its half-life in tokens, by the forget gates over this text."
     return (
-        f'<table class="slots" aria-label="slots"><tr><th>slot</th>{numbers}</tr>{"".join(rows)}'
+        f'<table class="slots" aria-label="slots"><tr><th>slot</th>{numbers}</tr>{rows}'
         f'</table><p class="note">{said}</p>'
     )
 
@@ -68,8 +67,14 @@ def retrieved_lists(view: View, retrieved: Retrieved, layer: int, token: int) ->
     word = html.escape(view.tokens[token])
     sources = [(position, share, f"{100 * share:.1f} %") for position, share in retrieved.sources]
     items = [(position, cosine, f"{cosine:.2f}") for position, cosine in retrieved.items]
+    # Outlines in the text, whose tokens are children of one element.
+    outlines = [(position, SOURCE) for position, _ in retrieved.sources] + [(token, ASKED)]
+    rules = "".join(
+        f"#tokens .token-container:nth-child({position + 1}) .token {{ outline: {outline}; }}\n"
+        for position, outline in outlines
+    )
     return (
-        f"{_marks(token, [position for position, _ in retrieved.sources])}"
+        f"<style>{rules}</style>"
         f"<h4>What “{word}” (token {token}) read in layer {layer}</h4>"
         "<p>From where: exact shares of the read-out, averaged over heads (outlined in the text)."
         f"</p>{_table(view, token, sources)}"
@@ -78,16 +83,6 @@ def retrieved_lists(view: View, retrieved: Retrieved, layer: int, token: int) ->
         f"directions).</p>{_table(view, token, items)}"
         '<p class="note">A position is its token mixed with the few before it.</p>'
     )
-
-
-def _marks(token: int, sources: Sequence[int]) -> str:
-    """Outlines of a token and its sources in the text, whose tokens are children of one element."""
-    rules = "".join(
-        f"#tokens .token-container:nth-child({position + 1}) .token {{ outline: {outline}; }}\n"
-        for positions, outline in ((sources, SOURCE), ([token], ASKED))
-        for position in positions
-    )
-    return f"<style>{rules}</style>"
 
 
 def _table(view: View, token: int, rows: Sequence[tuple[int, float, str]]) -> str:
