@@ -27,15 +27,11 @@ LAYOUT = "1"  # version of the cached files' layout; with a new one texts are to
 
 @dataclass(frozen=True)
 class Split:
-    """A text as token ids.
+    """A text as token ids."""
 
-    ``ids`` (length,); ``starts`` (documents,), where each document begins in them; ``num_bytes`` of
-    the text in UTF-8.
-    """
-
-    ids: np.ndarray
-    starts: np.ndarray
-    num_bytes: int
+    ids: np.ndarray  # (tokens,)
+    starts: np.ndarray  # where each document begins in them, (documents,)
+    num_bytes: int  # of the text in UTF-8
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -43,16 +39,10 @@ class Split:
     def __reduce__(self):
         # What is sent to a process that prepares batches: the name of the file, which that process
         # maps into its own memory, instead of the tokens.
-        if isinstance(self.ids, np.memmap):
-            described = (
-                self.ids.filename,
-                self.ids.dtype,
-                self.ids.shape,
-                self.starts,
-                self.num_bytes,
-            )
-            return _open, described
-        return Split, (self.ids, self.starts, self.num_bytes)
+        ids = self.ids
+        if isinstance(ids, np.memmap):
+            return _open, (ids.filename, ids.dtype, ids.shape, self.starts, self.num_bytes)
+        return Split, (ids, self.starts, self.num_bytes)
 
 
 def _open(
@@ -89,12 +79,8 @@ def tokenise(
     Raises:
         UserError: if the folder cannot be written.
     """
-    described = [
-        LAYOUT,
-        corpus.identity,
-        tokenizer.backend_tokenizer.to_str(),
-        str(tokenizer.eos_token_id),
-    ]
+    encoder = tokenizer.backend_tokenizer.to_str()
+    described = [LAYOUT, corpus.identity, encoder, str(tokenizer.eos_token_id)]
     described += [] if max_tokens is None else [str(max_tokens)]
     fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
 
@@ -104,9 +90,8 @@ def tokenise(
         _write(target, "held_out", corpus.held_out, tokenizer, fewer)
 
     folder = cached_folder(cache, fingerprint, write)
-    return TokenisedCorpus(
-        corpus.name, _read(folder, "train"), _read(folder, "held_out"), fingerprint
-    )
+    train, held_out = (_read(folder, name) for name in ("train", "held_out"))
+    return TokenisedCorpus(corpus.name, train, held_out, fingerprint)
 
 
 def encode(
@@ -114,10 +99,7 @@ def encode(
 ) -> Iterator[tuple[np.ndarray, bool, int]]:
     """Token ids of documents, piece by piece, so that those of a large corpus are never all there.
 
-    Args:
-        documents: the texts.
-        tokenizer: a fast tokenizer.
-        piece: characters that are encoded at a time; None is ``PIECE``.
+    About ``piece`` characters, or ``PIECE``, are encoded at a time.
 
     Yields:
         The ids of a piece, whether it begins a document, and how many bytes its text has.
@@ -186,11 +168,5 @@ def _write(
 
 def _read(folder: Path, name: str) -> Split:
     info = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    starts = np.load(folder / f"{name}.starts.npy")
-    return _open(
-        str(folder / f"{name}.bin"),
-        np.dtype(info["dtype"]),
-        (info["length"],),
-        starts,
-        info["num_bytes"],
-    )
+    file, starts = str(folder / f"{name}.bin"), np.load(folder / f"{name}.starts.npy")
+    return _open(file, np.dtype(info["dtype"]), (info["length"],), starts, info["num_bytes"])

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hamt.cache import HAMTCache
 from hamt.cross_entropy import IGNORE_INDEX
-from hamt.data.blocks import Batch, split_columns, split_rows
+from hamt.data.blocks import Batch, split_batch
 from hamt.model import HAMTForCausalLM
 from hamt.training.accelerator import in_any_process, make_accelerator, of_main_process
 from hamt.training.divergence import DivergenceError, LossSpikes
@@ -231,7 +231,7 @@ class Trainer(Generic[T]):
     def _step(self, batch: Batch, progress: float) -> None:
         """Train on a batch; ``progress`` is the share of the schedule that has passed."""
         options, result, accelerator = self.options, self.result, self.accelerator
-        parts, carried_before = split_rows(batch, options.micro_batches), list(self.carried)
+        parts, carried_before = split_batch(batch, options.micro_batches, dim=0), list(self.carried)
         num_targets = batch["shift_labels"].ne(IGNORE_INDEX).sum().to(accelerator.device)
         num_targets = accelerator.reduce(num_targets, "sum")
         loss, aux_loss = torch.zeros((), device=accelerator.device), None
@@ -290,7 +290,7 @@ class Trainer(Generic[T]):
             arguments["return_logits"] = False
         loss: Tensor | float = 0.0
         outputs = None
-        for segment in split_columns(part, options.tbptt_segments):
+        for segment in split_batch(part, options.tbptt_segments, dim=1):
             segment = {name: x.to(self.accelerator.device) for name, x in segment.items()}
             # Models of Transformers compute a loss only if they get ``labels``. Those they would
             # shift by one, but where there are ``shift_labels`` their loss takes them instead.
