@@ -5,7 +5,6 @@ TensorBoard and Weights & Biases are Accelerate's trackers.
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -69,41 +68,31 @@ class HeldOutLines(Listener[Loss]):
     def evaluated(self, step: int, measured: Loss) -> None:
         """Print the line."""
         with tqdm.external_write_mode():
-            self.console.print(
-                f"step {step:5d}   held-out loss {measured.nats_per_token:.3f} nats/token, "
-                f"{measured.bits_per_byte:.3f} bits/byte"
-            )
+            self.console.print(f"step {step:5d}   held-out loss {measured}")
 
 
-class JsonLines(Listener[Loss]):
+class _JsonLines(Listener[Loss]):
     """A log file with one JSON object a line: the records, and the held-out losses.
 
     A run that is resumed after ``step`` goes on in the same file; what was written after that step,
     before the run died, is removed first.
     """
 
-    def __init__(self, path: str | os.PathLike[str], step: int = 0) -> None:
-        path = Path(path)
+    def __init__(self, path: Path, step: int) -> None:
         resumed = step > 0 and path.exists()
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if resumed else []
         write_text(path, "".join(line for line in lines if _step(line) <= step))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def logged(self, record: dict[str, Any]) -> None:
-        """Write a record."""
-        self._write(record)
-
-    def evaluated(self, step: int, measured: Loss) -> None:
-        """Write a held-out loss."""
-        self._write({"step": step, "held_out": measured._asdict()})
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-
-    def _write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+
+    def evaluated(self, step: int, measured: Loss) -> None:
+        self.logged({"step": step, "held_out": measured._asdict()})
+
+    def close(self) -> None:
+        self.file.close()
 
 
 def _step(line: str) -> float:
@@ -114,15 +103,10 @@ def _step(line: str) -> float:
         return float("inf")
 
 
-class Loggers(Listener[Loss]):
+class _Loggers(Listener[Loss]):
     """TensorBoard and Weights & Biases, as far as the options ask for them.
 
     Weights & Biases stays on this machine where ``WANDB_MODE=offline`` is set.
-
-    Args:
-        options: of the run.
-        accelerator: its trackers they become.
-        step: the run goes on after this step.
 
     Raises:
         UserError: if Weights & Biases cannot begin.
@@ -151,16 +135,13 @@ class Loggers(Listener[Loss]):
             ) from error
 
     def logged(self, record: dict[str, Any]) -> None:
-        """Log a record."""
         self.accelerator.log({f"train/{name}": record[name] for name in LOGGED}, record["step"])
 
     def evaluated(self, step: int, measured: Loss) -> None:
-        """Log a held-out loss."""
         values = {f"held_out/{name}": value for name, value in measured._asdict().items()}
         self.accelerator.log(values, step)
 
     def close(self) -> None:
-        """Write what is left."""
         # Accelerate's ``end_training`` would also leave the group of processes, which after an
         # error in this process the others still wait for.
         for tracker in self.accelerator.trackers:
@@ -177,8 +158,8 @@ def watchers(
     Raises:
         UserError: if a logger cannot begin.
     """
-    yield JsonLines(Path(options.output_dir) / "log.jsonl", step)
-    yield Loggers(options, accelerator, step)
+    yield _JsonLines(Path(options.output_dir) / "log.jsonl", step)
+    yield _Loggers(options, accelerator, step)
     yield HeldOutLines(console)
     yield ProgressBar(num_steps, step)
 
