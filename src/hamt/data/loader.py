@@ -92,7 +92,7 @@ class Batches(Sequence[dict[str, Tensor]]):
 
     def loader(self, first: int, last: int, num_workers: int = 0) -> Iterator[dict]:
         """The batches of steps ``first`` to ``last`` - 1, prepared by ``num_workers`` processes."""
-        loader = DataLoader(
+        loader: DataLoader = DataLoader(
             self,  # type: ignore[arg-type]
             batch_size=None,
             sampler=range(first, last),

@@ -191,13 +191,10 @@ class Trainer(Generic[T]):
         if not result.held_out:
             self._measure()
         self.model.train()
-        good_enough = False
         with deferred_interrupt() as interrupted:
-            while (
-                result.steps < options.num_steps
-                and not good_enough
-                and not in_any_process(self.accelerator, interrupted.is_set())
-            ):
+            while result.steps < options.num_steps:
+                if in_any_process(self.accelerator, interrupted.is_set()):
+                    break
                 begin = time.monotonic()
                 elapsed = of_main_process(self.accelerator, begin - start)
                 if elapsed >= options.max_seconds:
@@ -205,19 +202,20 @@ class Trainer(Generic[T]):
                     break
                 if begins(result.steps):
                     self.carried = [None] * options.micro_batches
-                progress = max(
-                    (result.steps + 1) / options.num_steps, elapsed / options.max_seconds
-                )
-                self._step(next(batches), progress)
+                steps = (result.steps + 1) / options.num_steps
+                self._step(next(batches), max(steps, elapsed / options.max_seconds))
                 now = time.monotonic()
                 result.seconds, result.wall_seconds = result.seconds + now - begin, now - start
-                if result.steps % options.log_interval == 0 or result.steps == options.num_steps:
+                is_last, good_enough = result.steps == options.num_steps, False
+                if result.steps % options.log_interval == 0 or is_last:
                     self._log()
-                if result.steps % options.eval_interval == 0 and result.steps < options.num_steps:
+                if result.steps % options.eval_interval == 0 and not is_last:
                     good_enough = self.until(self._measure())
                     self.model.train()
                 for listener in self.listeners:
                     listener.stepped(self)
+                if good_enough:
+                    break
             result.interrupted = in_any_process(self.accelerator, interrupted.is_set())
         if not result.interrupted:  # otherwise both are done when the run is resumed
             self._log()
@@ -246,12 +244,11 @@ class Trainer(Generic[T]):
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), options.max_norm))
         # The scaler of float16 tries scales until gradients overflow; then it leaves that step out
         # and takes a smaller scale. That is how it finds the scale, and no sign of divergence.
-        overflow = (
-            accelerator.scaler is not None and math.isfinite(loss) and not math.isfinite(norm)
-        )
-        trouble = "the scale overflows" if overflow else self.spikes.trouble(loss, norm)
-        if trouble and not overflow and not options.skip_trouble:
+        overflow = accelerator.scaler and math.isfinite(loss) and not math.isfinite(norm)
+        trouble = None if overflow else self.spikes.trouble(loss, norm)
+        if trouble and not options.skip_trouble:
             raise DivergenceError(trouble, result.steps, dict(batch))
+        leave_out = bool(overflow or trouble)
         scale = learning_rate_scale(
             progress,
             options.schedule,
@@ -260,13 +257,13 @@ class Trainer(Generic[T]):
             decay=options.decay,
         )
         set_learning_rate(self.optimizers, options.learning_rate * scale)
-        update(self.optimizers, accelerator.scaler, leave_out=bool(trouble))
-        if trouble:
+        update(self.optimizers, accelerator.scaler, leave_out)
+        if leave_out:
             self.carried = carried_before
         else:
             self.recent.append((loss, norm))
         result.steps += 1
-        result.skipped += bool(trouble)
+        result.skipped += leave_out
         result.tokens += batch["input_ids"].numel() * accelerator.num_processes
         result.final_aux_loss = None if aux_loss is None else aux_loss.item()
 
@@ -280,16 +277,17 @@ class Trainer(Generic[T]):
         carry = options.carry_state or options.tbptt_segments > 1
         before = self.carried[index]
         # A copy: if the step is left out, the next one goes on from what there was before it.
-        cache = before.fork() if before is not None else None
-        if carry and cache is None:
-            cache = HAMTCache(self.model.config.num_hidden_layers)
-        arguments: dict[str, Any] = {"past_key_values": cache} if carry else {}
+        arguments: dict[str, Any] = {}
+        if carry:
+            new = (
+                HAMTCache(self.model.config.num_hidden_layers) if before is None else before.fork()
+            )
+            arguments["past_key_values"] = new
         if isinstance(self.model, HAMTForCausalLM):
             # Training needs no logits, and those of a large vocabulary take more memory than all
             # the rest. Other models have no such argument.
             arguments["return_logits"] = False
         loss: Tensor | float = 0.0
-        outputs = None
         for segment in split_batch(part, options.tbptt_segments, dim=1):
             segment = {name: x.to(self.accelerator.device) for name, x in segment.items()}
             # Models of Transformers compute a loss only if they get ``labels``. Those they would
@@ -298,8 +296,8 @@ class Trainer(Generic[T]):
             with self.accelerator.autocast():
                 outputs = self.called_model(**segment, **arguments, num_items_in_batch=num_targets)
             loss = loss + outputs.loss
-        if options.carry_state and cache is not None:
-            self.carried[index] = cache.detach()
+        if options.carry_state:
+            self.carried[index] = arguments["past_key_values"].detach()
         return loss, getattr(outputs, "aux_loss", None)  # type: ignore[return-value]
 
     # ------------------------------------------------------------------ records
