@@ -10,34 +10,16 @@ from hamt.errors import UserError, reason
 
 # Modules are named, not imported: help must not wait for torch.
 COMMANDS = {
-    "demo": (
-        "hamt.training.demo",
-        "train a small model on the State of the Union and let it write",
-    ),
+    "demo": ("hamt.training.demo", "train a small model on the State of the Union, let it write"),
     "quick-train": ("hamt.training.quick_train", "train a small model in minutes, with options"),
-    "train": (
-        "hamt.training.command",
-        "train a language model on your text, resumable, on one machine or many",
-    ),
+    "train": ("hamt.training.command", "train on your text, resumable, on one machine or many"),
     "generate": ("hamt.generation", "continue a prompt, token by token"),
-    "evaluate": (
-        "hamt.measure.evaluate.command",
-        "perplexity, benchmark tasks and samples of a model",
-    ),
+    "evaluate": ("hamt.measure.evaluate.command", "perplexity, benchmark tasks and samples"),
     "compare": ("hamt.measure.compare.command", "a model beside baselines: quality, speed, memory"),
     "bench": ("hamt.measure.bench.command", "speed and memory against the length of the context"),
-    "recall": (
-        "hamt.measure.recall.command",
-        "what a memory of a given size remembers, beside its rivals",
-    ),
-    "ablate": (
-        "hamt.measure.ablate.command",
-        "what each choice of the architecture is worth: one changed at a time, trained, tabulated",
-    ),
-    "analyze": (
-        "hamt.analysis.command",
-        "what a model's memories hold and do with a text, as pictures",
-    ),
+    "recall": ("hamt.measure.recall.command", "what a memory remembers, beside its rivals"),
+    "ablate": ("hamt.measure.ablate.command", "what each choice of the architecture is worth"),
+    "analyze": ("hamt.analysis.command", "pictures of what a model's memories hold of a text"),
     "explore": ("hamt.analysis.explorer.command", "look into a model's memories in the browser"),
 }
 

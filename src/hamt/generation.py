@@ -19,15 +19,15 @@ class GenerateOptions:
     """Continue a prompt with a trained model, printing each word as it comes."""
 
     prompt: str | None = option(None, "the text to continue; none starts a new document")
-    checkpoint: str | None = option(
-        None, "a checkpoint folder, or a .pt file; none is the model in HAMT"
+    checkpoint: str = option(
+        str(PRETRAINED), "a checkpoint: a folder or a .pt file", shown_default="the model in HAMT"
     )
     max_new_tokens: int = option(200, "tokens to write at most", at_least=1)
     temperature: float = option(0.8, "0 is greedy; higher is more varied", at_least=0)
     top_p: float = option(
         0.95, "sample from the likeliest tokens that hold this much probability", above=0, at_most=1
     )
-    top_k: int = option(0, "sample from this many tokens; 0 is all", at_least=0)
+    top_k: int = option(0, "sample from this many of the likeliest tokens; 0 is all", at_least=0)
     repetition_penalty: float = option(
         1.0, "above 1 discourages words already written", at_least=0.01
     )
@@ -39,9 +39,7 @@ class GenerateOptions:
 def main(arguments: Sequence[str]) -> int:
     """Load the checkpoint and stream the continuation to standard output."""
     options = parse(GenerateOptions, arguments, "generate", positional=prompt)
-    model, tokenizer = load_checkpoint(
-        PRETRAINED if options.checkpoint is None else options.checkpoint
-    )
+    model, tokenizer = load_checkpoint(options.checkpoint)
     model.fuse_projections()
     if options.seed is not None:
         set_seed(options.seed)

@@ -279,10 +279,9 @@ class Trainer(Generic[T]):
         # A copy: if the step is left out, the next one goes on from what there was before it.
         arguments: dict[str, Any] = {}
         if carry:
-            new = (
-                HAMTCache(self.model.config.num_hidden_layers) if before is None else before.fork()
-            )
-            arguments["past_key_values"] = new
+            num_layers = self.model.config.num_hidden_layers
+            cache = HAMTCache(num_layers) if before is None else before.fork()
+            arguments["past_key_values"] = cache
         if isinstance(self.model, HAMTForCausalLM):
             # Training needs no logits, and those of a large vocabulary take more memory than all
             # the rest. Other models have no such argument.
@@ -297,7 +296,7 @@ class Trainer(Generic[T]):
                 outputs = self.called_model(**segment, **arguments, num_items_in_batch=num_targets)
             loss = loss + outputs.loss
         if options.carry_state:
-            self.carried[index] = arguments["past_key_values"].detach()
+            self.carried[index] = cache.detach()
         return loss, getattr(outputs, "aux_loss", None)  # type: ignore[return-value]
 
     # ------------------------------------------------------------------ records
