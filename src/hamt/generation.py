@@ -93,20 +93,14 @@ def continue_tokens(
     options: GenerateOptions,
     **arguments: Any,
 ) -> list[int]:
-    """The tokens that a model writes after ``ids``, up to one that ends the text.
+    """The tokens that a model writes after ``ids`` (at least one), up to one that ends the text.
 
-    Args:
-        model: a causal language model.
-        tokenizer: the one of the model.
-        ids: what is continued, at least one token.
-        options: how many tokens are written at most, and how they are sampled.
-        arguments: others of ``model.generate``.
+    ``arguments`` are further ones of ``model.generate``.
     """
-    sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
-    if sampling["do_sample"]:
-        # Transformers takes no whole numbers for these two.
-        sampling |= {"temperature": float(options.temperature), "top_p": float(options.top_p)}
-        sampling |= {"top_k": options.top_k}
+    sampling: dict[str, Any] = {}
+    if options.temperature > 0:  # Transformers takes no whole numbers for these two
+        sampling = {"temperature": float(options.temperature), "top_p": float(options.top_p)}
+        sampling["top_k"] = options.top_k
     prompt = torch.tensor([ids], device=model.device)
     output = model.generate(  # type: ignore[operator]
         prompt,
@@ -114,6 +108,7 @@ def continue_tokens(
         max_new_tokens=options.max_new_tokens,
         repetition_penalty=options.repetition_penalty,
         pad_token_id=tokenizer.pad_token_id,
+        do_sample=options.temperature > 0,
         **sampling,
         **arguments,
     )

@@ -112,12 +112,8 @@ def parse(
     those of which the recipe's values do not count once the option is given as a flag, ``IMPLIES``
     the values that a switch puts in the place of defaults.
 
-    Args:
-        options: a dataclass whose fields were made by ``option``.
-        arguments: what follows the command's name.
-        command: that name.
-        positional: the option that the one argument without a flag belongs to, and its value. Name
-            and docstring of the function stand in ``--help``.
+    ``positional`` takes the one argument without a flag, and returns the option that it belongs to
+    with its value. Name and docstring of this function stand in ``--help``.
 
     Raises:
         UserError: for unknown options, with the nearest known one, and for values that ``check``

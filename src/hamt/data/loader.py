@@ -68,8 +68,7 @@ class Batches(Sequence[dict[str, Tensor]]):
         self.order, self.documents_flow, self.seed = order, documents_flow, seed
         self.rows = rows or slice(None)
         # One block less, because an epoch begins somewhere in the first block.
-        blocks = (len(split) - 1) // length - 1
-        self.steps_per_epoch = blocks // batch_size
+        self.steps_per_epoch = ((len(split) - 1) // length - 1) // batch_size
         if self.steps_per_epoch < 1:
             raise UserError(
                 f"the text is {len(split):,} tokens long, too short for a batch of {batch_size} "

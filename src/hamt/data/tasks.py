@@ -59,12 +59,7 @@ class Task(ABC):
     def sample(
         self, batch_size: int, generator: torch.Generator, length: int | None = None
     ) -> TaskBatch:
-        """Draw random examples.
-
-        Args:
-            batch_size: B.
-            generator: draws them, on its device.
-            length: N; None is the length of the task.
+        """Draw random examples on the generator's device; ``length`` None is the task's.
 
         Raises:
             ValueError: if there is no such batch.

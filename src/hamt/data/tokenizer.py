@@ -22,12 +22,8 @@ END_OF_TEXT, PADDING, UNKNOWN = "<|endoftext|>", "<|pad|>", "�"
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE: any text can be encoded, and decoded to the same bytes.
 
-    Args:
-        texts: what it learns from, up to ``MAX_CHARACTERS`` in all.
-        vocab_size: tokens, the 256 bytes and two special tokens among them.
-
     Raises:
-        UserError: if ``vocab_size`` cannot hold the bytes and the special tokens.
+        UserError: if ``vocab_size`` cannot hold the 256 bytes and two special tokens.
     """
     special, alphabet = [END_OF_TEXT, PADDING], pre_tokenizers.ByteLevel.alphabet()
     least = len(alphabet) + len(special)

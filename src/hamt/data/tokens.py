@@ -72,7 +72,7 @@ def tokenise(
     Args:
         corpus: the text.
         tokenizer: a fast tokenizer; without an end-of-text token documents run into each other.
-        cache: the folder where tokens are cached; None is ``tokens`` in the user's cache.
+        cache: see ``cached_folder``.
         max_tokens: read about so many tokens to train on, and a twentieth of that to hold out: up
             to the end of a document, or of a line in a long one. None is all.
 
@@ -86,11 +86,11 @@ def tokenise(
 
     def write(target: Path) -> None:
         fewer = None if max_tokens is None else max(max_tokens // EVERY, 1)
-        _write(target, "train", corpus.train, tokenizer, max_tokens)
-        _write(target, "held_out", corpus.held_out, tokenizer, fewer)
+        _write(target / "train", corpus.train, tokenizer, max_tokens)
+        _write(target / "held_out", corpus.held_out, tokenizer, fewer)
 
     folder = cached_folder(cache, fingerprint, write)
-    train, held_out = (_read(folder, name) for name in ("train", "held_out"))
+    train, held_out = _read(folder / "train"), _read(folder / "held_out")
     return TokenisedCorpus(corpus.name, train, held_out, fingerprint)
 
 
@@ -143,15 +143,14 @@ def _pieces(document: str, size: int) -> Iterator[tuple[str, bool]]:
 
 
 def _write(
-    folder: Path,
-    name: str,
+    base: Path,
     documents: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int | None,
 ) -> None:
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     length, num_bytes, starts = 0, 0, []
-    with open(folder / f"{name}.bin", "wb") as file:
+    with open(f"{base}.bin", "wb") as file:
         # Little more than ``max_tokens`` is read, since it stops after a piece.
         piece = None if max_tokens is None else min(PIECE, max(max_tokens, 1000))
         for ids, first, size in encode(documents, tokenizer, piece):
@@ -161,12 +160,12 @@ def _write(
             length, num_bytes = length + len(ids), num_bytes + size
             if max_tokens is not None and length >= max_tokens:
                 break
-    np.save(folder / f"{name}.starts.npy", np.asarray(starts, dtype=np.int64))
+    np.save(f"{base}.starts.npy", np.asarray(starts, dtype=np.int64))
     info = {"dtype": np.dtype(dtype).name, "length": length, "num_bytes": num_bytes}
-    (folder / f"{name}.json").write_text(json.dumps(info), encoding="utf-8")
+    Path(f"{base}.json").write_text(json.dumps(info), encoding="utf-8")
 
 
-def _read(folder: Path, name: str) -> Split:
-    info = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    file, starts = str(folder / f"{name}.bin"), np.load(folder / f"{name}.starts.npy")
-    return _open(file, np.dtype(info["dtype"]), (info["length"],), starts, info["num_bytes"])
+def _read(base: Path) -> Split:
+    info = json.loads(Path(f"{base}.json").read_text(encoding="utf-8"))
+    dtype, shape = np.dtype(info["dtype"]), (info["length"],)
+    return _open(f"{base}.bin", dtype, shape, np.load(f"{base}.starts.npy"), info["num_bytes"])

@@ -34,12 +34,8 @@ def save_state(
 ) -> None:
     """Write ``step_<n>``, then remove all but the last ``keep``. The main process writes.
 
-    Args:
-        folder: where the checkpoints of the run are.
-        trainer: the run; all processes call this, each with its own.
-        tokenizer: saved with the model.
-        identity: what must be the same in a resumed run, or it would go on in another way.
-        keep: how many checkpoints are left.
+    All processes call this, each with its own ``trainer``. ``identity`` is what must be the same in
+    a resumed run, or it would go on in another way.
 
     Raises:
         UserError: if it cannot be written; those that are there stay.

@@ -39,9 +39,6 @@ def held_out_loss(
     A token is predicted from the tokens before it in its block; nothing is padded.
 
     Args:
-        model: a causal language model.
-        split: the text.
-        length: tokens of a block.
         every: score every n-th whole block only, a sample from all parts of the text; 1 is all.
         batch_size: blocks at a time.
         documents_flow: a document sees those before it in its block.

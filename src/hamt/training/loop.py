@@ -41,10 +41,9 @@ class LoopOptions:
         schedule: see ``learning_rate_scale``, as for ``warmup``, ``final_learning_rate`` (its
             ``floor``) and ``decay``.
         max_norm: if the norm of all gradients together exceeds this, they are scaled down to it.
-        micro_batches: parts of a step that are computed one after the other, each with an equal
-            share of the rows, to save memory.
-        tbptt_segments: parts of a row that are read one after the other. The state is carried
-            through all of them, and gradients flow back through all of them.
+        micro_batches: equal shares of the rows of a step, computed one after the other.
+        tbptt_segments: parts of a row that are read one after the other. State and gradients flow
+            through all of them.
         carry_state: the rows of a step go on where those of the step before ended: they start from
             that state, through which no gradients flow.
         max_seconds: training ends within about this time. The schedule goes by the share of steps
@@ -127,7 +126,7 @@ class Trainer(Generic[T]):
             ``shift_labels`` and ``num_items_in_batch``.
         evaluate: measures the model on held-out data. Every process calls it before the first step,
             every ``eval_interval`` steps and after the last one.
-        options: see ``LoopOptions``.
+        options: how to train.
         accelerator: device, precision and processes; None is this process, in float32.
         compiled: ``torch.compile`` of the model, if that is to be called in its place.
         until: whether a measurement is good enough to end the run early.
@@ -173,15 +172,12 @@ class Trainer(Generic[T]):
     ) -> TrainingResult[T]:
         """Train until the last step, until the time is over, or until Ctrl-C.
 
+        After Ctrl-C the last step is a whole one. The model is left in evaluation mode.
+
         Args:
             batches: the rows of this process, ``input_ids`` (B, N) and ``shift_labels`` (B, N) and
                 what else the model takes; the first batch is that of step ``result.steps``.
-            begins: whether the rows of a step go on from no others, so that no state is carried
-                into it.
-
-        Returns:
-            What happened. After Ctrl-C the last step is a whole one. The model is left in
-            evaluation mode.
+            begins: whether no state is carried into a step, whose rows go on from no others.
 
         Raises:
             DivergenceError: if a loss or a gradient is not finite, or a loss leaps up.
@@ -273,13 +269,11 @@ class Trainer(Generic[T]):
         The loss is a share: over micro-batches and processes they add up to the mean over all
         ``num_targets`` targets of the step.
         """
-        options = self.options
-        carry = options.carry_state or options.tbptt_segments > 1
-        before = self.carried[index]
-        # A copy: if the step is left out, the next one goes on from what there was before it.
+        options, before = self.options, self.carried[index]
         arguments: dict[str, Any] = {}
-        if carry:
+        if options.carry_state or options.tbptt_segments > 1:
             num_layers = self.model.config.num_hidden_layers
+            # A copy: if the step is left out, the next one goes on from what there was before it.
             cache = HAMTCache(num_layers) if before is None else before.fork()
             arguments["past_key_values"] = cache
         if isinstance(self.model, HAMTForCausalLM):
