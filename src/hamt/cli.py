@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             raise UserError(f"no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
         command = importlib.import_module(COMMANDS[arguments[0]][0])
-        _hide_bars_of_libraries()
+        from transformers.utils import logging  # every command has loaded it by now
+
+        logging.disable_progress_bar()  # for files of a few MB, which would drown all else
         return command.main(arguments[1:]) or 0
     except UserError as error:
         print(f"hamt: {error}", file=sys.stderr)
@@ -60,18 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in DISK:
             raise
-        print(
-            f"hamt: {error.filename or 'a file'} cannot be written or read: {reason(error)}",
-            file=sys.stderr,
-        )
+        file = error.filename or "a file"
+        print(f"hamt: {file} cannot be written or read: {reason(error)}", file=sys.stderr)
         return 2
-
-
-def _hide_bars_of_libraries() -> None:
-    """Progress bars for files of a few MB would drown what a command has to say."""
-    from transformers.utils import logging  # every command has loaded it by now
-
-    logging.disable_progress_bar()
 
 
 def _usage() -> str:

@@ -30,71 +30,49 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """How to train.
-
-    Args:
-        num_steps: optimiser steps.
-        learning_rate: the peak of the schedule.
-        optimizer: see ``build_optimizers``, as for ``weight_decay`` and ``eps``. With a small
-            ``eps`` a model goes on becoming more exact after it has solved a task, when gradients
-            are tiny.
-        schedule: see ``learning_rate_scale``, as for ``warmup``, ``final_learning_rate`` (its
-            ``floor``) and ``decay``.
-        max_norm: if the norm of all gradients together exceeds this, they are scaled down to it.
-        micro_batches: equal shares of the rows of a step, computed one after the other.
-        tbptt_segments: parts of a row that are read one after the other. State and gradients flow
-            through all of them.
-        carry_state: the rows of a step go on where those of the step before ended: they start from
-            that state, through which no gradients flow.
-        max_seconds: training ends within about this time. The schedule goes by the share of steps
-            or of time that has passed, whichever is larger, so that a run which time ends has had
-            the whole schedule.
-        log_interval: steps from one record to the next; losses and norms in it are means.
-        eval_interval: steps from one evaluation to the next.
-        spike: a loss this many standard deviations above the last ones ends the run; at 0 only a
-            loss or gradient that is not finite does.
-        skip_trouble: instead of ending the run, leave out the updates of such steps.
-    """
+    """How to train."""
 
     num_steps: int
-    learning_rate: float
-    optimizer: str = "muon"
+    learning_rate: float  # the peak of the schedule
+    optimizer: str = "muon"  # see ``build_optimizers``
     weight_decay: float = 0.1
+    # With a small one a model goes on becoming more exact after it has solved a task, when
+    # gradients are tiny.
     eps: float = 1e-8
-    schedule: str = "cosine"
+    schedule: str = "cosine"  # see ``learning_rate_scale``, as for the next three
     warmup: float = 0.05
-    final_learning_rate: float = 0.1
+    final_learning_rate: float = 0.1  # its ``floor``
     decay: float = 0.2
-    max_norm: float = 1.0
-    micro_batches: int = 1
-    tbptt_segments: int = 1
+    max_norm: float = 1.0  # all gradients together are scaled down to this norm
+    micro_batches: int = 1  # equal shares of the rows of a step, computed in turn to save memory
+    tbptt_segments: int = 1  # parts of a row, read in turn; state and gradients flow through them
+    # The rows of a step go on where those of the step before ended: they start from that state,
+    # through which no gradients flow.
     carry_state: bool = False
-    max_seconds: float = float("inf")
-    log_interval: int = 10
-    eval_interval: int = 100
-    spike: float = 0.0
-    skip_trouble: bool = False
+    # Training ends within about this time. The schedule goes by the share of steps or of time that
+    # has passed, whichever is larger, so that a run which time ends has had the whole schedule.
+    max_seconds: float = math.inf
+    log_interval: int = 10  # steps from one record to the next; losses and norms in it are means
+    eval_interval: int = 100  # steps from one evaluation to the next
+    spike: float = 0.0  # which losses end the run, see ``LossSpikes``
+    skip_trouble: bool = False  # instead of ending the run, leave out the updates of such steps
 
 
 @dataclass
 class TrainingResult(Generic[T]):
-    """How far a run has come, and what was measured: losses in nats per token.
-
-    ``held_out`` are evaluations, of any type ``T``. ``seconds`` is the time of the training steps,
-    ``wall_seconds`` also that of evaluations and checkpoints. ``skipped`` steps had no update.
-    """
+    """How far a run has come, and what was measured: losses in nats per token."""
 
     steps: int = 0
     tokens: int = 0
-    seconds: float = 0.0
-    wall_seconds: float = 0.0
-    skipped: int = 0
+    seconds: float = 0.0  # of the training steps
+    wall_seconds: float = 0.0  # also those of evaluations and checkpoints
+    skipped: int = 0  # steps without an update
     final_loss: float | None = None
     final_aux_loss: float | None = None
     interrupted: bool = False
     out_of_time: bool = False
     train_losses: list[tuple[int, float]] = field(default_factory=list)
-    held_out: list[tuple[int, T]] = field(default_factory=list)
+    held_out: list[tuple[int, T]] = field(default_factory=list)  # evaluations by step
 
     @property
     def tokens_per_second(self) -> float:

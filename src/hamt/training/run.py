@@ -67,8 +67,7 @@ def train_model(options: TrainOptions, console: Console) -> FinishedRun | None:
     logging.disable_progress_bar()  # of Transformers, for files of a few MB
     plan = make_plan(options)
     is_main = plan.accelerator.is_main_process
-    if not is_main:
-        console = Console(quiet=True)
+    console = console if is_main else Console(quiet=True)
     _introduce(plan, console)
     _check_folder(plan)
     check_loggers(options)
