@@ -184,12 +184,8 @@ def _file(file: Path, text_column: str | None, streaming: bool) -> Iterable[str]
     builder = ROWS.get(file.suffix.lower())
     if builder is None:
         return _Documents(partial(_text_of, file))
-    # It imports pandas and pyarrow, which take seconds: only those wait who need it.
-    import datasets
-
-    _quiet(datasets)
     try:
-        rows = datasets.load_dataset(
+        rows = _datasets().load_dataset(
             builder, data_files=str(file), split="train", streaming=streaming
         )
         return _Documents(partial(_texts_of, rows, _column(rows, text_column, str(file))))
@@ -225,9 +221,7 @@ def _texts_of(rows: Any, column: str) -> Iterator[str]:
 def _hub(
     source: str, text_column: str | None, streaming: bool
 ) -> tuple[Iterable[str], Iterable[str] | None, str]:
-    import datasets
-
-    _quiet(datasets)
+    datasets = _datasets()
     path, _, configuration = source.partition(":")
     path, configuration = HUB_NAMES.get(source, (path, configuration))
     before, alone = datasets.config.HF_HUB_OFFLINE, no_network()
@@ -256,10 +250,13 @@ def _hub(
     return texts["train"], texts.get("validation", texts.get("test")), identity
 
 
-def _quiet(datasets: Any) -> None:
-    """Silence the library: what it has to say about a file is said in the error."""
+def _datasets() -> Any:
+    """The library, imported here since it takes seconds, and silent: errors say all it has to."""
+    import datasets
+
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return datasets
 
 
 def _column(rows: Any, wanted: str | None, source: str) -> str:

@@ -138,16 +138,15 @@ def _check_identity(
         if name == "text" and name not in state["identity"]:
             continue  # an older run noted path and date of its text, from which nothing can be told
         saved = state["identity"].get(name)
-        if saved != wanted and name == "text":
-            raise UserError(
-                f"the run in {path} had another text or tokenizer: resume with the options it had "
-                "(training_info.json, or the recipe), or start in another --output_dir"
-            )
-        if saved != wanted:
-            raise UserError(
-                f"the run in {path} had {name} {saved!r}, this one has {wanted!r}: "
-                "resume with the same, or start in another --output_dir"
-            )
+        if saved == wanted:
+            continue
+        other, same = f"{name} {saved!r}, this one has {wanted!r}", "the same"
+        if name == "text":
+            other = "another text or tokenizer"
+            same = "the options it had (training_info.json, or the recipe)"
+        raise UserError(
+            f"the run in {path} had {other}: resume with {same}, or start in another --output_dir"
+        )
     before, now = len(state["processes"]), trainer.accelerator.num_processes
     if before != now:
         raise UserError(

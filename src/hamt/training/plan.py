@@ -97,8 +97,8 @@ def make_plan(options: TrainOptions) -> Plan:
         raise UserError(
             f"{options.data} is too short to hold any of it out: give more text, or --held_out"
         )
-    share = options.batch_size // processes
-    first = accelerator.process_index * share
+    rows = options.batch_size // processes
+    first = rows * accelerator.process_index
     batches = Batches(
         corpus.train,
         length=options.max_length * options.tbptt_segments,
@@ -106,7 +106,7 @@ def make_plan(options: TrainOptions) -> Plan:
         order=options.order,
         documents_flow=options.documents_flow or tokenizer.eos_token_id is None,
         seed=options.seed,
-        rows=slice(first, first + share),
+        rows=slice(first, first + rows),
     )
     torch.manual_seed(options.seed)
     if trained:

@@ -118,8 +118,8 @@ class _Loggers(Listener[Loss]):
         # string, which is the project for Weights & Biases and the folder for TensorBoard.
         accelerator.log_with = []
         if options.use_wandb:
-            named = {"name": options.run_name, "dir": folder}
-            accelerator.log_with += [WandBTracker("hamt", **named, config=asdict(options))]
+            run = {"name": options.run_name, "dir": folder, "config": asdict(options)}
+            accelerator.log_with += [WandBTracker("hamt", **run)]
         if options.use_tensorboard:
             # Hide what was written after that step, before the run died.
             purge = {"purge_step": step + 1 if step else None}
