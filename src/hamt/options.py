@@ -207,12 +207,10 @@ class _Kind(NamedTuple):
 
 def _kind(field: Field) -> _Kind:
     """What ``int``, ``int | None``, ``list[int]`` or ``list[str] | str`` stand for."""
-    union = get_origin(field.type) in (Union, UnionType)
-    parts = [
-        part for part in (get_args(field.type) if union else (field.type,)) if part != NoneType
-    ]
+    kind = field.type
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     lists = [get_args(part)[0] for part in parts if get_origin(part) is list]
-    alone = [part for part in parts if get_origin(part) is not list]
+    alone = [part for part in parts if get_origin(part) is not list and part is not NoneType]
     found = [*alone, *lists]
     return _Kind(float if float in found else found[0], bool(alone), bool(lists))
 

@@ -23,9 +23,10 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path | None:
-    """``name`` itself if it ends in ``.yaml`` or ``.yml``, whether or not there is such a file.
+    """The path of a recipe: ``name`` itself if it ends in ``.yaml`` or ``.yml``, even of no file.
 
-    Otherwise the recipe of HAMT that has this name, unless a path has it, too; or None.
+    Otherwise it is that of the recipe of HAMT with this name, or None: if there is none, or a path
+    has this name, too.
     """
     if Path(name).suffix in (".yaml", ".yml"):
         return Path(name)

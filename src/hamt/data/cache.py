@@ -13,7 +13,7 @@ def cached_folder(
 ) -> Path:
     """The folder ``name`` of a cache; if it is not there, ``write`` fills an empty folder first.
 
-    None is the cache ``tokens`` in the user's cache. Another content needs another ``name``.
+    ``cache`` None is ``tokens`` in the user's cache. Another content needs another ``name``.
 
     Raises:
         UserError: if the folder cannot be written.

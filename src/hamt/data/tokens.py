@@ -71,7 +71,7 @@ def tokenise(
 
     Args:
         corpus: the text.
-        tokenizer: a fast tokenizer; without an end-of-text token documents run into each other.
+        tokenizer: a fast one; without an end-of-text token documents run into each other.
         cache: see ``cached_folder``.
         max_tokens: read about so many tokens to train on, and a twentieth of that to hold out: up
             to the end of a document, or of a line in a long one. None is all.

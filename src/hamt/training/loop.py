@@ -104,7 +104,6 @@ class Trainer(Generic[T]):
             ``shift_labels`` and ``num_items_in_batch``.
         evaluate: measures the model on held-out data. Every process calls it before the first step,
             every ``eval_interval`` steps and after the last one.
-        options: how to train.
         accelerator: device, precision and processes; None is this process, in float32.
         compiled: ``torch.compile`` of the model, if that is to be called in its place.
         until: whether a measurement is good enough to end the run early.
