@@ -14,33 +14,26 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import PreTrainedTokenizerBase
 
 from hamt.cache import HAMTCache
 from hamt.errors import UserError, reason
 from hamt.files import WRITING, existing, new_folder
 from hamt.training.held_out import Loss
 from hamt.training.loop import Trainer, TrainingResult
+from hamt.training.plan import Plan
 
 STATE = "training_state.pt"
 
 
-def save_state(
-    folder: Path,
-    trainer: Trainer[Loss],
-    tokenizer: PreTrainedTokenizerBase,
-    identity: dict[str, Any],
-    keep: int = 1,
-) -> None:
-    """Write ``step_<n>``, then remove all but the last ``keep``. The main process writes.
+def save_state(plan: Plan, trainer: Trainer[Loss]) -> None:
+    """Write ``step_<n>``, then remove all checkpoints but the last ones, which are to be kept.
 
-    All processes call this, each with its own ``trainer``. ``identity`` is what must be the same in
-    a resumed run, or it would go on in another way.
+    All processes call this, each with its own ``trainer``; the main one writes.
 
     Raises:
         UserError: if it cannot be written; those that are there stay.
     """
-    result, scaler = trainer.result, trainer.accelerator.scaler
+    folder, result, scaler = plan.checkpoints, trainer.result, trainer.accelerator.scaler
     processes = gather_object([_process_state(trainer)])
     if not trainer.accelerator.is_main_process:
         return
@@ -49,7 +42,7 @@ def save_state(
         return  # at the end of a run whose last step was one to save, too
     held_out = [(step, tuple(loss)) for step, loss in result.held_out]
     state = {
-        "identity": identity,
+        "identity": plan.identity,
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "scaler": scaler.state_dict() if scaler else None,
         "result": asdict(result) | {"held_out": held_out},
@@ -60,7 +53,7 @@ def save_state(
 
     def write(fresh: Path) -> None:
         trainer.model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
+        plan.tokenizer.save_pretrained(fresh)
         torch.save(state, fresh / STATE)
 
     try:
@@ -70,7 +63,7 @@ def save_state(
             f"no checkpoint could be written at step {result.steps} ({reason(error)}): "
             f"free space in {folder}, then --resume goes on from the one before"
         ) from error
-    for stale in find_states(folder)[:-keep]:
+    for stale in find_states(folder)[: -plan.options.keep_checkpoints]:
         shutil.rmtree(stale)
 
 
@@ -93,12 +86,13 @@ def clear_remains(folder: Path, everything: bool = False) -> None:
             path.unlink(missing_ok=True)
 
 
-def load_state(path: Path, trainer: Trainer[Loss], identity: dict[str, Any]) -> None:
-    """Bring a trainer to where the run was that wrote the checkpoint ``path``.
+def load_state(plan: Plan, trainer: Trainer[Loss]) -> None:
+    """Bring a trainer to where the run was that wrote the last checkpoint.
 
     Raises:
         UserError: if the checkpoint cannot be read, or another run wrote it: with what differs.
     """
+    *others, path = find_states(plan.checkpoints)
     try:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         # A second model for a moment: Transformers knows in how many files it has written the
@@ -107,12 +101,11 @@ def load_state(path: Path, trainer: Trainer[Loss], identity: dict[str, Any]) -> 
             path, dtype=trainer.model.dtype, local_files_only=True
         )
     except Exception as error:  # whatever it trips over
-        others = len(find_states(path.parent)) > 1
         further = "--resume takes the one before" if others else "begin anew"
         raise UserError(
             f"{path} cannot be read ({reason(error)}): remove it and {further}"
         ) from error
-    _check_identity(path, state, trainer, identity)
+    _check_identity(plan, path, state)
     trainer.model.load_state_dict(saved_model.state_dict())
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
@@ -131,10 +124,8 @@ def load_state(path: Path, trainer: Trainer[Loss], identity: dict[str, Any]) -> 
         ) from error
 
 
-def _check_identity(
-    path: Path, state: dict[str, Any], trainer: Trainer[Loss], identity: dict[str, Any]
-) -> None:
-    for name, wanted in identity.items():
+def _check_identity(plan: Plan, path: Path, state: dict[str, Any]) -> None:
+    for name, wanted in plan.identity.items():
         if name == "text" and name not in state["identity"]:
             continue  # an older run noted path and date of its text, from which nothing can be told
         saved = state["identity"].get(name)
@@ -147,7 +138,7 @@ def _check_identity(
         raise UserError(
             f"the run in {path} had {other}: resume with {same}, or start in another --output_dir"
         )
-    before, now = len(state["processes"]), trainer.accelerator.num_processes
+    before, now = len(state["processes"]), plan.accelerator.num_processes
     if before != now:
         raise UserError(
             f"the run in {path} had {before} processes, this one has {now}: resume with as many"

@@ -17,9 +17,14 @@ from hamt.errors import UserError, reason
 from hamt.files import write_file, write_json
 from hamt.model import HAMTForCausalLM
 from hamt.peak_memory import process_peak_memory
-from hamt.training import checkpoints
 from hamt.training.card import write_card
-from hamt.training.checkpoints import find_states
+from hamt.training.checkpoints import (
+    check_space,
+    clear_remains,
+    find_states,
+    load_state,
+    save_state,
+)
 from hamt.training.divergence import DivergenceError
 from hamt.training.estimate import disk_bytes, peak_tokens_per_second, print_estimate
 from hamt.training.held_out import Loss, held_out_loss
@@ -71,7 +76,7 @@ def train_model(options: TrainOptions, console: Console) -> FinishedRun | None:
     _introduce(plan, console)
     _check_folder(plan)
     check_loggers(options)
-    checkpoints.check_space(Path(options.output_dir), disk_bytes(plan))
+    check_space(Path(options.output_dir), disk_bytes(plan))
     if options.dry_run:
         print_estimate(plan, console)
         return None
@@ -84,16 +89,15 @@ def train_model(options: TrainOptions, console: Console) -> FinishedRun | None:
         peak_tokens_per_second=peak_tokens_per_second(plan) if is_main else None,
     )
     if options.resume:
-        checkpoints.load_state(find_states(plan.checkpoints)[-1], trainer, plan.identity)
+        load_state(plan, trainer)
         console.print(f"going on after step {trainer.result.steps:,}")
         if trainer.result.steps >= plan.loop.num_steps:
             console.print("nothing is left to do: for more, give more --epochs or --num_steps")
     try:
         if is_main:
-            steps = (plan.loop.num_steps, trainer.result.steps)
-            for listener in watchers(options, plan.accelerator, *steps, console):
+            for listener in watchers(plan, trainer.result.steps, console):
                 trainer.listeners.append(listener)
-            checkpoints.clear_remains(plan.checkpoints, everything=not options.resume)
+            clear_remains(plan.checkpoints, everything=not options.resume)
         trainer.listeners.append(_Saver(plan, trainer.result))
         run = _train(plan, trainer, console)
     except OSError as error:
@@ -116,13 +120,8 @@ def _train(plan: Plan, trainer: Trainer[Loss], console: Console) -> FinishedRun:
         raise UserError(_keep_batch(trouble, plan)) from trouble
     if result.steps > first:
         # Also at the end: a run of more steps can go on from there.
-        _save_state(plan, trainer)
+        save_state(plan, trainer)
     return _finish(plan, trainer, console)
-
-
-def _save_state(plan: Plan, trainer: Trainer[Loss]) -> None:
-    keep = plan.options.keep_checkpoints
-    checkpoints.save_state(plan.checkpoints, trainer, plan.tokenizer, plan.identity, keep)
 
 
 def _measure(plan: Plan, sample: int | None) -> Loss:
@@ -176,7 +175,7 @@ class _Saver(Listener[Loss]):
         if step % epoch == 0:
             self._save_model(f"epoch_{step // epoch}.pt")
         if step % self.interval == 0 and step < self.plan.loop.num_steps:
-            _save_state(self.plan, trainer)
+            save_state(self.plan, trainer)
 
     def _save_model(self, name: str) -> None:
         if self.plan.accelerator.is_main_process:

@@ -22,6 +22,7 @@ from hamt.files import write_text
 from hamt.training.held_out import Loss
 from hamt.training.loop import Listener, Trainer
 from hamt.training.options import TrainOptions
+from hamt.training.plan import Plan
 
 # What of a record goes to the loggers, which count steps and time themselves.
 LOGGED = ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "flop_utilization")
@@ -148,20 +149,18 @@ class _Loggers(Listener[Loss]):
             tracker.finish()
 
 
-def watchers(
-    options: TrainOptions, accelerator: Accelerator, num_steps: int, step: int, console: Console
-) -> Iterator[Listener[Loss]]:
-    """Open all that watches a run of ``num_steps`` steps that goes on after ``step``.
+def watchers(plan: Plan, step: int, console: Console) -> Iterator[Listener[Loss]]:
+    """Open all that watches a run which goes on after ``step``.
 
     They come one at a time, so that those that are open can be closed if the next one cannot begin.
 
     Raises:
         UserError: if a logger cannot begin.
     """
-    yield _JsonLines(Path(options.output_dir) / "log.jsonl", step)
-    yield _Loggers(options, accelerator, step)
+    yield _JsonLines(Path(plan.options.output_dir) / "log.jsonl", step)
+    yield _Loggers(plan.options, plan.accelerator, step)
     yield HeldOutLines(console)
-    yield ProgressBar(num_steps, step)
+    yield ProgressBar(plan.loop.num_steps, step)
 
 
 def check_loggers(options: TrainOptions) -> None:
