@@ -19,14 +19,9 @@ from hamt.model import HAMTForCausalLM
 
 # What a fast tokenizer needs beside its backend.
 _TOKENIZER_SETTINGS = (
-    "bos_token",
-    "eos_token",
-    "pad_token",
-    "unk_token",
-    "padding_side",
-    "clean_up_tokenization_spaces",
+    *("bos_token", "eos_token", "pad_token", "unk_token"),
+    *("padding_side", "clean_up_tokenization_spaces"),
 )
-
 
 # A small model that comes with the package: trained by ``configs/sotu.yaml``.
 PRETRAINED = Path(__file__).parent / "pretrained" / "sotu"
@@ -40,8 +35,8 @@ def save_checkpoint(
 ) -> None:
     """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
-    ``dtype`` is that of the numbers in the file (half as many bytes for ``float16``); a model that
-    is loaded from it computes in the dtype of ``model``.
+    ``dtype`` is that of the numbers in the file; a model that is loaded from it computes in the
+    dtype of ``model``.
     """
 
     def write(target: Path) -> None:
@@ -84,15 +79,13 @@ def load_checkpoint(
     if not config.is_file():
         raise UserError(f"no checkpoint at {path}: give a folder with a config.json, or a .pt file")
     try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except (json.JSONDecodeError, AttributeError) as error:
         raise UserError(
             f"{config} is not a model configuration ({error}); give another checkpoint"
         ) from error
-    if model_type != HAMTConfig.model_type:
-        raise UserError(
-            f"{path} holds a {model_type!r} model, not a HAMT model; give a HAMT checkpoint"
-        )
+    if kind != HAMTConfig.model_type:
+        raise UserError(f"{path} holds a {kind!r} model, not a HAMT model; give a HAMT checkpoint")
     try:
         model = HAMTForCausalLM.from_pretrained(path, local_files_only=True)
         return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)

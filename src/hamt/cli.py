@@ -10,34 +10,16 @@ from hamt.errors import UserError, reason
 
 # Modules are named, not imported: help must not wait for torch.
 COMMANDS = {
-    "demo": (
-        "hamt.training.demo",
-        "train a small model on the State of the Union and let it write",
-    ),
+    "demo": ("hamt.training.demo", "train a small model on the State of the Union, let it write"),
     "quick-train": ("hamt.training.quick_train", "train a small model in minutes, with options"),
-    "train": (
-        "hamt.training.command",
-        "train a language model on your text, resumable, on one machine or many",
-    ),
+    "train": ("hamt.training.command", "train on your text, resumable, on one machine or many"),
     "generate": ("hamt.generation", "continue a prompt, token by token"),
-    "evaluate": (
-        "hamt.measure.evaluate.command",
-        "perplexity, benchmark tasks and samples of a model",
-    ),
+    "evaluate": ("hamt.measure.evaluate.command", "perplexity, benchmark tasks and samples"),
     "compare": ("hamt.measure.compare.command", "a model beside baselines: quality, speed, memory"),
     "bench": ("hamt.measure.bench.command", "speed and memory against the length of the context"),
-    "recall": (
-        "hamt.measure.recall.command",
-        "what a memory of a given size remembers, beside its rivals",
-    ),
-    "ablate": (
-        "hamt.measure.ablate.command",
-        "what each choice of the architecture is worth: one changed at a time, trained, tabulated",
-    ),
-    "analyze": (
-        "hamt.analysis.command",
-        "what a model's memories hold and do with a text, as pictures",
-    ),
+    "recall": ("hamt.measure.recall.command", "what a memory remembers, beside its rivals"),
+    "ablate": ("hamt.measure.ablate.command", "what each choice of the architecture is worth"),
+    "analyze": ("hamt.analysis.command", "pictures of what a model's memories hold of a text"),
     "explore": ("hamt.analysis.explorer.command", "look into a model's memories in the browser"),
 }
 
@@ -65,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             raise UserError(f"no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
         command = importlib.import_module(COMMANDS[arguments[0]][0])
-        _hide_bars_of_libraries()
+        from transformers.utils import logging  # every command has loaded it by now
+
+        logging.disable_progress_bar()  # for files of a few MB, which would drown all else
         return command.main(arguments[1:]) or 0
     except UserError as error:
         print(f"hamt: {error}", file=sys.stderr)
@@ -78,18 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in DISK:
             raise
-        print(
-            f"hamt: {error.filename or 'a file'} cannot be written or read: {reason(error)}",
-            file=sys.stderr,
-        )
+        file = error.filename or "a file"
+        print(f"hamt: {file} cannot be written or read: {reason(error)}", file=sys.stderr)
         return 2
-
-
-def _hide_bars_of_libraries() -> None:
-    """Progress bars for files of a few MB would drown what a command has to say."""
-    from transformers.utils import logging  # every command has loaded it by now
-
-    logging.disable_progress_bar()
 
 
 def _usage() -> str:

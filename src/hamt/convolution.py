@@ -32,15 +32,10 @@ class ShortConvolution(nn.Module):
         """
         batch, length, width = inputs.shape
         reach = self.kernel_size - 1
-        order: Tensor | None = None
-        end: Tensor | None = None
         if mask is not None:
             # Real tokens move together, padding behind them.
             padding = mask.eq(0)
-            order, end = (
-                padding.byte().argsort(dim=1, stable=True),
-                length - padding.sum(dim=1, keepdim=True),
-            )
+            order = padding.byte().argsort(dim=1, stable=True)
             inputs = _take(inputs, order)
             documents = None if documents is None else documents.gather(1, order)
         tail = inputs.new_zeros(batch, reach, width) if tail is None else tail.to(inputs.dtype)
@@ -49,21 +44,21 @@ class ShortConvolution(nn.Module):
         # A compiler finds the passes by itself, and warns of autograd functions.
         plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
         output = (_taps if plain else _Taps.apply)(window, self.weight.to(inputs.dtype), documents)
-        if end is None and documents is None:
+        if mask is None and documents is None:
             return output, window[:, length:].clone()  # a view would keep the whole sequence
         # The new tail: the last real tokens, those of an earlier document as zeros.
-        end = torch.full((batch, 1), length, device=inputs.device) if end is None else end
-        index = end + torch.arange(reach, device=inputs.device)
+        index = (length + torch.arange(reach, device=inputs.device)).expand(batch, -1)
+        if mask is not None:
+            index = index - padding.sum(dim=1, keepdim=True)
         tail = _take(window, index)
         if documents is not None:
-            tail = (
-                tail * documents.gather(1, index).eq(documents.gather(1, index[:, -1:]))[..., None]
-            )
-        return output if order is None else _take(output, order.argsort(dim=1)), tail
+            same = documents.gather(1, index).eq(documents.gather(1, index[:, -1:]))
+            tail = tail * same[..., None]
+        return output if mask is None else _take(output, order.argsort(dim=1)), tail
 
 
 def _taps(window: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
-    """Σ_j weight[j] ⊙ window_{t+j} where both are of one document: (B, reach + N, d) -> (B, N, d)."""
+    """Σ_j weight[j] ⊙ window_{t+j} within a document: (B, reach + N, d) -> (B, N, d)."""
     reach = len(weight) - 1
     output = window[:, reach:] * weight[reach]
     for tap in range(reach):
@@ -75,7 +70,7 @@ def _taps(window: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
 
 
 class _Taps(torch.autograd.Function):
-    """``_taps`` with a backward pass into one tensor; autograd would make, and zero, one for each tap."""
+    """``_taps`` with a backward pass into one tensor; autograd would zero one for each tap."""
 
     @staticmethod
     def forward(window: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:

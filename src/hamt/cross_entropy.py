@@ -32,13 +32,9 @@ def next_token_loss(
     dtype = hidden_states.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
-    hidden, weight, asked = (
-        hidden_states.flatten(0, 1).to(dtype),
-        weight.to(dtype),
-        targets.flatten(),
-    )
+    hidden, weight = hidden_states.flatten(0, 1).to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
-        total = _summed(hidden, weight, asked, torch.is_grad_enabled())
+        total = _summed(hidden, weight, targets.flatten(), torch.is_grad_enabled())
     return total / (targets.ne(IGNORE_INDEX).sum() if num_items is None else num_items)
 
 
@@ -66,9 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target, asked = targets[part, None].where(asked, 0), asked.to(wide)
             logits = linear(hidden[part], weight)
             # A few tokens at a time, so that their wide logits stay in the processor's cache.
-            for tile, index, scale in zip(
-                *(x.split(rows) for x in (logits, target, asked)), strict=True
-            ):
+            tiles = zip(*(x.split(rows) for x in (logits, target, asked)), strict=True)
+            for tile, index, scale in tiles:
                 share = tile.to(wide)
                 wanted, largest = share.gather(1, index), share.amax(dim=1, keepdim=True)
                 share = share.sub_(largest).exp_()
@@ -88,12 +83,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad,
-            None if grad_weight is None else (grad_weight * grad).to(ctx.dtype),
-            None,
-            None,
-        )
+        grad_hidden = None if grad_hidden is None else grad_hidden * grad
+        grad_weight = None if grad_weight is None else (grad_weight * grad).to(ctx.dtype)
+        return grad_hidden, grad_weight, None, None
 
 
 # Its loop would be unrolled by a compiler.

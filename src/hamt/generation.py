@@ -19,15 +19,15 @@ class GenerateOptions:
     """Continue a prompt with a trained model, printing each word as it comes."""
 
     prompt: str | None = option(None, "the text to continue; none starts a new document")
-    checkpoint: str | None = option(
-        None, "a checkpoint folder, or a .pt file; none is the model in HAMT"
+    checkpoint: str = option(
+        str(PRETRAINED), "a checkpoint: a folder or a .pt file", shown_default="the model in HAMT"
     )
     max_new_tokens: int = option(200, "tokens to write at most", at_least=1)
     temperature: float = option(0.8, "0 is greedy; higher is more varied", at_least=0)
     top_p: float = option(
         0.95, "sample from the likeliest tokens that hold this much probability", above=0, at_most=1
     )
-    top_k: int = option(0, "sample from this many tokens; 0 is all", at_least=0)
+    top_k: int = option(0, "sample from this many of the likeliest tokens; 0 is all", at_least=0)
     repetition_penalty: float = option(
         1.0, "above 1 discourages words already written", at_least=0.01
     )
@@ -39,9 +39,7 @@ class GenerateOptions:
 def main(arguments: Sequence[str]) -> int:
     """Load the checkpoint and stream the continuation to standard output."""
     options = parse(GenerateOptions, arguments, "generate", positional=prompt)
-    model, tokenizer = load_checkpoint(
-        PRETRAINED if options.checkpoint is None else options.checkpoint
-    )
+    model, tokenizer = load_checkpoint(options.checkpoint)
     model.fuse_projections()
     if options.seed is not None:
         set_seed(options.seed)
@@ -95,20 +93,14 @@ def continue_tokens(
     options: GenerateOptions,
     **arguments: Any,
 ) -> list[int]:
-    """The tokens that a model writes after ``ids``, up to one that ends the text.
+    """The tokens that a model writes after ``ids`` (at least one), up to one that ends the text.
 
-    Args:
-        model: a causal language model.
-        tokenizer: the one of the model.
-        ids: what is continued, at least one token.
-        options: how many tokens are written at most, and how they are sampled.
-        arguments: others of ``model.generate``.
+    ``arguments`` are further ones of ``model.generate``.
     """
-    sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
-    if sampling["do_sample"]:
-        # Transformers takes no whole numbers for these two.
-        sampling |= {"temperature": float(options.temperature), "top_p": float(options.top_p)}
-        sampling |= {"top_k": options.top_k}
+    sampling: dict[str, Any] = {}
+    if options.temperature > 0:  # Transformers takes no whole numbers for these two
+        sampling = {"temperature": float(options.temperature), "top_p": float(options.top_p)}
+        sampling["top_k"] = options.top_k
     prompt = torch.tensor([ids], device=model.device)
     output = model.generate(  # type: ignore[operator]
         prompt,
@@ -116,6 +108,7 @@ def continue_tokens(
         max_new_tokens=options.max_new_tokens,
         repetition_penalty=options.repetition_penalty,
         pad_token_id=tokenizer.pad_token_id,
+        do_sample=options.temperature > 0,
         **sampling,
         **arguments,
     )

@@ -5,10 +5,11 @@ a mistake ends in one line.
 """
 
 import argparse
+import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin
@@ -28,38 +29,34 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class _Range:
-    """Numbers that an option takes; infinity is one only where it is named as a bound."""
+    """The numbers that an option takes; infinity is one only where ``at_most`` names it."""
 
-    above: float | None = None
-    at_least: float | None = None
-    at_most: float | None = None
+    above: float
+    at_least: float
+    at_most: float | None
 
     def __contains__(self, number: float) -> bool:
-        low, high = self.at_least, self.at_most
-        return (
-            (number > -math.inf if low is None else number >= low)
-            and (self.above is None or number > self.above)
-            and (number < math.inf if high is None else number <= high)
-        )
+        low_enough = number < math.inf if self.at_most is None else number <= self.at_most
+        return number > self.above and number >= self.at_least and low_enough
 
     def __str__(self) -> str:
         """What a number must do."""
-        low = self.at_least if self.above is None else self.above
-        if low is not None and self.at_most is not None:
-            return f"lie in {'[' if self.above is None else '('}{low}, {self.at_most}]"
-        if self.above is not None:
-            return f"be above {self.above}" if self.above else "be positive"
-        if self.at_least is not None:
-            return f"be at least {self.at_least}"
-        return "be finite" if self.at_most is None else f"be at most {self.at_most}"
+        low, is_open = max(self.above, self.at_least), self.above > -math.inf
+        if low == -math.inf:
+            return "be finite" if self.at_most is None else f"be at most {self.at_most}"
+        if self.at_most is not None:
+            return f"lie in {'(' if is_open else '['}{low}, {self.at_most}]"
+        if not is_open:
+            return f"be at least {low}"
+        return f"be above {low}" if low else "be positive"
 
 
 def option(
     default: Any,
     help: str,
     *aliases: str,
-    above: float | None = None,
-    at_least: float | None = None,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
     at_most: float | None = None,
     choices: Iterable[str] = (),
     group: str | None = None,
@@ -88,8 +85,8 @@ def option(
         "shown_default": default if shown_default is None else shown_default,
     }
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check(options: Any) -> None:
@@ -98,8 +95,8 @@ def check(options: Any) -> None:
     Raises:
         UserError: with the option, what it takes and the value.
     """
-    for one in fields(options):
-        _check(one, getattr(options, one.name))
+    for field in fields(options):
+        _check(field, getattr(options, field.name))
 
 
 def parse(
@@ -115,12 +112,8 @@ def parse(
     those of which the recipe's values do not count once the option is given as a flag, ``IMPLIES``
     the values that a switch puts in the place of defaults.
 
-    Args:
-        options: a dataclass whose fields were made by ``option``.
-        arguments: what follows the command's name.
-        command: that name.
-        positional: the option that the one argument without a flag belongs to, and its value. Name
-            and docstring of the function stand in ``--help``.
+    ``positional`` takes the one argument without a flag, and returns the option that it belongs to
+    with its value. Name and docstring of this function stand in ``--help``.
 
     Raises:
         UserError: for unknown options, with the nearest known one, and for values that ``check``
@@ -136,20 +129,10 @@ def parse(
         if name in given:
             raise UserError(f"give {value} or --{name} {given[name]}, not both")
         given[name] = value
-    found = dict(given)
-    if "config" in given:
-        found = _from_recipe(options, given["config"], set(given), command) | given
-    values: dict[str, Any] = {}
-    for one in fields(options):  # type: ignore[arg-type]
-        if one.name not in found:
-            continue
-        try:
-            value = _convert(one, found[one.name])
-            _check(one, value)
-        except UserError as error:
-            where = "" if one.name in given else f" (in {given['config']})"
-            raise UserError(f"{error}{where}") from error
-        values[one.name] = value
+    values = _from_recipe(options, given["config"], given, command) if "config" in given else {}
+    for field in fields(options):  # type: ignore[arg-type]
+        if field.name in given:
+            values[field.name] = _convert(field, given[field.name])
     for switch, implied in getattr(options, "IMPLIES", {}).items():
         values = {**(implied if values.get(switch) else {}), **values}
     return options(**values)
@@ -191,32 +174,29 @@ def _parser(options: type, command: str, positional: Callable | None) -> argpars
         help = (positional.__doc__ or "").splitlines()[0]
         parser.add_argument("_positional", nargs="?", metavar=positional.__name__, help=help)
     groups: dict[str | None, Any] = {None: parser}
-    for one in fields(options):
-        title = one.metadata["group"]
+    for field in fields(options):
+        title, choices, kind = field.metadata["group"], field.metadata["choices"], _kind(field)
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        kind = _kind(one)
-        shape: dict[str, Any] = {"dest": one.name, "metavar": kind.type.__name__.upper()}
-        if one.metadata["choices"]:
-            shape["metavar"] = f"{{{','.join(one.metadata['choices'])}}}"
+        metavar = f"{{{','.join(choices)}}}" if choices else kind.type.__name__.upper()
+        shape: dict[str, Any] = {"dest": field.name, "metavar": metavar}
         if kind.type is bool:
             shape |= {"nargs": "?", "const": "true"}
         elif kind.several:
             shape["nargs"] = "+"
-        flags = [f"--{name}" for name in (one.name, *one.metadata["aliases"])]
-        groups[title].add_argument(*flags, help=_help(one), **shape)
-        hyphenated = [flag.replace("_", "-") for flag in flags if "_" in flag]
-        if hyphenated:
+        flags = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
+        groups[title].add_argument(*flags, help=_help(field), **shape)
+        if hyphenated := [flag.replace("_", "-") for flag in flags if "_" in flag]:
             parser.add_argument(*hyphenated, help=argparse.SUPPRESS, **shape)
     return parser
 
 
-def _help(one: Field) -> str:
-    default = one.metadata["shown_default"]
+def _help(field: Field) -> str:
+    default = field.metadata["shown_default"]
     words = " ".join(map(str, default if isinstance(default, list) else [default])) or "None"
-    limits = str(one.metadata["range"]).split(" ", 1)[1]
+    limits = str(field.metadata["range"]).split(" ", 1)[1]
     words += "" if limits == "finite" else f"; {limits}"
-    return f"{one.metadata['help']} (default: {words})".replace("%", "%%")
+    return f"{field.metadata['help']} (default: {words})".replace("%", "%%")
 
 
 class _Kind(NamedTuple):
@@ -225,23 +205,26 @@ class _Kind(NamedTuple):
     several: bool  # may there be a list of them?
 
 
-def _kind(one: Field) -> _Kind:
+def _kind(field: Field) -> _Kind:
     """What ``int``, ``int | None``, ``list[int]`` or ``list[str] | str`` stand for."""
-    parts = get_args(one.type) if get_origin(one.type) in (Union, UnionType) else (one.type,)
+    kind = field.type
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     lists = [get_args(part)[0] for part in parts if get_origin(part) is list]
     alone = [part for part in parts if get_origin(part) is not list and part is not NoneType]
     found = [*alone, *lists]
     return _Kind(float if float in found else found[0], bool(alone), bool(lists))
 
 
-def _convert(one: Field, given: str | list[str]) -> Any:
-    """The value that text stands for."""
-    kind = _kind(one)
+def _convert(field: Field, given: str | list[str]) -> Any:
+    """The value that text stands for, which ``_check`` has accepted."""
+    kind = _kind(field)
     texts = given if isinstance(given, list) else [given]
     if not kind.several and len(texts) != 1:
-        raise UserError(f"--{one.name} takes one value; got {len(texts)}")
-    values = [_value(one.name, kind.type, text) for text in texts]
-    return values if kind.several and not (kind.one and len(values) == 1) else values[0]
+        raise UserError(f"--{field.name} takes one value; got {len(texts)}")
+    values = [_value(field.name, kind.type, text) for text in texts]
+    value = values if kind.several and not (kind.one and len(values) == 1) else values[0]
+    _check(field, value)
+    return value
 
 
 def _value(name: str, kind: type, text: str) -> Any:
@@ -254,49 +237,59 @@ def _value(name: str, kind: type, text: str) -> Any:
     return value
 
 
-def _check(one: Field, value: Any) -> None:
-    if value is None and one.default is None:
+def _check(field: Field, value: Any) -> None:
+    if value is None and field.default is None:
         return
-    kind, choices = _kind(one), one.metadata["choices"]
+    kind, flag, choices = _kind(field), f"--{field.name}", field.metadata["choices"]
     values: list[Any] = value if kind.several and isinstance(value, list) else [value]
-    if not values and one.default_factory is not MISSING and one.default_factory():
-        raise UserError(f"--{one.name} needs at least one value")
+    if not values and field.default_factory is not MISSING and field.default_factory():
+        raise UserError(f"{flag} needs at least one value")
+    wanted: Any = (int, float) if kind.type is float else kind.type
     for each in values:
-        wanted: Any = (int, float) if kind.type is float else kind.type
         if not isinstance(each, wanted) or (isinstance(each, bool) and kind.type is not bool):
-            raise UserError(f"--{one.name}: invalid {kind.type.__name__} value {each!r}")
+            raise UserError(f"{flag}: invalid {kind.type.__name__} value {each!r}")
         if choices and each not in choices:
-            raise UserError(f"--{one.name} must be one of {', '.join(choices)}; got {each!r}")
-        if kind.type in (int, float) and each not in one.metadata["range"]:
-            raise UserError(f"--{one.name} must {one.metadata['range']}; got {each}")
+            raise UserError(f"{flag} must be one of {', '.join(choices)}; got {each!r}")
+        if kind.type in (int, float) and each not in field.metadata["range"]:
+            raise UserError(f"{flag} must {field.metadata['range']}; got {each}")
         if kind.type is float and each and each < math.inf and not _TINY < abs(each) < _HUGE:
-            raise UserError(f"--{one.name} must be a number that float32 can hold; got {each}")
+            raise UserError(f"{flag} must be a number that float32 can hold; got {each}")
 
 
-def _from_recipe(options: type, path: str, given: set[str], command: str) -> dict[str, Any]:
-    """The settings of a recipe by option, without those that ``given`` options replace."""
-    known = {
-        name: one.name for one in fields(options) for name in (one.name, *one.metadata["aliases"])
+def _by_name(options: type) -> dict[str, Field]:
+    """The options of a dataclass by their names and by their aliases."""
+    return {
+        name: field
+        for field in fields(options)
+        for name in (field.name, *field.metadata["aliases"])
     }
+
+
+def _from_recipe(options: type, path: str, given: Iterable[str], command: str) -> dict[str, Any]:
+    """The values of a recipe, without those of options that are ``given``, or replaced by these."""
+    known = _by_name(options)
     del known["config"]
     replaces: dict[str, tuple[str, ...]] = getattr(options, "REPLACES", {})
-    replaced = {name for flag in given for name in replaces.get(flag, ())}
-    found: dict[str, Any] = {}
-    for name, value in read_recipe(path).items():
+    replaced = {*given, *(name for flag in given for name in replaces.get(flag, ()))}
+    values: dict[str, Any] = {}
+    for name, text in read_recipe(path).items():
         if name not in known:
             raise _unknown_option(options, f"--{name}", command, f" (in {path})")
-        if known[name] not in replaced:
-            found[known[name]] = value
-    return found
+        if known[name].name in replaced:
+            continue
+        try:
+            values[known[name].name] = _convert(known[name], text)
+        except UserError as error:
+            raise UserError(f"{error} (in {path})") from error
+    return values
 
 
 def _unknown_option(options: type, flag: str, command: str, where: str = "") -> UserError:
+    name = flag.lstrip("-").split("=")[0].replace("-", "_")
+    names = _by_name(options).keys() - {name}  # --config is unknown in a recipe
     hint = f"hamt {command} --help lists the options"
     if not flag.startswith("-"):
         hint = f"a text of several words stands in quotes; {hint}"
-    name = flag.lstrip("-").split("=")[0].replace("-", "_")
-    names = {known for one in fields(options) for known in (one.name, *one.metadata["aliases"])}
-    names.discard(name)  # --config in a recipe
-    if flag.startswith("-") and (near := difflib.get_close_matches(name, names, 1)):
+    elif near := difflib.get_close_matches(name, names, 1):
         hint = f"did you mean --{near[0]}?"
     return UserError(f"unknown option {flag}{where}: {hint}")

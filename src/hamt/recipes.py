@@ -23,11 +23,10 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path | None:
-    """The recipe that ``name`` stands for.
+    """The path of a recipe: ``name`` itself if it ends in ``.yaml`` or ``.yml``, even of no file.
 
-    Returns:
-        ``name`` itself if it ends in ``.yaml`` or ``.yml``, whether or not there is such a file;
-        the file of the recipe of HAMT that has this name, unless a path has it, too; else None.
+    Otherwise it is that of the recipe of HAMT with this name, or None: if there is none, or a path
+    has this name, too.
     """
     if Path(name).suffix in (".yaml", ".yml"):
         return Path(name)
@@ -38,12 +37,9 @@ def find_recipe(name: str) -> Path | None:
 def read_recipe(name: str) -> dict[str, str | list[str]]:
     """The settings of a recipe as text, as a command line has them; empty ones are left out.
 
-    Args:
-        name: a YAML file with lines of the kind ``name: value`` or ``name: [value, value]``, or
-            the name of a recipe that comes with HAMT.
-
     Raises:
-        UserError: if there is no such file, or it holds anything else.
+        UserError: if there is no such recipe, or it holds anything but lines of the kind
+            ``name: value`` or ``name: [value, value]``.
     """
     path = find_recipe(name)
     if path is None:

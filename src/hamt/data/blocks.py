@@ -16,7 +16,7 @@ def aligned_batch(inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
     Targets are called ``shift_labels``, as in Transformers, where ``labels`` are the inputs once
     more and the loss shifts them by one, but ``shift_labels`` are taken as they are.
     """
-    # Transformers' loss views them as one row.
+    # Contiguous, since the loss of Transformers views them as one row.
     return {"input_ids": inputs, "shift_labels": targets.contiguous()}
 
 
@@ -25,19 +25,10 @@ def next_token_batch(block: Tensor) -> dict[str, Tensor]:
     return aligned_batch(block[:, :-1], block[:, 1:])
 
 
-def split_rows(batch: Batch, parts: int) -> list[Batch]:
-    """Equal shares of the rows of a batch."""
-    size = len(batch["input_ids"])
+def split_batch(batch: Batch, parts: int, dim: int) -> list[Batch]:
+    """Equal shares of the rows of a batch (``dim`` 0), or of the tokens of every row (1)."""
+    size = batch["input_ids"].shape[dim]
     if size % parts:
-        raise ValueError(f"{size} rows cannot be shared among {parts} micro-batches")
-    chunks = {name: x.chunk(parts) for name, x in batch.items()}
-    return [{name: x[index] for name, x in chunks.items()} for index in range(parts)]
-
-
-def split_columns(batch: Batch, parts: int) -> list[Batch]:
-    """Equal shares of the tokens of every row, in their order."""
-    size = batch["input_ids"].shape[1]
-    if size % parts:
-        raise ValueError(f"{size} tokens cannot be shared among {parts} segments")
-    chunks = {name: x.chunk(parts, dim=1) for name, x in batch.items()}
+        raise ValueError(f"{size} {('rows', 'tokens')[dim]} cannot be split into {parts} parts")
+    chunks = {name: x.chunk(parts, dim) for name, x in batch.items()}
     return [{name: x[index].contiguous() for name, x in chunks.items()} for index in range(parts)]

@@ -11,12 +11,9 @@ from hamt.files import new_folder, user_cache
 def cached_folder(
     cache: str | os.PathLike[str] | None, name: str, write: Callable[[Path], None]
 ) -> Path:
-    """The folder ``name`` of a cache; if it is not there, ``write`` fills it first.
+    """The folder ``name`` of a cache; if it is not there, ``write`` fills an empty folder first.
 
-    Args:
-        cache: the folder of the cache; None is ``tokens`` in the user's cache.
-        name: names what is in the folder: another content needs another name.
-        write: takes the path of an empty folder and writes the content there.
+    ``cache`` None is ``tokens`` in the user's cache. Another content needs another ``name``.
 
     Raises:
         UserError: if the folder cannot be written.

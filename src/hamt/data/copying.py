@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hamt.cross_entropy import IGNORE_INDEX
-from hamt.data.tasks import Task, TaskBatch, distinct
+from hamt.data.tasks import Task, TaskBatch, distinct, integers
 
 DIGITS = 10
 
@@ -64,16 +64,11 @@ class SelectiveCopying(Task):
         return 2 * self.num_tokens
 
     def _draw(self, batch_size: int, length: int, generator: torch.Generator) -> TaskBatch:
-        count, device = self.num_tokens, generator.device
-        shape = (batch_size, length)
-        inputs = torch.randint(
-            self.symbols, self.vocab_size - 1, shape, generator=generator, device=device
-        )
+        count = self.num_tokens
+        inputs = self.symbols + integers(self.noise_vocab_size, batch_size, length, generator)
         inputs[:, -count:] = self.vocab_size - 1
         places = distinct(length - count, batch_size, count, generator).sort(dim=1).values
-        wanted = torch.randint(
-            self.symbols, (batch_size, count), generator=generator, device=device
-        )
+        wanted = integers(self.symbols, batch_size, count, generator)
         inputs.scatter_(1, places, wanted)
         targets = torch.full_like(inputs, IGNORE_INDEX)
         targets[:, -count:] = wanted
@@ -151,9 +146,8 @@ class Passkey(Task):
         count, device = self.num_digits, generator.device
         sentence = DIGITS + torch.arange(length, device=device) % self.num_words
         inputs = sentence.repeat(batch_size, 1)
-        digits = torch.randint(DIGITS, (batch_size, count), generator=generator, device=device)
-        last = length - self.min_length
-        places = torch.randint(last + 1, (batch_size, 1), generator=generator, device=device)
+        digits = integers(DIGITS, batch_size, count, generator)
+        places = integers(length - self.min_length + 1, batch_size, 1, generator)
         marker = torch.full_like(places, self.vocab_size - 2)
         where = places + torch.arange(count + 1, device=device)
         inputs.scatter_(1, where, torch.cat((marker, digits), dim=1))

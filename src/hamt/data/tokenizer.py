@@ -22,19 +22,13 @@ END_OF_TEXT, PADDING, UNKNOWN = "<|endoftext|>", "<|pad|>", "�"
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE: any text can be encoded, and decoded to the same bytes.
 
-    Args:
-        texts: what it learns from, up to ``MAX_CHARACTERS`` in all.
-        vocab_size: tokens, the 256 bytes and two special tokens among them.
-
     Raises:
-        UserError: if ``vocab_size`` cannot hold the bytes and the special tokens.
+        UserError: if ``vocab_size`` cannot hold the 256 bytes and two special tokens.
     """
-    special = [END_OF_TEXT, PADDING]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + len(special):
-        raise UserError(
-            f"vocab_size must be at least {len(alphabet) + len(special)}; got {vocab_size}"
-        )
+    special, alphabet = [END_OF_TEXT, PADDING], pre_tokenizers.ByteLevel.alphabet()
+    least = len(alphabet) + len(special)
+    if vocab_size < least:
+        raise UserError(f"vocab_size must be at least {least}; got {vocab_size}")
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,
@@ -51,13 +45,8 @@ def own_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that ``train_tokenizer`` learns from a corpus, learnt once and then cached.
 
-    Args:
-        corpus: the text.
-        vocab_size: see ``train_tokenizer``.
-        cache: the folder where it is cached; None is ``tokens`` in the user's cache.
-
     Raises:
-        UserError: as ``train_tokenizer``, and if the folder cannot be written.
+        UserError: as ``train_tokenizer``, and if the folder of the cache cannot be written.
     """
     described = f"{MAX_CHARACTERS} {vocab_size} {corpus.identity}"
     identity = hashlib.sha256(described.encode()).hexdigest()[:16]
@@ -143,9 +132,9 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
     Raises:
         UserError: if the tokenizer has neither.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise UserError(
-            "the tokenizer has no token that begins a text (bos or eos): give another model"
-        )
-    return start
+    for start in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if start is not None:
+            return start
+    raise UserError(
+        "the tokenizer has no token that begins a text (bos or eos): give another model"
+    )

@@ -27,15 +27,11 @@ LAYOUT = "1"  # version of the cached files' layout; with a new one texts are to
 
 @dataclass(frozen=True)
 class Split:
-    """A text as token ids.
+    """A text as token ids."""
 
-    ``ids`` (length,); ``starts`` (documents,), where each document begins in them; ``num_bytes`` of
-    the text in UTF-8.
-    """
-
-    ids: np.ndarray
-    starts: np.ndarray
-    num_bytes: int
+    ids: np.ndarray  # (tokens,)
+    starts: np.ndarray  # where each document begins in them, (documents,)
+    num_bytes: int  # of the text in UTF-8
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -43,16 +39,10 @@ class Split:
     def __reduce__(self):
         # What is sent to a process that prepares batches: the name of the file, which that process
         # maps into its own memory, instead of the tokens.
-        if isinstance(self.ids, np.memmap):
-            described = (
-                self.ids.filename,
-                self.ids.dtype,
-                self.ids.shape,
-                self.starts,
-                self.num_bytes,
-            )
-            return _open, described
-        return Split, (self.ids, self.starts, self.num_bytes)
+        ids = self.ids
+        if isinstance(ids, np.memmap):
+            return _open, (ids.filename, ids.dtype, ids.shape, self.starts, self.num_bytes)
+        return Split, (ids, self.starts, self.num_bytes)
 
 
 def _open(
@@ -81,32 +71,27 @@ def tokenise(
 
     Args:
         corpus: the text.
-        tokenizer: a fast tokenizer; without an end-of-text token documents run into each other.
-        cache: the folder where tokens are cached; None is ``tokens`` in the user's cache.
+        tokenizer: a fast one; without an end-of-text token documents run into each other.
+        cache: see ``cached_folder``.
         max_tokens: read about so many tokens to train on, and a twentieth of that to hold out: up
             to the end of a document, or of a line in a long one. None is all.
 
     Raises:
         UserError: if the folder cannot be written.
     """
-    described = [
-        LAYOUT,
-        corpus.identity,
-        tokenizer.backend_tokenizer.to_str(),
-        str(tokenizer.eos_token_id),
-    ]
+    encoder = tokenizer.backend_tokenizer.to_str()
+    described = [LAYOUT, corpus.identity, encoder, str(tokenizer.eos_token_id)]
     described += [] if max_tokens is None else [str(max_tokens)]
     fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
 
     def write(target: Path) -> None:
         fewer = None if max_tokens is None else max(max_tokens // EVERY, 1)
-        _write(target, "train", corpus.train, tokenizer, max_tokens)
-        _write(target, "held_out", corpus.held_out, tokenizer, fewer)
+        _write(target / "train", corpus.train, tokenizer, max_tokens)
+        _write(target / "held_out", corpus.held_out, tokenizer, fewer)
 
     folder = cached_folder(cache, fingerprint, write)
-    return TokenisedCorpus(
-        corpus.name, _read(folder, "train"), _read(folder, "held_out"), fingerprint
-    )
+    train, held_out = _read(folder / "train"), _read(folder / "held_out")
+    return TokenisedCorpus(corpus.name, train, held_out, fingerprint)
 
 
 def encode(
@@ -114,10 +99,7 @@ def encode(
 ) -> Iterator[tuple[np.ndarray, bool, int]]:
     """Token ids of documents, piece by piece, so that those of a large corpus are never all there.
 
-    Args:
-        documents: the texts.
-        tokenizer: a fast tokenizer.
-        piece: characters that are encoded at a time; None is ``PIECE``.
+    About ``piece`` characters, or ``PIECE``, are encoded at a time.
 
     Yields:
         The ids of a piece, whether it begins a document, and how many bytes its text has.
@@ -161,15 +143,14 @@ def _pieces(document: str, size: int) -> Iterator[tuple[str, bool]]:
 
 
 def _write(
-    folder: Path,
-    name: str,
+    base: Path,
     documents: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int | None,
 ) -> None:
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     length, num_bytes, starts = 0, 0, []
-    with open(folder / f"{name}.bin", "wb") as file:
+    with open(f"{base}.bin", "wb") as file:
         # Little more than ``max_tokens`` is read, since it stops after a piece.
         piece = None if max_tokens is None else min(PIECE, max(max_tokens, 1000))
         for ids, first, size in encode(documents, tokenizer, piece):
@@ -179,18 +160,12 @@ def _write(
             length, num_bytes = length + len(ids), num_bytes + size
             if max_tokens is not None and length >= max_tokens:
                 break
-    np.save(folder / f"{name}.starts.npy", np.asarray(starts, dtype=np.int64))
+    np.save(f"{base}.starts.npy", np.asarray(starts, dtype=np.int64))
     info = {"dtype": np.dtype(dtype).name, "length": length, "num_bytes": num_bytes}
-    (folder / f"{name}.json").write_text(json.dumps(info), encoding="utf-8")
+    Path(f"{base}.json").write_text(json.dumps(info), encoding="utf-8")
 
 
-def _read(folder: Path, name: str) -> Split:
-    info = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    starts = np.load(folder / f"{name}.starts.npy")
-    return _open(
-        str(folder / f"{name}.bin"),
-        np.dtype(info["dtype"]),
-        (info["length"],),
-        starts,
-        info["num_bytes"],
-    )
+def _read(base: Path) -> Split:
+    info = json.loads(Path(f"{base}.json").read_text(encoding="utf-8"))
+    dtype, shape = np.dtype(info["dtype"]), (info["length"],)
+    return _open(f"{base}.bin", dtype, shape, np.load(f"{base}.starts.npy"), info["num_bytes"])

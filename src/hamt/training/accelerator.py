@@ -13,9 +13,7 @@ from hamt.errors import UserError
 def make_accelerator(mixed_precision: str = "no", *, on_cpu: bool = False) -> Accelerator:
     """An accelerator of this precision and device, whatever this process has used before.
 
-    Args:
-        mixed_precision: no, bf16 or fp16.
-        on_cpu: use the CPU even if there is a GPU.
+    ``mixed_precision`` is no, bf16 or fp16; ``on_cpu`` uses the CPU even if there is a GPU.
 
     Raises:
         UserError: if this machine does not have the precision.

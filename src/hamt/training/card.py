@@ -42,9 +42,6 @@ model = AutoModelForCausalLM.from_pretrained("{folder}")
 
 def write_card(plan: Plan, result: TrainingResult[Loss], final: Loss | None) -> None:
     """Write ``README.md`` to the run's folder."""
-    loss = "not measured, the run was stopped"
-    if final is not None:
-        loss = f"{final.nats_per_token:.3f} nats/token, {final.bits_per_byte:.3f} bits/byte"
     folder, start = Path(plan.options.output_dir), plan.options.init_from
     text = CARD.format(
         name=folder.name,
@@ -58,7 +55,7 @@ def write_card(plan: Plan, result: TrainingResult[Loss], final: Loss | None) -> 
         train_tokens=len(plan.corpus.train),
         tokens=result.tokens,
         steps=result.steps,
-        held_out=loss,
+        held_out="not measured, the run was stopped" if final is None else final,
         held_out_tokens=len(plan.corpus.held_out) - 1,
         length=plan.options.max_length,
         folder=folder,

@@ -6,57 +6,46 @@ folder gets its name only when all of it is on the disk, and older ones are remo
 there is a whole checkpoint at every moment, whatever ends the run.
 """
 
-import os
 import shutil
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import PreTrainedTokenizerBase
 
 from hamt.cache import HAMTCache
 from hamt.errors import UserError, reason
 from hamt.files import WRITING, existing, new_folder
 from hamt.training.held_out import Loss
 from hamt.training.loop import Trainer, TrainingResult
+from hamt.training.plan import Plan
 
 STATE = "training_state.pt"
 
 
-def save_state(
-    folder: str | os.PathLike[str],
-    trainer: Trainer[Loss],
-    tokenizer: PreTrainedTokenizerBase,
-    identity: dict[str, Any],
-    keep: int = 1,
-) -> None:
-    """Write ``step_<n>``, then remove all but the last ``keep``. The main process writes.
+def save_state(plan: Plan, trainer: Trainer[Loss]) -> None:
+    """Write ``step_<n>``, then remove all checkpoints but the last ones, which are to be kept.
 
-    Args:
-        folder: where the checkpoints of the run are.
-        trainer: the run; all processes call this, each with its own.
-        tokenizer: saved with the model.
-        identity: what must be the same in a resumed run, or it would go on in another way.
-        keep: how many checkpoints are left.
+    All processes call this, each with its own ``trainer``; the main one writes.
 
     Raises:
         UserError: if it cannot be written; those that are there stay.
     """
-    folder, step = Path(folder), trainer.result.steps
+    folder, result, scaler = plan.checkpoints, trainer.result, trainer.accelerator.scaler
     processes = gather_object([_process_state(trainer)])
     if not trainer.accelerator.is_main_process:
         return
-    target = folder / f"step_{step}"
+    target = folder / f"step_{result.steps}"
     if target in find_states(folder):
         return  # at the end of a run whose last step was one to save, too
+    held_out = [(step, tuple(loss)) for step, loss in result.held_out]
     state = {
-        "identity": identity,
+        "identity": plan.identity,
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "scaler": trainer.accelerator.scaler.state_dict() if trainer.accelerator.scaler else None,
-        "result": asdict(trainer.result)
-        | {"held_out": [(step, tuple(loss)) for step, loss in trainer.result.held_out]},
+        "scaler": scaler.state_dict() if scaler else None,
+        "result": asdict(result) | {"held_out": held_out},
         "recent": list(trainer.recent),
         "losses": list(trainer.spikes.losses),
         "processes": processes,
@@ -64,38 +53,31 @@ def save_state(
 
     def write(fresh: Path) -> None:
         trainer.model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
+        plan.tokenizer.save_pretrained(fresh)
         torch.save(state, fresh / STATE)
 
     try:
         new_folder(target, write)
     except OSError as error:
         raise UserError(
-            f"no checkpoint could be written at step {step} ({reason(error)}): "
+            f"no checkpoint could be written at step {result.steps} ({reason(error)}): "
             f"free space in {folder}, then --resume goes on from the one before"
         ) from error
-    for stale in find_states(folder)[:-keep]:
+    for stale in find_states(folder)[: -plan.options.keep_checkpoints]:
         shutil.rmtree(stale)
 
 
-def find_states(folder: str | os.PathLike[str]) -> list[Path]:
+def find_states(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, oldest first; copies under other names are not among them."""
-    steps = {
-        int(path.name.removeprefix("step_")): path
-        for path in Path(folder).glob("step_*")
-        if path.name.removeprefix("step_").isdecimal() and (path / STATE).is_file()
-    }
-    return [steps[step] for step in sorted(steps)]
+    named = {path.name.removeprefix("step_"): path for path in folder.glob("step_*")}
+    steps = (step for step, path in named.items() if step.isdecimal() and (path / STATE).is_file())
+    return [named[step] for step in sorted(steps, key=int)]
 
 
-def clear_remains(folder: str | os.PathLike[str], everything: bool = False) -> None:
+def clear_remains(folder: Path, everything: bool = False) -> None:
     """Remove what was half written when a run died; ``everything`` removes its checkpoints, too."""
-    folder = Path(folder)
-    for path in (
-        *folder.glob(".step_*"),
-        *folder.glob(f"{WRITING}*"),
-        *folder.parent.glob(f"{WRITING}*"),
-    ):
+    half_written = folder.glob(f"{WRITING}*"), folder.parent.glob(f"{WRITING}*")
+    for path in chain(folder.glob(".step_*"), *half_written):
         shutil.rmtree(path, ignore_errors=True)
     if everything:
         for path in find_states(folder):
@@ -104,28 +86,26 @@ def clear_remains(folder: str | os.PathLike[str], everything: bool = False) -> N
             path.unlink(missing_ok=True)
 
 
-def load_state(
-    path: str | os.PathLike[str], trainer: Trainer[Loss], identity: dict[str, Any]
-) -> None:
-    """Bring a trainer to where the run was that wrote the checkpoint ``path``.
+def load_state(plan: Plan, trainer: Trainer[Loss]) -> None:
+    """Bring a trainer to where the run was that wrote the last checkpoint.
 
     Raises:
         UserError: if the checkpoint cannot be read, or another run wrote it: with what differs.
     """
+    *others, path = find_states(plan.checkpoints)
     try:
-        state = torch.load(Path(path) / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         # A second model for a moment: Transformers knows in how many files it has written the
         # weights, and which of them are tied.
         saved_model = type(trainer.model).from_pretrained(
             path, dtype=trainer.model.dtype, local_files_only=True
         )
     except Exception as error:  # whatever it trips over
-        before = len(find_states(Path(path).parent)) > 1
+        further = "--resume takes the one before" if others else "begin anew"
         raise UserError(
-            f"{path} cannot be read ({reason(error)}): remove it and "
-            f"{'--resume takes the one before' if before else 'begin anew'}"
+            f"{path} cannot be read ({reason(error)}): remove it and {further}"
         ) from error
-    _check_identity(path, state, trainer, identity)
+    _check_identity(plan, path, state)
     trainer.model.load_state_dict(saved_model.state_dict())
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
@@ -133,7 +113,6 @@ def load_state(
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     result = state["result"]
     result["held_out"] = [(step, Loss(*loss)) for step, loss in result["held_out"]]
-    result["train_losses"] = [(step, loss) for step, loss in result["train_losses"]]
     trainer.result = TrainingResult(**{**result, "interrupted": False, "out_of_time": False})
     trainer.recent = [tuple(pair) for pair in state["recent"]]
     trainer.spikes.losses.extend(state["losses"])
@@ -145,30 +124,24 @@ def load_state(
         ) from error
 
 
-def _check_identity(
-    path: str | os.PathLike[str],
-    state: dict[str, Any],
-    trainer: Trainer[Loss],
-    identity: dict[str, Any],
-) -> None:
-    for name, wanted in identity.items():
+def _check_identity(plan: Plan, path: Path, state: dict[str, Any]) -> None:
+    for name, wanted in plan.identity.items():
         if name == "text" and name not in state["identity"]:
             continue  # an older run noted path and date of its text, from which nothing can be told
         saved = state["identity"].get(name)
-        if saved != wanted and name == "text":
-            raise UserError(
-                f"the run in {path} had another text or tokenizer: resume with the options it had "
-                "(training_info.json, or the recipe), or start in another --output_dir"
-            )
-        if saved != wanted:
-            raise UserError(
-                f"the run in {path} had {name} {saved!r}, this one has {wanted!r}: "
-                "resume with the same, or start in another --output_dir"
-            )
-    if len(state["processes"]) != trainer.accelerator.num_processes:
+        if saved == wanted:
+            continue
+        other, same = f"{name} {saved!r}, this one has {wanted!r}", "the same"
+        if name == "text":
+            other = "another text or tokenizer"
+            same = "the options it had (training_info.json, or the recipe)"
         raise UserError(
-            f"the run in {path} had {len(state['processes'])} processes, this one has "
-            f"{trainer.accelerator.num_processes}: resume with as many"
+            f"the run in {path} had {other}: resume with {same}, or start in another --output_dir"
+        )
+    before, now = len(state["processes"]), plan.accelerator.num_processes
+    if before != now:
+        raise UserError(
+            f"the run in {path} had {before} processes, this one has {now}: resume with as many"
         )
 
 
@@ -193,25 +166,17 @@ def _restore_process(trainer: Trainer[Any], state: dict[str, Any]) -> None:
 
 
 def check_space(
-    folder: str | os.PathLike[str],
-    num_bytes: int,
-    mend: str = "free space, or choose another --output_dir",
+    folder: Path, num_bytes: int, mend: str = "free space, or choose another --output_dir"
 ) -> None:
-    """Refuse to begin a run whose checkpoints the disk cannot hold.
-
-    Args:
-        folder: where the run writes.
-        num_bytes: what its checkpoints take at most.
-        mend: what the user is told to do.
+    """Refuse to begin a run whose checkpoints, of ``num_bytes`` at most, the disk cannot hold.
 
     Raises:
-        UserError: with what is needed and what there is.
+        UserError: with what is needed, what there is, and ``mend``, what the user can do.
     """
     free = shutil.disk_usage(existing(folder)).free
     # What the run has written before it was resumed is replaced, or stays and is not written again.
-    num_bytes -= sum(
-        path.stat().st_size for path in Path(folder).glob("checkpoints/**/*") if path.is_file()
-    )
+    written = (path for path in folder.glob("checkpoints/**/*") if path.is_file())
+    num_bytes -= sum(path.stat().st_size for path in written)
     if free < num_bytes:
         raise UserError(
             f"{folder} has {free / 2**30:.1f} GiB free, the checkpoints of this run need "

@@ -20,8 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     if run is None or run.final is None:
         return 0 if run is None else 130
     console.print(
-        f"held-out loss on all of the text {run.final.nats_per_token:.3f} nats/token, "
-        f"{run.final.bits_per_byte:.3f} bits/byte; "
+        f"held-out loss on all of the text {run.final}; "
         f"{run.result.tokens_per_second:,.0f} tokens/s; all is in {options.output_dir}"
     )
     step, best = min(run.result.held_out, key=lambda measured: measured[1].nats_per_token)

@@ -14,7 +14,7 @@ from hamt.options import MAX_SEED, option, parse
 from hamt.training.options import TrainOptions
 from hamt.training.run import compare_with_ngrams, train_model
 
-SIZE: dict[str, Any] = {"hidden_dim": 128, "num_layers": 4}
+SIZE: dict[str, Any] = {"hidden_dim": 128, "num_layers": 4, "vocab_size": 2048, "batch_size": 8}
 
 
 @dataclass
@@ -35,21 +35,9 @@ def main(arguments: Sequence[str]) -> int:
     """Train, compare with unigram and bigram models, generate, and say what to try next."""
     options = parse(DemoOptions, arguments, "demo")
     console = Console(soft_wrap=True, highlight=False)
-    run = train_model(
-        TrainOptions(
-            data=options.data,
-            output_dir=options.output_dir,
-            vocab_size=2048,
-            batch_size=8,
-            num_steps=options.num_steps,
-            max_minutes=options.max_minutes,
-            seed=options.seed,
-            eval_interval=max(options.num_steps // 6, 1),
-            overwrite=True,
-            **SIZE,
-        ),
-        console,
-    )
+    settings = {name: value for name, value in vars(options).items() if name != "prompt"}
+    settings |= {**SIZE, "eval_interval": max(options.num_steps // 6, 1), "overwrite": True}
+    run = train_model(TrainOptions(**settings), console)
     if run is None or run.final is None:
         return 0
     unigram, bigram = compare_with_ngrams(run, options.output_dir)

@@ -22,9 +22,8 @@ class DivergenceError(Exception):
 class LossSpikes:
     """Finds losses that leap, among the noise that losses have.
 
-    Args:
-        deviations: a loss so many standard deviations above the mean of the last ones, and at least
-            ``MIN_LEAP`` above it, is a leap. At 0 only what is not finite is found.
+    A loss so many standard ``deviations`` above the mean of the last ones, and at least
+    ``MIN_LEAP`` above it, is a leap. At 0 only what is not finite is found.
     """
 
     def __init__(self, deviations: float) -> None:

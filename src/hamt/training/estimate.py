@@ -16,10 +16,9 @@ from hamt.utils import model_flops
 # Parts of a forward pass whose operations count.
 PRODUCTS = ("projections", "memory", "attention", "mlp", "head")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Bytes for a parameter in float32: the weight, and the states of its optimiser. AdamW has two,
-# Muon, which trains the matrices, has one; two is the upper bound.
-WEIGHT, OPTIMIZER = 4, 8
-GRADIENT = 4
+# Bytes for a parameter in float32: its weight, its gradient, and the states of its optimiser.
+# AdamW has two, Muon, which trains the matrices, has one; two is the upper bound.
+WEIGHT, GRADIENT, OPTIMIZER = 4, 4, 8
 
 
 def training_flops(model: HAMTForCausalLM) -> float:
@@ -59,22 +58,21 @@ def peak_tokens_per_second(plan: Plan) -> float:
 
 def step_seconds(plan: Plan, repeats: int = 2) -> float:
     """Seconds of one step on this machine, measured on random tokens; no weight is changed."""
-    processes = plan.accelerator.num_processes
-    rows = max(plan.options.batch_size // plan.options.micro_batches // processes, 1)
-    model = plan.model.to(plan.accelerator.device)
-    ids = torch.randint(
-        model.config.vocab_size, (rows, plan.batches.length), device=plan.accelerator.device
-    )
+    options, accelerator = plan.options, plan.accelerator
+    rows = options.batch_size // (options.micro_batches * accelerator.num_processes)
+    model = plan.model.to(accelerator.device)
+    shape = (rows, plan.batches.length)
+    ids = torch.randint(model.config.vocab_size, shape, device=accelerator.device)
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        with plan.accelerator.autocast():
+        with accelerator.autocast():
             loss = model(ids, labels=ids, return_logits=False).loss
         loss.backward()
         loss.item()  # waits for a GPU
         model.zero_grad(set_to_none=True)
         times.append(time.perf_counter() - start)
-    return min(times) * plan.options.micro_batches
+    return min(times) * options.micro_batches
 
 
 def print_estimate(plan: Plan, console: Console) -> None:

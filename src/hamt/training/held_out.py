@@ -14,13 +14,13 @@ from hamt.data.tokens import Split
 
 
 class Loss(NamedTuple):
-    """The mean loss of the scored tokens, in two units.
-
-    Bits per byte can be compared between tokenizers.
-    """
+    """The mean loss of the scored tokens; bits per byte can be compared between tokenizers."""
 
     nats_per_token: float
     bits_per_byte: float
+
+    def __str__(self) -> str:
+        return f"{self.nats_per_token:.3f} nats/token, {self.bits_per_byte:.3f} bits/byte"
 
 
 @torch.no_grad()
@@ -39,9 +39,6 @@ def held_out_loss(
     A token is predicted from the tokens before it in its block; nothing is padded.
 
     Args:
-        model: a causal language model.
-        split: the text.
-        length: tokens of a block.
         every: score every n-th whole block only, a sample from all parts of the text; 1 is all.
         batch_size: blocks at a time.
         documents_flow: a document sees those before it in its block.
@@ -55,14 +52,13 @@ def held_out_loss(
     rest = len(split) - 1 - num_blocks * length
     if rest and (every == 1 or not num_blocks):
         batches.append((np.array([num_blocks * length]), rest))
-    index, count = (
-        (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    )
+    if accelerator is not None:
+        batches = batches[accelerator.process_index :: accelerator.num_processes]
     # Summed loss and number of tokens; in float64, since there are millions of them.
     total = torch.zeros(2, dtype=torch.float64)
-    for begins, size in batches[index::count]:
+    for begins, size in batches:
         total += _score(model, batch_at(split, begins, size, documents_flow))
-    if accelerator is not None and count > 1:
+    if accelerator is not None and accelerator.num_processes > 1:
         total = accelerator.reduce(total.to(accelerator.device), "sum").cpu()
     model.train(was_training)
     nats = (total[0] / total[1]).item()

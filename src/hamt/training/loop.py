@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hamt.cache import HAMTCache
 from hamt.cross_entropy import IGNORE_INDEX
-from hamt.data.blocks import Batch, split_columns, split_rows
+from hamt.data.blocks import Batch, split_batch
 from hamt.model import HAMTForCausalLM
 from hamt.training.accelerator import in_any_process, make_accelerator, of_main_process
 from hamt.training.divergence import DivergenceError, LossSpikes
@@ -30,72 +30,49 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """How to train.
-
-    Args:
-        num_steps: optimiser steps.
-        learning_rate: the peak of the schedule.
-        optimizer: see ``build_optimizers``, as for ``weight_decay`` and ``eps``. With a small
-            ``eps`` a model goes on becoming more exact after it has solved a task, when gradients
-            are tiny.
-        schedule: see ``learning_rate_scale``, as for ``warmup``, ``final_learning_rate`` (its
-            ``floor``) and ``decay``.
-        max_norm: if the norm of all gradients together exceeds this, they are scaled down to it.
-        micro_batches: parts of a step that are computed one after the other, each with an equal
-            share of the rows, to save memory.
-        tbptt_segments: parts of a row that are read one after the other. The state is carried
-            through all of them, and gradients flow back through all of them.
-        carry_state: the rows of a step go on where those of the step before ended: they start from
-            that state, through which no gradients flow.
-        max_seconds: training ends within about this time. The schedule goes by the share of steps
-            or of time that has passed, whichever is larger, so that a run which time ends has had
-            the whole schedule.
-        log_interval: steps from one record to the next; losses and norms in it are means.
-        eval_interval: steps from one evaluation to the next.
-        spike: a loss this many standard deviations above the last ones ends the run; at 0 only a
-            loss or gradient that is not finite does.
-        skip_trouble: instead of ending the run, leave out the updates of such steps.
-    """
+    """How to train."""
 
     num_steps: int
-    learning_rate: float
-    optimizer: str = "muon"
+    learning_rate: float  # the peak of the schedule
+    optimizer: str = "muon"  # see ``build_optimizers``
     weight_decay: float = 0.1
+    # With a small one a model goes on becoming more exact after it has solved a task, when
+    # gradients are tiny.
     eps: float = 1e-8
-    schedule: str = "cosine"
+    schedule: str = "cosine"  # see ``learning_rate_scale``, as for the next three
     warmup: float = 0.05
-    final_learning_rate: float = 0.1
+    final_learning_rate: float = 0.1  # its ``floor``
     decay: float = 0.2
-    max_norm: float = 1.0
-    micro_batches: int = 1
-    tbptt_segments: int = 1
+    max_norm: float = 1.0  # all gradients together are scaled down to this norm
+    micro_batches: int = 1  # equal shares of the rows of a step, computed in turn to save memory
+    tbptt_segments: int = 1  # parts of a row, read in turn; state and gradients flow through them
+    # The rows of a step go on where those of the step before ended: they start from that state,
+    # through which no gradients flow.
     carry_state: bool = False
-    max_seconds: float = float("inf")
-    log_interval: int = 10
-    eval_interval: int = 100
-    spike: float = 0.0
-    skip_trouble: bool = False
+    # Training ends within about this time. The schedule goes by the share of steps or of time that
+    # has passed, whichever is larger, so that a run which time ends has had the whole schedule.
+    max_seconds: float = math.inf
+    log_interval: int = 10  # steps from one record to the next; losses and norms in it are means
+    eval_interval: int = 100  # steps from one evaluation to the next
+    spike: float = 0.0  # which losses end the run, see ``LossSpikes``
+    skip_trouble: bool = False  # instead of ending the run, leave out the updates of such steps
 
 
 @dataclass
 class TrainingResult(Generic[T]):
-    """How far a run has come, and what was measured: losses in nats per token.
-
-    ``held_out`` are evaluations, of any type ``T``. ``seconds`` is the time of the training steps,
-    ``wall_seconds`` also that of evaluations and checkpoints. ``skipped`` steps had no update.
-    """
+    """How far a run has come, and what was measured: losses in nats per token."""
 
     steps: int = 0
     tokens: int = 0
-    seconds: float = 0.0
-    wall_seconds: float = 0.0
-    skipped: int = 0
+    seconds: float = 0.0  # of the training steps
+    wall_seconds: float = 0.0  # also those of evaluations and checkpoints
+    skipped: int = 0  # steps without an update
     final_loss: float | None = None
     final_aux_loss: float | None = None
     interrupted: bool = False
     out_of_time: bool = False
     train_losses: list[tuple[int, float]] = field(default_factory=list)
-    held_out: list[tuple[int, T]] = field(default_factory=list)
+    held_out: list[tuple[int, T]] = field(default_factory=list)  # evaluations by step
 
     @property
     def tokens_per_second(self) -> float:
@@ -127,7 +104,6 @@ class Trainer(Generic[T]):
             ``shift_labels`` and ``num_items_in_batch``.
         evaluate: measures the model on held-out data. Every process calls it before the first step,
             every ``eval_interval`` steps and after the last one.
-        options: see ``LoopOptions``.
         accelerator: device, precision and processes; None is this process, in float32.
         compiled: ``torch.compile`` of the model, if that is to be called in its place.
         until: whether a measurement is good enough to end the run early.
@@ -173,15 +149,12 @@ class Trainer(Generic[T]):
     ) -> TrainingResult[T]:
         """Train until the last step, until the time is over, or until Ctrl-C.
 
+        After Ctrl-C the last step is a whole one. The model is left in evaluation mode.
+
         Args:
             batches: the rows of this process, ``input_ids`` (B, N) and ``shift_labels`` (B, N) and
                 what else the model takes; the first batch is that of step ``result.steps``.
-            begins: whether the rows of a step go on from no others, so that no state is carried
-                into it.
-
-        Returns:
-            What happened. After Ctrl-C the last step is a whole one. The model is left in
-            evaluation mode.
+            begins: whether no state is carried into a step, whose rows go on from no others.
 
         Raises:
             DivergenceError: if a loss or a gradient is not finite, or a loss leaps up.
@@ -191,13 +164,10 @@ class Trainer(Generic[T]):
         if not result.held_out:
             self._measure()
         self.model.train()
-        good_enough = False
         with deferred_interrupt() as interrupted:
-            while (
-                result.steps < options.num_steps
-                and not good_enough
-                and not in_any_process(self.accelerator, interrupted.is_set())
-            ):
+            while result.steps < options.num_steps:
+                if in_any_process(self.accelerator, interrupted.is_set()):
+                    break
                 begin = time.monotonic()
                 elapsed = of_main_process(self.accelerator, begin - start)
                 if elapsed >= options.max_seconds:
@@ -205,19 +175,20 @@ class Trainer(Generic[T]):
                     break
                 if begins(result.steps):
                     self.carried = [None] * options.micro_batches
-                progress = max(
-                    (result.steps + 1) / options.num_steps, elapsed / options.max_seconds
-                )
-                self._step(next(batches), progress)
+                steps = (result.steps + 1) / options.num_steps
+                self._step(next(batches), max(steps, elapsed / options.max_seconds))
                 now = time.monotonic()
                 result.seconds, result.wall_seconds = result.seconds + now - begin, now - start
-                if result.steps % options.log_interval == 0 or result.steps == options.num_steps:
+                is_last, good_enough = result.steps == options.num_steps, False
+                if result.steps % options.log_interval == 0 or is_last:
                     self._log()
-                if result.steps % options.eval_interval == 0 and result.steps < options.num_steps:
+                if result.steps % options.eval_interval == 0 and not is_last:
                     good_enough = self.until(self._measure())
                     self.model.train()
                 for listener in self.listeners:
                     listener.stepped(self)
+                if good_enough:
+                    break
             result.interrupted = in_any_process(self.accelerator, interrupted.is_set())
         if not result.interrupted:  # otherwise both are done when the run is resumed
             self._log()
@@ -231,7 +202,7 @@ class Trainer(Generic[T]):
     def _step(self, batch: Batch, progress: float) -> None:
         """Train on a batch; ``progress`` is the share of the schedule that has passed."""
         options, result, accelerator = self.options, self.result, self.accelerator
-        parts, carried_before = split_rows(batch, options.micro_batches), list(self.carried)
+        parts, carried_before = split_batch(batch, options.micro_batches, dim=0), list(self.carried)
         num_targets = batch["shift_labels"].ne(IGNORE_INDEX).sum().to(accelerator.device)
         num_targets = accelerator.reduce(num_targets, "sum")
         loss, aux_loss = torch.zeros((), device=accelerator.device), None
@@ -246,12 +217,11 @@ class Trainer(Generic[T]):
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), options.max_norm))
         # The scaler of float16 tries scales until gradients overflow; then it leaves that step out
         # and takes a smaller scale. That is how it finds the scale, and no sign of divergence.
-        overflow = (
-            accelerator.scaler is not None and math.isfinite(loss) and not math.isfinite(norm)
-        )
-        trouble = "the scale overflows" if overflow else self.spikes.trouble(loss, norm)
-        if trouble and not overflow and not options.skip_trouble:
+        overflow = accelerator.scaler and math.isfinite(loss) and not math.isfinite(norm)
+        trouble = None if overflow else self.spikes.trouble(loss, norm)
+        if trouble and not options.skip_trouble:
             raise DivergenceError(trouble, result.steps, dict(batch))
+        leave_out = bool(overflow or trouble)
         scale = learning_rate_scale(
             progress,
             options.schedule,
@@ -260,13 +230,13 @@ class Trainer(Generic[T]):
             decay=options.decay,
         )
         set_learning_rate(self.optimizers, options.learning_rate * scale)
-        update(self.optimizers, accelerator.scaler, leave_out=bool(trouble))
-        if trouble:
+        update(self.optimizers, accelerator.scaler, leave_out)
+        if leave_out:
             self.carried = carried_before
         else:
             self.recent.append((loss, norm))
         result.steps += 1
-        result.skipped += bool(trouble)
+        result.skipped += leave_out
         result.tokens += batch["input_ids"].numel() * accelerator.num_processes
         result.final_aux_loss = None if aux_loss is None else aux_loss.item()
 
@@ -276,21 +246,19 @@ class Trainer(Generic[T]):
         The loss is a share: over micro-batches and processes they add up to the mean over all
         ``num_targets`` targets of the step.
         """
-        options = self.options
-        carry = options.carry_state or options.tbptt_segments > 1
-        before = self.carried[index]
-        # A copy: if the step is left out, the next one goes on from what there was before it.
-        cache = before.fork() if before is not None else None
-        if carry and cache is None:
-            cache = HAMTCache(self.model.config.num_hidden_layers)
-        arguments: dict[str, Any] = {"past_key_values": cache} if carry else {}
+        options, before = self.options, self.carried[index]
+        arguments: dict[str, Any] = {}
+        if options.carry_state or options.tbptt_segments > 1:
+            num_layers = self.model.config.num_hidden_layers
+            # A copy: if the step is left out, the next one goes on from what there was before it.
+            cache = HAMTCache(num_layers) if before is None else before.fork()
+            arguments["past_key_values"] = cache
         if isinstance(self.model, HAMTForCausalLM):
             # Training needs no logits, and those of a large vocabulary take more memory than all
             # the rest. Other models have no such argument.
             arguments["return_logits"] = False
         loss: Tensor | float = 0.0
-        outputs = None
-        for segment in split_columns(part, options.tbptt_segments):
+        for segment in split_batch(part, options.tbptt_segments, dim=1):
             segment = {name: x.to(self.accelerator.device) for name, x in segment.items()}
             # Models of Transformers compute a loss only if they get ``labels``. Those they would
             # shift by one, but where there are ``shift_labels`` their loss takes them instead.
@@ -298,7 +266,7 @@ class Trainer(Generic[T]):
             with self.accelerator.autocast():
                 outputs = self.called_model(**segment, **arguments, num_items_in_batch=num_targets)
             loss = loss + outputs.loss
-        if options.carry_state and cache is not None:
+        if options.carry_state:
             self.carried[index] = cache.detach()
         return loss, getattr(outputs, "aux_loss", None)  # type: ignore[return-value]
 

@@ -9,10 +9,8 @@ def ngram_losses(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> tu
     The unigram model adds one to every count. The bigram model is interpolated Kneser-Ney (Chen and
     Goodman 1999, equations 24-26), with the discount n1 / (n1 + 2 n2).
 
-    Args:
-        train: token ids (tokens,) that both models are estimated on.
-        held_out: token ids (tokens,) that they are measured on, all but the first.
-        vocab_size: how many different tokens there are.
+    Both are estimated on the token ids ``train`` (tokens,), and measured on all but the first of
+    ``held_out`` (tokens,).
     """
     tokens, targets = train.astype(np.int64), held_out.astype(np.int64)
     counts = np.bincount(tokens, minlength=vocab_size)

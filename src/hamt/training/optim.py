@@ -19,17 +19,12 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """Optimisers that together own every parameter once.
 
-    Args:
-        model: whose parameters they train.
-        kind: ``adamw``: AdamW for all. ``muon``: Muon for the matrices of the blocks, AdamW for
-            embeddings, gates, norms and convolutions. Muon orthogonalises the update of a matrix
-            (Jordan et al. 2024); ``match_rms_adamw`` scales it to the size of AdamW's updates (Liu
-            et al. 2025, arXiv 2502.16982), so that one learning rate and one weight decay serve
-            both.
-        learning_rate: of both, until ``set_learning_rate`` changes it.
-        weight_decay: of matrices; vectors have none.
-        eps: AdamW's: parameters with gradients far below it do not move. Muon's is ten times as
-            large, as the defaults of PyTorch are.
+    Of the kind ``adamw`` it is AdamW for all; ``muon`` is Muon for the matrices of the blocks and
+    AdamW for embeddings, gates, norms and convolutions. Muon orthogonalises the update of a matrix
+    (Jordan et al. 2024); ``match_rms_adamw`` scales it to the size of AdamW's updates (Liu et al.
+    2025, arXiv 2502.16982), so that one learning rate and one weight decay serve both. Vectors have
+    no weight decay. Parameters with gradients far below ``eps`` do not move under AdamW; Muon's is
+    ten times as large, as the defaults of PyTorch are.
 
     Raises:
         ValueError: if ``kind`` is none of ``OPTIMIZERS``.
@@ -46,41 +41,25 @@ def build_optimizers(
         ]
     of_muon = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in of_muon]
-    adamw = AdamW(
-        [
-            {"params": [p for p in others if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        learning_rate,
-        betas=(0.9, 0.95),
-        eps=eps,
-        fused=True,
-    )
+    groups = [
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adamw = AdamW(groups, learning_rate, betas=(0.9, 0.95), eps=eps, fused=True)
     if not matrices:
         return [adamw]
-    muon = Muon(
-        matrices,
-        learning_rate,
-        weight_decay=weight_decay,
-        eps=10 * eps,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    muon = Muon(matrices, learning_rate, weight_decay, eps=10 * eps, adjust_lr_fn="match_rms_adamw")
     return [muon, adamw]
 
 
 def learning_rate_scale(
     progress: float, schedule: str = "cosine", *, warmup: float, floor: float, decay: float = 0.2
 ) -> float:
-    """The learning rate as a share of its peak: a linear warm-up, then the schedule.
+    """The learning rate as a share of its peak, after ``progress``, a share of training in [0, 1].
 
-    Args:
-        progress: the share of training that has passed, in [0, 1].
-        schedule: ``cosine`` falls to the floor all along; ``wsd`` (warm-up, stable, decay; Hu et
-            al. 2024, arXiv 2404.06395) stays at the peak and falls linearly at the end;
-            ``constant`` stays at the peak.
-        warmup: the share of training in which the learning rate rises to its peak.
-        floor: where it ends.
-        decay: the share of training in which ``wsd`` falls.
+    It rises linearly in the share ``warmup``. Then ``cosine`` falls to ``floor`` all along; ``wsd``
+    (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) stays at the peak and falls linearly
+    to ``floor`` in the last share ``decay``; ``constant`` stays at the peak.
 
     Raises:
         ValueError: if there is no such schedule.

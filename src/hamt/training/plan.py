@@ -1,8 +1,9 @@
 """From options to all that a run needs. What can be wrong is found out before compute is spent."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +22,12 @@ from hamt.options import check
 from hamt.training.accelerator import make_accelerator
 from hamt.training.loop import LoopOptions
 from hamt.training.options import SIZES, TrainOptions
+
+# The options that a resumed run must share with the run that it goes on with.
+FIXED = (
+    *("optimizer", "batch_size", "max_length", "order"),
+    *("documents_flow", "micro_batches", "tbptt_segments", "seed"),
+)
 
 
 @dataclass
@@ -48,20 +55,10 @@ class Plan:
     @property
     def identity(self) -> dict[str, object]:
         """What must not have changed when the run is resumed."""
-        fixed = (
-            "batch_size",
-            "max_length",
-            "order",
-            "documents_flow",
-            "micro_batches",
-            "tbptt_segments",
-            "seed",
-        )
         return {
             "text": self.corpus.fingerprint,
             **{name: getattr(self.model.config, name) for name in HAMTConfig.__annotations__},
-            "optimizer": self.options.optimizer,
-            **{name: getattr(self.options, name) for name in fixed},
+            **{name: getattr(self.options, name) for name in FIXED},
         }
 
 
@@ -75,17 +72,17 @@ def make_plan(options: TrainOptions) -> Plan:
     _check_together(options)
     accelerator = make_accelerator(options.mixed_precision)
     processes = accelerator.num_processes
-    if options.batch_size % (processes * options.micro_batches):
+    parts = processes * options.micro_batches
+    if options.batch_size % parts:
         raise UserError(
             f"--batch_size {options.batch_size} cannot be shared among {processes} processes with "
-            f"{options.micro_batches} micro-batches: "
-            f"make it a multiple of {processes * options.micro_batches}"
+            f"{options.micro_batches} micro-batches: make it a multiple of {parts}"
         )
     # The main process learns the tokenizer and tokenises the text; the others wait, and then find
     # both in the cache.
     with accelerator.main_process_first():
         # Now already, only to find mistakes in sizes before minutes are spent on a tokenizer.
-        build_config(**_fields(options), vocab_size=options.vocab_size)
+        _config(**_fields(options), vocab_size=options.vocab_size)
         check_writable(options.output_dir, make=not options.dry_run)
         text = load_corpus(
             options.data,
@@ -100,7 +97,8 @@ def make_plan(options: TrainOptions) -> Plan:
         raise UserError(
             f"{options.data} is too short to hold any of it out: give more text, or --held_out"
         )
-    share = options.batch_size // processes
+    rows = options.batch_size // processes
+    first = rows * accelerator.process_index
     batches = Batches(
         corpus.train,
         length=options.max_length * options.tbptt_segments,
@@ -108,10 +106,14 @@ def make_plan(options: TrainOptions) -> Plan:
         order=options.order,
         documents_flow=options.documents_flow or tokenizer.eos_token_id is None,
         seed=options.seed,
-        rows=slice(accelerator.process_index * share, (accelerator.process_index + 1) * share),
+        rows=slice(first, first + rows),
     )
     torch.manual_seed(options.seed)
-    model = _model(options, tokenizer, trained[0] if trained else None)
+    if trained:
+        model = HAMTForCausalLM(_config(**trained[0].config.to_dict() | options.architecture()))
+        model.load_state_dict(trained[0].state_dict())
+    else:
+        model = _new_model(options, tokenizer)
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if processes > 1:  # all have made the same model, but each drops other features
@@ -127,31 +129,24 @@ def _tokenizer(options: TrainOptions, text: Corpus) -> PreTrainedTokenizerBase:
     return own_tokenizer(text, options.vocab_size, options.token_cache)
 
 
-def _model(
-    options: TrainOptions, tokenizer: PreTrainedTokenizerBase, trained: HAMTForCausalLM | None
-) -> HAMTForCausalLM:
-    if trained is None:
-        config = build_config(
-            **_fields(options),
-            vocab_size=len(tokenizer),
-            max_position_embeddings=options.max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        return HAMTForCausalLM(config)
-    config = build_config(**{**trained.config.to_dict(), **options.architecture()})
-    model = HAMTForCausalLM(config)
-    model.load_state_dict(trained.state_dict())
-    return model
+def _new_model(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> HAMTForCausalLM:
+    config = _config(
+        **_fields(options),
+        vocab_size=len(tokenizer),
+        max_position_embeddings=options.max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return HAMTForCausalLM(config)
 
 
-def build_config(**fields) -> HAMTConfig:
-    """A configuration with these fields.
+def _fields(options: TrainOptions) -> dict[str, Any]:
+    """The fields of the configuration that the options name, by a size or one by one."""
+    return {**(SIZES[options.size] if options.size else {}), **options.architecture()}
 
-    Raises:
-        UserError: if they do not fit together, with what would be right.
-    """
+
+def _config(**fields: Any) -> HAMTConfig:
     with user_errors():
         return HAMTConfig(**fields)
 
@@ -171,17 +166,13 @@ def _check_together(options: TrainOptions) -> None:
         raise UserError(f"--init_from brings sizes and tokenizer along: leave --{given[0]} out")
 
 
-def _fields(options: TrainOptions) -> dict:
-    return {**(SIZES[options.size] if options.size else {}), **options.architecture()}
-
-
 def _loop(options: TrainOptions, batches: Batches) -> LoopOptions:
-    steps = options.num_steps or max(math.ceil(options.num_epochs * batches.steps_per_epoch), 1)
-    same = {field.name for field in fields(LoopOptions)} & {
-        field.name for field in fields(TrainOptions)
-    }
-    return LoopOptions(
-        carry_state=options.order == "contiguous",
-        max_seconds=60 * options.max_minutes if options.max_minutes else math.inf,
-        **{**{name: getattr(options, name) for name in same}, "num_steps": steps},
+    """The options of the loop: most have the same name there, three are worked out."""
+    same = LoopOptions.__dataclass_fields__.keys() & TrainOptions.__dataclass_fields__.keys()
+    values = {name: getattr(options, name) for name in same}
+    values["num_steps"] = options.num_steps or max(
+        math.ceil(options.num_epochs * batches.steps_per_epoch), 1
     )
+    values["carry_state"] = options.order == "contiguous"
+    values["max_seconds"] = 60 * options.max_minutes if options.max_minutes else math.inf
+    return LoopOptions(**values)

@@ -47,9 +47,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     unigram, bigram = compare_with_ngrams(run, options.output_dir)
     console.print(
-        f"final loss {run.result.final_loss:.3f} (training), "
-        f"{run.final.nats_per_token:.3f} nats/token, {run.final.bits_per_byte:.3f} bits/byte "
-        f"(held out); unigram {unigram:.3f}, bigram {bigram:.3f}"
+        f"final loss {run.result.final_loss:.3f} (training), {run.final} (held out); "
+        f"unigram {unigram:.3f}, bigram {bigram:.3f}"
     )
     if run.model.config.use_auxiliary_loss:
         console.print(

@@ -72,12 +72,11 @@ def train_model(options: TrainOptions, console: Console) -> FinishedRun | None:
     logging.disable_progress_bar()  # of Transformers, for files of a few MB
     plan = make_plan(options)
     is_main = plan.accelerator.is_main_process
-    if not is_main:
-        console = Console(quiet=True)
+    console = console if is_main else Console(quiet=True)
     _introduce(plan, console)
     _check_folder(plan)
     check_loggers(options)
-    check_space(options.output_dir, disk_bytes(plan))
+    check_space(Path(options.output_dir), disk_bytes(plan))
     if options.dry_run:
         print_estimate(plan, console)
         return None
@@ -90,14 +89,13 @@ def train_model(options: TrainOptions, console: Console) -> FinishedRun | None:
         peak_tokens_per_second=peak_tokens_per_second(plan) if is_main else None,
     )
     if options.resume:
-        load_state(find_states(plan.checkpoints)[-1], trainer, plan.identity)
+        load_state(plan, trainer)
         console.print(f"going on after step {trainer.result.steps:,}")
         if trainer.result.steps >= plan.loop.num_steps:
             console.print("nothing is left to do: for more, give more --epochs or --num_steps")
     try:
         if is_main:
-            steps = (plan.loop.num_steps, trainer.result.steps)
-            for listener in watchers(options, plan.accelerator, *steps, console):
+            for listener in watchers(plan, trainer.result.steps, console):
                 trainer.listeners.append(listener)
             clear_remains(plan.checkpoints, everything=not options.resume)
         trainer.listeners.append(_Saver(plan, trainer.result))
@@ -122,13 +120,8 @@ def _train(plan: Plan, trainer: Trainer[Loss], console: Console) -> FinishedRun:
         raise UserError(_keep_batch(trouble, plan)) from trouble
     if result.steps > first:
         # Also at the end: a run of more steps can go on from there.
-        _save_state(plan, trainer)
+        save_state(plan, trainer)
     return _finish(plan, trainer, console)
-
-
-def _save_state(plan: Plan, trainer: Trainer[Loss]) -> None:
-    keep = plan.options.keep_checkpoints
-    save_state(plan.checkpoints, trainer, plan.tokenizer, plan.identity, keep)
 
 
 def _measure(plan: Plan, sample: int | None) -> Loss:
@@ -150,9 +143,8 @@ def compare_with_ngrams(run: FinishedRun, output_dir: str) -> tuple[float, float
 
     They are added to ``training_info.json``, too.
     """
-    unigram, bigram = ngram_losses(
-        run.corpus.train.ids, run.corpus.held_out.ids, run.model.config.vocab_size
-    )
+    corpus, vocab_size = run.corpus, run.model.config.vocab_size
+    unigram, bigram = ngram_losses(corpus.train.ids, corpus.held_out.ids, vocab_size)
     path = Path(output_dir) / "training_info.json"
     info = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, {**info, "unigram_loss": unigram, "bigram_loss": bigram})
@@ -169,22 +161,21 @@ class _Saver(Listener[Loss]):
         self.plan = plan
         losses = (loss.nats_per_token for step, loss in result.held_out if step)
         self.lowest_loss = min(losses, default=float("inf"))
-        num_steps = plan.loop.num_steps
-        self.interval = plan.options.save_interval or min(500, max(num_steps // 10, 1))
+        short = max(plan.loop.num_steps // 10, 1)
+        self.interval = plan.options.save_interval or min(500, short)
 
     def evaluated(self, step: int, measured: Loss) -> None:
-        """Save the model if it is the best so far, but no model that has not been trained."""
+        # The first loss is that of a model that has not been trained.
         if step and measured.nats_per_token < self.lowest_loss:
             self.lowest_loss = measured.nats_per_token
             self._save_model("best.pt")
 
     def stepped(self, trainer: Trainer[Loss]) -> None:
-        """Save the model at the end of an epoch, and the whole run every so many steps."""
         step, epoch = trainer.result.steps, self.plan.batches.steps_per_epoch
         if step % epoch == 0:
             self._save_model(f"epoch_{step // epoch}.pt")
         if step % self.interval == 0 and step < self.plan.loop.num_steps:
-            _save_state(self.plan, trainer)
+            save_state(self.plan, trainer)
 
     def _save_model(self, name: str) -> None:
         if self.plan.accelerator.is_main_process:
@@ -223,10 +214,10 @@ def _check_folder(plan: Plan) -> None:
 
 def _keep_batch(trouble: DivergenceError, plan: Plan) -> str:
     """Save the batch that made trouble, and say what the user can do."""
-    process = (
-        f"_process_{plan.accelerator.process_index}" if plan.accelerator.num_processes > 1 else ""
-    )
-    path = Path(plan.options.output_dir) / f"trouble_step_{trouble.step}{process}.pt"
+    name, accelerator = f"trouble_step_{trouble.step}", plan.accelerator
+    if accelerator.num_processes > 1:
+        name += f"_process_{accelerator.process_index}"
+    path = Path(plan.options.output_dir) / f"{name}.pt"
     write_file(path, lambda file: torch.save(trouble.batch, file))
     states = find_states(plan.checkpoints)
     further = f"; --resume goes on from {states[-1].name}" if states else ""
@@ -238,26 +229,23 @@ def _keep_batch(trouble: DivergenceError, plan: Plan) -> str:
 
 def _finish(plan: Plan, trainer: Trainer[Loss], console: Console) -> FinishedRun:
     """Measure the model on all of the held-out text, and write the model and what tells of it."""
-    options, result = plan.options, trainer.result
-    dtype, final = getattr(torch, options.save_dtype), None
+    folder, result = Path(plan.options.output_dir), trainer.result
+    dtype, final = getattr(torch, plan.options.save_dtype), None
     if not result.interrupted:
         # The model is measured with the weights that are saved, rounded to their dtype.
         for parameter in plan.model.parameters():
             parameter.data.copy_(parameter.data.to(dtype))
         final = _measure(plan, sample=None)
     if plan.accelerator.is_main_process:
-        save_checkpoint(options.output_dir, plan.model, plan.tokenizer, dtype)
-        write_json(
-            Path(options.output_dir) / "training_info.json", training_info(plan, result, final)
-        )
+        save_checkpoint(folder, plan.model, plan.tokenizer, dtype)
+        write_json(folder / "training_info.json", training_info(plan, result, final))
         write_card(plan, result, final)
         held_out = [(step, loss.nats_per_token) for step, loss in result.held_out]
-        curves = training_curves(result.train_losses, held_out)
-        save_figure(Path(options.output_dir) / "loss_curve.png", curves)
+        save_figure(folder / "loss_curve.png", training_curves(result.train_losses, held_out))
     if final is None:
         console.print(
             f"stopped after {result.steps:,} steps; the same command with --resume goes on; "
-            f"all is in {options.output_dir}"
+            f"all is in {plan.options.output_dir}"
         )
     plan.accelerator.wait_for_everyone()
     return FinishedRun(plan.model, plan.tokenizer, plan.corpus, result, final)

@@ -5,7 +5,6 @@ TensorBoard and Weights & Biases are Accelerate's trackers.
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from hamt.files import write_text
 from hamt.training.held_out import Loss
 from hamt.training.loop import Listener, Trainer
 from hamt.training.options import TrainOptions
+from hamt.training.plan import Plan
 
 # What of a record goes to the loggers, which count steps and time themselves.
 LOGGED = ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "flop_utilization")
@@ -69,41 +69,31 @@ class HeldOutLines(Listener[Loss]):
     def evaluated(self, step: int, measured: Loss) -> None:
         """Print the line."""
         with tqdm.external_write_mode():
-            self.console.print(
-                f"step {step:5d}   held-out loss {measured.nats_per_token:.3f} nats/token, "
-                f"{measured.bits_per_byte:.3f} bits/byte"
-            )
+            self.console.print(f"step {step:5d}   held-out loss {measured}")
 
 
-class JsonLines(Listener[Loss]):
+class _JsonLines(Listener[Loss]):
     """A log file with one JSON object a line: the records, and the held-out losses.
 
     A run that is resumed after ``step`` goes on in the same file; what was written after that step,
     before the run died, is removed first.
     """
 
-    def __init__(self, path: str | os.PathLike[str], step: int = 0) -> None:
-        path = Path(path)
+    def __init__(self, path: Path, step: int) -> None:
         resumed = step > 0 and path.exists()
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if resumed else []
         write_text(path, "".join(line for line in lines if _step(line) <= step))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def logged(self, record: dict[str, Any]) -> None:
-        """Write a record."""
-        self._write(record)
-
-    def evaluated(self, step: int, measured: Loss) -> None:
-        """Write a held-out loss."""
-        self._write({"step": step, "held_out": measured._asdict()})
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-
-    def _write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+
+    def evaluated(self, step: int, measured: Loss) -> None:
+        self.logged({"step": step, "held_out": measured._asdict()})
+
+    def close(self) -> None:
+        self.file.close()
 
 
 def _step(line: str) -> float:
@@ -114,15 +104,10 @@ def _step(line: str) -> float:
         return float("inf")
 
 
-class Loggers(Listener[Loss]):
+class _Loggers(Listener[Loss]):
     """TensorBoard and Weights & Biases, as far as the options ask for them.
 
     Weights & Biases stays on this machine where ``WANDB_MODE=offline`` is set.
-
-    Args:
-        options: of the run.
-        accelerator: its trackers they become.
-        step: the run goes on after this step.
 
     Raises:
         UserError: if Weights & Biases cannot begin.
@@ -134,8 +119,8 @@ class Loggers(Listener[Loss]):
         # string, which is the project for Weights & Biases and the folder for TensorBoard.
         accelerator.log_with = []
         if options.use_wandb:
-            named = {"name": options.run_name, "dir": folder}
-            accelerator.log_with += [WandBTracker("hamt", **named, config=asdict(options))]
+            run = {"name": options.run_name, "dir": folder, "config": asdict(options)}
+            accelerator.log_with += [WandBTracker("hamt", **run)]
         if options.use_tensorboard:
             # Hide what was written after that step, before the run died.
             purge = {"purge_step": step + 1 if step else None}
@@ -151,36 +136,31 @@ class Loggers(Listener[Loss]):
             ) from error
 
     def logged(self, record: dict[str, Any]) -> None:
-        """Log a record."""
         self.accelerator.log({f"train/{name}": record[name] for name in LOGGED}, record["step"])
 
     def evaluated(self, step: int, measured: Loss) -> None:
-        """Log a held-out loss."""
         values = {f"held_out/{name}": value for name, value in measured._asdict().items()}
         self.accelerator.log(values, step)
 
     def close(self) -> None:
-        """Write what is left."""
         # Accelerate's ``end_training`` would also leave the group of processes, which after an
         # error in this process the others still wait for.
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
 
-def watchers(
-    options: TrainOptions, accelerator: Accelerator, num_steps: int, step: int, console: Console
-) -> Iterator[Listener[Loss]]:
-    """Open all that watches a run of ``num_steps`` steps that goes on after ``step``.
+def watchers(plan: Plan, step: int, console: Console) -> Iterator[Listener[Loss]]:
+    """Open all that watches a run which goes on after ``step``.
 
     They come one at a time, so that those that are open can be closed if the next one cannot begin.
 
     Raises:
         UserError: if a logger cannot begin.
     """
-    yield JsonLines(Path(options.output_dir) / "log.jsonl", step)
-    yield Loggers(options, accelerator, step)
+    yield _JsonLines(Path(plan.options.output_dir) / "log.jsonl", step)
+    yield _Loggers(plan.options, plan.accelerator, step)
     yield HeldOutLines(console)
-    yield ProgressBar(num_steps, step)
+    yield ProgressBar(plan.loop.num_steps, step)
 
 
 def check_loggers(options: TrainOptions) -> None:
