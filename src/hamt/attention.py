@@ -57,6 +57,10 @@ class FullAttention(Mixer):
             shapes["conv"] = (self.config.conv_kernel_size - 1, self.config.hidden_dim)
         return shapes
 
+    def summary(self) -> str:
+        """Its heads."""
+        return f"FullAttention({self.num_heads} heads × {self.head_dim})"
+
     def forward(
         self, hidden_states: Tensor, batch: Batch | None = None, state: State | None = None
     ) -> tuple[Tensor, State, Tensor | None]:

@@ -197,6 +197,10 @@ class HAMTLayer(Mixer):
             shapes["conv"] = (self.config.conv_kernel_size - 1, self.config.hidden_dim)
         return shapes
 
+    def summary(self) -> str:
+        """The memory's sizes and rules."""
+        return repr(self.memory)
+
     def forward(
         self, hidden_states: Tensor, batch: Batch | None = None, state: State | None = None
     ) -> tuple[Tensor, State, Tensor | None]:

@@ -71,6 +71,10 @@ class Mixer(nn.Module):
         """Operations for one token, the mean over a sequence of ``length``, by part."""
         raise NotImplementedError
 
+    def summary(self) -> str:
+        """What it is, in a few words."""
+        return type(self).__name__
+
     def empty_state(
         self, rows: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
     ) -> State:

@@ -3,6 +3,7 @@
 Shape legend: B batch, N tokens, d hidden_dim, V vocab_size.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -129,6 +130,11 @@ class HAMTBackbone(HAMTPreTrainedModel):
         self.layers = nn.ModuleList(HAMTBlock(config, mixer) for mixer in config.layer_mixers)
         self.norm = RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
         self.post_init()
+
+    def mixer_summary(self) -> str:
+        """The mixers of all layers, for people: how many there are of each kind."""
+        kinds = Counter(layer.mixer.summary() for layer in self.layers)
+        return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
 
     @merge_with_config_defaults
     @capture_outputs

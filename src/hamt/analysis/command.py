@@ -11,6 +11,7 @@ from rich.table import Column, Table
 
 from hamt.analysis.analyse import TRACED, Analysis, analyse, summarise
 from hamt.analysis.dashboard import dashboard
+from hamt.analysis.record import memory_layers
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.environment import describe_environment, environment
 from hamt.errors import UserError
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str]) -> int:
     check_writable(options.output_dir, make=True)
     checkpoint = PRETRAINED if options.checkpoint is None else options.checkpoint
     model, tokenizer = load_checkpoint(checkpoint)
+    if not memory_layers(model):
+        raise UserError("this model has no memory to look into: all its mixers are of other kinds")
     name = options.checkpoint or "The model in HAMT"
     ids = encode_text(tokenizer, text)
     if len(ids) < 2 or not text.strip():
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{name}: {model.num_parameters():,} parameters, {_read(analysis)}", markup=False)
     console.print(summary(analysis))
-    slots = len(analysis.results["layers"]["0"]["write_share"][0])
+    slots = len(next(iter(analysis.results["layers"].values()))["write_share"][0])
     console.print(
         f"half-lives in tokens; slots as good as in use, of {slots} a head; effective rank of a "
         "head; fidelity, the cosine of a write that is read back at once (docs/analysis.md)"

@@ -82,7 +82,10 @@ def observe(
     ``layers`` are indices, None for all.
     """
     with ExitStack() as stack:
-        for index in memory_layers(model) if layers is None else layers:
+        memories = memory_layers(model)
+        for index in memories if layers is None else layers:
+            if index not in memories:
+                raise ValueError(f"layer {index} has no memory to look into; {memories} have one")
             _observe(model.model.layers[index].mixer, partial(observer, index), stack)
         yield
 

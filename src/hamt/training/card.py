@@ -16,13 +16,13 @@ tags:
 
 # {name}
 
-A HAMT language model: its token mixer is a fixed-size holographic memory, so that a token costs the
+A HAMT language model. Where its token mixer is a holographic memory of fixed size, a token costs the
 same and the state has the same size at any context length.
 
 | | |
 |---|---|
 | parameters | {parameters:,} |
-| memory | {layers} blocks of {memory} |
+| mixers of tokens | {mixers} |
 | tokenizer | {tokenizer}, {vocab_size:,} tokens |
 | trained on | {corpus}: {train_tokens:,} tokens; {tokens:,} were read in {steps:,} steps |
 | held-out loss | {held_out} |
@@ -46,8 +46,7 @@ def write_card(plan: Plan, result: TrainingResult[Loss], final: Loss | None) -> 
     text = CARD.format(
         name=folder.name,
         parameters=plan.model.num_parameters(),
-        layers=plan.model.config.num_layers,
-        memory=plan.model.model.layers[0].mixer.memory,
+        mixers=plan.model.model.mixer_summary(),
         tokenizer=plan.options.tokenizer or ("as before" if start else "byte-level BPE"),
         before=f"It started from {start}." if start else "It has been trained on nothing else.",
         vocab_size=len(plan.tokenizer),

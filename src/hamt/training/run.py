@@ -183,12 +183,12 @@ class _Saver(Listener[Loss]):
 
 
 def _introduce(plan: Plan, console: Console) -> None:
-    corpus, memory = plan.corpus, plan.model.model.layers[0].mixer.memory
+    corpus, mixers = plan.corpus, plan.model.model.mixer_summary()
     console.print(
         f"[bold]{corpus.name}[/]: {len(corpus.train):,} tokens to train on, "
         f"{len(corpus.held_out):,} held out; vocabulary {len(plan.tokenizer):,}"
     )
-    console.print(f"[bold]model[/]: {plan.model.num_parameters():,} parameters, {memory}")
+    console.print(f"[bold]model[/]: {plan.model.num_parameters():,} parameters, {mixers}")
     console.print(
         f"[bold]run[/]: {plan.loop.num_steps:,} steps of {plan.tokens_per_step:,} tokens, "
         f"{plan.loop.num_steps / plan.batches.steps_per_epoch:.2f} epochs"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from hamt.analysis.explorer.session import Explorer
+from hamt.analysis.record import memory_layers
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.errors import UserError, reason
 from hamt.options import option, parse
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str]) -> int:
     _check_address(options.host, options.port)
     checkpoint = PRETRAINED if options.checkpoint is None else options.checkpoint
     explorer = Explorer(*load_checkpoint(checkpoint))
+    if len(memory_layers(explorer.model)) < len(explorer.model.model.layers):
+        raise UserError("hamt explore looks into memories: not all mixers of this model are one")
     app = build_app(explorer, options.checkpoint or "The model in HAMT")
     try:
         _, address, _ = launch(app, options.host, options.port)
