@@ -47,18 +47,18 @@ class Architecture:
         mixers_only: choices that leave the MLPs out; None if the architecture cannot do without.
         state_floats: given a model, the number of floats of its state; None if it grows.
         flops: given a model and a length in tokens, operations per token of a forward pass over
-            such a text; None if they are not known.
+            such a text; NaN if they are not known.
     """
 
     title: str
     build: Callable[..., PreTrainedModel]
     model_type: str
-    parameter_size: str
-    parameter_step: Callable[[int], int]
+    parameter_size: str = "mlp_width"
+    parameter_step: Callable[[int], int] = lambda hidden_dim: 8
     state_size: str | None = None
     mixers_only: Mapping[str, Any] | None = None
     state_floats: Callable[[Any], int | None] = lambda model: None
-    flops: Callable[[Any, int], float] | None = None
+    flops: Callable[[Any, int], float] = lambda model, length: math.nan
 
 
 # ------------------------------------------------------------------ HAMT and its transformer
@@ -160,15 +160,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         title="GPT-2 (Transformers' class): learned positions",
         build=gpt2,
         model_type="gpt2",
-        parameter_size="mlp_width",
-        parameter_step=lambda hidden_dim: 8,
     ),
     "llama": Architecture(
         title="Llama (Transformers' class): RoPE, RMSNorm, SwiGLU",
         build=llama,
         model_type="llama",
-        parameter_size="mlp_width",
-        parameter_step=lambda hidden_dim: 8,
     ),
     "mamba2": Architecture(
         title="Mamba-2 (Transformers' class)",
@@ -185,8 +181,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         title="Gated DeltaNet (Transformers' class, as in Qwen3-Next)",
         build=gated_deltanet,
         model_type="qwen3_next",
-        parameter_size="mlp_width",
-        parameter_step=lambda hidden_dim: 8,
         state_size="key_dim",
         mixers_only={"mlp_width": 0},
         state_floats=_gated_deltanet_state,
@@ -227,15 +221,18 @@ def with_parameters(
         raise ValueError(f"no architecture {kind!r}; there are {', '.join(ARCHITECTURES)}")
     architecture, sizes = ARCHITECTURES[kind], {"hidden_dim": hidden_dim, **sizes}
     free, step = architecture.parameter_size, architecture.parameter_step(hidden_dim)
-
-    def count(size: int) -> int:
-        with torch.device("meta"):
-            return architecture.build(**{**sizes, free: size}).num_parameters()
-
-    # Parameters are linear in the free size.
-    least, more = count(step), count(2 * step)
-    steps = max(1 + round((parameters - least) / (more - least)), 1)
+    least, more = _meta_models(architecture, sizes, free, step)
+    each = more.num_parameters() - least.num_parameters()
+    steps = max(1 + round((parameters - least.num_parameters()) / each), 1)
     return architecture.build(**{**sizes, free: steps * step})
+
+
+def _meta_models(
+    architecture: Architecture, sizes: dict[str, Any], free: str, step: int = 1
+) -> list[PreTrainedModel]:
+    """Models without numbers, the free size one step and two: what is matched is linear in it."""
+    with torch.device("meta"):
+        return [architecture.build(**{**sizes, free: size}) for size in (step, 2 * step)]
 
 
 def with_state(kind: str, state: int, *, num_layers: int, **sizes: Any) -> PreTrainedModel:
@@ -261,12 +258,8 @@ def with_state(kind: str, state: int, *, num_layers: int, **sizes: Any) -> PreTr
     if free is None:
         return architecture.build(**sizes)
 
-    def count(size: int) -> int:
-        with torch.device("meta"):
-            return architecture.state_floats(architecture.build(**{**sizes, free: size})) or 0
-
-    # The state is linear in the free size.
-    least, more = count(1), count(2)
+    models = _meta_models(architecture, sizes, free)
+    least, more = (architecture.state_floats(model) or 0 for model in models)
     size = round(1 + (state * num_layers - least) / (more - least))
     if size < 1:
         raise ValueError(
@@ -306,8 +299,7 @@ def carries_state(model: PreTrainedModel) -> bool:
 
 def flops_per_token(kind: str, model: PreTrainedModel, length: int) -> float:
     """Operations per token of a forward pass over ``length`` tokens; NaN if they are not known."""
-    flops = ARCHITECTURES[kind].flops
-    return math.nan if flops is None else flops(model, length)
+    return ARCHITECTURES[kind].flops(model, length)
 
 
 def non_embedding_parameters(model: PreTrainedModel) -> int:

@@ -8,7 +8,7 @@ on a CPU: there their quality can be compared, and their speed says nothing.
 """
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +44,8 @@ def gpt2(
         n_layer=num_layers,
         n_head=hidden_dim // nearest_divisor(hidden_dim, usual_head_dim(hidden_dim)),
         n_inner=mlp_width,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        initializer_range=hidden_dim**-0.5,
-        bos_token_id=None,
-        eos_token_id=None,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        **_common(hidden_dim),
     )
     return _initialised(GPT2LMHeadModel(config))
 
@@ -65,10 +61,7 @@ def llama(
         intermediate_size=mlp_width,
         num_hidden_layers=num_layers,
         num_attention_heads=hidden_dim // nearest_divisor(hidden_dim, usual_head_dim(hidden_dim)),
-        tie_word_embeddings=True,
-        initializer_range=hidden_dim**-0.5,
-        bos_token_id=None,
-        eos_token_id=None,
+        **_common(hidden_dim),
     )
     return _initialised(LlamaForCausalLM(config))
 
@@ -105,11 +98,8 @@ def mamba2(
         state_size=state_size,
         n_groups=1,
         chunk_size=64,
-        tie_word_embeddings=True,
-        initializer_range=hidden_dim**-0.5,
         pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
+        **_common(hidden_dim),
     )
     return _initialised(Mamba2ForCausalLM(config))
 
@@ -155,10 +145,7 @@ def gated_deltanet(
         layer_types=["linear_attention"] * num_layers,
         mlp_only_layers=list(range(num_layers)),
         use_cache=False,
-        tie_word_embeddings=True,
-        initializer_range=hidden_dim**-0.5,
-        bos_token_id=None,
-        eos_token_id=None,
+        **_common(hidden_dim),
     )
     model = _initialised(Qwen3NextForCausalLM(config))
     for layer in model.model.layers:
@@ -166,6 +153,12 @@ def gated_deltanet(
         if not mlp_width:
             layer.mlp, layer.post_attention_layernorm = _AddsNothing(), nn.Identity()
     return model
+
+
+def _common(hidden_dim: int) -> dict[str, Any]:
+    """What all configurations have in common."""
+    tokens = {"bos_token_id": None, "eos_token_id": None}
+    return {"tie_word_embeddings": True, "initializer_range": hidden_dim**-0.5, **tokens}
 
 
 def nearest_divisor(width: int, wanted: int) -> int:

@@ -53,12 +53,8 @@ class Sweep(Generic[AnyRun]):
     def __init__(self, runs: Iterable[AnyRun], folder: Path) -> None:
         self.runs, self.folder = list(runs), folder
         self._keys = [_key(run.describe()) for run in self.runs]
-        self._done: dict[str, Content] = {}
-        for content in contents(folder) if self.runs else ():
-            self._note(content)
-
-    def _note(self, content: Content) -> None:
-        self._done[_key(self.runs[0].read_description(content))] = content
+        there = contents(folder) if self.runs else []
+        self._done = {_key(self.runs[0].read_description(content)): content for content in there}
 
     @property
     def missing(self) -> list[AnyRun]:
@@ -76,11 +72,9 @@ class Sweep(Generic[AnyRun]):
         return [(run, self._done[key]) for run, key in pairs if key in self._done]
 
     def perform(self, workers: int, told: Callable[[AnyRun, Content], None]) -> None:
-        """Perform the runs that are missing.
+        """Perform the runs that are missing, in so many processes of one thread each.
 
-        Args:
-            workers: processes of one thread each.
-            told: called with each run that is done, when its file is written.
+        ``told`` is called with each run that is done, when its file is written.
 
         Raises:
             UserError: if the file of a run that is not done is there, and holds something else; no
@@ -91,7 +85,7 @@ class Sweep(Generic[AnyRun]):
 
         def done(run: AnyRun, content: Content) -> None:
             write_json(self._file(run), content)
-            self._note(json.loads(json.dumps(content)))
+            self._done[_key(run.describe())] = json.loads(json.dumps(content))
             told(run, content)
 
         in_processes(_perform, missing, max(min(workers, len(missing)), 1), done)

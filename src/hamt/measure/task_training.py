@@ -53,17 +53,16 @@ def train_on_task(
     listeners: Iterable[Listener[float]] = (),
     **options: Any,
 ) -> TaskResult:
-    """Train a model in place, on fresh examples at every step.
+    """Train a causal language model in place, on fresh examples at every step.
 
     Args:
-        model: a causal language model of Transformers.
+        model: of Transformers' calling convention.
         task: what to learn, evaluated at its own length. Of several tasks every step draws one, and
             the evaluation is their mean.
         batch_size: B, examples of a step.
-        seed: of the training examples and of the global generator. Held-out examples have another
-            seed.
-        lengths: shortest and longest example in tokens. Every batch draws its length uniformly from
-            the shortest to the longest. None is the task's length.
+        seed: of the training examples and of the global generator; held-out examples have another.
+        lengths: shortest and longest example in tokens: every batch draws its length uniformly
+            between them. None is the task's length.
         num_held_out: examples of an evaluation, the same in all of them.
         target_accuracy: end at the first evaluation that reaches it.
         listeners: told of what happens in the training.
@@ -79,17 +78,12 @@ def train_on_task(
     for each in tasks:
         for length in lengths or ():
             each.check_length(length)
-        if model.config.vocab_size < each.vocab_size:
+        if (has := model.config.vocab_size) < (needs := each.vocab_size):
             raise ValueError(
-                f"the model's vocab_size must be at least {each.vocab_size} for {each}; "
-                f"got {model.config.vocab_size}"
+                f"the model's vocab_size must be at least {needs} for {each}; got {has}"
             )
     batches = _batches(tasks, batch_size, lengths, seed_everything(seed))
-    drawn: dict[str, Any] = {
-        "num_examples": num_held_out,
-        "seed": seed + HELD_OUT,
-        "batch_size": batch_size,
-    }
+    drawn = {"num_examples": num_held_out, "seed": seed + HELD_OUT, "batch_size": batch_size}
     trainer = Trainer(
         model,
         lambda: mean(accuracy(model, each, **drawn) for each in tasks),

@@ -49,15 +49,9 @@ def too_large(
     size: tuple[int, int],
     score_bytes: int,
 ) -> str | None:
-    """Why a call is left out; None where it can be made.
+    """Why a call of a ``kind`` (``Predictor.note_all``) is left out; None where it can be made.
 
-    Args:
-        predictor: knows the times of shorter contexts.
-        options: the limits.
-        kind: of call, as for ``Predictor.note_all``.
-        name: of the model; ``sdpa`` and ``eager`` have attention.
-        size: (tokens of a row, rows).
-        score_bytes: what the scores of eager attention take.
+    ``size`` is (tokens of a row, rows), and ``score_bytes`` what scores take in eager attention.
     """
     if name == "eager" and score_bytes > options.max_bytes:
         return "scores would take too much memory"
@@ -84,9 +78,7 @@ def measure(
         cases: calls by name; ``matmul`` is the yardstick, and no case of its own.
         left_out: by name, why a case is not among them.
         work: by name, floating-point operations of a call.
-        rounds: measured rounds, at least.
-        warmup: rounds before them.
-        least: seconds that must be measured, in more rounds if need be; 0 where every call makes a
+        rounds, warmup, least: as for ``interleave``; ``least`` is 0 where every call makes a
             context longer.
 
     Returns:

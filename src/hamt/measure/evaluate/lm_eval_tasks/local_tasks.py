@@ -17,89 +17,27 @@ from hamt.data.corpus import join_articles
 from hamt.data.tasks import MQAR, Induction, Task
 
 EXAMPLES = 64
-WORDS = [
-    "apple",
-    "river",
-    "stone",
-    "cloud",
-    "table",
-    "green",
-    "horse",
-    "paper",
-    "light",
-    "water",
-    "house",
-    "music",
-    "bread",
-    "chair",
-    "glass",
-    "plant",
-    "sugar",
-    "wheel",
-    "beach",
-    "crown",
-    "dance",
-    "earth",
-    "field",
-    "grape",
-    "heart",
-    "island",
-    "jewel",
-    "knife",
-    "lemon",
-    "metal",
-    "night",
-    "ocean",
-    "pearl",
-    "queen",
-    "radio",
-    "salad",
-    "tiger",
-    "uncle",
-    "violin",
-    "window",
-    "yacht",
-    "zebra",
-    "anchor",
-    "bridge",
-    "candle",
-    "desert",
-    "engine",
-    "forest",
-    "garden",
-    "hammer",
-    "insect",
-    "jacket",
-    "kettle",
-    "ladder",
-    "mirror",
-    "needle",
-    "orange",
-    "pencil",
-    "rabbit",
-    "school",
-    "temple",
-    "umbrella",
-    "valley",
-    "wallet",
-]
+_TEXT = """
+    apple river stone cloud table green horse paper light water house music bread chair glass
+    plant sugar wheel beach crown dance earth field grape heart island jewel knife lemon metal
+    night ocean pearl queen radio salad tiger uncle violin window yacht zebra anchor bridge
+    candle desert engine forest garden hammer insect jacket kettle ladder mirror needle orange
+    pencil rabbit school temple umbrella valley wallet
+"""
+WORDS = _TEXT.split()
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 def lambada(task_data: str, **_: Any) -> dict[str, datasets.Dataset]:
     """Passages of LAMBADA's OpenAI variant, JSON lines with a ``text`` each."""
-    rows = datasets.load_dataset("json", data_files=task_data, split="train")
-    return {"test": rows}
+    return {"test": datasets.load_dataset("json", data_files=task_data, split="train")}
 
 
 def wikitext(task_data: str, **_: Any) -> dict[str, datasets.Dataset]:
     """Pages of a WikiText file (``wiki.test.raw``)."""
     lines = Path(task_data).read_text(encoding="utf-8").splitlines(keepends=True)
-    return {
-        "test": datasets.Dataset.from_dict(
-            {"page": [page for page in join_articles(lines) if page.strip()]}
-        )
-    }
+    pages = [page for page in join_articles(lines) if page.strip()]
+    return {"test": datasets.Dataset.from_dict({"page": pages})}
 
 
 def mqar(**_: Any) -> dict[str, datasets.Dataset]:
