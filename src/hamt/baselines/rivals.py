@@ -76,16 +76,11 @@ def mamba2(
     head_dim: int = 32,
     expand: int = 2,
 ) -> Mamba2ForCausalLM:
-    """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060).
+    """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060), which has neither MLPs nor positions.
 
-    Args:
-        hidden_dim: width of the residual stream.
-        num_layers: mixers; the architecture has no MLPs.
-        vocab_size: tokens in the vocabulary.
-        context: taken as all builders take it, and of no effect: there are no positions.
-        state_size: floats of state per channel.
-        head_dim: wanted channels of a head; the nearest even divisor is taken.
-        expand: width of all heads together, in units of ``hidden_dim``.
+    ``state_size`` is the floats of state per channel, ``head_dim`` the wanted channels of a head
+    (the nearest even divisor is taken), and ``expand`` the width of all heads together in units of
+    ``hidden_dim``. ``context`` has no effect.
     """
     head_dim = nearest_divisor(expand * hidden_dim, head_dim)
     config = Mamba2Config(
@@ -119,14 +114,10 @@ def gated_deltanet(
     The model has dense MLPs and no attention. Transformers' cache for this class does not work
     without an attention layer, so the model has none.
 
-    Args:
-        hidden_dim: width of the residual stream, and of the values of all heads together.
-        num_layers: blocks of mixer and MLP.
-        vocab_size: tokens in the vocabulary.
-        context: advisory; there are no positions.
-        mlp_width: width of the MLPs; 0 leaves them out.
-        key_dim: width of a key. A key head serves two value heads, or one if their number is odd.
-        value_dim: wanted width of a value; the nearest even divisor of ``hidden_dim`` is taken.
+    An ``mlp_width`` of 0 leaves the MLPs out. ``hidden_dim`` is also the width of the values of all
+    heads together, and ``value_dim`` the wanted width of one (the nearest even divisor is taken). A
+    key head, of width ``key_dim``, serves two value heads, or one if their number is odd. There are
+    no positions: ``context`` is advisory.
     """
     value_dim = nearest_divisor(hidden_dim, value_dim)
     heads = hidden_dim // value_dim

@@ -96,9 +96,8 @@ def train_rivals(
 ) -> list[TrainedRival]:
     """Train a rival at each of these learning rates, or find it trained; see ``train_rival``.
 
-    Returns:
-        The rivals, the one with the lowest held-out loss first. Without ``learning_rates`` there is
-        one, at the learning rate of the checkpoint.
+    The one with the lowest held-out loss comes first. Without ``learning_rates`` there is one, at
+    the learning rate of the checkpoint.
     """
     rates = dict.fromkeys(learning_rates or [read_run(checkpoint).options.learning_rate])
     trained = [train_rival(kind, checkpoint, console, rate) for rate in rates]

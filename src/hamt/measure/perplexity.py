@@ -117,15 +117,10 @@ def score_documents(
     stride: int | None = None,
     batch_size: int = 8,
 ) -> Score:
-    """Score documents, each from its start.
+    """Score documents, each from its start; empty ones are left out.
 
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        documents: texts; empty ones are left out.
-        context: N, tokens that a prediction sees at most; None carries the state along.
-        stride: tokens by which the window moves; None is ``context``.
-        batch_size: B.
+    ``context`` is N, the tokens that a prediction sees at most; None carries the state along.
+    ``stride`` is the number of tokens by which the window moves; None is ``context``.
 
     Raises:
         UserError: if the stride does not fit, or a state cannot be carried.

@@ -42,12 +42,10 @@ AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 class Sweep(Generic[AnyRun]):
-    """Runs, and what has been done of them.
+    """Runs of one kind, and what has been done of them.
 
-    Args:
-        runs: all of the same kind. Two that have the same description are one run.
-        folder: of the files. A file counts for the runs that its content describes, whatever it is
-            called.
+    Two runs that have the same description are one. A file of the folder counts for the runs that
+    its content describes, whatever it is called.
     """
 
     def __init__(self, runs: Iterable[AnyRun], folder: Path) -> None:
@@ -98,9 +96,8 @@ class Sweep(Generic[AnyRun]):
         for run in missing:
             file = self._file(run)
             if run.name in names:
-                raise UserError(
-                    f"two runs would be written to {file}: give rates or models that differ by more"
-                )
+                mend = "give rates or models that differ by more"
+                raise UserError(f"two runs would be written to {file}: {mend}")
             names.add(run.name)
             if file.exists():
                 differ = _differing(run.describe(), run.read_description(_read(file)))

@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 
 from hamt.cross_entropy import IGNORE_INDEX
@@ -111,25 +111,24 @@ def accuracy(
     Args:
         model: ``model(input_ids=...)`` returns an object with ``logits`` (B, N, V).
         task: draws the examples.
-        num_examples: number of examples.
+        num_examples: how many.
         seed: of the examples, which do not depend on ``batch_size``.
         length: tokens of an example; None is the task's length.
         positions: positions of every row that are scored; None is all.
-        batch_size: B, rows at a time.
+        batch_size: B.
 
     Raises:
         ValueError: if nothing is asked for there, or the task has no such examples.
     """
-    inputs, targets = task.sample(num_examples, torch.Generator().manual_seed(seed), length)
+    inputs, targets = task.sample(num_examples, Generator().manual_seed(seed), length)
     if positions is not None:
         outside = torch.ones(targets.shape[1], dtype=torch.bool)
         outside[positions] = False
         targets[:, outside] = IGNORE_INDEX
     asked = targets != IGNORE_INDEX
     if not asked.any():
-        raise ValueError(
-            f"{task} asks nothing at {positions} of {inputs.shape[1]} positions; give others"
-        )
+        length = inputs.shape[1]
+        raise ValueError(f"{task} asks nothing at {positions} of {length} positions; give others")
     was_training = model.training
     model.eval()
     answers = [model(input_ids=rows).logits.argmax(dim=-1) for rows in inputs.split(batch_size)]
@@ -138,10 +137,7 @@ def accuracy(
 
 
 def _batches(
-    tasks: Sequence[Task],
-    batch_size: int,
-    lengths: tuple[int, int] | None,
-    generator: torch.Generator,
+    tasks: Sequence[Task], batch_size: int, lengths: tuple[int, int] | None, generator: Generator
 ) -> Iterator[dict[str, Tensor]]:
     """Yield batches of fresh examples without end, as arguments of a model."""
     index, length = 0, None

@@ -8,20 +8,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.synchronize import Event
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from hamt.training.loop import Listener, Trainer
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class _Training(Protocol):
-    @property
-    def interrupted(self) -> bool: ...
-
-
-Ended = TypeVar("Ended", bound=_Training)
 
 _stop: Event | None = None  # set in a worker process, and shared with the process that started it
 
@@ -79,12 +71,8 @@ class Stopper(Listener[Any]):
         check_stop()
 
 
-def whole(result: Ended) -> Ended:
-    """The result of a training, if it came to its end: half a run must not look like a whole one.
-
-    Raises:
-        KeyboardInterrupt: if the user, or ``Stopper``, ended it.
-    """
+def whole(result: Any) -> Any:
+    """The result of a training; KeyboardInterrupt for half a one, which must not look like it."""
     if result.interrupted:
         raise KeyboardInterrupt
     return result

@@ -9,7 +9,7 @@ import torch
 from transformers import Cache
 
 from hamt.measure.bench.decode import make_decoders
-from hamt.measure.bench.models import call, make_models
+from hamt.measure.bench.models import call, make_models, make_optimizer
 from hamt.measure.bench.options import SEGMENT, BenchOptions
 from hamt.peak_memory import cache_bytes, call_peak_memory
 
@@ -33,8 +33,7 @@ def _training(options: BenchOptions) -> Iterator[dict[str, Any]]:
     """Peaks of training steps: activations, gradients, and whatever else a step adds."""
     steps = {}
     for name, model in make_models(options, transformer="sdpa").items():
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        steps[name] = partial(call, "train", model, model, optimizer, options=options)
+        steps[name] = partial(call, "train", model, model, make_optimizer(model), options=options)
         # Once, so that the optimizer has made its state.
         steps[name](ids=torch.zeros(1, 8, dtype=torch.long))()
     for length in options.train_lengths:

@@ -33,10 +33,7 @@ PHASES = ("train", "forward", "prefill")
 def measure_models(options: BenchOptions) -> Iterator[dict[str, Any]]:
     """Yield all rows so far after each new one: a row for every context, batch and phase."""
     models = make_models(options, sdpa="sdpa", eager="eager", ceiling="none")
-    optimizers = {
-        name: torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        for name, model in models.items()
-    }
+    optimizers = {name: make_optimizer(model) for name, model in models.items()}
     parameters = {
         name: {"non_embedding": non_embedding_parameters(model), "total": model.num_parameters()}
         for name, model in models.items()
@@ -52,6 +49,11 @@ def measure_models(options: BenchOptions) -> Iterator[dict[str, Any]]:
                     continue
                 rows.append(_row(models, optimizers, phase, ids, predictor, options))
                 yield {"parameters": parameters, "rows": rows}
+
+
+def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of training steps that are measured."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
 def make_models(options: BenchOptions, **cores: str) -> dict[str, Any]:
@@ -107,11 +109,12 @@ def call(
 
     ``run`` is what is called: the model itself, or compiled.
     """
+    asked = {"logits_to_keep": 1} if phase == "prefill" else {"labels": ids, "return_logits": False}
 
     def train() -> None:
         model.train()
         with options.autocast():
-            loss = run(ids, labels=ids, return_logits=False).loss
+            loss = run(ids, **asked).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -120,12 +123,6 @@ def call(
     def forward() -> None:
         model.eval()
         with options.autocast():
-            run(ids, labels=ids, return_logits=False)
+            run(ids, **asked)
 
-    @torch.no_grad()
-    def prefill() -> None:
-        model.eval()
-        with options.autocast():
-            run(ids, logits_to_keep=1)
-
-    return {"train": train, "forward": forward, "prefill": prefill}[phase]
+    return train if phase == "train" else forward

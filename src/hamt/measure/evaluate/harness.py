@@ -54,16 +54,10 @@ def run_tasks(
     manager: Any,
     batch_size: int = 8,
 ) -> dict[str, dict[str, Any]]:
-    """Run tasks through the harness's ``hf`` model.
+    """Run tasks through the harness's ``hf`` model, with the manager that ``check_tasks`` made.
 
-    Args:
-        model: a causal language model of Transformers.
-        tokenizer: its tokenizer.
-        tasks: of the harness, or of ``LOCAL_TASKS``.
-        context: tokens that the model sees at most; None is what its configuration says.
-        limit: documents of a task at most.
-        manager: what ``check_tasks`` returned for them.
-        batch_size: rows at a time.
+    The model sees ``context`` tokens at most; None is what its configuration says. ``limit`` is the
+    number of documents of a task.
 
     Returns:
         By task its metrics, and the numbers of ``documents`` and ``shots``.
