@@ -42,9 +42,11 @@ def gpt2(
         n_positions=context,
         n_embd=hidden_dim,
         n_layer=num_layers,
-        n_head=hidden_dim // nearest_divisor(hidden_dim, usual_head_dim(hidden_dim)),
+        n_head=_attention_heads(hidden_dim),
         n_inner=mlp_width,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         **_common(hidden_dim),
     )
     return _initialised(GPT2LMHeadModel(config))
@@ -60,7 +62,7 @@ def llama(
         hidden_size=hidden_dim,
         intermediate_size=mlp_width,
         num_hidden_layers=num_layers,
-        num_attention_heads=hidden_dim // nearest_divisor(hidden_dim, usual_head_dim(hidden_dim)),
+        num_attention_heads=_attention_heads(hidden_dim),
         **_common(hidden_dim),
     )
     return _initialised(LlamaForCausalLM(config))
@@ -144,6 +146,10 @@ def gated_deltanet(
         if not mlp_width:
             layer.mlp, layer.post_attention_layernorm = _AddsNothing(), nn.Identity()
     return model
+
+
+def _attention_heads(hidden_dim: int) -> int:
+    return hidden_dim // nearest_divisor(hidden_dim, usual_head_dim(hidden_dim))
 
 
 def _common(hidden_dim: int) -> dict[str, Any]:

@@ -10,12 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hamt.baselines.catalogue import (
-    ARCHITECTURES,
-    non_embedding_parameters,
-    state_floats,
-    with_parameters,
-)
+from hamt.baselines import catalogue
 from hamt.checkpoint import PRETRAINED
 from hamt.data.corpus import load_corpus
 from hamt.data.loader import Batches
@@ -37,17 +32,14 @@ Measured = dict[str, Any]
 
 @dataclass(frozen=True)
 class AblationRun:
-    """One run (``hamt.measure.sweep.Run``): a variant of a recipe on a task, with a seed.
-
-    ``data`` is the folder of the texts; it does not bear on the result.
-    """
+    """One run (``hamt.measure.sweep.Run``): a variant of a recipe on a task, with a seed."""
 
     task: str
     variant: str
     seed: int
     kind: str
     spec: Spec
-    data: Path | None
+    data: Path | None  # the folder of the texts, which does not bear on the result
 
     @property
     def name(self) -> str:
@@ -93,8 +85,8 @@ class AblationRun:
             **measured,
             "diverged": diverged,
             "num_parameters": model.num_parameters(),
-            "non_embedding_parameters": non_embedding_parameters(model),
-            "state_floats": state_floats(model),
+            "non_embedding_parameters": catalogue.non_embedding_parameters(model),
+            "state_floats": catalogue.state_floats(model),
             "intermediate_dim": getattr(model.config, "intermediate_dim", None),
             "spec": self.spec,
             "wall_seconds": time.time() - start,
@@ -118,20 +110,19 @@ def make_model(spec: Spec, vocab_size: int) -> PreTrainedModel:
     if kind not in ("hamt", "transformer"):
         sizes = {name: spec["config"][name] for name in ("hidden_dim", "num_layers")}
         sizes |= {"vocab_size": vocab_size, "context": spec["training"]["length"]}
-        return with_parameters(kind, parameters, **sizes, **choices)
+        return catalogue.with_parameters(kind, parameters, **sizes, **choices)
     fields = {**spec["config"], "vocab_size": vocab_size}
     if kind == "transformer":
         with torch.device("meta"):
-            parameters = _hamt(fields, parameters).num_parameters()
-        return with_parameters(kind, parameters, **fields, **choices)
-    own = {name: spec[name] for name in ("keys", "common_direction")}
-    return _hamt({**fields, **own}, parameters)
+            parameters = _hamt(parameters, **fields).num_parameters()
+        return catalogue.with_parameters(kind, parameters, **fields, **choices)
+    return _hamt(parameters, **fields, keys=spec["keys"], common_direction=spec["common_direction"])
 
 
-def _hamt(fields: dict[str, Any], parameters: int | None) -> PreTrainedModel:
+def _hamt(parameters: int | None, **fields: Any) -> PreTrainedModel:
     if parameters is None:
-        return ARCHITECTURES["hamt"].build(**fields)
-    return with_parameters("hamt", parameters, **fields)
+        return catalogue.hamt(**fields)
+    return catalogue.with_parameters("hamt", parameters, **fields)
 
 
 # ------------------------------------------------------------------ what is trained, and measured

@@ -40,7 +40,7 @@ def measure_mixers(options: BenchOptions) -> Iterator[dict[str, Any]]:
             if why := too_large(predictor, options, case, name, (length, 1), scores):
                 left_out[name] = why
             else:
-                cases[name] = _pass(kind, *make(name, config, length, options), options)
+                cases[name] = _pass(kind, make(name, config, length, options), options)
         measured = measure(cases, left_out, {}, options.rounds, options.warmup)
         predictor.note_all(case, length, 1, measured["seconds"])
         rows.append({"level": level, "phase": kind, "length": length, "batch": 1, **measured})
@@ -88,14 +88,9 @@ def _sublayer(name: str, config: HAMTConfig, length: int, options: BenchOptions)
 LEVELS = {"core": _core, "sublayer": _sublayer}
 
 
-def _pass(
-    kind: str,
-    run: Callable[..., Tensor],
-    inputs: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    options: BenchOptions,
-) -> Callable[[], object]:
+def _pass(kind: str, made: Made, options: BenchOptions) -> Callable[[], object]:
     """A forward pass without gradients, or one with gradients of all inputs and parameters."""
+    run, inputs, parameters = made
     run = compiled(run, options)
 
     @torch.no_grad()
