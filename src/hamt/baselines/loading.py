@@ -5,7 +5,7 @@ A name is a checkpoint of HAMT, a folder of Transformers, a name on the hub, or 
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -45,7 +45,7 @@ def load_any_model(name: str) -> Loaded:
     if path.suffix == ".pt" or _is_hamt(path):
         return Loaded(*load_checkpoint(path), label)
     # The local cache answers at once; only then is the network worth a wait.
-    where, options = name, {"local_files_only": path.exists() or no_network()}
+    where, options = name, dict[str, Any](local_files_only=path.exists() or no_network())
     if path.suffix == ".gguf":
         where, options["gguf_file"] = str(path.parent), path.name
         if not path.exists():

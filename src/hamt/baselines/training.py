@@ -101,7 +101,7 @@ def train_rivals(
     """
     rates = dict.fromkeys(learning_rates or [read_run(checkpoint).options.learning_rate])
     trained = [train_rival(kind, checkpoint, console, rate) for rate in rates]
-    return sorted(trained, key=lambda each: math.inf if each.trouble else each.held_out_loss)
+    return sorted(trained, key=lambda x: math.inf if x.held_out_loss is None else x.held_out_loss)
 
 
 def train_rival(
@@ -175,7 +175,7 @@ def _train(plan: Plan, folder: Path, described: dict[str, Any], console: Console
     model = _build(described["kind"], plan)
     check_space(folder, 4 * model.num_parameters(), mend="free space first")
     every = max(len(held_out) // length // SAMPLED_BLOCKS, 1)
-    carries_none = {"carry_state": False, "tbptt_segments": 1}
+    carries_none: dict[str, Any] = {"carry_state": False, "tbptt_segments": 1}
     # As many tokens of a step, read at once: no state is carried.
     rows = plan.options.batch_size * plan.options.tbptt_segments
     shape: dict[str, Any] = {"length": length, "batch_size": rows, "seed": plan.options.seed}

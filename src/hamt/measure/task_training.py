@@ -83,7 +83,11 @@ def train_on_task(
                 f"the model's vocab_size must be at least {needs} for {each}; got {has}"
             )
     batches = _batches(tasks, batch_size, lengths, seed_everything(seed))
-    drawn = {"num_examples": num_held_out, "seed": seed + HELD_OUT, "batch_size": batch_size}
+    drawn: dict[str, Any] = {
+        "num_examples": num_held_out,
+        "seed": seed + HELD_OUT,
+        "batch_size": batch_size,
+    }
     trainer = Trainer(
         model,
         lambda: mean(accuracy(model, each, **drawn) for each in tasks),

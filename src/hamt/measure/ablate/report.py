@@ -127,7 +127,7 @@ def figure(done: Done, kinds: Mapping[str, str]) -> Figure | None:
     for axes, (task, variants) in zip(all_axes, plots.items(), strict=True):
         rows, means = range(len(variants)), [mean(figures) for figures in variants.values()]
         errors = [standard_error(figures) for figures in variants.values()]
-        style = {"fmt": "o", "markersize": 4, "capsize": 2, "color": COLOURS[0]}
+        style: dict[str, Any] = {"fmt": "o", "markersize": 4, "capsize": 2, "color": COLOURS[0]}
         axes.errorbar(means, rows, xerr=errors, **style)
         axes.set_yticks(rows, list(variants), fontsize="small")
         axes.set_ylim(len(variants) - 0.5, -0.5)

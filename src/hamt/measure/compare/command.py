@@ -111,7 +111,7 @@ def _measure(
     models.clear()  # those that failed do not take memory any more
     console.print("timing")
     timings = result["speed"] = []
-    limits = {"rounds": options.rounds, "max_seconds": options.max_seconds}
+    limits: dict[str, Any] = {"rounds": options.rounds, "max_seconds": options.max_seconds}
     sizes, steps = (options.contexts, options.batch_sizes), options.decode_tokens
     for row in speed(scored, *sizes, decode_steps=steps, **limits):
         timings.append(row)

@@ -77,8 +77,8 @@ def _decoding(
     for name, model in models.items():
         limit = longest_context(model)
         # Rotary positions go on beyond the last; learned ones end there.
-        learned = limit is not None and getattr(model.config, "rope_parameters", None) is None
-        if learned and length + steps * (rounds + 1) > limit:
+        learned = getattr(model.config, "rope_parameters", None) is None
+        if limit is not None and learned and length + steps * (rounds + 1) > limit:
             left_out[name] = f"has {limit:,} positions"
             continue
         cache = read(model, _tokens(model, batch, length))
@@ -94,7 +94,7 @@ def _decoding(
 
 @torch.no_grad()
 def read(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> Any:
-    """Read ``ids`` (B, N) after what is in ``cache``; the cache after them, None if none is kept."""
+    """Read ``ids`` (B, N) after what is in ``cache``; the new cache, None if none is kept."""
     parameters = inspect.signature(model.forward).parameters
     name = "cache_params" if "cache_params" in parameters else "past_key_values"
     if cache is None and isinstance(model, HAMTForCausalLM):

@@ -80,9 +80,9 @@ class RecallRun:
         for name, test in setting.tests.items() if diverged is None else ():
             check_stop()
             rows = max(TOKENS_AT_A_TIME // (test.length or test.task.length), 1)
-            drawn = {"num_examples": self.num_examples, "seed": self.seed + HELD_OUT}
-            where: dict[str, Any] = {"length": test.length, "positions": test.positions}
-            tests[name] = accuracy(model, test.task, batch_size=rows, **drawn, **where)
+            drawn: dict[str, Any] = {"length": test.length, "positions": test.positions}
+            drawn |= {"num_examples": self.num_examples, "seed": self.seed + HELD_OUT}
+            tests[name] = accuracy(model, test.task, batch_size=rows, **drawn)
         floats = state_floats(model)
         return {
             "run": self.describe(),
