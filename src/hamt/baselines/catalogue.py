@@ -12,6 +12,7 @@ position keys. The keys and values of softmax attention are no such state: they 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,30 +36,22 @@ STATE = (
 class Architecture:
     """One architecture.
 
-    Args:
-        title: what it is, for tables and help.
-        build: makes a model from ``hidden_dim``, ``num_layers``, ``vocab_size``, ``context`` (the
-            number of positions, where they are learned) and choices of its own, all keywords.
-        model_type: of the configurations of its models.
-        parameter_size: the size that is free when parameters are matched, and linear in them.
-        parameter_step: given ``hidden_dim``, the step in which that size changes.
-        state_size: the size that is free when the state is matched, and linear in it; None if the
-            state grows with the text.
-        mixers_only: choices that leave the MLPs out; None if the architecture cannot do without.
-        state_floats: given a model, the number of floats of its state; None if it grows.
-        flops: given a model and a length in tokens, operations per token of a forward pass over
-            such a text; None if they are not known.
+    ``build`` makes a model from ``hidden_dim``, ``num_layers``, ``vocab_size``, ``context`` (the
+    number of positions, where they are learned) and choices of its own, all keywords.
     """
 
-    title: str
+    title: str  # what it is, for tables and help
     build: Callable[..., PreTrainedModel]
-    model_type: str
-    parameter_size: str
-    parameter_step: Callable[[int], int]
+    model_type: str  # of the configurations of its models
+    # The size that is free when parameters are matched, and linear in them; its step by hidden_dim.
+    parameter_size: str = "mlp_width"
+    parameter_step: Callable[[int], int] = lambda hidden_dim: 8
+    # The size that is free when the state is matched, and linear in it; None if the state grows.
     state_size: str | None = None
-    mixers_only: Mapping[str, Any] | None = None
-    state_floats: Callable[[Any], int | None] = lambda model: None
-    flops: Callable[[Any, int], float] | None = None
+    mixers_only: Mapping[str, Any] | None = None  # choices that leave the MLPs out, if it can
+    state_floats: Callable[[Any], int | None] = lambda model: None  # None if the state grows
+    # Operations per token of a forward pass over so many tokens; NaN if they are not known.
+    flops: Callable[[Any, int], float] = lambda model, length: math.nan
 
 
 # ------------------------------------------------------------------ HAMT and its transformer
@@ -79,11 +72,9 @@ class NoKeys(nn.Module):
 def hamt(*, keys: bool = True, common_direction: float = 0.0, **fields: Any) -> HAMTForCausalLM:
     """HAMT, and what ablations take away from it.
 
-    Args:
-        keys: False leaves binding out: every key is the identity.
-        common_direction: added at initialisation to all directions in which the delta rule writes,
-            so that they start out alike.
-        fields: of ``HAMTConfig``; ``context`` stands for ``max_position_embeddings``.
+    Without ``keys`` nothing is bound: every key is the identity. ``common_direction`` is added at
+    initialisation to all directions in which the delta rule writes, so that they start out alike.
+    ``fields`` are those of ``HAMTConfig``; ``context`` stands for ``max_position_embeddings``.
     """
     model = HAMTForCausalLM(_config(**fields))
     for block in model.model.layers:
@@ -144,31 +135,31 @@ def _gated_deltanet_state(model: PreTrainedModel) -> int:
     return config.num_hidden_layers * (values * config.linear_key_head_dim + tail)
 
 
+_of_hamts_parts = partial(
+    Architecture,
+    model_type=HAMTConfig.model_type,
+    parameter_size="intermediate_dim",
+    parameter_step=_mlp_step,
+    state_floats=_hamt_state,
+    flops=_hamt_flops,
+)
+
 ARCHITECTURES: dict[str, Architecture] = {
-    "hamt": Architecture(
+    "hamt": _of_hamts_parts(
         title="HAMT",
         build=hamt,
-        model_type=HAMTConfig.model_type,
-        parameter_size="intermediate_dim",
-        parameter_step=_mlp_step,
         state_size="num_slots",
         mixers_only={"intermediate_dim": 0},
-        state_floats=_hamt_state,
-        flops=_hamt_flops,
     ),
     "gpt2": Architecture(
         title="GPT-2 (Transformers' class): learned positions",
         build=gpt2,
         model_type="gpt2",
-        parameter_size="mlp_width",
-        parameter_step=lambda hidden_dim: 8,
     ),
     "llama": Architecture(
         title="Llama (Transformers' class): RoPE, RMSNorm, SwiGLU",
         build=llama,
         model_type="llama",
-        parameter_size="mlp_width",
-        parameter_step=lambda hidden_dim: 8,
     ),
     "mamba2": Architecture(
         title="Mamba-2 (Transformers' class)",
@@ -185,21 +176,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         title="Gated DeltaNet (Transformers' class, as in Qwen3-Next)",
         build=gated_deltanet,
         model_type="qwen3_next",
-        parameter_size="mlp_width",
-        parameter_step=lambda hidden_dim: 8,
         state_size="key_dim",
         mixers_only={"mlp_width": 0},
         state_floats=_gated_deltanet_state,
     ),
-    "transformer": Architecture(
+    "transformer": _of_hamts_parts(
         title="RoPE transformer of HAMT's parts",
         build=_transformer,
-        model_type=HAMTConfig.model_type,
-        parameter_size="intermediate_dim",
-        parameter_step=_mlp_step,
         mixers_only={"intermediate_dim": 0, "short_convolution": True},
-        state_floats=_hamt_state,
-        flops=_hamt_flops,
     ),
 }
 
@@ -209,44 +193,39 @@ RIVALS = tuple(name for name in ARCHITECTURES if name != "hamt")
 MIXERS = tuple(name for name, entry in ARCHITECTURES.items() if entry.mixers_only is not None)
 
 
-def with_parameters(
-    kind: str, parameters: int, *, hidden_dim: int, **sizes: Any
-) -> PreTrainedModel:
+def with_parameters(kind: str, parameters: int, **sizes: Any) -> PreTrainedModel:
     """Build the model whose number of parameters comes nearest to ``parameters``.
 
-    Args:
-        kind: a name in ``ARCHITECTURES``.
-        parameters: embeddings included; tied matrices count once.
-        hidden_dim: width of the residual stream.
-        sizes: the other sizes and choices of the builder; the free size, if given, is replaced.
+    They count embeddings, and tied matrices once. ``sizes`` are ``hidden_dim`` and the other sizes
+    and choices of the builder; the free size, if given, is replaced.
 
     Raises:
         ValueError: if there is no such architecture.
     """
     if kind not in ARCHITECTURES:
         raise ValueError(f"no architecture {kind!r}; there are {', '.join(ARCHITECTURES)}")
-    architecture, sizes = ARCHITECTURES[kind], {"hidden_dim": hidden_dim, **sizes}
-    free, step = architecture.parameter_size, architecture.parameter_step(hidden_dim)
-
-    def count(size: int) -> int:
-        with torch.device("meta"):
-            return architecture.build(**{**sizes, free: size}).num_parameters()
-
-    # Parameters are linear in the free size.
-    least, more = count(step), count(2 * step)
-    steps = max(1 + round((parameters - least) / (more - least)), 1)
+    architecture = ARCHITECTURES[kind]
+    free, step = architecture.parameter_size, architecture.parameter_step(sizes["hidden_dim"])
+    least, more = _meta_models(architecture, sizes, free, step)
+    each = more.num_parameters() - least.num_parameters()
+    steps = max(1 + round((parameters - least.num_parameters()) / each), 1)
     return architecture.build(**{**sizes, free: steps * step})
+
+
+def _meta_models(
+    architecture: Architecture, sizes: dict[str, Any], free: str, step: int = 1
+) -> list[PreTrainedModel]:
+    """Models without numbers, the free size one step and two: what is matched is linear in it."""
+    with torch.device("meta"):
+        return [architecture.build(**{**sizes, free: size}) for size in (step, 2 * step)]
 
 
 def with_state(kind: str, state: int, *, num_layers: int, **sizes: Any) -> PreTrainedModel:
     """Build the model without MLPs whose layers carry nearest to ``state`` floats each.
 
-    Args:
-        kind: one of ``MIXERS``. ``hamt:num_heads=1,rotation=none`` also sets fields of
-            ``HAMTConfig``. The state of a transformer cannot be chosen.
-        state: floats of one layer for one sequence.
-        num_layers: mixers.
-        sizes: ``hidden_dim``, ``vocab_size``, and other choices of the builder.
+    ``kind`` is one of ``MIXERS``; ``hamt:num_heads=1,rotation=none`` also sets fields of
+    ``HAMTConfig``. The state of a transformer cannot be chosen. ``sizes`` are ``hidden_dim``,
+    ``vocab_size``, and other choices of the builder.
 
     Raises:
         ValueError: if there is no such kind, or its smallest state is much larger.
@@ -261,12 +240,8 @@ def with_state(kind: str, state: int, *, num_layers: int, **sizes: Any) -> PreTr
     if free is None:
         return architecture.build(**sizes)
 
-    def count(size: int) -> int:
-        with torch.device("meta"):
-            return architecture.state_floats(architecture.build(**{**sizes, free: size})) or 0
-
-    # The state is linear in the free size.
-    least, more = count(1), count(2)
+    models = _meta_models(architecture, sizes, free)
+    least, more = (architecture.state_floats(model) or 0 for model in models)
     size = round(1 + (state * num_layers - least) / (more - least))
     if size < 1:
         raise ValueError(
@@ -306,8 +281,7 @@ def carries_state(model: PreTrainedModel) -> bool:
 
 def flops_per_token(kind: str, model: PreTrainedModel, length: int) -> float:
     """Operations per token of a forward pass over ``length`` tokens; NaN if they are not known."""
-    flops = ARCHITECTURES[kind].flops
-    return math.nan if flops is None else flops(model, length)
+    return ARCHITECTURES[kind].flops(model, length)
 
 
 def non_embedding_parameters(model: PreTrainedModel) -> int:

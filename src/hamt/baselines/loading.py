@@ -5,7 +5,7 @@ A name is a checkpoint of HAMT, a folder of Transformers, a name on the hub, or 
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -35,11 +35,7 @@ class Loaded(NamedTuple):
 
 
 def load_any_model(name: str) -> Loaded:
-    """Load a model.
-
-    Args:
-        name: a folder or ``.pt`` file of HAMT, a folder of any causal language model of
-            Transformers, a ``.gguf`` file, or a name on the hub (``gpt2``).
+    """Load a model: a name on the hub, or the path of a folder or of a .pt or .gguf file.
 
     Raises:
         UserError: if it cannot be had.
@@ -48,22 +44,19 @@ def load_any_model(name: str) -> Loaded:
     label = path.stem if path.suffix in (".pt", ".gguf") else path.name
     if path.suffix == ".pt" or _is_hamt(path):
         return Loaded(*load_checkpoint(path), label)
-    gguf = {}
-    where, local = name, path.exists()
+    # The local cache answers at once; only then is the network worth a wait.
+    where, options = name, dict[str, Any](local_files_only=path.exists() or no_network())
     if path.suffix == ".gguf":
-        where, gguf = str(path.parent), {"gguf_file": path.name}
-        if not local:
+        where, options["gguf_file"] = str(path.parent), path.name
+        if not path.exists():
             raise UserError(f"no file {name}: give the path of a .gguf file")
     try:
-        # The local cache answers at once; only then is the network worth a wait.
-        options = {"local_files_only": local or no_network(), **gguf}
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
     except Exception as error:  # of many kinds, by format
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        why = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"no model {name!r} ({reason}): give a folder, a .pt or .gguf file, or a name on "
-            "the hub"
+            f"no model {name!r} ({why}): give a folder, a .pt or .gguf file, or a name on the hub"
         ) from error
     use_onednn_linear(model)
     return Loaded(model.eval(), tokenizer, label)

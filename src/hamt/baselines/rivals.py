@@ -8,7 +8,7 @@ on a CPU: there their quality can be compared, and their speed says nothing.
 """
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +42,12 @@ def gpt2(
         n_positions=context,
         n_embd=hidden_dim,
         n_layer=num_layers,
-        n_head=hidden_dim // nearest_divisor(hidden_dim, usual_head_dim(hidden_dim)),
+        n_head=_attention_heads(hidden_dim),
         n_inner=mlp_width,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        initializer_range=hidden_dim**-0.5,
-        bos_token_id=None,
-        eos_token_id=None,
+        **_common(hidden_dim),
     )
     return _initialised(GPT2LMHeadModel(config))
 
@@ -64,11 +62,8 @@ def llama(
         hidden_size=hidden_dim,
         intermediate_size=mlp_width,
         num_hidden_layers=num_layers,
-        num_attention_heads=hidden_dim // nearest_divisor(hidden_dim, usual_head_dim(hidden_dim)),
-        tie_word_embeddings=True,
-        initializer_range=hidden_dim**-0.5,
-        bos_token_id=None,
-        eos_token_id=None,
+        num_attention_heads=_attention_heads(hidden_dim),
+        **_common(hidden_dim),
     )
     return _initialised(LlamaForCausalLM(config))
 
@@ -83,16 +78,11 @@ def mamba2(
     head_dim: int = 32,
     expand: int = 2,
 ) -> Mamba2ForCausalLM:
-    """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060).
+    """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060), which has neither MLPs nor positions.
 
-    Args:
-        hidden_dim: width of the residual stream.
-        num_layers: mixers; the architecture has no MLPs.
-        vocab_size: tokens in the vocabulary.
-        context: taken as all builders take it, and of no effect: there are no positions.
-        state_size: floats of state per channel.
-        head_dim: wanted channels of a head; the nearest even divisor is taken.
-        expand: width of all heads together, in units of ``hidden_dim``.
+    ``state_size`` is the floats of state per channel, ``head_dim`` the wanted channels of a head
+    (the nearest even divisor is taken), and ``expand`` the width of all heads together in units of
+    ``hidden_dim``. ``context`` has no effect.
     """
     head_dim = nearest_divisor(expand * hidden_dim, head_dim)
     config = Mamba2Config(
@@ -105,11 +95,8 @@ def mamba2(
         state_size=state_size,
         n_groups=1,
         chunk_size=64,
-        tie_word_embeddings=True,
-        initializer_range=hidden_dim**-0.5,
         pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
+        **_common(hidden_dim),
     )
     return _initialised(Mamba2ForCausalLM(config))
 
@@ -129,14 +116,10 @@ def gated_deltanet(
     The model has dense MLPs and no attention. Transformers' cache for this class does not work
     without an attention layer, so the model has none.
 
-    Args:
-        hidden_dim: width of the residual stream, and of the values of all heads together.
-        num_layers: blocks of mixer and MLP.
-        vocab_size: tokens in the vocabulary.
-        context: advisory; there are no positions.
-        mlp_width: width of the MLPs; 0 leaves them out.
-        key_dim: width of a key. A key head serves two value heads, or one if their number is odd.
-        value_dim: wanted width of a value; the nearest even divisor of ``hidden_dim`` is taken.
+    An ``mlp_width`` of 0 leaves the MLPs out. ``hidden_dim`` is also the width of the values of all
+    heads together, and ``value_dim`` the wanted width of one (the nearest even divisor is taken). A
+    key head, of width ``key_dim``, serves two value heads, or one if their number is odd. There are
+    no positions: ``context`` is advisory.
     """
     value_dim = nearest_divisor(hidden_dim, value_dim)
     heads = hidden_dim // value_dim
@@ -155,10 +138,7 @@ def gated_deltanet(
         layer_types=["linear_attention"] * num_layers,
         mlp_only_layers=list(range(num_layers)),
         use_cache=False,
-        tie_word_embeddings=True,
-        initializer_range=hidden_dim**-0.5,
-        bos_token_id=None,
-        eos_token_id=None,
+        **_common(hidden_dim),
     )
     model = _initialised(Qwen3NextForCausalLM(config))
     for layer in model.model.layers:
@@ -166,6 +146,16 @@ def gated_deltanet(
         if not mlp_width:
             layer.mlp, layer.post_attention_layernorm = _AddsNothing(), nn.Identity()
     return model
+
+
+def _attention_heads(hidden_dim: int) -> int:
+    return hidden_dim // nearest_divisor(hidden_dim, usual_head_dim(hidden_dim))
+
+
+def _common(hidden_dim: int) -> dict[str, Any]:
+    """What all configurations have in common."""
+    tokens = {"bos_token_id": None, "eos_token_id": None}
+    return {"tie_word_embeddings": True, "initializer_range": hidden_dim**-0.5, **tokens}
 
 
 def nearest_divisor(width: int, wanted: int) -> int:

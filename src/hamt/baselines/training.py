@@ -70,14 +70,9 @@ def read_run(checkpoint: Path) -> Record:
         info = json.loads(record.read_text(encoding="utf-8"))
         names = {field.name for field in fields(TrainOptions)}
         options = {name: value for name, value in info["options"].items() if name in names}
-        tokens = (int(info["train_tokens"]), int(info["held_out_tokens"]))
-        return Record(
-            TrainOptions(**options),
-            int(info["steps"]),
-            info["data_fingerprint"],
-            tokens,
-            info.get("paths"),
-        )
+        tokens, paths = (int(info["train_tokens"]), int(info["held_out_tokens"])), info.get("paths")
+        steps, fingerprint = int(info["steps"]), info["data_fingerprint"]
+        return Record(TrainOptions(**options), steps, fingerprint, tokens, paths)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--rivals needs {record}, which hamt train writes beside its model: give such a folder"
@@ -101,16 +96,12 @@ def train_rivals(
 ) -> list[TrainedRival]:
     """Train a rival at each of these learning rates, or find it trained; see ``train_rival``.
 
-    Returns:
-        The rivals, the one with the lowest held-out loss first. Without ``learning_rates`` there is
-        one, at the learning rate of the checkpoint.
+    The one with the lowest held-out loss comes first. Without ``learning_rates`` there is one, at
+    the learning rate of the checkpoint.
     """
     rates = dict.fromkeys(learning_rates or [read_run(checkpoint).options.learning_rate])
     trained = [train_rival(kind, checkpoint, console, rate) for rate in rates]
-    return sorted(
-        trained,
-        key=lambda rival: math.inf if rival.held_out_loss is None else rival.held_out_loss,
-    )
+    return sorted(trained, key=lambda x: math.inf if x.held_out_loss is None else x.held_out_loss)
 
 
 def train_rival(
@@ -134,32 +125,22 @@ def train_rival(
     if learning_rate != run.options.learning_rate:
         folder = folder.parent / f"learning_rate_{learning_rate:g}" / kind
     options = replace(run.options, learning_rate=learning_rate)
-    described = {
-        "kind": kind,
-        "steps": run.steps,
-        "options": asdict(options),
-        "fingerprint": run.fingerprint,
-    }
+    described = {"kind": kind, "steps": run.steps, "fingerprint": run.fingerprint}
+    described["options"] = asdict(options)
     info = _read_info(folder, described)
     if info is None:
         mend = "set XDG_CACHE_HOME to another"
         if folder.is_relative_to(checkpoint):
             mend = "copy the checkpoint to a folder of yours"
         check_writable(str(folder), make=True, mend=mend)
-        console.print(
-            f"training: {kind} at the learning rate {learning_rate:g} ({folder})", markup=False
-        )
+        told = f"training: {kind} at the learning rate {learning_rate:g} ({folder})"
+        console.print(told, markup=False)
         plan = _plan(run, options, checkpoint, console)
-        info = _train(kind, plan, run.steps, folder, described, console)
+        info = _train(plan, folder, described, console)
+    own_rate, trouble = learning_rate == run.options.learning_rate, info["trouble"]
+    loss = None if trouble else info["held_out_loss"]["nats_per_token"]
     return TrainedRival(
-        kind=kind,
-        folder=folder,
-        learning_rate=learning_rate,
-        steps=run.steps,
-        tokens=info["tokens"],
-        own_rate=learning_rate == run.options.learning_rate,
-        held_out_loss=None if info["trouble"] else info["held_out_loss"]["nats_per_token"],
-        trouble=info["trouble"],
+        kind, folder, learning_rate, run.steps, info["tokens"], own_rate, loss, trouble
     )
 
 
@@ -169,13 +150,10 @@ def _plan(run: Record, options: TrainOptions, checkpoint: Path, console: Console
     Raises:
         UserError: if the text is not there any more, or has changed.
     """
-    paths: dict[str, Any] = {
-        name: path for name, path in (run.paths or {}).items() if Path(path).exists()
-    }
+    changes: dict[str, Any] = {"resume": False, "overwrite": True}
+    changes |= {name: path for name, path in (run.paths or {}).items() if Path(path).exists()}
     with TemporaryDirectory() as scratch:  # a plan asks for a folder of its own
-        plan = make_plan(
-            replace(options, output_dir=scratch, resume=False, overwrite=True, **paths)
-        )
+        plan = make_plan(replace(options, output_dir=scratch, **changes))
     if plan.corpus.fingerprint == run.fingerprint:
         return plan
     # Records without paths are of versions that knew a text by its path and date.
@@ -191,26 +169,27 @@ def _plan(run: Record, options: TrainOptions, checkpoint: Path, console: Console
     return plan
 
 
-def _train(
-    kind: str, plan: Plan, steps: int, folder: Path, described: dict[str, Any], console: Console
-) -> dict[str, Any]:
+def _train(plan: Plan, folder: Path, described: dict[str, Any], console: Console) -> dict[str, Any]:
     """Train a rival, write its folder, and return what its ``rival.json`` says."""
-    model, held_out, length = _build(kind, plan), plan.corpus.held_out, plan.options.max_length
+    held_out, length, steps = plan.corpus.held_out, plan.options.max_length, described["steps"]
+    model = _build(described["kind"], plan)
     check_space(folder, 4 * model.num_parameters(), mend="free space first")
     every = max(len(held_out) // length // SAMPLED_BLOCKS, 1)
-    bar = ProgressBar(steps)
+    carries_none: dict[str, Any] = {"carry_state": False, "tbptt_segments": 1}
+    # As many tokens of a step, read at once: no state is carried.
+    rows = plan.options.batch_size * plan.options.tbptt_segments
+    shape: dict[str, Any] = {"length": length, "batch_size": rows, "seed": plan.options.seed}
+    batches = Batches(plan.corpus.train, order="shuffled", documents_flow=True, **shape)
+    bar, trouble = ProgressBar(steps), None
     trainer = Trainer(
         model,
         lambda: held_out_loss(model, held_out, length, every=every),
-        replace(
-            plan.loop, num_steps=steps, carry_state=False, tbptt_segments=1, max_seconds=math.inf
-        ),
+        replace(plan.loop, num_steps=steps, max_seconds=math.inf, **carries_none),
         accelerator=plan.accelerator,
         listeners=[HeldOutLines(console), bar],
     )
-    trouble = None
     try:
-        result: TrainingResult[Loss] = trainer.train(_batches(plan).loader(0, steps))
+        result: TrainingResult[Loss] = trainer.train(batches.loader(0, steps))
     except DivergenceError as error:
         result, trouble = trainer.result, str(error)
     finally:
@@ -238,27 +217,11 @@ def _train(
 
 def _build(kind: str, plan: Plan) -> PreTrainedModel:
     seed_everything(plan.options.seed)
+    names = ("hidden_dim", "num_layers", "vocab_size")
+    sizes = {name: getattr(plan.model.config, name) for name in names}
     with user_errors():
-        return with_parameters(
-            kind,
-            plan.model.num_parameters(),
-            hidden_dim=plan.model.config.hidden_dim,
-            num_layers=plan.model.config.num_layers,
-            vocab_size=plan.model.config.vocab_size,
-            context=plan.options.max_length,
-        )
-
-
-def _batches(plan: Plan) -> Batches:
-    return Batches(
-        plan.corpus.train,
-        length=plan.options.max_length,
-        # As many tokens of a step, read at once: no state is carried.
-        batch_size=plan.options.batch_size * plan.options.tbptt_segments,
-        order="shuffled",
-        documents_flow=True,
-        seed=plan.options.seed,
-    )
+        parameters, context = plan.model.num_parameters(), plan.options.max_length
+        return with_parameters(kind, parameters, **sizes, context=context)
 
 
 def _read_info(folder: Path, described: dict[str, Any]) -> dict[str, Any] | None:

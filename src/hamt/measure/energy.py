@@ -3,7 +3,7 @@
 It can be read where Linux has RAPL counters, which virtual machines seldom have.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 POWERCAP = Path("/sys/class/powercap")
@@ -18,15 +18,15 @@ def joules(run: Callable[[], object], folder: Path = POWERCAP) -> float | None:
         packages = [zone for zone in sorted(folder.iterdir()) if zone.name.count(":") == 1]
         if not packages:
             return None
-        before = [_microjoules(zone, "energy_uj") for zone in packages]
+        before, ranges = (_read(packages, name) for name in ("energy_uj", "max_energy_range_uj"))
         run()
-        after = [_microjoules(zone, "energy_uj") for zone in packages]
-        ranges = [_microjoules(zone, "max_energy_range_uj") for zone in packages]
+        after = _read(packages, "energy_uj")
     except (OSError, ValueError):
         return None
     # A counter starts from zero again when it reaches its range.
     return sum((b - a) % top for a, b, top in zip(before, after, ranges, strict=True)) / 1e6
 
 
-def _microjoules(zone: Path, name: str) -> int:
-    return int((zone / name).read_text(encoding="ascii"))
+def _read(zones: Iterable[Path], name: str) -> list[int]:
+    """Microjoules of all zones."""
+    return [int((zone / name).read_text(encoding="ascii")) for zone in zones]

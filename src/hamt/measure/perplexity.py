@@ -117,15 +117,10 @@ def score_documents(
     stride: int | None = None,
     batch_size: int = 8,
 ) -> Score:
-    """Score documents, each from its start.
+    """Score documents, each from its start; empty ones are left out.
 
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        documents: texts; empty ones are left out.
-        context: N, tokens that a prediction sees at most; None carries the state along.
-        stride: tokens by which the window moves; None is ``context``.
-        batch_size: B.
+    ``context`` is N, the tokens that a prediction sees at most; None carries the state along.
+    ``stride`` is the number of tokens by which the window moves; None is ``context``.
 
     Raises:
         UserError: if the stride does not fit, or a state cannot be carried.
@@ -137,17 +132,17 @@ def score_documents(
     model.eval()
     for text in documents:
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        if ids:
-            stream = torch.tensor([start, *ids])
-            parts = (
-                _carried(model, stream)
-                if context is None
-                else _windows(model, stream, context, stride or context, batch_size)
-            )
-            for losses, position in parts:
-                score.add(losses, position)
-            score.words += len(re.split(r"\s+", text))
-            score.num_bytes += len(text.encode())
+        if not ids:
+            continue
+        stream = torch.tensor([start, *ids])
+        if context is None:
+            parts = _carried(model, stream)
+        else:
+            parts = _windows(model, stream, context, stride or context, batch_size)
+        for losses, position in parts:
+            score.add(losses, position)
+        score.words += len(re.split(r"\s+", text))
+        score.num_bytes += len(text.encode())
     model.train(was_training)
     if not score.tokens:
         raise UserError("there is no text to score")
@@ -180,10 +175,16 @@ def _carried(model: PreTrainedModel, stream: Tensor) -> Iterator[tuple[np.ndarra
         raise UserError(
             "only a HAMT model can carry its state over a text of any length: give a context"
         )
+    for begin, losses in _segments(model, stream[None]):
+        yield losses[0], begin
+
+
+def _segments(model: HAMTForCausalLM, ids: Tensor) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield where each segment begins and its losses (B, SEGMENT), the state carried along."""
     cache = HAMTCache(model.config.num_layers)
-    for begin in range(0, len(stream) - 1, SEGMENT):
-        ids = stream[begin : begin + SEGMENT + 1][None]
-        yield _forward(model, ids, past_key_values=cache)[0], begin
+    for begin in range(0, ids.shape[1] - 1, SEGMENT):
+        part = ids[:, begin : begin + SEGMENT + 1]
+        yield begin, _forward(model, part, past_key_values=cache)
 
 
 def _rows(model: PreTrainedModel, context: int) -> int:
@@ -197,12 +198,9 @@ def _losses(model: PreTrainedModel, ids: Tensor) -> np.ndarray:
 
     HAMT reads a segment at a time, its state carried along.
     """
-    length = ids.shape[1] - 1
-    if not isinstance(model, HAMTForCausalLM) or length <= SEGMENT:
+    if not isinstance(model, HAMTForCausalLM) or ids.shape[1] - 1 <= SEGMENT:
         return _forward(model, ids)
-    cache = HAMTCache(model.config.num_layers)
-    parts = (ids[:, begin : begin + SEGMENT + 1] for begin in range(0, length, SEGMENT))
-    return np.concatenate([_forward(model, part, past_key_values=cache) for part in parts], axis=1)
+    return np.concatenate([losses for _, losses in _segments(model, ids)], axis=1)
 
 
 @torch.no_grad()

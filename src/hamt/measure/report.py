@@ -16,10 +16,7 @@ def write_report(
     """Write ``name.json``, ``name.md`` and a PNG file for each figure.
 
     Where a figure is None its file is removed, so that no plot of an earlier run stays beside the
-    new table.
-
-    Returns:
-        The paths of the files.
+    new table. The paths of what was written are returned.
     """
     folder = Path(folder)
     paths = [folder / f"{name}.json", folder / f"{name}.md"]

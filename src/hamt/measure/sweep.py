@@ -42,23 +42,17 @@ AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 class Sweep(Generic[AnyRun]):
-    """Runs, and what has been done of them.
+    """Runs of one kind, and what has been done of them.
 
-    Args:
-        runs: all of the same kind. Two that have the same description are one run.
-        folder: of the files. A file counts for the runs that its content describes, whatever it is
-            called.
+    Two runs that have the same description are one. A file of the folder counts for the runs that
+    its content describes, whatever it is called.
     """
 
     def __init__(self, runs: Iterable[AnyRun], folder: Path) -> None:
         self.runs, self.folder = list(runs), folder
         self._keys = [_key(run.describe()) for run in self.runs]
-        self._done: dict[str, Content] = {}
-        for content in contents(folder) if self.runs else ():
-            self._note(content)
-
-    def _note(self, content: Content) -> None:
-        self._done[_key(self.runs[0].read_description(content))] = content
+        there = contents(folder) if self.runs else []
+        self._done = {_key(self.runs[0].read_description(content)): content for content in there}
 
     @property
     def missing(self) -> list[AnyRun]:
@@ -76,11 +70,9 @@ class Sweep(Generic[AnyRun]):
         return [(run, self._done[key]) for run, key in pairs if key in self._done]
 
     def perform(self, workers: int, told: Callable[[AnyRun, Content], None]) -> None:
-        """Perform the runs that are missing.
+        """Perform the runs that are missing, in so many processes of one thread each.
 
-        Args:
-            workers: processes of one thread each.
-            told: called with each run that is done, when its file is written.
+        ``told`` is called with each run that is done, when its file is written.
 
         Raises:
             UserError: if the file of a run that is not done is there, and holds something else; no
@@ -91,7 +83,7 @@ class Sweep(Generic[AnyRun]):
 
         def done(run: AnyRun, content: Content) -> None:
             write_json(self._file(run), content)
-            self._note(json.loads(json.dumps(content)))
+            self._done[_key(run.describe())] = json.loads(json.dumps(content))
             told(run, content)
 
         in_processes(_perform, missing, max(min(workers, len(missing)), 1), done)
@@ -104,9 +96,8 @@ class Sweep(Generic[AnyRun]):
         for run in missing:
             file = self._file(run)
             if run.name in names:
-                raise UserError(
-                    f"two runs would be written to {file}: give rates or models that differ by more"
-                )
+                mend = "give rates or models that differ by more"
+                raise UserError(f"two runs would be written to {file}: {mend}")
             names.add(run.name)
             if file.exists():
                 differ = _differing(run.describe(), run.read_description(_read(file)))

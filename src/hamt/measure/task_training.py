@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 
 from hamt.cross_entropy import IGNORE_INDEX
@@ -53,17 +53,16 @@ def train_on_task(
     listeners: Iterable[Listener[float]] = (),
     **options: Any,
 ) -> TaskResult:
-    """Train a model in place, on fresh examples at every step.
+    """Train a causal language model in place, on fresh examples at every step.
 
     Args:
-        model: a causal language model of Transformers.
+        model: of Transformers' calling convention.
         task: what to learn, evaluated at its own length. Of several tasks every step draws one, and
             the evaluation is their mean.
         batch_size: B, examples of a step.
-        seed: of the training examples and of the global generator. Held-out examples have another
-            seed.
-        lengths: shortest and longest example in tokens. Every batch draws its length uniformly from
-            the shortest to the longest. None is the task's length.
+        seed: of the training examples and of the global generator; held-out examples have another.
+        lengths: shortest and longest example in tokens: every batch draws its length uniformly
+            between them. None is the task's length.
         num_held_out: examples of an evaluation, the same in all of them.
         target_accuracy: end at the first evaluation that reaches it.
         listeners: told of what happens in the training.
@@ -79,10 +78,9 @@ def train_on_task(
     for each in tasks:
         for length in lengths or ():
             each.check_length(length)
-        if model.config.vocab_size < each.vocab_size:
+        if (has := model.config.vocab_size) < (needs := each.vocab_size):
             raise ValueError(
-                f"the model's vocab_size must be at least {each.vocab_size} for {each}; "
-                f"got {model.config.vocab_size}"
+                f"the model's vocab_size must be at least {needs} for {each}; got {has}"
             )
     batches = _batches(tasks, batch_size, lengths, seed_everything(seed))
     drawn: dict[str, Any] = {
@@ -117,25 +115,24 @@ def accuracy(
     Args:
         model: ``model(input_ids=...)`` returns an object with ``logits`` (B, N, V).
         task: draws the examples.
-        num_examples: number of examples.
+        num_examples: how many.
         seed: of the examples, which do not depend on ``batch_size``.
         length: tokens of an example; None is the task's length.
         positions: positions of every row that are scored; None is all.
-        batch_size: B, rows at a time.
+        batch_size: B.
 
     Raises:
         ValueError: if nothing is asked for there, or the task has no such examples.
     """
-    inputs, targets = task.sample(num_examples, torch.Generator().manual_seed(seed), length)
+    inputs, targets = task.sample(num_examples, Generator().manual_seed(seed), length)
     if positions is not None:
         outside = torch.ones(targets.shape[1], dtype=torch.bool)
         outside[positions] = False
         targets[:, outside] = IGNORE_INDEX
     asked = targets != IGNORE_INDEX
     if not asked.any():
-        raise ValueError(
-            f"{task} asks nothing at {positions} of {inputs.shape[1]} positions; give others"
-        )
+        length = inputs.shape[1]
+        raise ValueError(f"{task} asks nothing at {positions} of {length} positions; give others")
     was_training = model.training
     model.eval()
     answers = [model(input_ids=rows).logits.argmax(dim=-1) for rows in inputs.split(batch_size)]
@@ -144,10 +141,7 @@ def accuracy(
 
 
 def _batches(
-    tasks: Sequence[Task],
-    batch_size: int,
-    lengths: tuple[int, int] | None,
-    generator: torch.Generator,
+    tasks: Sequence[Task], batch_size: int, lengths: tuple[int, int] | None, generator: Generator
 ) -> Iterator[dict[str, Tensor]]:
     """Yield batches of fresh examples without end, as arguments of a model."""
     index, length = 0, None

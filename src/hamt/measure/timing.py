@@ -32,15 +32,10 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time all calls in every round, so that other load on the machine affects them alike.
 
-    Garbage is collected before each call and is not timed, so that no call pays for what another
-    has left.
-
-    Args:
-        callables: the calls by name.
-        rounds: measured rounds, each in another random order.
-        warmup: rounds before them, not measured.
-        least: seconds that all measured calls must take together; if they take less there are more
-            rounds, up to ``MAX_ROUNDS``. Other load would be most of what short calls measure.
+    Every round has another random order; ``warmup`` rounds before them are not measured. If all
+    measured calls together take less than ``least`` seconds there are more rounds, up to
+    ``MAX_ROUNDS``: other load would be most of what short calls measure. Garbage is collected
+    before each call and is not timed, so that no call pays for what another has left.
     """
     names, order = list(callables), random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}

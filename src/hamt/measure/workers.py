@@ -26,14 +26,9 @@ def in_processes(
 ) -> None:
     """Call ``function`` with each item, ``workers`` at a time, each in a process of one thread.
 
-    After an interrupt or an error no call begins, and those under way are told to end.
-
-    Args:
-        function: at the top level of a module; it calls ``check_stop`` now and then.
-        items: what it is called with.
-        workers: processes.
-        done: called in this process with an item and its result as soon as there is one, also with
-            results that come in after an interrupt or an error.
+    ``done`` is called in this process with each item and its result. After an interrupt or an error
+    no call begins and those under way are told to end (``check_stop``, which ``function`` calls now
+    and then); results that still come in are handed to ``done``, too.
     """
     context, waiting = get_context("spawn"), iter(items)
     stop, running = context.Event(), dict[Future[Result], Item]()
@@ -74,6 +69,13 @@ class Stopper(Listener[Any]):
     def stepped(self, trainer: Trainer[Any]) -> None:
         """Raise KeyboardInterrupt if the process is told to end."""
         check_stop()
+
+
+def whole(result: Any) -> Any:
+    """The result of a training; KeyboardInterrupt for half a one, which must not look like it."""
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return result
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable, item: object) -> Future:

@@ -88,11 +88,8 @@ def _report(options: AblateOptions, recipe: dict[str, Any], path: Path, console:
     seeds = {content["seed"] for content in contents(folder) if "seed" in content}
     everything = replace(options, variants=[], seeds=sorted(seeds))
     done = Sweep(plan(everything, recipe), folder).results
-    kinds = {
-        task: base["kind"]
-        for task, base in recipe["tasks"].items()
-        if task in (options.tasks or recipe["tasks"])
-    }
+    tasks = options.tasks or recipe["tasks"]
+    kinds = {task: base["kind"] for task, base in recipe["tasks"].items() if task in tasks}
     text = page(done, kinds)
     write_text(path, text)
     console.print(text, markup=False)
@@ -115,7 +112,8 @@ def _check_texts(missing: Sequence[AblationRun], recipe: dict[str, Any]) -> None
     """See to it that the texts are there before any run is started."""
     for run in missing:
         for file in needed_files(recipe["tasks"][run.task]):
-            if run.data is None:
-                raise UserError(f"{run.task} needs {file}: name the folder it is in with --data")
-            if not (run.data / file).exists():
-                raise UserError(f"no {file} in {run.data}: name the folder it is in with --data")
+            if run.data is None or not (run.data / file).exists():
+                where = (
+                    f"{run.task} needs {file}" if run.data is None else f"no {file} in {run.data}"
+                )
+                raise UserError(f"{where}: name the folder it is in with --data")

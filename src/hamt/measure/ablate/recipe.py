@@ -133,8 +133,7 @@ def all_choices(config: dict[str, Any]) -> dict[str, Any]:
 def _check_rival(variant: str, rival: dict[str, Any] | None, parameters: int | None) -> None:
     kind = (rival or {}).get("kind", "transformer")
     if kind not in ARCHITECTURES:
-        raise UserError(
-            f"variant {variant}: no architecture {kind}; there are {', '.join(ARCHITECTURES)}"
-        )
+        there = ", ".join(ARCHITECTURES)
+        raise UserError(f"variant {variant}: no architecture {kind}; there are {there}")
     if kind != "transformer" and parameters is None:
         raise UserError(f"variant {variant}: a {kind} needs `parameters`, a number to come near to")

@@ -1,8 +1,6 @@
 """The table and the plot of ``hamt ablate``: a row for each variant, its seeds together."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from math import exp
 from statistics import mean, median
 from typing import Any
@@ -13,7 +11,14 @@ from matplotlib.figure import Figure
 from hamt.baselines.catalogue import STATE, full_name, state_floats
 from hamt.environment import describe_runs
 from hamt.measure.ablate.runs import AblationRun, architecture, make_model
-from hamt.measure.tables import markdown, standard_error
+from hamt.measure.tables import (
+    floats,
+    grouped,
+    markdown,
+    paragraphs,
+    standard_error,
+    with_error,
+)
 from hamt.visualization import COLOURS, panels
 
 Result = Mapping[str, Any]
@@ -23,14 +28,8 @@ Done = Sequence[tuple[AblationRun, Result]]
 COLUMNS = {
     "characters": ("loss", "seeds", "parameters", "state floats"),
     "text": (
-        "loss",
-        "perplexity",
-        "seeds",
-        "bits/byte",
-        "learning rate",
-        "tokens",
-        "parameters",
-        "without embedding",
+        *("loss", "perplexity", "seeds", "bits/byte", "learning rate", "tokens"),
+        *("parameters", "without embedding"),
     ),
     "recall": ("accuracy", "seeds", "steps to 0.99", "parameters", "state floats"),
     "counting": ("accuracy", "seeds", "median", "best"),
@@ -48,62 +47,50 @@ def page(done: Done, kinds: Mapping[str, str]) -> str:
         return "No runs yet.\n"
     # A run that two variants share counts once.
     headers = {(run.task, run.seed, repr(run.spec)): left["environment"] for run, left in done}
-    parts = [describe_runs(list(headers.values())), *_legend(done, kinds), table(done, kinds)]
-    return "\n\n".join(parts) + "\n"
+    came_from = describe_runs(list(headers.values()))
+    return paragraphs(came_from, _legend(done, kinds), _table(done, kinds)) + "\n"
 
 
-def table(done: Done, kinds: Mapping[str, str]) -> str:
+def _table(done: Done, kinds: Mapping[str, str]) -> str:
     """A row for each variant, with mean ± standard error over its seeds."""
-    groups = _groups(done)
-    columns = ["variant"]
+    groups, columns = _groups(done), ["variant"]
     for task, kind in kinds.items():
         first, *more = COLUMNS[kind]
         columns += [f"{task}: {first}", *more]
-    rows = [
-        [
-            variant,
-            *chain.from_iterable(_cells(groups[variant, task], kinds[task]) for task in kinds),
-        ]
-        for variant in dict.fromkeys(run.variant for run, _ in done)
-    ]
+    rows = [[variant] for variant in dict.fromkeys(run.variant for run, _ in done)]
+    for row in rows:
+        for task, kind in kinds.items():
+            row += _cells(groups.get((row[0], task), []), kind)
     return markdown(columns, rows, text=(0,))
 
 
 def _groups(done: Done) -> dict[tuple[str, str], list[Result]]:
-    groups: dict[tuple[str, str], list[Result]] = defaultdict(list)
-    for run, result in done:
-        groups[run.variant, run.task].append(result)
-    return groups
+    """Results by variant and task."""
+    groups = grouped(done, lambda pair: (pair[0].variant, pair[0].task))
+    return {key: [result for _, result in pairs] for key, pairs in groups.items()}
 
 
-def _legend(done: Done, kinds: Mapping[str, str]) -> list[str]:
+def _legend(done: Done, kinds: Mapping[str, str]) -> str:
     """How state is counted, where it is, and what variants are that are not HAMT."""
-    variants: dict[str, list[str]] = {}
-    for run, _ in done:
-        if (kind := architecture(run.spec)) != "hamt":
-            what = full_name(kind, run.spec["rival"])
-            variants.setdefault(what, []).append(run.variant)
-    named = [f"{', '.join(dict.fromkeys(names))}: {what}." for what, names in variants.items()]
+    specs = {run.variant: run.spec for run, _ in done if architecture(run.spec) != "hamt"}
+    named = grouped(specs, lambda name: full_name(architecture(specs[name]), specs[name]["rival"]))
     counted = [STATE] if any("state floats" in COLUMNS[kind] for kind in kinds.values()) else []
-    return [" ".join([*counted, *named])] if counted or named else []
+    return " ".join([*counted, *(f"{', '.join(names)}: {what}." for what, names in named.items())])
 
 
 def _cells(results: Sequence[Result], kind: str) -> list[str]:
-    if not results:
-        return ["–"] * len(COLUMNS[kind])
+    """The cells of a variant under the columns of a task."""
     finished = [result for result in results if result["figure"] is not None]
+    if not finished:
+        filler = ["–"] * (len(COLUMNS[kind]) - 1)
+        return ["diverged" if results else "–", *filler]
     first, seeds = results[0], str(len(finished))
     if len(finished) < len(results):
         seeds += f" ({len(results) - len(finished)} diverged)"
-    if not finished:
-        filler = len(COLUMNS[kind]) - 1
-        return ["diverged", *["–"] * filler]
     figures = [result["figure"] for result in finished]
-    error = f" ± {standard_error(figures):.3f}" if len(figures) > 1 else ""
-    figure = f"{mean(figures):.3f}{error}"
+    figure, parameters = with_error(figures, 3), f"{first['num_parameters']:,}"
     if kind == "counting":
         return [figure, seeds, f"{median(figures):.4f}", f"{max(figures):.4f}"]
-    parameters = f"{first['num_parameters']:,}"
     if kind == "text":
         bits = mean(result["bits_per_byte"] for result in finished)
         rate, tokens = first["spec"]["training"]["learning_rate"], f"{finished[0]['tokens']:,}"
@@ -123,15 +110,13 @@ def _state(result: Result) -> str:
         embedding = result["num_parameters"] - result["non_embedding_parameters"]
         vocab_size = embedding // result["spec"]["config"]["hidden_dim"]
     with torch.device("meta"):
-        floats = state_floats(make_model(result["spec"], vocab_size))
-    return "grows" if floats is None else f"{floats:,}"
+        return floats(state_floats(make_model(result["spec"], vocab_size)))
 
 
 def figure(done: Done, kinds: Mapping[str, str]) -> Figure | None:
     """A panel for each task: the mean of each variant with its standard error; None without any."""
-    groups = _groups(done)
     plots: dict[str, dict[str, list[float]]] = {}
-    for (variant, task), results in groups.items():
+    for (variant, task), results in _groups(done).items():
         figures = [result["figure"] for result in results if result["figure"] is not None]
         if figures and task in kinds:
             plots.setdefault(task, {})[variant] = figures
@@ -140,16 +125,10 @@ def figure(done: Done, kinds: Mapping[str, str]) -> Figure | None:
     most = max(len(variants) for variants in plots.values())
     drawn, all_axes = panels(len(plots), size=(5.5, 1.2 + 0.22 * most))
     for axes, (task, variants) in zip(all_axes, plots.items(), strict=True):
-        rows = range(len(variants))
-        axes.errorbar(
-            [mean(figures) for figures in variants.values()],
-            rows,
-            xerr=[standard_error(figures) for figures in variants.values()],
-            fmt="o",
-            markersize=4,
-            capsize=2,
-            color=COLOURS[0],
-        )
+        rows, means = range(len(variants)), [mean(figures) for figures in variants.values()]
+        errors = [standard_error(figures) for figures in variants.values()]
+        style: dict[str, Any] = {"fmt": "o", "markersize": 4, "capsize": 2, "color": COLOURS[0]}
+        axes.errorbar(means, rows, xerr=errors, **style)
         axes.set_yticks(rows, list(variants), fontsize="small")
         axes.set_ylim(len(variants) - 0.5, -0.5)
         axes.set_xlabel(f"{COLUMNS[kinds[task]][0]} (± standard error over seeds)")

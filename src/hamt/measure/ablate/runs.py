@@ -4,18 +4,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hamt.baselines.catalogue import (
-    ARCHITECTURES,
-    non_embedding_parameters,
-    state_floats,
-    with_parameters,
-)
+from hamt.baselines import catalogue
 from hamt.checkpoint import PRETRAINED
 from hamt.data.corpus import load_corpus
 from hamt.data.loader import Batches
@@ -25,7 +20,7 @@ from hamt.data.tokens import Split, tokenise
 from hamt.environment import environment
 from hamt.measure.ablate.recipe import EMBEDDED, SHAKESPEARE, all_choices
 from hamt.measure.task_training import HELD_OUT, accuracy, train_on_task
-from hamt.measure.workers import Stopper
+from hamt.measure.workers import Stopper, whole
 from hamt.training.accelerator import make_accelerator
 from hamt.training.divergence import DivergenceError
 from hamt.training.held_out import Loss, held_out_loss
@@ -37,17 +32,14 @@ Measured = dict[str, Any]
 
 @dataclass(frozen=True)
 class AblationRun:
-    """One run (``hamt.measure.sweep.Run``): a variant of a recipe on a task, with a seed.
-
-    ``data`` is the folder of the texts; it does not bear on the result.
-    """
+    """One run (``hamt.measure.sweep.Run``): a variant of a recipe on a task, with a seed."""
 
     task: str
     variant: str
     seed: int
     kind: str
     spec: Spec
-    data: Path | None
+    data: Path | None  # the folder of the texts, which does not bear on the result
 
     @property
     def name(self) -> str:
@@ -76,11 +68,14 @@ class AblationRun:
             KeyboardInterrupt: if the user stopped it: half a run must not look like a whole one.
         """
         header, start, diverged = environment(), time.time(), None
-        vocab_size, train = KINDS[self.kind](self.spec, self.seed, self.data)
+        material = LOADERS[self.kind](self.spec, self.data)
         seed_everything(self.seed)
-        model = make_model(self.spec, vocab_size)
+        model = make_model(self.spec, material.vocab_size)
         try:
-            measured = train(model)
+            if isinstance(material, Text):
+                measured = train_on_text(model, material, self.spec, self.seed)
+            else:
+                measured = train_on_examples(model, material, self.spec, self.seed)
         except DivergenceError as error:  # costs no other run
             measured, diverged = {"figure": None}, str(error)
         return {
@@ -90,8 +85,8 @@ class AblationRun:
             **measured,
             "diverged": diverged,
             "num_parameters": model.num_parameters(),
-            "non_embedding_parameters": non_embedding_parameters(model),
-            "state_floats": state_floats(model),
+            "non_embedding_parameters": catalogue.non_embedding_parameters(model),
+            "state_floats": catalogue.state_floats(model),
             "intermediate_dim": getattr(model.config, "intermediate_dim", None),
             "spec": self.spec,
             "wall_seconds": time.time() - start,
@@ -115,72 +110,62 @@ def make_model(spec: Spec, vocab_size: int) -> PreTrainedModel:
     if kind not in ("hamt", "transformer"):
         sizes = {name: spec["config"][name] for name in ("hidden_dim", "num_layers")}
         sizes |= {"vocab_size": vocab_size, "context": spec["training"]["length"]}
-        return with_parameters(kind, parameters, **sizes, **choices)
+        return catalogue.with_parameters(kind, parameters, **sizes, **choices)
     fields = {**spec["config"], "vocab_size": vocab_size}
     if kind == "transformer":
         with torch.device("meta"):
-            parameters = _hamt(fields, parameters).num_parameters()
-        return with_parameters(kind, parameters, **fields, **choices)
-    own = {name: spec[name] for name in ("keys", "common_direction")}
-    return _hamt({**fields, **own}, parameters)
+            parameters = _hamt(parameters, **fields).num_parameters()
+        return catalogue.with_parameters(kind, parameters, **fields, **choices)
+    return _hamt(parameters, **fields, keys=spec["keys"], common_direction=spec["common_direction"])
 
 
-def _hamt(fields: dict[str, Any], parameters: int | None) -> PreTrainedModel:
+def _hamt(parameters: int | None, **fields: Any) -> PreTrainedModel:
     if parameters is None:
-        return ARCHITECTURES["hamt"].build(**fields)
-    return with_parameters("hamt", parameters, **fields)
+        return catalogue.hamt(**fields)
+    return catalogue.with_parameters("hamt", parameters, **fields)
 
 
 # ------------------------------------------------------------------ what is trained, and measured
 
-Train = Callable[[PreTrainedModel], Measured]
+
+class Text(NamedTuple):
+    """What a model of text is trained on and measured by, as (split, n): every n-th block of it."""
+
+    vocab_size: int
+    train: Split
+    curve: tuple[Split, int]  # while training
+    figure: tuple[Split, int]  # at the end
 
 
-def characters(path: Path) -> tuple[Split, Split, int]:
-    """nanoGPT's split: ids of the first nine tenths and of the rest, and the vocabulary's size."""
-    text = path.read_text(encoding="utf-8")
+def load_characters(spec: Spec, data: Path | None) -> Text:
+    """nanoGPT's split: characters of the first nine tenths, and of the rest."""
+    text = _path(data, SHAKESPEARE).read_text(encoding="utf-8")
     numbers = {character: i for i, character in enumerate(sorted(set(text)))}
-    ids = np.array([numbers[character] for character in text])
-    cut = int(0.9 * len(ids))
-    return _split(ids[:cut]), _split(ids[cut:]), len(numbers)
+
+    def split(part: str) -> Split:
+        ids = np.array([numbers[character] for character in part])
+        return Split(ids, np.zeros(1, dtype=np.int64), len(part.encode()))
+
+    cut = int(0.9 * len(text))
+    held_out = text[cut:]
+    beginning = held_out[: 40 * spec["training"]["length"] + 1]
+    return Text(len(numbers), split(text[:cut]), (split(beginning), 1), (split(held_out), 1))
 
 
-def _split(ids: np.ndarray) -> Split:
-    return Split(ids, np.zeros(1, dtype=np.int64), len(ids))
-
-
-def on_characters(spec: Spec, seed: int, data: Path | None) -> tuple[int, Train]:
-    """Characters; the figure is the loss on all of the validation text, in nats."""
-    training, validation, vocab_size = characters(_path(data, SHAKESPEARE))
-    part = _split(validation.ids[: 40 * spec["training"]["length"] + 1])
-
-    def train(model: PreTrainedModel) -> Measured:
-        return _train_on_text(model, spec, seed, training, (part, 1), (validation, 1))[1]
-
-    return vocab_size, train
-
-
-def on_text(spec: Spec, seed: int, data: Path | None) -> tuple[int, Train]:
-    """Text in tokens, documents seeing each other; the figure is the validation loss in nats.
+def load_text(spec: Spec, data: Path | None) -> Text:
+    """Tokens, documents seeing each other.
 
     The task names ``text``, ``held_out`` and ``tokenizer`` in the folder of texts. Without the
     second a part of the text is held out, without the third the tokenizer is that of the model in
     HAMT. Of the validation text each n-th block is scored, n being ``every`` of the training; the
     curve is the loss of 40 blocks.
     """
-    files = {name: _path(data, path) for name, path in spec["task"].items()}
-    tokenizer = load_tokenizer(str(files.get("tokenizer", PRETRAINED)))
-    held_out = files.get("held_out")
-    text = load_corpus(str(files["text"]), held_out=None if held_out is None else str(held_out))
-    corpus = tokenise(text, tokenizer)
+    files = {name: str(_path(data, path)) for name, path in spec["task"].items()}
+    tokenizer = load_tokenizer(files.get("tokenizer", str(PRETRAINED)))
+    corpus = tokenise(load_corpus(files["text"], held_out=files.get("held_out")), tokenizer)
     sample = max(len(corpus.held_out) // spec["training"]["length"] // 40, 1)
-    curve, figure = (corpus.held_out, sample), (corpus.held_out, spec["training"]["every"])
-
-    def train(model: PreTrainedModel) -> Measured:
-        loss, measured = _train_on_text(model, spec, seed, corpus.train, curve, figure)
-        return {**measured, "bits_per_byte": loss.bits_per_byte}
-
-    return len(tokenizer), train
+    figure = (corpus.held_out, spec["training"]["every"])
+    return Text(len(tokenizer), corpus.train, (corpus.held_out, sample), figure)
 
 
 def _path(data: Path | None, name: str) -> Path:
@@ -188,26 +173,24 @@ def _path(data: Path | None, name: str) -> Path:
     return Path(name) if data is None or name == EMBEDDED else data / name
 
 
-def _train_on_text(
-    model: PreTrainedModel,
-    spec: Spec,
-    seed: int,
-    training: Split,
-    curve: tuple[Split, int],
-    figure: tuple[Split, int],
-) -> tuple[Loss, Measured]:
-    """Train on a split.
+def load_recall(spec: Spec, data: Path | None) -> Task:
+    """Associative recall."""
+    return MQAR(**spec["task"])
 
-    ``curve`` is what is measured while training, ``figure`` what is measured at the end: every n-th
-    block of a split.
-    """
+
+def load_counting(spec: Spec, data: Path | None) -> Task:
+    """Counting modulo n, trained on short rows."""
+    return ModularCounting(**{k: v for k, v in spec["task"].items() if k != "test_length"})
+
+
+def train_on_text(model: PreTrainedModel, text: Text, spec: Spec, seed: int) -> Measured:
+    """Train on a text; the figure is the loss in nats."""
     options = dict(spec["training"])
     length, batch_size = options.pop("length"), options.pop("batch_size")
     accelerator = make_accelerator(options.pop("mixed_precision", "no"))
     options.pop("every", None)
-    batches = Batches(
-        training, length=length, batch_size=batch_size, documents_flow=True, seed=seed
-    )
+    sizes = {"length": length, "batch_size": batch_size, "seed": seed}
+    batches = Batches(text.train, documents_flow=True, **sizes)
     if "epochs" in options:
         options["num_steps"] = round(options.pop("epochs") * batches.steps_per_epoch)
 
@@ -216,66 +199,42 @@ def _train_on_text(
 
     trainer = Trainer(
         model,
-        lambda: measure(*curve).nats_per_token,
+        lambda: measure(*text.curve).nats_per_token,
         LoopOptions(**options),
         accelerator=accelerator,
         listeners=[Stopper()],
     )
-    result = trainer.train(batches.loader(0, options["num_steps"]))
-    if result.interrupted:
-        raise KeyboardInterrupt
-    loss = measure(*figure)
-    measured = {"tokens": result.tokens, "seconds": result.seconds, "curve": result.held_out}
-    return loss, {"figure": loss.nats_per_token, **measured}
+    result = whole(trainer.train(batches.loader(0, options["num_steps"])))
+    loss = measure(*text.figure)
+    return {
+        "figure": loss.nats_per_token,
+        "bits_per_byte": loss.bits_per_byte,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "curve": result.held_out,
+    }
 
 
-def on_recall(spec: Spec, seed: int, data: Path | None) -> tuple[int, Train]:
-    """Associative recall (``MQAR``); the figure is the accuracy at the end of the training."""
-    task = MQAR(**spec["task"])
+def train_on_examples(model: PreTrainedModel, task: Task, spec: Spec, seed: int) -> Measured:
+    """Train on a task; the figure is the accuracy at the end.
 
-    def train(model: PreTrainedModel) -> Measured:
-        measured = _train_on_task(model, task, spec, seed)
-        return {"figure": measured["curve"][-1][1], **measured}
-
-    return task.vocab_size, train
-
-
-def on_counting(spec: Spec, seed: int, data: Path | None) -> tuple[int, Train]:
-    """Counting modulo n in short rows; the figure is the accuracy beyond their length.
-
-    It is measured in rows of ``test_length``, several times as long, at the positions that no row
-    of the training had.
+    Where the task has a ``test_length``, it is measured in rows of that length, several times as
+    long as those of the training, at the positions that none of them had.
     """
-    options = dict(spec["task"])
-    longest = options.pop("test_length")
-    counting = ModularCounting(**options)
-
-    def train(model: PreTrainedModel) -> Measured:
-        measured = _train_on_task(model, counting, spec, seed)
-        right = accuracy(
-            model,
-            counting,
-            num_examples=256,
-            seed=seed + HELD_OUT,
-            length=longest,
-            positions=slice(counting.length, None),
-        )
-        return {"figure": right, **measured}
-
-    return counting.vocab_size, train
-
-
-def _train_on_task(model: PreTrainedModel, task: Task, spec: Spec, seed: int) -> Measured:
-    result = train_on_task(model, task, seed=seed, listeners=[Stopper()], **spec["training"])
-    if result.interrupted:
-        raise KeyboardInterrupt
+    options = {"seed": seed, "listeners": [Stopper()], **spec["training"]}
+    result = whole(train_on_task(model, task, **options))
+    figure = result.final_accuracy
+    if longest := spec["task"].get("test_length"):
+        beyond = slice(task.length, None)
+        where: dict[str, Any] = {"length": longest, "positions": beyond, "seed": seed + HELD_OUT}
+        figure = accuracy(model, task, num_examples=256, **where)
     curve = {"curve": result.accuracies, "steps_to_99": result.steps_to_99}
-    return {"seconds": result.seconds, **curve}
+    return {"figure": figure, "seconds": result.seconds, **curve}
 
 
-KINDS: dict[str, Callable[[Spec, int, Path | None], tuple[int, Train]]] = {
-    "characters": on_characters,
-    "text": on_text,
-    "recall": on_recall,
-    "counting": on_counting,
+LOADERS: dict[str, Callable[[Spec, Path | None], Text | Task]] = {
+    "characters": load_characters,
+    "text": load_text,
+    "recall": load_recall,
+    "counting": load_counting,
 }

@@ -1,6 +1,6 @@
 """Timing calls together, and telling beforehand which would take too long or too much memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,15 +26,37 @@ class Predictor:
 
         ``quadratic`` says that the time may grow with the square of the length.
         """
-        if name not in self.seen:
-            return 0.0
-        before, rows, seconds = self.seen[name]
-        growth = length / before
-        return seconds * growth ** (2 if quadratic else 1) * batch / rows
+        before, rows, seconds = self.seen.get(name, (length, batch, 0.0))
+        return seconds * (length / before) ** (2 if quadratic else 1) * batch / rows
 
     def note(self, name: str, length: int, batch: int, seconds: float) -> None:
         """Remember a measurement."""
         self.seen[name] = (length, batch, seconds)
+
+    def note_all(
+        self, kind: str, length: int, batch: int, seconds: Mapping[str, Mapping[str, float]]
+    ) -> None:
+        """Remember the medians of a row (``measure``), under the kind of call and the name."""
+        for name, spread_of_times in seconds.items():
+            self.note(f"{kind} {name}", length, batch, spread_of_times["median"])
+
+
+def too_large(
+    predictor: Predictor,
+    options: BenchOptions,
+    kind: str,
+    name: str,
+    size: tuple[int, int],
+    score_bytes: int,
+) -> str | None:
+    """Why a call of a ``kind`` (``Predictor.note_all``) is left out; None where it can be made.
+
+    ``size`` is (tokens of a row, rows), and ``score_bytes`` what scores take in eager attention.
+    """
+    if name == "eager" and score_bytes > options.max_bytes:
+        return "scores would take too much memory"
+    seconds = predictor.seconds(f"{kind} {name}", *size, quadratic=name in ("sdpa", "eager"))
+    return f"would take about {seconds:.0f} s a call" if seconds > options.max_seconds else None
 
 
 def eager_bytes(length: int, batch: int, heads: int) -> int:
@@ -56,9 +78,7 @@ def measure(
         cases: calls by name; ``matmul`` is the yardstick, and no case of its own.
         left_out: by name, why a case is not among them.
         work: by name, floating-point operations of a call.
-        rounds: measured rounds, at least.
-        warmup: rounds before them.
-        least: seconds that must be measured, in more rounds if need be; 0 where every call makes a
+        rounds, warmup, least: as for ``interleave``; ``least`` is 0 where every call makes a
             context longer.
 
     Returns:
@@ -68,14 +88,16 @@ def measure(
     """
     return_freed_memory()  # what was kept of other cases may be more than these can spare
     timings = interleave(cases, rounds, warmup, least)
+
+    def ratio(times_a: Sequence[float], times_b: Sequence[float]) -> dict[str, float]:
+        return paired_ratio(times_a, times_b)._asdict()
+
     matmul = timings.pop("matmul", None)
     first, others = next(iter(timings), ""), list(timings)[1:]
     measured: dict[str, Any] = {
         "seconds": {name: spread(t.times_s)._asdict() for name, t in timings.items()},
         "ratios": {
-            f"{first} over {other}": paired_ratio(
-                timings[other].times_s, timings[first].times_s
-            )._asdict()
+            f"{first} over {other}": ratio(timings[other].times_s, timings[first].times_s)
             for other in others
         },
         "flops": {name: work[name] for name in timings if name in work},
@@ -83,13 +105,9 @@ def measure(
         "times_s": {name: t.times_s for name, t in timings.items()},
     }
     if matmul is not None:
+        shares = {name: work[name] / work["matmul"] for name in timings}
         measured["share_of_matmul"] = {
-            name: spread(
-                [
-                    work[name] / work["matmul"] * m / s
-                    for m, s in zip(matmul.times_s, t.times_s, strict=True)
-                ]
-            )._asdict()
+            name: ratio([shares[name] * seconds for seconds in matmul.times_s], t.times_s)
             for name, t in timings.items()
         }
     return measured

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -36,11 +37,8 @@ def main(arguments: Sequence[str]) -> int:
     console = Console(soft_wrap=True, highlight=False)
     header = {**environment(), "keeps_freed_memory": keep_freed_memory()}
     torch.manual_seed(options.seed)
-    result = {
-        "environment": header,
-        "options": vars(options),
-        "flops_per_token": _operations(options),
-    }
+    result: dict[str, Any] = {"environment": header, "options": vars(options)}
+    result["flops_per_token"] = _operations(options)
     for part in options.parts:
         console.print(f"measuring: {part}")
         for measured in MEASURES[part](options):
@@ -60,12 +58,13 @@ def _operations(options: BenchOptions) -> dict[str, dict[str, float]]:
     """By context, operations per token of a forward pass of HAMT and of the transformer, in 10⁹."""
     with torch.device("meta"):
         models = make_models(options, transformer="sdpa")
-    names = {"hamt": "hamt_gflops", "transformer": "standard_gflops"}
+
+    def giga(kind: str, length: int) -> float:
+        return flops_per_token(kind, models[kind], length) / 1e9
+
     return {
-        str(length): {
-            name: flops_per_token(kind, models[kind], length) / 1e9 for kind, name in names.items()
-        }
-        for length in options.lengths
+        str(n): {"hamt_gflops": giga("hamt", n), "standard_gflops": giga("transformer", n)}
+        for n in options.lengths
     }
 
 

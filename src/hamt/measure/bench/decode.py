@@ -22,7 +22,6 @@ from hamt.model import HAMTForCausalLM
 from hamt.peak_memory import cache_bytes
 from hamt.products import fuse
 
-DECODERS = ("hamt", "static", "dynamic")
 MIN_ROUNDS = 3  # a median of fewer says nothing
 
 
@@ -41,29 +40,21 @@ def make_decoders(options: BenchOptions) -> tuple[HAMTForCausalLM, LlamaForCausa
     return ours.to(dtype), theirs.eval().to(dtype)
 
 
-def key_value_bytes(model: LlamaForCausalLM, length: int, batch: int, dtype: torch.dtype) -> int:
+def key_value_bytes(model: LlamaForCausalLM, length: int, batch: int) -> int:
     """Bytes of keys and values of ``length`` tokens."""
-    config = model.config
-    return 2 * dtype.itemsize * config.num_hidden_layers * config.hidden_size * length * batch
+    numbers = 2 * model.config.num_hidden_layers * model.config.hidden_size
+    return numbers * model.dtype.itemsize * length * batch
 
 
-def filled(
-    model: LlamaForCausalLM,
-    cache: Cache,
-    length: int,
-    batch: int,
-    dtype: torch.dtype = torch.float32,
-) -> Cache:
+def filled(model: LlamaForCausalLM, cache: Cache, length: int, batch: int) -> Cache:
     """``cache`` with random keys and values of ``length`` tokens."""
     config = model.config
     heads = config.num_attention_heads
     shape = (batch, heads, length, config.hidden_size // heads)
     for layer in range(config.num_hidden_layers):
-        cache.update(torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype), layer)
+        keys, values = (torch.randn(shape, dtype=model.dtype) for _ in range(2))
+        cache.update(keys, values, layer)
     return cache
-
-
-# ------------------------------------------------------------------ decoding
 
 
 @torch.no_grad()
@@ -72,33 +63,26 @@ def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
     ours, theirs = make_decoders(options)
     packed = {"hamt": fuse(ours), "transformer": fuse(theirs, (OneDNNLinear,))}
     parameters = {"hamt": ours.num_parameters(), "transformer": theirs.num_parameters()}
-    rows, dtype = [], getattr(torch, options.dtype)
+    rows, steps = [], options.decode_tokens
     for length, batch in zip(options.decode_contexts, options.decode_batches, strict=True):
         token = torch.zeros(batch, 1, dtype=torch.long)
         state = HAMTCache(ours.config.num_layers)
         for _ in range(2):  # a step costs the same after any context: two segments are enough
-            ours(
-                torch.randint(options.vocab_size, (batch, 64)),
-                past_key_values=state,
-                logits_to_keep=1,
-            )
-        steps = options.decode_tokens
-        cases: dict[str, Callable[[], object]] = {
-            "hamt": partial(_decode, ours, token, state, steps)
-        }
+            ids = torch.randint(options.vocab_size, (batch, 64))
+            ours(ids, past_key_values=state, logits_to_keep=1)
+        cases: dict[str, Callable[[], object]] = {}
+        cases["hamt"] = partial(_decode, ours, token, state, steps)
         sizes, left_out = {"hamt": cache_bytes(state)}, {}
-        needed = key_value_bytes(theirs, length, batch, dtype)
+        needed = key_value_bytes(theirs, length, batch)
         if needed > options.max_bytes:
-            left_out = dict.fromkeys(
-                DECODERS[1:], f"keys and values would take {needed / 1e9:.1f} GB"
-            )
+            why = f"keys and values would take {needed / 1e9:.1f} GB"
+            left_out = {"static": why, "dynamic": why}
         else:
             # With room for one token: each step writes where the one before did.
-            static = filled(
-                theirs, StaticCache(theirs.config, max_cache_len=length + 1), length, batch, dtype
-            )
+            static: Cache = StaticCache(theirs.config, max_cache_len=length + 1)
+            filled(theirs, static, length, batch)
             cases["static"] = partial(_decode, theirs, token, static, steps, length)
-            dynamic = filled(theirs, DynamicCache(config=theirs.config), length, batch, dtype)
+            dynamic = filled(theirs, DynamicCache(config=theirs.config), length, batch)
             cases["dynamic"] = partial(_decode, theirs, token, dynamic, steps)
             sizes |= {"static": cache_bytes(static), "dynamic": cache_bytes(dynamic)}
         rounds = max(-(-options.decode_steps // steps), MIN_ROUNDS)

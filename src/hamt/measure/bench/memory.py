@@ -6,12 +6,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-from transformers import Cache, LlamaForCausalLM
+from transformers import Cache
 
 from hamt.measure.bench.decode import make_decoders
-from hamt.measure.bench.models import call, make_models
+from hamt.measure.bench.models import call, make_models, make_optimizer
 from hamt.measure.bench.options import SEGMENT, BenchOptions
-from hamt.model import HAMTForCausalLM
 from hamt.peak_memory import cache_bytes, call_peak_memory
 
 ATTENTION_PACE = 5e10  # operations a second, by which the time of attention is predicted
@@ -34,8 +33,7 @@ def _training(options: BenchOptions) -> Iterator[dict[str, Any]]:
     """Peaks of training steps: activations, gradients, and whatever else a step adds."""
     steps = {}
     for name, model in make_models(options, transformer="sdpa").items():
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        steps[name] = partial(call, "train", model, model, optimizer, options=options)
+        steps[name] = partial(call, "train", model, model, make_optimizer(model), options=options)
         # Once, so that the optimizer has made its state.
         steps[name](ids=torch.zeros(1, 8, dtype=torch.long))()
     for length in options.train_lengths:
@@ -61,9 +59,8 @@ def _reading(options: BenchOptions) -> Iterator[dict[str, Any]]:
             if name == "transformer" and _late(row, 2.0 * length * length, options):
                 continue
             caches: list[Cache] = []
-            row["peak_bytes"][name] = call_peak_memory(
-                partial(_read, model, length, options, caches)
-            )
+            reading = partial(_read, model, length, options, caches)
+            row["peak_bytes"][name] = call_peak_memory(reading)
             row["cache_bytes"][name] = cache_bytes(caches.pop())
         yield row
 
@@ -81,12 +78,7 @@ def _late(row: dict[str, Any], pairs: float, options: BenchOptions) -> bool:
 
 
 @torch.no_grad()
-def _read(
-    model: HAMTForCausalLM | LlamaForCausalLM,
-    length: int,
-    options: BenchOptions,
-    caches: list[Cache],
-) -> None:
+def _read(model: Any, length: int, options: BenchOptions, caches: list[Cache]) -> None:
     """Read ``length`` random tokens in segments; the cache goes to ``caches``."""
     cache: Cache | None = None
     for begin in range(0, length, SEGMENT):

@@ -1,6 +1,7 @@
 """One token mixer by itself: the memory against attention, bare and with their projections."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,12 +12,11 @@ from hamt.baselines.catalogue import ARCHITECTURES
 from hamt.baselines.transformer import attend
 from hamt.config import HAMTConfig
 from hamt.layers import HAMTLayer
-from hamt.measure.bench.cases import Predictor, compiled, eager_bytes, measure
+from hamt.measure.bench.cases import Predictor, compiled, eager_bytes, measure, too_large
 from hamt.measure.bench.options import BenchOptions
 from hamt.memory import Gates
 
 MIXERS = ("hamt", "sdpa", "eager")
-LEVELS = ("core", "sublayer")
 PASSES = ("forward", "forward+backward")
 
 
@@ -31,29 +31,20 @@ def measure_mixers(options: BenchOptions) -> Iterator[dict[str, Any]]:
     heads = width // usual_head_dim(width)
     memory = f"{config.num_heads} heads × {config.num_slots} slots, D = {config.hcm_dim}"
     attention = f"{heads} heads × {usual_head_dim(width)}"
-    for length in options.lengths:
-        for level in LEVELS:
-            make = _core if level == "core" else _sublayer
-            for kind in PASSES:
-                cases: dict[str, Callable[[], object]] = {}
-                left_out: dict[str, str] = {}
-                for name in MIXERS:
-                    case = f"{level} {kind} {name}"
-                    seconds = predictor.seconds(case, length, 1, name != "hamt")
-                    if name == "eager" and eager_bytes(length, 1, heads) > options.max_bytes:
-                        left_out[name] = "scores would take too much memory"
-                    elif seconds > options.max_seconds:
-                        left_out[name] = f"would take about {seconds:.0f} s a call"
-                    else:
-                        cases[name] = _pass(kind, *make(name, config, length, options), options)
-                measured = measure(cases, left_out, {}, options.rounds, options.warmup)
-                for name in measured["seconds"]:
-                    median = measured["seconds"][name]["median"]
-                    predictor.note(f"{level} {kind} {name}", length, 1, median)
-                rows.append(
-                    {"level": level, "phase": kind, "length": length, "batch": 1, **measured}
-                )
-                yield {"hidden_dim": width, "memory": memory, "attention": attention, "rows": rows}
+    for length, level, kind in product(options.lengths, LEVELS, PASSES):
+        make, case = LEVELS[level], f"{level} {kind}"
+        cases: dict[str, Callable[[], object]] = {}
+        left_out: dict[str, str] = {}
+        for name in MIXERS:
+            scores = eager_bytes(length, 1, heads)
+            if why := too_large(predictor, options, case, name, (length, 1), scores):
+                left_out[name] = why
+            else:
+                cases[name] = _pass(kind, make(name, config, length, options), options)
+        measured = measure(cases, left_out, {}, options.rounds, options.warmup)
+        predictor.note_all(case, length, 1, measured["seconds"])
+        rows.append({"level": level, "phase": kind, "length": length, "batch": 1, **measured})
+        yield {"hidden_dim": width, "memory": memory, "attention": attention, "rows": rows}
 
 
 Made = tuple[Callable[..., Tensor], Sequence[Tensor], Sequence[Tensor]]
@@ -94,14 +85,12 @@ def _sublayer(name: str, config: HAMTConfig, length: int, options: BenchOptions)
     return (lambda x: mixer(x)[0]), inputs, tuple(mixer.parameters())
 
 
-def _pass(
-    kind: str,
-    run: Callable[..., Tensor],
-    inputs: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    options: BenchOptions,
-) -> Callable[[], object]:
+LEVELS = {"core": _core, "sublayer": _sublayer}
+
+
+def _pass(kind: str, made: Made, options: BenchOptions) -> Callable[[], object]:
     """A forward pass without gradients, or one with gradients of all inputs and parameters."""
+    run, inputs, parameters = made
     run = compiled(run, options)
 
     @torch.no_grad()

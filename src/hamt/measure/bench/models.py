@@ -13,7 +13,14 @@ from torch import Tensor
 
 from hamt.attention import usual_head_dim
 from hamt.baselines.catalogue import ARCHITECTURES, non_embedding_parameters, with_parameters
-from hamt.measure.bench.cases import Predictor, compiled, eager_bytes, measure, yardstick
+from hamt.measure.bench.cases import (
+    Predictor,
+    compiled,
+    eager_bytes,
+    measure,
+    too_large,
+    yardstick,
+)
 from hamt.measure.bench.options import BenchOptions
 from hamt.measure.energy import joules
 from hamt.measure.flops import count_flops
@@ -26,10 +33,7 @@ PHASES = ("train", "forward", "prefill")
 def measure_models(options: BenchOptions) -> Iterator[dict[str, Any]]:
     """Yield all rows so far after each new one: a row for every context, batch and phase."""
     models = make_models(options, sdpa="sdpa", eager="eager", ceiling="none")
-    optimizers = {
-        name: torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        for name, model in models.items()
-    }
+    optimizers = {name: make_optimizer(model) for name, model in models.items()}
     parameters = {
         name: {"non_embedding": non_embedding_parameters(model), "total": model.num_parameters()}
         for name, model in models.items()
@@ -45,6 +49,11 @@ def measure_models(options: BenchOptions) -> Iterator[dict[str, Any]]:
                     continue
                 rows.append(_row(models, optimizers, phase, ids, predictor, options))
                 yield {"parameters": parameters, "rows": rows}
+
+
+def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of training steps that are measured."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
 def make_models(options: BenchOptions, **cores: str) -> dict[str, Any]:
@@ -70,29 +79,21 @@ def _row(
     left_out: dict[str, str] = {}
     work: dict[str, float] = {}
     heads = options.hidden_dim // usual_head_dim(options.hidden_dim)
+    # A training step keeps the scores of every layer for the backward pass.
+    scores = (options.num_layers if phase == "train" else 1) * eager_bytes(length, batch, heads)
     for name, model in models.items():
-        seconds = predictor.seconds(f"{phase} {name}", length, batch, name in ("sdpa", "eager"))
-        # A training step keeps the scores of every layer for the backward pass.
-        layers = options.num_layers if phase == "train" else 1
-        if name == "eager" and layers * eager_bytes(length, batch, heads) > options.max_bytes:
-            left_out[name] = "scores would take too much memory"
-        elif seconds > options.max_seconds:
-            left_out[name] = f"would take about {seconds:.0f} s a call"
+        if why := too_large(predictor, options, phase, name, (length, batch), scores):
+            left_out[name] = why
         else:
-            cases[name] = call(
-                phase, model, compiled(model, options), optimizers[name], ids, options
-            )
-            work[name] = count_flops(call(phase, model, model, optimizers[name], ids, options))
+            run, optimizer = compiled(model, options), optimizers[name]
+            cases[name] = call(phase, model, run, optimizer, ids, options)
+            work[name] = count_flops(call(phase, model, model, optimizer, ids, options))
     cases["matmul"], work["matmul"] = yardstick(options)
     measured = measure(cases, left_out, work, options.rounds, options.warmup)
     energy = {name: joules(cases[name]) for name in measured["seconds"]}
     if None not in energy.values():
-        measured["joules_per_token"] = {
-            name: (used or 0) / ids.numel() for name, used in energy.items()
-        }
-    for name in measured["seconds"]:
-        median = measured["seconds"][name]["median"]
-        predictor.note(f"{phase} {name}", length, batch, median)
+        measured["joules_per_token"] = {n: (used or 0) / ids.numel() for n, used in energy.items()}
+    predictor.note_all(phase, length, batch, measured["seconds"])
     return {"phase": phase, "length": length, "batch": batch, **measured}
 
 
@@ -108,11 +109,12 @@ def call(
 
     ``run`` is what is called: the model itself, or compiled.
     """
+    asked = {"logits_to_keep": 1} if phase == "prefill" else {"labels": ids, "return_logits": False}
 
     def train() -> None:
         model.train()
         with options.autocast():
-            loss = run(ids, labels=ids, return_logits=False).loss
+            loss = run(ids, **asked).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -121,12 +123,6 @@ def call(
     def forward() -> None:
         model.eval()
         with options.autocast():
-            run(ids, labels=ids, return_logits=False)
+            run(ids, **asked)
 
-    @torch.no_grad()
-    def prefill() -> None:
-        model.eval()
-        with options.autocast():
-            run(ids, logits_to_keep=1)
-
-    return {"train": train, "forward": forward, "prefill": prefill}[phase]
+    return train if phase == "train" else forward

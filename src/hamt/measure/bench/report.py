@@ -9,13 +9,12 @@ from matplotlib.figure import Figure
 
 from hamt.baselines.catalogue import full_name
 from hamt.environment import describe_environment
-from hamt.measure.tables import markdown, megabytes
+from hamt.measure.tables import grouped, markdown, megabytes, number, paragraphs, tokens_of
 from hamt.visualization import Series, fitted_slope, scaling, short_label
 
 MEASURED = ("hamt", "transformer")  # models whose memory is measured, by their names in a row
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]  # its heading, and its cell for a row
-
 
 # What columns are called that are not models of their own.
 ATTENTION = (
@@ -36,48 +35,47 @@ def bench_tables(result: Mapping[str, Any]) -> str:
     parts = [table(result[part]) for part, table in tables.items() if part in result]
     if "model" in result and "flops_per_token" in result:
         parts.append(_operations(result["flops_per_token"]))
-    return "\n\n".join(parts)
-
-
-def _groups(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
+    return paragraphs(*parts)
 
 
 def _models(part: Mapping[str, Any]) -> str:
-    counts = part["parameters"]
-    sizes = ", ".join(
-        f"{name} {count['total']:,}" for name, count in counts.items() if name != "eager"
-    )
-    tables = [f"## Whole models\n\nParameters: {sizes}. {ATTENTION}; {CEILING}."]
-    if not any("joules_per_token" in row for row in part["rows"]):
+    counts, all_rows = part["parameters"], part["rows"]
+    sizes = ", ".join(f"{name} {n['total']:,}" for name, n in counts.items() if name != "eager")
+    tables = ["## Whole models", f"Parameters: {sizes}. {ATTENTION}; {CEILING}."]
+    if not any("joules_per_token" in row for row in all_rows):
         tables.append(
             "Joules per token: not measured, this machine has no counter that can be read (RAPL)."
         )
-    for phase, rows in _phases(part["rows"]).items():
-        names = [name for name in counts if any(name in row["seconds"] for row in rows)]
-        columns = [_column("N", _length), _column("batch", _batch)]
+    for phase, rows in _phases(all_rows).items():
+        names = _timed(rows, counts)
+        columns = [_LENGTH, _BATCH]
         columns += [_column(f"{name} tokens/s", _rate, name) for name in names]
-        columns += _ratios(name for name in names if name != "hamt")
+        columns += [_over(name) for name in names if name != "hamt"]
         if {"ceiling", "sdpa"} <= {*names}:
-            columns.append(_column("ceiling over sdpa", _quotient, "ceiling", "sdpa"))
-        columns += [
-            _column(f"{name} of matmul", _share, name) for name in ("hamt", "sdpa") if name in names
-        ]
+            columns.append(("ceiling over sdpa", _ceiling_over_sdpa))
+        ends = [name for name in ("hamt", "sdpa") if name in names]
+        columns += [_column(f"{name} of matmul", _share, name) for name in ends]
         if any("joules_per_token" in row for row in rows):
             columns += [_column(f"{name} J/token", _joules, name) for name in ("hamt", "sdpa")]
-        tables.append(f"### {phase}\n\n{_table(columns, rows)}{_summary(rows)}{_notes(rows)}")
-    return "\n\n".join(tables)
+        tables.append(_section(f"### {phase}", columns, rows, _summary(rows)))
+    return paragraphs(*tables)
 
 
 def _phases(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows by phase; where a context was measured with several batches, by batch, too."""
-    places = [(row["phase"], row["length"]) for row in rows]
-    if len(set(places)) == len(places):
-        return _groups(rows, lambda row: row["phase"])
-    return _groups(rows, lambda row: f"{row['phase']}, batch {row['batch']}")
+    if len({(row["phase"], row["length"]) for row in rows}) == len(rows):
+        return grouped(rows, lambda row: row["phase"])
+    return grouped(rows, lambda row: f"{row['phase']}, batch {row['batch']}")
+
+
+def _levels(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    return grouped(rows, lambda row: f"{row['level']}, {row['phase']}")
+
+
+def _timed(rows: Iterable[Row], names: Iterable[str]) -> list[str]:
+    """Those of the models that at least one row has a time of."""
+    timed = {name for row in rows for name in row["seconds"]}
+    return [name for name in names if name in timed]
 
 
 def _summary(rows: Sequence[Row]) -> str:
@@ -85,65 +83,55 @@ def _summary(rows: Sequence[Row]) -> str:
     said = [f"time of {name} ∝ N^{slope:.2f}" for name, slope in slopes(rows).items()]
     if crossing := crossover(rows):
         said.append(f"HAMT overtakes sdpa at about N = {crossing:,.0f}")
-    return f"\n\n{'; '.join(said)}." if said else ""
+    return f"{'; '.join(said)}." if said else ""
 
 
 def _mixers(part: Mapping[str, Any]) -> str:
     what = f"{part['memory']} against {part['attention']}. {ATTENTION}."
-    tables = [f"## One mixer, d = {part['hidden_dim']}\n\n{what}"]
-    for title, rows in _groups(part["rows"], lambda row: f"{row['level']}, {row['phase']}").items():
-        names = [
-            name
-            for name in ("hamt", "sdpa", "eager")
-            if any(name in row["seconds"] for row in rows)
-        ]
-        columns = [
-            _column("N", _length),
-            *(_column(f"{name} ms", _milliseconds, name) for name in names),
-        ]
-        columns += _ratios(names[1:])
-        tables.append(f"### {title}\n\n{_table(columns, rows)}{_summary(rows)}{_notes(rows)}")
-    return "\n\n".join(tables)
+    tables = [f"## One mixer, d = {part['hidden_dim']}", what]
+    for title, rows in _levels(part["rows"]).items():
+        names = _timed(rows, ("hamt", "sdpa", "eager"))
+        columns = [_LENGTH, *(_column(f"{name} ms", _milliseconds, name) for name in names)]
+        columns += [_over(name) for name in names[1:]]
+        tables.append(_section(f"### {title}", columns, rows, _summary(rows)))
+    return paragraphs(*tables)
 
 
 def _decoding(part: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{name} {count:,}" for name, count in part["parameters"].items())
     columns = [
-        _column("context", _length),
-        _column("batch", _batch),
-        _column("hamt tokens/s", _decoded, "hamt"),
-        _column("static cache", _decoded, "static"),
-        _column("growing cache", _decoded, "dynamic"),
-        _column("hamt over static", _ratio, "hamt over static"),
-        _column("hamt over growing", _ratio, "hamt over dynamic"),
+        ("context", _LENGTH[1]),
+        _BATCH,
+        _column("hamt tokens/s", _rate, "hamt", 1),
+        _column("static cache", _rate, "static", 1),
+        _column("growing cache", _rate, "dynamic", 1),
+        _over("static"),
+        _over("dynamic", "growing"),
         _column("hamt state MB", _megabytes, "cache_bytes", "hamt"),
         _column("keys and values MB", _megabytes, "cache_bytes", "static"),
     ]
-    table = _table(columns, part["rows"])
     packed = "; their large matrices packed" if any(part["packed_bytes"].values()) else ""
     what = f"Parameters: {counts}{packed}. transformer: {full_name('llama')}."
-    return f"## Decoding\n\n{what}\n\n{table}{_notes(part['rows'])}"
+    return paragraphs("## Decoding", what, _section("", columns, part["rows"]))
 
 
 def _memory(part: Mapping[str, Any]) -> str:
-    tables = ["## Memory\n\nTensors at the peak, beside the weights and what the optimizer keeps."]
-    groups = _groups(part["rows"], lambda row: row["phase"])
+    what = "Tensors at the peak, beside the weights and what the optimizer keeps."
+    tables = ["## Memory", what]
+    groups = grouped(part["rows"], lambda row: row["phase"])
+    peaks = [_column(f"{name}, peak MB", _megabytes, "peak_bytes", name) for name in MEASURED]
+    carried = [_column(f"{name}, carried MB", _megabytes, "cache_bytes", name) for name in MEASURED]
     if rows := groups.get("training"):
-        columns = [_column("N", _length), _column("batch", _batch)]
-        columns += [
-            _column(f"{name}, peak MB", _megabytes, "peak_bytes", name) for name in MEASURED
-        ]
-        what = f"transformer: {full_name('transformer')}."
-        tables.append(f"### training step\n\n{what}\n\n{_table(columns, rows)}{_notes(rows)}")
+        what = f"### training step\n\ntransformer: {full_name('transformer')}."
+        tables.append(_section(what, [_LENGTH, _BATCH, *peaks], rows))
     if rows := groups.get("memory"):
-        columns = [_column("N", _length)]
-        for name in MEASURED:
-            columns.append(_column(f"{name}, carried MB", _megabytes, "cache_bytes", name))
-            columns.append(_column(f"{name}, peak MB", _megabytes, "peak_bytes", name))
-        heading = f"### reading, in segments of {part['segment']:,} tokens"
-        what = f"transformer: {full_name('llama')}."
-        tables.append(f"{heading}\n\n{what}\n\n{_table(columns, rows)}{_notes(rows)}")
-    return "\n\n".join(tables)
+        what = f"### reading, in segments of {part['segment']:,} tokens"
+        what += f"\n\ntransformer: {full_name('llama')}."
+        pairs = zip(carried, peaks, strict=True)
+        tables.append(
+            _section(what, [_LENGTH, *(column for pair in pairs for column in pair)], rows)
+        )
+    return paragraphs(*tables)
 
 
 def _operations(part: Mapping[str, Mapping[str, float]]) -> str:
@@ -153,18 +141,13 @@ def _operations(part: Mapping[str, Mapping[str, float]]) -> str:
         for length, flops in part.items()
     ]
     what = f"By formula, a forward pass. transformer: {full_name('transformer')}."
-    return f"## Operations\n\n{what}\n\n{markdown(columns, lines, text=())}"
+    return paragraphs("## Operations", what, markdown(columns, lines, text=()))
 
 
 def slopes(rows: Sequence[Row]) -> dict[str, float]:
     """Exponent of the time of one row of N tokens against N, for each model: 1 is linear."""
-    exponents = {}
-    for name in dict.fromkeys(name for row in rows for name in row["seconds"]):
-        with_it = [row for row in rows if name in row["seconds"]]
-        times = [row["seconds"][name]["median"] / row["batch"] for row in with_it]
-        if len(times) > 1:
-            exponents[name] = fitted_slope([row["length"] for row in with_it], times)
-    return exponents
+    lines = {name: _line(rows, name) for name in _names(rows)}
+    return {name: fitted_slope(line.x, line.y) for name, line in lines.items() if len(line.x) > 1}
 
 
 def crossover(rows: Sequence[Row]) -> float | None:
@@ -180,101 +163,96 @@ def crossover(rows: Sequence[Row]) -> float | None:
     return None
 
 
+# ----------------------------------------------------------------------- plots
+
+
 def bench_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     """Log-log plots of time against context, with fitted slopes."""
     figures = {}
-    groups = {}
-    if "model" in result:
-        groups["model"] = _phases(result["model"]["rows"])
-    if "mixer" in result:
-        groups["mixer"] = _groups(
-            result["mixer"]["rows"], lambda row: f"{row['level']}, {row['phase']}"
-        )
-    for part, phases in groups.items():
-        plots = {title: _series(rows) for title, rows in phases.items()}
-        figures[f"{part}_time"] = scaling(plots, "seconds for one row")
+    for part, groups in (("model", _phases), ("mixer", _levels)):
+        if part in result:
+            plots = {title: _series(rows) for title, rows in groups(result[part]["rows"]).items()}
+            figures[f"{part}_time"] = scaling(plots, "seconds for one row")
     if "decode" in result:
-        by_batch = _groups(result["decode"]["rows"], lambda row: f"decoding, batch {row['batch']}")
-        plots = {
-            title: _series([{**row, "batch": row["steps"]} for row in rows])
-            for title, rows in by_batch.items()
-        }
+        rows = result["decode"]["rows"]
+        by_batch = grouped(rows, lambda row: f"decoding, batch {row['batch']}")
+        plots = {title: _series(rows, "steps") for title, rows in by_batch.items()}
         figures["decode_time"] = scaling(plots, "seconds for one step", "context (tokens)")
     if "memory" in result:
         rows = [row for row in result["memory"]["rows"] if row["phase"] == "memory"]
         plots = {
-            title: {
-                short_label(model): Series(*_points(rows, what, name))
-                for name, model in zip(MEASURED, ("hamt", "llama"), strict=True)
-                if _points(rows, what, name)[0]
-            }
-            for title, what in (
-                ("carried along while reading", "cache_bytes"),
-                ("at the peak while reading", "peak_bytes"),
-            )
+            "carried along while reading": _sizes(rows, "cache_bytes"),
+            "at the peak while reading": _sizes(rows, "peak_bytes"),
         }
         figures["memory"] = scaling({title: plot for title, plot in plots.items() if plot}, "MB")
     return figures
 
 
-def _points(rows: Sequence[Row], what: str, name: str) -> tuple[list[float], list[float]]:
-    """Contexts, and bytes in units of 10⁶."""
-    points = [(row["length"], row[what][name] / 1e6) for row in rows if row[what].get(name)]
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _series(rows: Sequence[Row]) -> dict[str, Series]:
-    names = dict.fromkeys(name for row in rows for name in row["seconds"])
+def _sizes(rows: Sequence[Row], what: str) -> dict[str, Series]:
+    """Bytes in units of 10⁶ against the context, of each model that they were measured of."""
     series = {}
-    for name in names:
-        with_it = [row for row in rows if name in row["seconds"]]
-        low, middle, high = (
-            [row["seconds"][name][which] / row["batch"] for row in with_it]
-            for which in ("low", "median", "high")
-        )
-        lengths = [row["length"] for row in with_it]
-        series[short_label(name)] = Series(lengths, middle, low, high)
+    for name, model in zip(MEASURED, ("hamt", "llama"), strict=True):
+        if points := [
+            (row["length"], row[what][name] / 1e6) for row in rows if row[what].get(name)
+        ]:
+            series[short_label(model)] = Series(*map(list, zip(*points, strict=True)))
     return series
+
+
+def _names(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row["seconds"]))
+
+
+def _series(rows: Sequence[Row], unit: str = "batch") -> dict[str, Series]:
+    return {short_label(name): _line(rows, name, unit) for name in _names(rows)}
+
+
+def _line(rows: Sequence[Row], name: str, unit: str = "batch") -> Series:
+    """Seconds of a model against the context, divided by the ``unit`` of each row."""
+    timed = [row for row in rows if name in row["seconds"]]
+
+    def seconds(which: str) -> list[float]:
+        return [row["seconds"][name][which] / row[unit] for row in timed]
+
+    lengths = [row["length"] for row in timed]
+    return Series(lengths, seconds("median"), seconds("low"), seconds("high"))
 
 
 # ----------------------------------------------------------------------- cells
 
 
-def _column(title: str, cell: Callable[..., str], *arguments: str) -> Column:
+_LENGTH: Column = ("N", lambda row: f"{row['length']:,}")
+_BATCH: Column = ("batch", lambda row: str(row["batch"]))
+
+
+def _column(title: str, cell: Callable[..., str], *arguments: Any) -> Column:
     return title, lambda row: cell(row, *arguments)
 
 
-def _ratios(names: Iterable[str]) -> list[Column]:
-    return [_column(f"hamt over {name}", _ratio, f"hamt over {name}") for name in names]
+def _over(name: str, called: str = "") -> Column:
+    return _column(f"hamt over {called or name}", _ratio, f"hamt over {name}")
 
 
-def _table(columns: Sequence[Column], rows: Iterable[Row]) -> str:
+def _section(heading: str, columns: Sequence[Column], rows: Sequence[Row], below: str = "") -> str:
+    """A heading, its table, what stands below it, and why there are dashes."""
     lines = [[cell(row) for _, cell in columns] for row in rows]
-    return markdown([title for title, _ in columns], lines, text=())
-
-
-def _length(row: Row) -> str:
-    return f"{row['length']:,}"
-
-
-def _batch(row: Row) -> str:
-    return str(row["batch"])
+    table = markdown([title for title, _ in columns], lines, text=())
+    notes = [
+        f"{name} at N = {row['length']:,} was not measured: "
+        f"{'it' if reason.startswith('would') else 'its'} {reason}"
+        for row in rows
+        for name, reason in row["left_out"].items()
+    ]
+    return paragraphs(heading, table, below, f"{'; '.join(notes)}." if notes else "")
 
 
 def _megabytes(row: Row, what: str, name: str) -> str:
     return megabytes(row[what].get(name))
 
 
-def _rate(row: Row, name: str) -> str:
-    if name not in row["seconds"]:
-        return "–"
-    return f"{row['batch'] * row['length'] / row['seconds'][name]['median']:,.0f}"
-
-
-def _decoded(row: Row, name: str) -> str:
-    if name not in row["seconds"]:
-        return "–"
-    return f"{row['batch'] * row['steps'] / row['seconds'][name]['median']:,.1f}"
+def _rate(row: Row, name: str, digits: int = 0) -> str:
+    seconds = row["seconds"].get(name)
+    return number(seconds and tokens_of(row) / seconds["median"], digits)
 
 
 def _milliseconds(row: Row, name: str) -> str:
@@ -288,10 +266,11 @@ def _ratio(row: Row, name: str) -> str:
     return f"{middle:.2f}× ({low:.2f}–{high:.2f})"
 
 
-def _quotient(row: Row, a: str, b: str) -> str:
-    if not {a, b} <= row["times_s"].keys():
+def _ceiling_over_sdpa(row: Row) -> str:
+    times = row["times_s"]
+    if not {"ceiling", "sdpa"} <= times.keys():
         return "–"
-    values = [y / x for x, y in zip(row["times_s"][a], row["times_s"][b], strict=True)]
+    values = [sdpa / top for top, sdpa in zip(times["ceiling"], times["sdpa"], strict=True)]
     return f"{np.median(values):.2f}× ({min(values):.2f}–{max(values):.2f})"
 
 
@@ -303,15 +282,3 @@ def _share(row: Row, name: str) -> str:
 def _joules(row: Row, name: str) -> str:
     used = row.get("joules_per_token", {}).get(name)
     return "–" if used is None else f"{used:.2e}"
-
-
-def _notes(rows: Iterable[Row]) -> str:
-    """Why there are dashes."""
-    notes = [
-        f"{name} at N = {row['length']:,} was not measured: it {reason}"
-        if reason.startswith("would")
-        else f"{name} at N = {row['length']:,} was not measured: its {reason}"
-        for row in rows
-        for name, reason in row["left_out"].items()
-    ]
-    return "\n\n" + "; ".join(notes) + "." if notes else ""

@@ -81,19 +81,13 @@ def main(arguments: Sequence[str]) -> int:
     rivals, missing = trained_rivals(options.rivals, Path(checkpoint), rates, console)
     folders = [str(tried[0].folder) for tried in rivals.values() if not tried[0].trouble]
     models = load_models(ours, [*folders, *options.baselines], options.device, missing, console)
-    result: dict[str, Any] = {
-        "environment": header,
-        "options": vars(options),
-        "text": name,
-        "scored": scored,
-        "rivals": {
-            kind: [asdict(each) | {"folder": str(each.folder)} for each in tried]
-            for kind, tried in rivals.items()
-        },
-        "not_available": missing,
+    trained = {
+        kind: [asdict(each) | {"folder": str(each.folder)} for each in tried]
+        for kind, tried in rivals.items()
     }
-
-    _measure(models, missing, texts, options, result, console)
+    result: dict[str, Any] = {"environment": header, "options": vars(options)}
+    result |= {"text": name, "scored": scored, "rivals": trained, "not_available": missing}
+    _measure(models, texts, options, result, console)
     text = page(result)
     console.print(text, markup=False)  # first: a full disk cannot take what is printed
     paths = write_report(options.output_dir, "compare", result, text, {"compare": figure(result)})
@@ -103,7 +97,6 @@ def main(arguments: Sequence[str]) -> int:
 
 def _measure(
     models: dict[str, Loaded],
-    missing: dict[str, str],
     texts: list[str],
     options: CompareOptions,
     result: dict[str, Any],
@@ -111,21 +104,16 @@ def _measure(
 ) -> None:
     """Add quality, speed and memory to the result, and keep it on disk as it grows."""
     folder = Path(options.output_dir)
-    for rows in score(models, missing, texts, options.context, console):
+    for rows in score(models, result["not_available"], texts, options.context, console):
         result["models"] = rows
         _keep(result, folder, console)
     scored = {label: models.pop(label).model for label in result["models"]}
     models.clear()  # those that failed do not take memory any more
     console.print("timing")
     timings = result["speed"] = []
-    for row in speed(
-        scored,
-        options.contexts,
-        options.batch_sizes,
-        decode_steps=options.decode_tokens,
-        rounds=options.rounds,
-        max_seconds=options.max_seconds,
-    ):
+    limits: dict[str, Any] = {"rounds": options.rounds, "max_seconds": options.max_seconds}
+    sizes, steps = (options.contexts, options.batch_sizes), options.decode_tokens
+    for row in speed(scored, *sizes, decode_steps=steps, **limits):
         timings.append(row)
         _keep(result, folder, console)
     longest = max(options.contexts)

@@ -9,27 +9,27 @@ from matplotlib.figure import Figure
 
 from hamt.baselines.catalogue import ARCHITECTURES, full_name
 from hamt.environment import describe_environment
-from hamt.measure.tables import markdown, megabytes, number
+from hamt.measure.tables import markdown, megabytes, number, paragraphs, tokens_of
 from hamt.visualization import bars, short_labels
 
 
 def page(result: dict[str, Any]) -> str:
     """What ``compare.md`` says."""
-    return f"# Comparison\n\n{describe_environment(result['environment'])}\n\n{table(result)}\n"
+    came_from = describe_environment(result["environment"])
+    return paragraphs("# Comparison", came_from, table(result)) + "\n"
 
 
 def table(result: dict[str, Any]) -> str:
     """The table, and below it what its lines and columns mean."""
-    models = result["models"]
-    header, notes = ["", *_named(models, " ")], "\n\n".join(_notes(result))
-    return f"{markdown(header, _lines(result), text=(0,))}\n\n{notes}"
+    header = ["", *_named(result["models"], " ")]
+    return paragraphs(markdown(header, _lines(result), text=(0,)), *_notes(result))
 
 
 def _lines(result: dict[str, Any]) -> list[list[str]]:
     """A line for each figure, with a cell for each model."""
     models = result["models"]
     blocks = [row["perplexity"]["blocks"] for row in models.values()]
-    carried = [row["perplexity"].get("carried") for row in models.values()]
+    carried = [row["perplexity"].get("carried", {}).get("bits_per_byte") for row in models.values()]
     lines = [
         ["parameters", *(f"{row['parameters']:,}" for row in models.values())],
         ["vocabulary", *(f"{row['vocabulary']:,}" for row in models.values())],
@@ -37,11 +37,8 @@ def _lines(result: dict[str, Any]) -> list[list[str]]:
         ["tokens of a block", *(f"{score['context']:,}" for score in blocks)],
         ["perplexity by token", *(number(score["token_perplexity"]) for score in blocks)],
         ["perplexity by word", *(number(score["word_perplexity"]) for score in blocks)],
-        ["bits/byte", *(f"{score['bits_per_byte']:.4f}" for score in blocks)],
-        [
-            "bits/byte, state carried",
-            *("–" if score is None else f"{score['bits_per_byte']:.4f}" for score in carried),
-        ],
+        ["bits/byte", *(number(score["bits_per_byte"], 4) for score in blocks)],
+        ["bits/byte, state carried", *(number(bits, 4) for bits in carried)],
     ]
     for row in result["speed"]:
         size = f"{row['batch']} × {row['length']:,}"
@@ -114,29 +111,23 @@ def _training(kind: str, tried: list[dict[str, Any]]) -> str:
 def _rate(row: dict[str, Any], name: str) -> str:
     if name not in row["seconds"]:
         return "–"
-    tokens = row["batch"] * (row["steps"] if row["phase"] == "decode" else row["length"])
-    low, middle, high = (
-        tokens / row["seconds"][name][which] for which in ("high", "median", "low")
-    )
+    seconds = row["seconds"][name]
+    low, middle, high = (tokens_of(row) / seconds[which] for which in ("high", "median", "low"))
     return f"{middle:,.0f} ({low:,.0f}–{high:,.0f})"
 
 
 def figure(result: dict[str, Any]) -> Figure:
     """Bits per byte, and speeds of prefill and decoding at the longest context with one row."""
-    names = list(result["models"])
-    panels = {
-        "bits/byte": [
-            result["models"][name]["perplexity"]["blocks"]["bits_per_byte"] for name in names
-        ]
-    }
+    models, names = result["models"], list(result["models"])
+    blocks = [row["perplexity"]["blocks"] for row in models.values()]
+    panels = {"bits/byte": [score["bits_per_byte"] for score in blocks]}
     for phase in ("prefill", "decode"):
         rows = [row for row in result["speed"] if row["phase"] == phase]
         if rows:
             row = max(rows, key=lambda row: (row["length"], -row["batch"]))
-            tokens = row["batch"] * (row["steps"] if phase == "decode" else row["length"])
             title = f"{phase}, tokens/s at {row['length']:,} × {row['batch']}"
-            seconds = [row["seconds"].get(name, {}).get("median") for name in names]
-            panels[title] = [math.nan if time is None else tokens / time for time in seconds]
+            seconds = [row["seconds"].get(name, {}).get("median", math.nan) for name in names]
+            panels[title] = [tokens_of(row) / time for time in seconds]
     labels = short_labels(names)
-    labelled = {labels[name]: row for name, row in result["models"].items()}
+    labelled = {labels[name]: row for name, row in models.items()}
     return bars(_named(labelled, "\n"), panels)

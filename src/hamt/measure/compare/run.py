@@ -11,7 +11,7 @@ from rich.console import Console
 
 from hamt.baselines.catalogue import carries_state
 from hamt.baselines.loading import Loaded, load_any_model, longest_context, runs_reference_code
-from hamt.baselines.training import TrainedRival, read_run, train_rivals
+from hamt.baselines.training import TrainedRival, train_rivals
 from hamt.errors import UserError, reason
 from hamt.measure.perplexity import score_documents
 from hamt.model import HAMTForCausalLM
@@ -56,8 +56,6 @@ def trained_rivals(
         By kind, a rival for each learning rate, the best first; and why there is none of a kind.
     """
     kinds = dict.fromkeys(kinds)
-    if kinds:
-        read_run(checkpoint)
     trained = {kind: train_rivals(kind, checkpoint, console, learning_rates) for kind in kinds}
     missing = {
         kind: "; ".join(f"learning rate {each.learning_rate:g}: {each.trouble}" for each in tried)
@@ -122,9 +120,10 @@ def quality(
     """Perplexities in blocks of ``context`` tokens, and with a state of fixed size carried."""
     model = loaded.model
     measure = partial(score_documents, model, loaded.tokenizer, documents, batch_size=batch_size)
-    perplexities: dict[str, dict[str, Any]] = {
-        "blocks": {"context": context, **measure(context=context).figures()}
-    }
+    contexts: dict[str, int | None] = {"blocks": context}
     if carries_state(model):
-        perplexities["carried"] = {"context": None, **measure(context=None).figures()}
-    return perplexities
+        contexts["carried"] = None
+    return {
+        name: {"context": tokens, **measure(context=tokens).figures()}
+        for name, tokens in contexts.items()
+    }

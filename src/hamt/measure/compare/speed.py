@@ -43,8 +43,7 @@ def speed(
                 if seconds > max_seconds:
                     left_out[name] = f"would take about {seconds:.0f} s"
                     continue
-                ids = torch.randint(_vocabulary(model), (batch, length)).to(model.device)
-                cases[name] = partial(read, model, ids)
+                cases[name] = partial(read, model, _tokens(model, batch, length))
                 try:
                     cases[name]()
                 except Exception as error:  # of many kinds: no positions for so many, no memory
@@ -58,8 +57,9 @@ def speed(
             yield _decoding(fit, length, batch, left_out, decode_steps, rounds)
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
-    return model.config.get_text_config().vocab_size
+def _tokens(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
+    vocab_size = model.config.get_text_config().vocab_size
+    return torch.randint(vocab_size, (batch, length)).to(model.device)
 
 
 def _decoding(
@@ -76,14 +76,12 @@ def _decoding(
     left_out = dict(left_out)
     for name, model in models.items():
         limit = longest_context(model)
-        if (
-            limit is not None
-            and _learned_positions(model)
-            and length + steps * (rounds + 1) > limit
-        ):
+        # Rotary positions go on beyond the last; learned ones end there.
+        learned = getattr(model.config, "rope_parameters", None) is None
+        if limit is not None and learned and length + steps * (rounds + 1) > limit:
             left_out[name] = f"has {limit:,} positions"
             continue
-        cache = read(model, torch.randint(_vocabulary(model), (batch, length)).to(model.device))
+        cache = read(model, _tokens(model, batch, length))
         if cache is None:
             left_out[name] = "has no cache that works"
         else:
@@ -94,18 +92,9 @@ def _decoding(
     return {**shape, **measured, "cache_bytes": sizes}
 
 
-def _learned_positions(model: PreTrainedModel) -> bool:
-    """Whether a position beyond the last is an error, as it is not with rotary positions."""
-    return getattr(model.config, "rope_parameters", None) is None
-
-
 @torch.no_grad()
 def read(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> Any:
-    """Read ``ids`` (B, N), after what is in ``cache``.
-
-    Returns:
-        The cache after them; None for a model that keeps none.
-    """
+    """Read ``ids`` (B, N) after what is in ``cache``; the new cache, None if none is kept."""
     parameters = inspect.signature(model.forward).parameters
     name = "cache_params" if "cache_params" in parameters else "past_key_values"
     if cache is None and isinstance(model, HAMTForCausalLM):

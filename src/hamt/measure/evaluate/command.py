@@ -86,14 +86,8 @@ def main(arguments: Sequence[str]) -> int:
     scores = []
     figures: dict[str, Figure | None] = {"loss_by_position": None, "memory_analysis": None}
     if documents is not None:
-        scores = score_at_contexts(
-            loaded,
-            documents,
-            context=options.context,
-            stride=options.stride,
-            carry=options.carry,
-            batch_size=options.batch_size,
-        )
+        chosen = ("context", "stride", "carry", "batch_size")
+        scores = score_at_contexts(loaded, documents, **_of(options, *chosen))
         figures["loss_by_position"] = figure(scores, trained_context(loaded.model))
         figures["memory_analysis"] = picture_memory(loaded, documents)
     content: dict[str, Any] = {
@@ -125,14 +119,10 @@ def _check(options: EvaluateOptions) -> None:
         raise UserError("--carry sees all of the text: leave --context out")
     if options.stride is not None and options.context is None:
         raise UserError("--stride needs --context, the tokens that a prediction sees")
-    if (
-        options.data == "none"
-        and options.test_text is None
-        and not options.tasks
-        and options.prompts is None
-    ):
+    texts = (options.test_text, options.prompts)
+    if options.data == "none" and texts == (None, None) and not options.tasks:
         raise UserError("there is nothing to do: --data none goes with --tasks or --prompts")
-    for text in (options.test_text, options.prompts):
+    for text in texts:
         try:
             (text or "").encode()
         except UnicodeEncodeError as error:
@@ -162,15 +152,8 @@ def _tasks(loaded: Loaded, options: EvaluateOptions, manager: Any) -> dict[str, 
     """The metrics of the tasks, and the context that the model had in them."""
     own = 2048 if isinstance(loaded.model, HAMTForCausalLM) else None
     context = options.context or own
-    tasks = run_tasks(
-        loaded.model,
-        loaded.tokenizer,
-        options.tasks,
-        context=context,
-        limit=options.limit,
-        manager=manager,
-        batch_size=options.batch_size,
-    )
+    how = {"context": context, "manager": manager, **_of(options, "limit", "batch_size")}
+    tasks = run_tasks(loaded.model, loaded.tokenizer, options.tasks, **how)
     return {"context_of_tasks": context, "tasks": tasks}
 
 
@@ -179,12 +162,10 @@ def _samples(loaded: Loaded, options: EvaluateOptions) -> list[dict[str, Any]]:
     prompts = [options.test_text] if options.test_text is not None else []
     if options.prompts is not None:
         prompts = options.prompts.split("|")
-    if not prompts:
-        return []
-    return continue_prompts(
-        loaded,
-        prompts,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-    )
+    sampling = _of(options, "max_new_tokens", "temperature", "seed")
+    return continue_prompts(loaded, prompts, **sampling) if prompts else []
+
+
+def _of(options: EvaluateOptions, *names: str) -> dict[str, Any]:
+    """Some of the options, as keywords."""
+    return {name: getattr(options, name) for name in names}

@@ -16,9 +16,7 @@ FROM_A_FILE = ("hamt_lambada", "hamt_wikitext")
 def check_tasks(tasks: Sequence[str], task_data: str | None = None) -> Any:
     """Make the harness's manager of tasks, and see to it that it can run all of these.
 
-    Args:
-        tasks: names.
-        task_data: the file of a task that reads one (``FROM_A_FILE``).
+    ``task_data`` is the file of a task that reads one (``FROM_A_FILE``).
 
     Raises:
         UserError: if the harness is not installed, there is no such task, or a file is missing.
@@ -56,17 +54,10 @@ def run_tasks(
     manager: Any,
     batch_size: int = 8,
 ) -> dict[str, dict[str, Any]]:
-    """Run tasks through the harness's ``hf`` model.
+    """Run tasks through the harness's ``hf`` model, with the manager that ``check_tasks`` made.
 
-    Args:
-        model: a causal language model of Transformers.
-        tokenizer: its tokenizer.
-        tasks: of the harness, or ``hamt_lambada``, ``hamt_wikitext``, ``hamt_mqar``,
-            ``hamt_induction``, ``hamt_passkey``.
-        context: tokens that the model sees at most; None is what its configuration says.
-        limit: documents of a task at most.
-        manager: what ``check_tasks`` returned for them.
-        batch_size: rows at a time.
+    The model sees ``context`` tokens at most; None is what its configuration says. ``limit`` is the
+    number of documents of a task.
 
     Returns:
         By task its metrics, and the numbers of ``documents`` and ``shots``.
@@ -85,21 +76,10 @@ def run_tasks(
     except Exception as error:  # of many kinds: no data, a task that asks for too much
         raise UserError(f"{', '.join(tasks)} cannot be run ({reason(error)})") from error
     assert results is not None  # only processes of a group beside the first get none
-    counts, shots = results["n-samples"], results["n-shot"]
-    return {
-        name: {
-            **_metrics(values),
-            "documents": counts.get(name, {}).get("effective"),
-            "shots": shots.get(name),
-        }
-        for name, values in results["results"].items()
-    }
-
-
-def _metrics(values: dict[str, Any]) -> dict[str, Any]:
-    """Metrics by their plain names, ``acc`` for ``acc,none``."""
-    return {
-        name.removesuffix(",none"): value
-        for name, value in values.items()
-        if isinstance(value, float)  # names and counts stand among them
-    }
+    found = {}
+    for task, values in results["results"].items():
+        # Names and counts stand among the metrics, and ``acc,none`` for ``acc``.
+        metrics = {k.removesuffix(",none"): v for k, v in values.items() if isinstance(v, float)}
+        documents = results["n-samples"].get(task, {}).get("effective")
+        found[task] = {**metrics, "documents": documents, "shots": results["n-shot"].get(task)}
+    return found

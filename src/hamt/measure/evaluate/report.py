@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from hamt.environment import describe_environment
 from hamt.measure.evaluate.run import ContextScore
-from hamt.measure.tables import markdown, number
+from hamt.measure.tables import markdown, number, paragraphs
 from hamt.visualization import Series, loss_by_position
 
 COUNTS = ("documents", "shots")  # of a task, beside its metrics
@@ -16,14 +16,13 @@ INTERVALS = [0, *(2**power for power in range(4, 31))]  # of positions, of doubl
 
 def page(content: Mapping[str, Any], scores: Sequence[ContextScore]) -> str:
     """What ``evaluation.md`` says: the model, its perplexities, and the tasks if there are any."""
-    parts = [
-        f"# {content['model']}",
-        f"{content['parameters']:,} parameters; {content['tokenizer']}; text: {content['text']}.\n"
-        f"{describe_environment(content['environment'])}",
-    ]
-    parts += [_perplexity_table(scores)] if scores else []
-    parts += [_task_table(content)] if "tasks" in content else []
-    return "\n\n".join(parts) + "\n"
+    about = (
+        f"{content['parameters']:,} parameters; {content['tokenizer']}; text: {content['text']}."
+    )
+    about += f"\n{describe_environment(content['environment'])}"
+    perplexities = _perplexity_table(scores) if scores else ""
+    tasks = _task_table(content) if "tasks" in content else ""
+    return paragraphs(f"# {content['model']}", about, perplexities, tasks) + "\n"
 
 
 def figures_of(measured: ContextScore) -> dict[str, Any]:
@@ -54,18 +53,14 @@ def _perplexity_table(scores: Sequence[ContextScore]) -> str:
 
 
 def _task_table(content: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            task,
-            metric,
-            f"{value:.4f}",
-            f"{values[f'{metric}_stderr']:.4f}" if f"{metric}_stderr" in values else "",
-            *("–" if values[count] is None else f"{values[count]:,}" for count in COUNTS),
-        ]
-        for task, values in content["tasks"].items()
-        for metric, value in values.items()
-        if not metric.endswith("_stderr") and metric not in COUNTS
-    ]
+    rows = []
+    for task, values in content["tasks"].items():
+        counts = [number(values[count], 0) for count in COUNTS]
+        for metric, value in values.items():
+            if not metric.endswith("_stderr") and metric not in COUNTS:
+                error = values.get(f"{metric}_stderr")
+                shown = "" if error is None else f"{error:.4f}"
+                rows.append([task, metric, f"{value:.4f}", shown, *counts])
     context = content["context_of_tasks"]
     how = "the model's own context" if context is None else f"a context of {context:,} tokens"
     table = markdown(["task", "metric", "value", "s.e.", *COUNTS], rows, text=(0, 1))

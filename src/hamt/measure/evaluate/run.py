@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -47,16 +48,11 @@ def score_at_contexts(
     carry: bool,
     batch_size: int,
 ) -> list[ContextScore]:
-    """Score the documents at one context, or, if none is given, at those that suit the model.
+    """Score the documents at one context, or with ``carry`` through the state alone.
 
-    Args:
-        loaded: the model.
-        documents: texts.
-        context: tokens that a prediction sees at most. None is the context of the training; of a
-            model with a state of fixed size also multiples of it, and the state carried.
-        stride: tokens by which the context slides; None is the context.
-        carry: carry the state, and measure nothing else.
-        batch_size: rows at a time.
+    If neither is given, they are scored at the context of the training and, where the model has a
+    state of fixed size, at multiples of it and with the state carried. Without a ``stride`` the
+    context slides by its own length.
 
     Raises:
         UserError: see ``score_documents``.
@@ -70,14 +66,8 @@ def score_at_contexts(
     elif carries_state(loaded.model):
         contexts = [*(multiple * trained for multiple in MULTIPLES), None]
     options: dict[str, Any] = {"stride": stride, "batch_size": batch_size}
-    return [
-        ContextScore(
-            size,
-            stride or size,
-            score_documents(loaded.model, loaded.tokenizer, documents, context=size, **options),
-        )
-        for size in contexts
-    ]
+    score = partial(score_documents, loaded.model, loaded.tokenizer, documents, **options)
+    return [ContextScore(size, stride or size, score(context=size)) for size in contexts]
 
 
 def picture_memory(loaded: Loaded, documents: Iterable[str]) -> Figure | None:
@@ -113,21 +103,15 @@ def continue_prompts(
         )
     sampling = GenerateOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_p=1.0)
     set_seed(seed)
-    samples = []
+    samples, plain = [], {"skip_special_tokens": True}
     for prompt in prompts:
         ids = encode_prompt(loaded.tokenizer, prompt)
         if limit is not None:
             ids = ids[-(limit - max_new_tokens) :]
         start = time.perf_counter()
         new = continue_tokens(loaded.model, loaded.tokenizer, ids, sampling)
-        seconds = time.perf_counter() - start
-        samples.append(
-            {
-                "prompt": prompt,
-                "continuation": loaded.tokenizer.decode(new, skip_special_tokens=True),
-                "new_tokens": len(new),
-                "tokens_per_second": len(new) / seconds,
-                "temperature": temperature,
-            }
-        )
+        speed = len(new) / (time.perf_counter() - start)
+        written = {"prompt": prompt, "continuation": loaded.tokenizer.decode(new, **plain)}
+        counts = {"new_tokens": len(new), "tokens_per_second": speed, "temperature": temperature}
+        samples.append(written | counts)
     return samples

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from hamt.environment import describe_environment
-from hamt.measure.tables import markdown
+from hamt.measure.tables import markdown, paragraphs
 from hamt.memory.algebra import ALGEBRAS, similarity
 from hamt.memory.holographic import HolographicMemory, MemoryState
 from hamt.visualization import COLOURS, Series, draw_series, panels
@@ -91,23 +91,16 @@ def cleanup_theory(items: int, dimension: int, candidates: int) -> float:
 def measure(point: Point, trials: int, seed: int = 0) -> Point:
     """The point with the results of so many independent trials."""
     generator = torch.Generator().manual_seed(seed)
-    batch = max(MAX_NUMBERS // (point.dimension * max(point.copies, 1)), 1)
-    parts = []
-    for begin in range(0, trials, batch):
-        parts.append(_trials(point, min(batch, trials - begin), generator))
-    values = torch.cat(parts).double()
-    theory = _theory(point)
-    # For shares the theory's own: also a share that is 1 in all trials has an error.
-    deviation = (
-        values.std().item() if point.candidates is None else math.sqrt(theory * (1 - theory))
-    )
-    return replace(
-        point,
-        trials=trials,
-        measured=values.mean().item(),
-        standard_error=deviation / math.sqrt(trials),
-        theory=theory,
-    )
+    batch = max(MAX_NUMBERS // (point.dimension * point.copies), 1)
+    counts = [min(batch, trials - begin) for begin in range(0, trials, batch)]
+    values = torch.cat([_trials(point, count, generator) for count in counts]).double()
+    theory, deviation = _theory(point), values.std().item()
+    if point.candidates is not None:
+        # For shares the theory's own: also a share that is 1 in all trials has an error.
+        deviation = math.sqrt(theory * (1 - theory))
+    error = deviation / math.sqrt(trials)
+    mean = values.mean().item()
+    return replace(point, trials=trials, measured=mean, standard_error=error, theory=theory)
 
 
 def _theory(point: Point) -> float:
@@ -191,54 +184,36 @@ def points(quick: bool = False) -> Iterator[tuple[Point, int]]:
         yield Point(CLEANUP, algebra, 1024, 46, candidates=1000), many
 
 
-def measure_capacity(
-    quick: bool = False, seed: int = 0, told: Callable[[Point], None] = lambda point: None
-) -> list[Point]:
-    """Measure all points of ``hamt recall --capacity``; ``told`` gets each as it is done."""
-    measured = []
-    for number, (point, trials) in enumerate(points(quick)):
-        measured.append(measure(point, trials, seed * 10_000 + number))
-        told(measured[-1])
-    return measured
+def measure_capacity(quick: bool = False, seed: int = 0) -> list[Point]:
+    """Measure all points of ``hamt recall --capacity``."""
+    return [
+        measure(point, trials, seed * 10_000 + number)
+        for number, (point, trials) in enumerate(points(quick))
+    ]
 
 
 def capacity_page(header: Mapping[str, Any], measured: list[Point]) -> str:
     """What ``capacity.md`` says; ``header`` is the environment that it was measured in."""
     came_from = describe_environment(header)
-    return f"# Capacity of the memory\n\n{came_from}\n\n{capacity_table(measured)}"
+    return paragraphs("# Capacity of the memory", came_from, capacity_table(measured))
 
 
 def capacity_table(measured: list[Point]) -> str:
     """Markdown: a row for each point, and how many lie within three standard errors of theory."""
-    header = [
-        "part",
-        "algebra",
-        "D",
-        "items",
-        "heads",
-        "slots",
-        "candidates",
-        "gate",
-        "lag",
-        "trials",
-    ]
-    header += ["measured", "s.e.", "theory", "deviation (s.e.)"]
-    rows = [
-        [point.part, point.algebra, str(point.dimension), str(point.items), str(point.copies)]
-        + [f"{point.slots}, each item in one" if point.spread else str(point.slots)]
-        + ["" if x is None else f"{x:,}" for x in (point.candidates, point.gate, point.lag)]
-        + [
-            str(point.trials),
-            f"{point.measured:.4f}",
-            f"{point.standard_error:.4f}",
-            f"{point.theory:.4f}",
-        ]
-        + [f"{point.deviation:+.1f}"]
-        for point in measured
-    ]
+    header = ["part", "algebra", "D", "items", "heads", "slots", "candidates", "gate", "lag"]
+    header += ["trials", "measured", "s.e.", "theory", "deviation (s.e.)"]
+    rows = []
+    for point in measured:
+        row = [point.part, point.algebra, point.dimension, point.items, point.copies]
+        row.append(f"{point.slots}, each item in one" if point.spread else point.slots)
+        chosen = (point.candidates, point.gate, point.lag)
+        row += ["" if value is None else f"{value:,}" for value in chosen]
+        row.append(point.trials)
+        row += [f"{x:.4f}" for x in (point.measured, point.standard_error, point.theory)]
+        rows.append([*map(str, row), f"{point.deviation:+.1f}"])
     near = sum(abs(point.deviation) <= 3 for point in measured)
     summary = f"{near} of {len(measured)} points lie within 3 standard errors of theory."
-    return f"{summary}\n\n{markdown(header, rows, text=(0, 1))}\n"
+    return paragraphs(summary, markdown(header, rows, text=(0, 1))) + "\n"
 
 
 def capacity_figure(measured: list[Point]) -> Figure:

@@ -67,13 +67,12 @@ def main(arguments: Sequence[str]) -> int:
     if options.capacity:
         return _capacity(options, header, console)
     runs, folder = plan(options), Path(options.output_dir)
+    sweep = Sweep(runs, folder / "runs")
 
     def told(run: RecallRun, result: dict[str, Any]) -> None:
-        console.print(
-            f"{run.name}: {100 * result['mean_accuracy']:.1f} % in {result['seconds']:.0f} s"
-        )
+        share, seconds = f"{100 * result['mean_accuracy']:.1f} %", f"{result['seconds']:.0f} s"
+        console.print(f"{run.name}: {share} in {seconds}")
 
-    sweep = Sweep(runs, folder / "runs")
     console.print(
         f"{len(sweep.results)} of {len(runs)} runs are there; those that are missing take "
         f"{options.num_steps:,} steps each, {options.workers} at a time"
@@ -81,8 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     sweep.perform(options.workers, told)
     results = [result for _, result in sweep.results]
     content = {"environment": header, "options": vars(options), "runs": results}
-    text = recall_page(results)
-    plot = figure(results)
+    text, plot = recall_page(results), figure(results)
     paths = write_report(folder, "recall", content, text, {"recall": plot})
     console.print(text, markup=False)
     if plot is None:
@@ -114,12 +112,12 @@ def plan(options: RecallOptions) -> list[RecallRun]:
     check(options)
     tasks = list(SETTINGS) if "all" in options.tasks else options.tasks
     sizes = {name: getattr(options, name) for name in ("hidden_dim", "num_layers", "num_examples")}
-    grid = product(
-        options.seeds, tasks, options.learning_rates, options.state_sizes, options.models
-    )
+    rates, states = options.learning_rates, options.state_sizes
     runs = [
         RecallRun(task, model, state, rate, seed, options.num_steps, options.batch_size, **sizes)
-        for seed, task, rate, state, model in grid
+        for seed, task, rate, state, model in product(
+            options.seeds, tasks, rates, states, options.models
+        )
     ]
     runs = list(dict.fromkeys(runs))
     with user_errors(), torch.device("meta"):  # before hours are spent on the others

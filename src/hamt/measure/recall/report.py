@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from hamt.baselines.catalogue import ARCHITECTURES, STATE, full_name
 from hamt.environment import describe_runs
-from hamt.measure.tables import markdown, standard_error
+from hamt.measure.tables import floats, markdown, paragraphs, standard_error, with_error
 from hamt.visualization import Series, draw_series, panels, plain_log_ticks, short_labels
 
 Result = Mapping[str, Any]
@@ -31,71 +31,43 @@ def best_groups(results: Iterable[Result]) -> dict[str, dict[str, list[Group]]]:
     best: dict[str, dict[str, list[Group]]] = defaultdict(lambda: defaultdict(list))
     for (task, model, _), rates in sorted(grids.items()):
         # While a sweep is under way a rate with one lucky seed must not beat one with three.
-        best[task][model].append(
-            max(rates.values(), key=lambda group: (len(group), _mean_accuracy(group)))
-        )
+        best[task][model].append(max(rates.values(), key=_seeds_and_accuracy))
     return best
 
 
-def _mean_accuracy(group: Group) -> float:
-    return mean(result["mean_accuracy"] for result in group)
+def _seeds_and_accuracy(group: Group) -> tuple[int, float]:
+    return len(group), mean(result["mean_accuracy"] for result in group)
 
 
 def recall_page(results: Sequence[Result]) -> str:
     """What ``recall.md`` says."""
     came_from = describe_runs([result["environment"] for result in results])
     kinds = dict.fromkeys(result["run"]["model"].partition(":")[0] for result in results)
-    named = [
-        f"{kind}: {full_name(kind, ARCHITECTURES[kind].mixers_only)}."
-        for kind in kinds
-        if kind != "hamt"
-    ]
-    legend = " ".join([STATE, *named])
-    return f"# Recall at equal state\n\n{came_from}\n\n{legend}\n\n{table(results)}"
+    names = {kind: full_name(kind, ARCHITECTURES[kind].mixers_only) for kind in kinds}
+    legend = [STATE, *(f"{kind}: {name}." for kind, name in names.items() if kind != "hamt")]
+    return paragraphs("# Recall at equal state", came_from, " ".join(legend), table(results))
 
 
 def table(results: Iterable[Result]) -> str:
     """Markdown, a table for each task: accuracies in percent, mean ± standard error over seeds."""
     parts = []
     for task, models in best_groups(results).items():
-        tests = next(iter(models.values()))[0][0]["accuracy"]
-        header = [
-            "model",
-            "state floats, all layers",
-            "parameters",
-            "learning rate",
-            "seeds",
-            *tests,
-            "mean",
-        ]
+        header = ["model", "state floats, all layers", "parameters", "learning rate", "seeds"]
+        header += next(iter(models.values()))[0][0]["accuracy"]
         groups = [(model, group) for model, groups in models.items() for group in groups]
         groups.sort(key=lambda pair: (pair[1][0]["run"]["state"], pair[0]))
-        parts.append(
-            f"## {task}\n\n{markdown(header, [_row(*pair) for pair in groups], text=(0,))}"
-        )
-    return "\n\n".join(parts) + "\n"
+        rows = [_row(*pair) for pair in groups]
+        parts += [f"## {task}", markdown([*header, "mean"], rows, text=(0,))]
+    return paragraphs(*parts) + "\n"
 
 
 def _row(model: str, group: Group) -> list[str]:
     first = group[0]
-    floats = "grows" if first["state_floats"] is None else f"{first['state_floats']:,}"
-    cells = [
-        model,
-        floats,
-        f"{first['parameters']:,}",
-        f"{first['run']['learning_rate']:g}",
-        str(len(group)),
-    ]
-    cells += [
-        _percent([result["accuracy"][test] for result in group]) for test in first["accuracy"]
-    ]
-    return [*cells, _percent([result["mean_accuracy"] for result in group])]
-
-
-def _percent(values: Sequence[float]) -> str:
-    return f"{100 * mean(values):.1f}" + (
-        f" ± {100 * standard_error(values):.1f}" if len(values) > 1 else ""
-    )
+    cells = [model, floats(first["state_floats"]), f"{first['parameters']:,}"]
+    cells += [f"{first['run']['learning_rate']:g}", str(len(group))]
+    tests = [[100 * result["accuracy"][test] for result in group] for test in first["accuracy"]]
+    means = [100 * result["mean_accuracy"] for result in group]
+    return [*cells, *(with_error(values, 1) for values in (*tests, means))]
 
 
 def figure(results: Iterable[Result]) -> Figure | None:

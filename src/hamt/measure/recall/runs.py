@@ -12,7 +12,7 @@ from hamt.baselines.catalogue import state_floats, with_state
 from hamt.environment import environment
 from hamt.measure.recall.settings import SETTINGS
 from hamt.measure.task_training import HELD_OUT, TaskResult, accuracy, train_on_task
-from hamt.measure.workers import Stopper, check_stop
+from hamt.measure.workers import Stopper, check_stop, whole
 from hamt.training.divergence import DivergenceError
 from hamt.training.loop import seed_everything
 
@@ -22,31 +22,18 @@ BYTES_PER_FLOAT = 4
 
 @dataclass(frozen=True)
 class RecallRun:
-    """One run (``hamt.measure.sweep.Run``).
+    """One run (``hamt.measure.sweep.Run``)."""
 
-    Args:
-        task: a name in ``SETTINGS``.
-        model: as for ``hamt.baselines.catalogue.with_state``.
-        state: floats of a layer.
-        learning_rate: peak of the schedule.
-        seed: of the model and of the examples.
-        num_steps: training steps.
-        batch_size: examples of a step.
-        hidden_dim: width of the model.
-        num_layers: layers of the model.
-        num_examples: examples of each test.
-    """
-
-    task: str
-    model: str
-    state: int
+    task: str  # a name in SETTINGS
+    model: str  # as for hamt.baselines.catalogue.with_state
+    state: int  # floats of a layer
     learning_rate: float
     seed: int
     num_steps: int
     batch_size: int = 64
     hidden_dim: int = 64
     num_layers: int = 2
-    num_examples: int = 256
+    num_examples: int = 256  # of each test
 
     @property
     def name(self) -> str:
@@ -92,16 +79,10 @@ class RecallRun:
             diverged = str(error)
         for name, test in setting.tests.items() if diverged is None else ():
             check_stop()
-            length = test.length or test.task.length
-            tests[name] = accuracy(
-                model,
-                test.task,
-                num_examples=self.num_examples,
-                seed=self.seed + HELD_OUT,
-                length=test.length,
-                positions=test.positions,
-                batch_size=max(TOKENS_AT_A_TIME // length, 1),
-            )
+            rows = max(TOKENS_AT_A_TIME // (test.length or test.task.length), 1)
+            drawn: dict[str, Any] = {"length": test.length, "positions": test.positions}
+            drawn |= {"num_examples": self.num_examples, "seed": self.seed + HELD_OUT}
+            tests[name] = accuracy(model, test.task, batch_size=rows, **drawn)
         floats = state_floats(model)
         return {
             "run": self.describe(),
@@ -125,14 +106,9 @@ def make_model(run: RecallRun) -> PreTrainedModel:
         ValueError: if its sizes do not fit together.
     """
     setting = SETTINGS[run.task]
-    return with_state(
-        run.model,
-        run.state,
-        hidden_dim=run.hidden_dim,
-        num_layers=run.num_layers,
-        vocab_size=setting.vocab_size,
-        **(setting.hamt if run.model.partition(":")[0] == "hamt" else {}),
-    )
+    fields = setting.hamt if run.model.partition(":")[0] == "hamt" else {}
+    sizes = {"hidden_dim": run.hidden_dim, "num_layers": run.num_layers}
+    return with_state(run.model, run.state, **sizes, vocab_size=setting.vocab_size, **fields)
 
 
 def train(model: PreTrainedModel, run: RecallRun) -> TaskResult:
@@ -143,16 +119,14 @@ def train(model: PreTrainedModel, run: RecallRun) -> TaskResult:
         DivergenceError: see ``Trainer.train``.
     """
     setting = SETTINGS[run.task]
-    options = {
+    options: dict[str, Any] = {
         "batch_size": run.batch_size,
         "num_steps": run.num_steps,
         "learning_rate": run.learning_rate,
         "final_learning_rate": 0.1,
         "eval_interval": max(run.num_steps // 8, 1),
+        "seed": run.seed,
         **setting.training,
         "num_held_out": run.num_examples,
     }
-    result = train_on_task(model, setting.train, seed=run.seed, listeners=[Stopper()], **options)
-    if result.interrupted:
-        raise KeyboardInterrupt
-    return result
+    return whole(train_on_task(model, setting.train, listeners=[Stopper()], **options))

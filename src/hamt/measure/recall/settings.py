@@ -18,19 +18,12 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a name of a task stands for.
+    """What a name of a task stands for."""
 
-    Args:
-        train: tasks that the training examples are drawn from.
-        tests: by their names in tables; the first is at the training length.
-        training: options of ``train_on_task`` that the task needs.
-        hamt: fields of ``HAMTConfig`` that the task needs.
-    """
-
-    train: tuple[Task, ...]
-    tests: Mapping[str, Probe]
-    training: Mapping[str, Any] = field(default_factory=dict)
-    hamt: Mapping[str, Any] = field(default_factory=dict)
+    train: tuple[Task, ...]  # what the training examples are drawn from
+    tests: Mapping[str, Probe]  # by their names in tables; the first is at the training length
+    training: Mapping[str, Any] = field(default_factory=dict)  # options of ``train_on_task``
+    hamt: Mapping[str, Any] = field(default_factory=dict)  # fields of ``HAMTConfig``
 
     @property
     def vocab_size(self) -> int:
@@ -54,21 +47,12 @@ def _counting(task: Task) -> Setting:
         f"positions {task.length + 1}-{length}": Probe(task, length, slice(task.length, None))
         for length in (80, 256)
     }
+    exact = {"final_learning_rate": 0.0, "weight_decay": 0.0, "eps": 1e-20}
     return Setting(
         (task,),
         {f"{task.length} tokens": Probe(task), **beyond},
-        training={
-            "batch_size": 256,
-            "lengths": (3, task.length),
-            "final_learning_rate": 0.0,
-            "weight_decay": 0.0,
-            "eps": 1e-20,
-        },
-        hamt={
-            "rotation": "data_dependent",
-            "min_half_life": 1000,
-            "max_half_life": 100_000,
-        },
+        training={"batch_size": 256, "lengths": (3, task.length), **exact},
+        hamt={"rotation": "data_dependent", "min_half_life": 1000, "max_half_life": 100_000},
     )
 
 

@@ -29,18 +29,14 @@ DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 def lambada(task_data: str, **_: Any) -> dict[str, datasets.Dataset]:
     """Passages of LAMBADA's OpenAI variant, JSON lines with a ``text`` each."""
-    rows = datasets.load_dataset("json", data_files=task_data, split="train")
-    return {"test": rows}
+    return {"test": datasets.load_dataset("json", data_files=task_data, split="train")}
 
 
 def wikitext(task_data: str, **_: Any) -> dict[str, datasets.Dataset]:
     """Pages of a WikiText file (``wiki.test.raw``)."""
     lines = Path(task_data).read_text(encoding="utf-8").splitlines(keepends=True)
-    return {
-        "test": datasets.Dataset.from_dict(
-            {"page": [page for page in join_articles(lines) if page.strip()]}
-        )
-    }
+    pages = [page for page in join_articles(lines) if page.strip()]
+    return {"test": datasets.Dataset.from_dict({"page": pages})}
 
 
 def mqar(**_: Any) -> dict[str, datasets.Dataset]:
