@@ -1,10 +1,30 @@
 """What the tests of commands have in common."""
 
+import json
+
 from hamt.cli import main
 
-TEXT = "".join(
-    f"Line {i}: the sum of {i} and {i + 1} is {2 * i + 1}, and that is that.\n" for i in range(600)
-)
+
+def sums(count):
+    """A text that can be learnt."""
+    lines = (f"the sum of {i} and {i + 1} is {2 * i + 1}, and that is that" for i in range(count))
+    return "".join(f"Line {i}: {line}.\n" for i, line in enumerate(lines))
+
+
+TEXT = sums(600)
+
+
+def words(**options):
+    """Options as words of a command line: a list gives several values, ``True`` none."""
+    found = []
+    for name, value in options.items():
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        found += [f"--{name}", *map(str, values)]
+    return found
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def fails(arguments, capsys):

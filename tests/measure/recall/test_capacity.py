@@ -42,9 +42,8 @@ def test_theory_of_the_cleanup(items, dimension, candidates, expected):
 
 def test_theory_of_the_cleanup_of_two_candidates():
     """The better of two Gaussians that are √(D/n) apart."""
-    expected = torch.special.ndtr(
-        torch.tensor(math.sqrt(16 / 8) / math.sqrt(2), dtype=torch.float64)
-    )
+    distance = torch.tensor(math.sqrt(16 / 8) / math.sqrt(2), dtype=torch.float64)
+    expected = torch.special.ndtr(distance)
     assert cleanup_theory(8, 16, 2) == pytest.approx(expected.item(), rel=1e-9)
 
 
