@@ -13,17 +13,12 @@ from hamt import HAMTConfig, HAMTModel
 from hamt.config import ROTATIONS
 from hamt.memory.holographic import WRITE_RULES
 
-ALIASES = {
-    "hidden_size": "hidden_dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "intermediate_size": "intermediate_dim",
-}
+ALIASES = {"hidden_size": "hidden_dim", "num_hidden_layers": "num_layers"}
+ALIASES |= {"num_attention_heads": "num_heads", "intermediate_size": "intermediate_dim"}
 
 
-def documented_config() -> HAMTConfig:
-    """The call as the user's documents print it."""
-    return HAMTConfig(
+def test_the_documented_configuration_builds_a_model():
+    config = HAMTConfig(
         hidden_dim=512,
         hcm_dim=2048,
         num_layers=8,
@@ -36,10 +31,6 @@ def documented_config() -> HAMTConfig:
         use_auxiliary_loss=True,
         aux_loss_weight=0.1,
     )
-
-
-def test_the_documented_configuration_builds_a_model():
-    config = documented_config()
     assert (config.num_heads, config.hcm_dim, config.num_slots) == (16, 2048, 16)
     assert (config.dropout, config.aux_loss_weight) == (0.1, 0.1)
     assert config.use_gating
@@ -66,12 +57,7 @@ def test_defaults_divide_every_documented_size(hidden_dim, hcm_dim, hcm, binding
 
 
 def test_transformers_names_are_the_same_fields_in_both_directions():
-    values = {
-        "hidden_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "intermediate_size": 96,
-    }
+    values = dict(zip(ALIASES, (64, 3, 2, 96), strict=True))
     config = HAMTConfig(**values)
     ours = HAMTConfig(**{ALIASES[name]: value for name, value in values.items()})
     assert config.to_dict() == ours.to_dict()  # derived sizes too
@@ -85,6 +71,7 @@ def test_transformers_names_are_the_same_fields_in_both_directions():
         assert alias not in config.to_dict()
 
 
+COUNTS = ("vocab_size", "hidden_dim", "num_layers", "num_slots", "num_heads", "chunk_size")
 REFUSED = [
     ({"hcm_dim": 100, "num_heads": 16}, r"multiple of 2 \* num_heads = 32; got 100, try 96 or 128"),
     ({"hcm_dim": 5, "num_heads": 4}, "multiple of .* = 8; got 5, try 8$"),
@@ -92,10 +79,7 @@ REFUSED = [
     ({"num_attention_heads": 3}, "got 512, try 510 or 516"),
     ({"binding_type": "hrr"}, "one of elementwise, circular_conv, phasor; got 'hrr'"),
     ({"write_rule": "add"}, "write_rule must be one of gated, convex, delta; got 'add'"),
-    (
-        {"rotation": "learned"},
-        "rotation must be one of none, constant, data_dependent; got 'learned'",
-    ),
+    ({"rotation": "own"}, "rotation must be one of none, constant, data_dependent; got 'own'"),
     (
         {"binding_type": "elementwise", "rotation": "constant"},
         "use rotation='none' or 'data_dependent', or binding_type phasor or circular_conv",
@@ -114,17 +98,7 @@ REFUSED = [
     ({"aux_loss_weight": -0.1}, "aux_loss_weight must not be negative"),
     ({"initializer_range": -1.0}, "initializer_range must not be negative"),
     ({"rms_norm_eps": -1e-6}, "rms_norm_eps must not be negative"),
-    *(
-        ({name: 0}, f"{name} must be at least 1; got 0")
-        for name in (
-            "vocab_size",
-            "hidden_dim",
-            "num_layers",
-            "num_slots",
-            "num_heads",
-            "chunk_size",
-        )
-    ),
+    *(({name: 0}, f"{name} must be at least 1; got 0") for name in COUNTS),
 ]
 
 
@@ -150,10 +124,8 @@ def test_a_configuration_spoilt_later_is_not_saved(tmp_path):
 
 
 def test_whole_numbers_pass_for_real_ones():
-    config = HAMTConfig(
-        decay_rate=0, dropout=0, rotation_base=100, max_half_life=64, aux_loss_weight=1
-    )
-    assert config.decay_rate == 0
+    whole = {"decay_rate": 0, "dropout": 0, "rotation_base": 100, "max_half_life": 64}
+    assert HAMTConfig(**whole, aux_loss_weight=1).decay_rate == 0
 
 
 def test_an_unknown_preset_is_refused():
@@ -210,11 +182,9 @@ def test_json_keeps_every_field(tmp_path):
 
 
 KINDS = [
-    (binding_type, write_rule, rotation)
-    for binding_type in BINDINGS
-    for write_rule in WRITE_RULES
-    for rotation in ROTATIONS
-    if (binding_type, rotation) != ("elementwise", "constant")
+    kind
+    for kind in itertools.product(BINDINGS, WRITE_RULES, ROTATIONS)
+    if kind[::2] != ("elementwise", "constant")
 ]
 
 
@@ -251,6 +221,7 @@ def test_every_accepted_option_builds_and_takes_a_training_step(binding_type, wr
             optimizer.step()
             losses.append(loss.item())
         # A true gradient lowers the loss by a step this small; a straight-through one need not.
-        assert losses[1] != losses[0] if binding_type == "elementwise" else losses[1] < losses[0], (
-            options
+        expected = (
+            losses[1] != losses[0] if binding_type == "elementwise" else losses[1] < losses[0]
         )
+        assert expected, options

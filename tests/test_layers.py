@@ -38,11 +38,7 @@ class Read(NamedTuple):
 
 
 def read(
-    layer: HAMTLayer,
-    inputs: Tensor,
-    attention_mask: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    state: Read | None = None,
+    layer: HAMTLayer, inputs: Tensor, attention_mask=None, seq_idx=None, state: Read | None = None
 ) -> tuple[Tensor, Read]:
     batch = Batch.of(attention_mask, seq_idx, None if state is None else state.past)
     outputs, after, _ = layer(inputs, batch, None if state is None else state.state)
@@ -77,9 +73,6 @@ def map_state(function: Callable[[Tensor], Tensor], state: Read) -> Read:
     return Read({name: function(x) for name, x in state.state.items()}, past)
 
 
-# ---------------------------------------------------------------- the whole layer
-
-
 def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
     """The docstrings of ``hamt.layers`` and ``hamt.memory.delta``, line by line, in a loop over one row (N, d)."""
     config, algebra = layer.config, layer.memory.algebra
@@ -111,10 +104,7 @@ def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
             if config.rotation == "data_dependent":
                 turn = turn + (layer.rotation.weight @ c).view(heads, size)
             position = algebra.compose(algebra.key(turn), position)
-            key, unbinding_key = (
-                algebra.compose(key, position),
-                algebra.compose(unbinding_key, position),
-            )
+            key, unbinding_key = (algebra.compose(x, position) for x in (key, unbinding_key))
         bound = algebra.bind(algebra.lift(item), key)
         memory = forget[..., None] * memory
         if config.write_rule == "delta":
@@ -122,9 +112,8 @@ def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
             held = torch.einsum("hs,hsf->hf", write, memory)
             bound = torch.sigmoid(strength)[:, None] * (bound - held)
         memory = memory + write[..., None] * bound[:, None]
-        retrieved = algebra.lower(
-            algebra.unbind(torch.einsum("hs,hsf->hf", read, memory), unbinding_key)
-        )
+        mixed = torch.einsum("hs,hsf->hf", read, memory)
+        retrieved = algebra.lower(algebra.unbind(mixed, unbinding_key))
         mean_square = retrieved.square().mean(dim=-1, keepdim=True)
         output = retrieved / (mean_square + config.rms_norm_eps).sqrt() * layer.norm.weight
         if layer.gate_proj is not None:
@@ -228,9 +217,8 @@ def test_padding_joins_the_document_beside_it():
     earlier = read(layer, random_inputs(2, 4, seed=1), seq_idx=torch.full((2, 4), 3))[1]
     after = read(layer, inputs, attention_mask=mask, seq_idx=names, state=earlier)[1]
     for b, part in enumerate((slice(2, 8), slice(0, 6))):
-        assert_same_state(
-            row_of(after, b), read(layer, inputs[b : b + 1, part], state=row_of(earlier, b))[1]
-        )
+        alone = read(layer, inputs[b : b + 1, part], state=row_of(earlier, b))[1]
+        assert_same_state(row_of(after, b), alone)
 
 
 @pytest.mark.parametrize(
@@ -251,17 +239,9 @@ def test_the_state_of_another_layer_is_refused(other, what):
         read(tiny_layer(), inputs, state=read(tiny_layer(**other), inputs)[1])
 
 
-# ---------------------------------------------------------------- the parts
-
-
 def test_the_choices_of_the_configuration_reach_the_memory():
-    options = {
-        "num_slots": 5,
-        "num_heads": 4,
-        "decay_rate": 0.01,
-        "chunk_size": 8,
-        "write_rule": "convex",
-    }
+    options = {"num_slots": 5, "num_heads": 4, "decay_rate": 0.01, "chunk_size": 8}
+    options["write_rule"] = "convex"
     memory = tiny_layer(**options, hcm_dim=48, binding_type="circular_conv").memory
     rule = {"decay_rate": memory.rule.decay_rate, "write_rule": memory.rule.name}
     assert {**{name: getattr(memory, name, None) for name in options}, **rule} == options
@@ -287,9 +267,8 @@ def gating(**options) -> GatingNetwork:
 
 @write_rules
 def test_slots_start_with_half_lives_from_shortest_to_longest_in_every_head(write_rule):
-    network = gating(
-        write_rule=write_rule, num_slots=8, num_heads=2, min_half_life=2, max_half_life=500
-    )
+    half_lives = {"min_half_life": 2, "max_half_life": 500}
+    network = gating(write_rule=write_rule, num_slots=8, num_heads=2, **half_lives)
     write, log_forget, _ = network(torch.zeros(1, 1, WIDTH))
     kept = 1 - write if log_forget is None else log_forget.exp()
     half_lives = (math.log(0.5) / kept.log())[0, 0]

@@ -68,12 +68,8 @@ def test_any_layout_gives_the_product(inputs, weight, bias, product):
 def test_outputs_may_be_changed_in_place(shape):
     weight, inputs = random(OUTPUTS, FEATURES).requires_grad_(), random(*shape)
     linear(inputs, weight).add_(1).mul_(2).sum().backward()
-    torch.testing.assert_close(
-        weight.grad,
-        2 * inputs.reshape(-1, FEATURES).sum(0).expand(OUTPUTS, -1),
-        rtol=1e-4,
-        atol=1e-3,
-    )
+    expected = 2 * inputs.reshape(-1, FEATURES).sum(0).expand(OUTPUTS, -1)
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_gradients_and_their_gradients_are_those_of_the_product(product):

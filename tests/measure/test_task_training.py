@@ -5,19 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from task_inputs import seeded
+from task_inputs import MQARS, seeded
 from torch import nn
 
 from hamt import HAMTConfig, HAMTModel
 from hamt.data.tasks import MQAR, Induction, ModularCounting, Parity
 from hamt.measure.task_training import TaskResult, accuracy, train_on_task
-
-MQARS = [
-    MQAR(),
-    MQAR(length=33, vocab_size=17, num_kv_pairs=7, random_non_queries=False),
-    MQAR(length=16, vocab_size=10, num_kv_pairs=4, power_a=1.0),
-    MQAR(length=4, vocab_size=4, num_kv_pairs=1),
-]
 
 
 class Answers(nn.Module):

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -32,9 +33,6 @@ def explorer():
     return Explorer(*load_checkpoint(PRETRAINED))
 
 
-# ------------------------------------------------------------------- session
-
-
 def test_a_text_is_read_token_by_token(explorer):
     view = explorer.read(TEXT)
     assert "".join(view.tokens).replace("·", " ") == TEXT
@@ -54,12 +52,9 @@ def test_what_a_token_read_adds_up_and_comes_from_before_it(explorer):
         found = explorer.retrieve(view, layer, 6)
         assert found.shares.sum() == pytest.approx(1, abs=1e-4)
         assert all(0 <= position <= 6 and share > 0 for position, share in found.sources)
-        assert [share for _, share in found.sources] == sorted(
-            (s for _, s in found.sources), reverse=True
-        )
-        assert all(
-            0 <= position <= 6 and -1 <= cosine <= 1.0001 for position, cosine in found.items
-        )
+        shares = [share for _, share in found.sources]
+        assert shares == sorted(shares, reverse=True)
+        assert all(0 <= place <= 6 and -1 <= cosine <= 1.0001 for place, cosine in found.items)
         assert found.theory == pytest.approx(largest_by_chance(7 * 4, 64))
         assert 0 < found.permuted < 1
     first = explorer.retrieve(view, 0, 0)
@@ -73,12 +68,8 @@ def test_what_chance_gives_under_a_permuted_key_is_what_the_recurrence_says(expl
     algebra = trace.memory.algebra
     state = next(trace.states([token + 1]))[0]
     held = torch.einsum("hs,hsf->hf", trace.read[0, token], state)
-    torch.testing.assert_close(
-        algebra.unbind(held, trace.unbinding_keys[0, token]),
-        trace.output[0, token],
-        rtol=1e-3,
-        atol=1e-4,
-    )
+    output = algebra.unbind(held, trace.unbinding_keys[0, token])
+    torch.testing.assert_close(output, trace.output[0, token], rtol=1e-3, atol=1e-4)
     stored = torch.nn.functional.normalize(trace.items[0, : token + 1], dim=-1)
     levels = []
     for key in permuted_keys(algebra, trace.unbinding_keys[0, token]):
@@ -200,10 +191,9 @@ def test_visitors_do_not_meet_in_the_model(explorer):
 
 def test_words_are_shown_and_not_obeyed(explorer):
     view = explorer.read("a <script>alert(1)</script> b")
-    found = explorer.retrieve(view, 0, len(view.tokens) - 1)
-    page = retrieved_lists(view, found, 0, len(view.tokens) - 1) + slot_grid(
-        view.norms[0, 0], 1.0, "<b>"
-    )
+    last = len(view.tokens) - 1
+    page = retrieved_lists(view, explorer.retrieve(view, 0, last), 0, last)
+    page += slot_grid(view.norms[0, 0], 1.0, "<b>")
     assert "<script" not in page
     assert "<b>" not in page
     empty = Retrieved(np.zeros(1), [], 0, [], 0.1, 0.2)
@@ -222,20 +212,19 @@ def test_slots_are_numbered_and_tell_their_half_lives():
 
 
 def test_mistakes_end_in_a_line(tmp_path, capsys):
-    assert main(["explore", "--port", "99999"]) == 2
-    assert "--port must lie" in capsys.readouterr().err
-    assert main(["explore", "--host", "192.0.2.1"]) == 2  # an address that no machine has
-    assert "give another --host or --port" in capsys.readouterr().err
+    def refusal(*options):
+        assert main(["explore", *options]) == 2
+        return capsys.readouterr().err
+
+    assert "--port must lie" in refusal("--port", "99999")
+    # An address that no machine has.
+    assert "give another --host or --port" in refusal("--host", "192.0.2.1")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert main(["explore", "--port", str(taken.getsockname()[1])]) == 2
-    assert "cannot serve at 127.0.0.1, port" in capsys.readouterr().err
-    assert main(["explore", "--checkpoint", str(tmp_path)]) == 2
-    assert "hamt: " in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------- browser
+        error = refusal("--port", str(taken.getsockname()[1]))
+    assert "cannot serve at 127.0.0.1, port" in error
+    assert "hamt: " in refusal("--checkpoint", str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -246,15 +235,10 @@ def address():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "hamt.cli", "explore", "--port", str(port)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # A shell lets jobs in the background, as tests may be, ignore Ctrl-C, and what they start
-        # does, too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    # A shell lets jobs in the background, as tests may be, ignore Ctrl-C, and what they start, too.
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, **pipes, preexec_fn=hear)
     try:
         said = process.stdout.readline()
         assert f"http://127.0.0.1:{port}" in said, said
@@ -311,23 +295,25 @@ def test_other_pages_are_not_answered(address):
     assert status("POST", "/gradio_api/upload", headers, body) == 413
 
 
+def give(page, text, answer):
+    page.locator("#text textarea").fill(text)
+    page.locator("#read").click()
+    page.locator("#status").get_by_text(answer).wait_for()
+
+
 def test_load_type_click_and_scrub(page):
     assert page.locator("#slots td").count() == 64, "an example is read when the page opens"
-    page.locator("#text textarea").fill(TEXT)
-    page.locator("#read").click()
-    page.locator("#status").get_by_text("16 tokens read.").wait_for()
+    give(page, TEXT, "16 tokens read.")
     page.locator("#tokens").get_by_text("Congress").click()
     page.locator("#found").get_by_text("Congress” (token 9) read in layer 3").wait_for()
     assert page.locator("#found table").first.locator("tr").count() >= 2
     assert "0 back" in page.locator("#found").inner_text()
     before = page.locator("#slots table").inner_html()
-    outlines = page.locator("#tokens .token").evaluate_all(
-        "tokens => tokens.map(token => getComputedStyle(token).outlineStyle)"
-    )
+    style = "tokens => tokens.map(token => getComputedStyle(token).{})"
+    tokens = page.locator("#tokens .token")
+    outlines = tokens.evaluate_all(style.format("outlineStyle"))
     assert outlines[9] == "solid"
-    colours = page.locator("#tokens .token").evaluate_all(
-        "tokens => tokens.map(token => getComputedStyle(token).backgroundColor.match(/\\d+/g))"
-    )
+    colours = tokens.evaluate_all(style.format("backgroundColor.match(/\\d+/g)"))
     assert len({tuple(colour) for colour in colours}) > 3
     assert all(int(red) <= int(blue) for red, _, blue, *_ in colours), "shades of blue"
     assert 2 <= outlines.count("solid") <= 7, "the token and its sources"
@@ -341,13 +327,9 @@ def test_load_type_click_and_scrub(page):
 
 
 def test_empty_and_long_texts_are_answered_kindly(page):
-    page.locator("#text textarea").fill("")
-    page.locator("#read").click()
-    page.locator("#status").get_by_text("There is no text yet").wait_for()
+    give(page, "", "There is no text yet")
     assert page.locator("#slots td").count() == 0
-    page.locator("#text textarea").fill(SPEECH * 120)
-    page.locator("#read").click()
-    page.locator("#status").get_by_text("were left out").wait_for()
+    give(page, SPEECH * 120, "were left out")
     assert page.locator("#slots td").count() == 64
     assert page.locator("#time input[type=range]").get_attribute("max") == str(MAX_TOKENS)
     page.locator("#tokens").get_by_text("Congress").first.click()
@@ -360,9 +342,7 @@ def test_empty_and_long_texts_are_answered_kindly(page):
 
 def test_a_narrow_window_shows_everything(page):
     page.set_viewport_size({"width": 420, "height": 900})
-    page.locator("#text textarea").fill(TEXT)
-    page.locator("#read").click()
-    page.locator("#status").get_by_text("16 tokens read.").wait_for()
+    give(page, TEXT, "16 tokens read.")
     page.locator("#tokens").get_by_text("Congress").click()
     page.locator("#found h4").scroll_into_view_if_needed()
     assert page.locator("#found h4").bounding_box()["width"] > 250
