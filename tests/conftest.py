@@ -31,14 +31,10 @@ def folders(tokenizer, tmp_path_factory):
     save_checkpoint(root / "ours", HAMTModel(HAMTConfig(**config)), tokenizer)
     llama = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=64,
+            vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=64,
         )
-    )
+    )  # fmt: skip
     gpt2 = GPT2LMHeadModel(
         GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2)
     )

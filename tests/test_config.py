@@ -19,18 +19,10 @@ ALIASES |= {"num_attention_heads": "num_heads", "intermediate_size": "intermedia
 
 def test_the_documented_configuration_builds_a_model():
     config = HAMTConfig(
-        hidden_dim=512,
-        hcm_dim=2048,
-        num_layers=8,
-        num_slots=16,
-        num_attention_heads=16,
-        vocab_size=50257,
-        max_position_embeddings=1024,
-        dropout=0.1,
-        use_gating=True,
-        use_auxiliary_loss=True,
-        aux_loss_weight=0.1,
-    )
+        hidden_dim=512, hcm_dim=2048, num_layers=8, num_slots=16, num_attention_heads=16,
+        vocab_size=50257, max_position_embeddings=1024, dropout=0.1, use_gating=True,
+        use_auxiliary_loss=True, aux_loss_weight=0.1,
+    )  # fmt: skip
     assert (config.num_heads, config.hcm_dim, config.num_slots) == (16, 2048, 16)
     assert (config.dropout, config.aux_loss_weight) == (0.1, 0.1)
     assert config.use_gating
@@ -136,40 +128,17 @@ def test_an_unknown_preset_is_refused():
 def test_json_keeps_every_field(tmp_path):
     """Each field away from its default, so that a lost one shows."""
     options = {
-        "vocab_size": 300,
-        "hidden_dim": 48,
-        "hcm_dim": 120,
-        "num_layers": 3,
-        "num_slots": 5,
-        "num_heads": 6,
-        "binding_type": "circular_conv",
-        "write_rule": "convex",
-        "rotation": "none",
-        "rotation_base": 500.0,
-        "mixers": ["memory", "full_attention", "memory"],
-        "gating_network": "linear",
-        "retrieval_head": "linear",
-        "attention_head_dim": 24,
-        "decay_rate": 0.01,
-        "min_half_life": 2.0,
-        "max_half_life": 99.0,
-        "chunk_size": 8,
-        "conv_kernel_size": 3,
-        "use_gating": False,
-        "use_output_gate": False,
-        "intermediate_dim": 40,
-        "max_position_embeddings": 77,
-        "dropout": 0.2,
-        "use_auxiliary_loss": True,
-        "aux_loss_weight": 0.3,
-        "rms_norm_eps": 1e-5,
-        "initializer_range": 0.1,
-        "use_cache": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 3,
-    }
+        "vocab_size": 300, "hidden_dim": 48, "hcm_dim": 120, "num_layers": 3, "num_slots": 5,
+        "num_heads": 6, "binding_type": "circular_conv", "write_rule": "convex", "rotation": "none",
+        "rotation_base": 500.0, "mixers": ["memory", "full_attention", "memory"],
+        "gating_network": "linear", "retrieval_head": "linear", "attention_head_dim": 24,
+        "decay_rate": 0.01, "min_half_life": 2.0, "max_half_life": 99.0, "chunk_size": 8,
+        "conv_kernel_size": 3, "use_gating": False, "use_output_gate": False,
+        "intermediate_dim": 40, "max_position_embeddings": 77, "dropout": 0.2,
+        "use_auxiliary_loss": True, "aux_loss_weight": 0.3, "rms_norm_eps": 1e-5,
+        "initializer_range": 0.1, "use_cache": False, "tie_word_embeddings": False,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+    }  # fmt: skip
     own_fields = set(HAMTConfig.__annotations__) - {"model_type", "attribute_map"}
     assert own_fields == set(options), "a field is missing from this test"
     config = HAMTConfig(**options)
@@ -194,13 +163,10 @@ def test_every_accepted_option_builds_and_takes_a_training_step(binding_type, wr
     ids = random_ids(4, 17)
     for a, b, c in itertools.product((False, True), repeat=3):
         options = {
-            "use_gating": a,
-            "use_output_gate": b,
-            "use_auxiliary_loss": c,
-            "tie_word_embeddings": a ^ b,
-            "conv_kernel_size": 4 * (a ^ c),
+            "use_gating": a, "use_output_gate": b, "use_auxiliary_loss": c,
+            "tie_word_embeddings": a ^ b, "conv_kernel_size": 4 * (a ^ c),
             "intermediate_dim": None if b ^ c else 0,
-        }
+        }  # fmt: skip
         kind = {"binding_type": binding_type, "write_rule": write_rule, "rotation": rotation}
         torch.manual_seed(0)
         model = HAMTModel(tiny_config(**kind, num_layers=1, **options)).double()

@@ -221,18 +221,15 @@ def test_padding_joins_the_document_beside_it():
         assert_same_state(row_of(after, b), alone)
 
 
-@pytest.mark.parametrize(
-    ("other", "what"),
-    [
-        ({"num_slots": 4}, "slots"),
-        ({"hcm_dim": 128}, "slots"),
-        ({"rotation": "none"}, "position_key"),
-        ({"binding_type": "elementwise"}, "position_key"),
-        ({"binding_type": "elementwise", "rotation": "data_dependent"}, "position_key"),
-        ({"conv_kernel_size": 0}, "conv"),
-        ({"conv_kernel_size": 3}, "conv"),
-    ],
-)
+@pytest.mark.parametrize(("other", "what"), [
+    ({"num_slots": 4}, "slots"),
+    ({"hcm_dim": 128}, "slots"),
+    ({"rotation": "none"}, "position_key"),
+    ({"binding_type": "elementwise"}, "position_key"),
+    ({"binding_type": "elementwise", "rotation": "data_dependent"}, "position_key"),
+    ({"conv_kernel_size": 0}, "conv"),
+    ({"conv_kernel_size": 3}, "conv"),
+])  # fmt: skip
 def test_the_state_of_another_layer_is_refused(other, what):
     inputs = random_inputs(2, 5)
     with pytest.raises(ValueError, match=f"comes from another model: its {what}"):

@@ -283,16 +283,12 @@ PAIRS = {"seq_idx": torch.arange(9).expand(2, -1) // 4}
 CORRECTING = {"write_rule": "delta", "rotation": "data_dependent"}
 
 
-@pytest.mark.parametrize(
-    ("options", "arguments", "fused"),
-    [
-        ({}, {}, True),
-        ({}, LEFT_PADDED | PAIRS, False),
-        (CORRECTING, LEFT_PADDED | PAIRS, True),
-        (CORRECTING, {}, False),
-    ],
-    ids=["plain", "packed-chunked", "delta-packed", "delta-chunked"],
-)
+@pytest.mark.parametrize(("options", "arguments", "fused"), [
+    ({}, {}, True),
+    ({}, LEFT_PADDED | PAIRS, False),
+    (CORRECTING, LEFT_PADDED | PAIRS, True),
+    (CORRECTING, {}, False),
+], ids=["plain", "packed-chunked", "delta-packed", "delta-chunked"])  # fmt: skip
 def test_a_model_compiles_to_one_graph(options, arguments, fused, monkeypatch):
     """Traced and differentiated as by Inductor, but run by eager kernels: seconds, not a minute."""
     if not fused:

@@ -95,21 +95,17 @@ def test_a_value_out_of_range_is_refused_wherever_it_comes_from(name, value, mes
     assert refusal(*arguments) == f"{message} (in {arguments[1]})"
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"rate": -1}, "--rate must be positive; got -1"),
-        ({"rate": None}, "--rate: invalid float value None"),
-        ({"count": True}, "--count: invalid int value True"),
-        ({"count": "3"}, "--count: invalid int value '3'"),
-        ({"quick": 1}, "--quick: invalid bool value 1"),
-        ({"lengths": [4, 0]}, "--lengths must be at least 1; got 0"),
-        ({"lengths": []}, "--lengths needs at least one value"),
-        ({"tasks": ["mqar", "x"]}, "--tasks must be one of parity, mqar; got 'x'"),
-        ({"mixers": [1]}, "--mixers: invalid str value 1"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("values", "message"), [
+    ({"rate": -1}, "--rate must be positive; got -1"),
+    ({"rate": None}, "--rate: invalid float value None"),
+    ({"count": True}, "--count: invalid int value True"),
+    ({"count": "3"}, "--count: invalid int value '3'"),
+    ({"quick": 1}, "--quick: invalid bool value 1"),
+    ({"lengths": [4, 0]}, "--lengths must be at least 1; got 0"),
+    ({"lengths": []}, "--lengths needs at least one value"),
+    ({"tasks": ["mqar", "x"]}, "--tasks must be one of parity, mqar; got 'x'"),
+    ({"mixers": [1]}, "--mixers: invalid str value 1"),
+], ids=str)  # fmt: skip
 def test_options_made_in_python_are_checked_too(values, message):
     with pytest.raises(UserError) as refused:
         check(Options(**values))
@@ -143,15 +139,12 @@ def test_help_shows_range_choices_default_and_a_heading(capsys):
     assert "learning-rate" not in shown
 
 
-@pytest.mark.parametrize(
-    ("flag", "hint"),
-    [
-        ("--learning_rte", "did you mean --learning_rate?"),
-        ("--conv_kernel_size", "hamt cook --help lists the options"),
-        ("--length=3", "did you mean --lengths?"),
-        ("stew", "a text of several words stands in quotes; hamt cook --help lists the options"),
-    ],
-)
+@pytest.mark.parametrize(("flag", "hint"), [
+    ("--learning_rte", "did you mean --learning_rate?"),
+    ("--conv_kernel_size", "hamt cook --help lists the options"),
+    ("--length=3", "did you mean --lengths?"),
+    ("stew", "a text of several words stands in quotes; hamt cook --help lists the options"),
+])  # fmt: skip
 def test_an_unknown_option_is_told_with_the_nearest_known_one(flag, hint):
     assert refusal(flag) == f"unknown option {flag}: {hint}"
 
@@ -189,16 +182,13 @@ def test_a_switch_puts_other_values_in_the_place_of_defaults_only(tmp_path):
     assert given("--quick", "false").count is None
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("coun: 3", "unknown option --coun (in {path}): did you mean --count?"),
-        ("config: b.yaml", "unknown option --config (in {path}): hamt cook --help"),
-        ("count: [3, 4]", "--count takes one value; got 2 (in {path})"),
-        ("lengths: []", "--lengths needs at least one value (in {path})"),
-        ("count: 2001-99-99", "--count: invalid int value '2001-99-99' (in {path})"),
-    ],
-)
+@pytest.mark.parametrize(("content", "message"), [
+    ("coun: 3", "unknown option --coun (in {path}): did you mean --count?"),
+    ("config: b.yaml", "unknown option --config (in {path}): hamt cook --help"),
+    ("count: [3, 4]", "--count takes one value; got 2 (in {path})"),
+    ("lengths: []", "--lengths needs at least one value (in {path})"),
+    ("count: 2001-99-99", "--count: invalid int value '2001-99-99' (in {path})"),
+])  # fmt: skip
 def test_what_is_wrong_in_a_recipe_is_told_with_its_path(content, message, tmp_path):
     arguments = recipe(tmp_path, content)
     assert refusal(*arguments).startswith(message.format(path=arguments[1]))

@@ -255,15 +255,10 @@ def test_every_model_computes_the_same(options, products, layouts):
     assert layouts.count(True) == products
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: model.train().eval(),
-        lambda model: model.bfloat16().float(),
-        lambda model: model.unfuse_projections(),
-    ],
-    ids=["training", "dtype", "unfused"],
-)
+@pytest.mark.parametrize("change", [
+    lambda model: model.train().eval(), lambda model: model.bfloat16().float(),
+    lambda model: model.unfuse_projections(),
+], ids=["training", "dtype", "unfused"])  # fmt: skip
 def test_training_and_casts_undo_it(change, layouts):
     """So that no step of training leaves old weights in use."""
     model = wide_model().eval()

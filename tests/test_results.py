@@ -88,16 +88,13 @@ def test_what_was_learned_of_characters():
     same(row(OVERVIEW, "tiny-shakespeare, characters"), [*learned, None, None])
 
 
-@pytest.mark.parametrize(
-    ("page", "label", "state"),
-    [
-        (README, "recall of up to 32 pairs with a state of 768 floats a layer, 3 seeds", 768),
-        (README, "recall of up to 32 pairs with a state of 2,304 floats a layer, 3 seeds", 2304),
-        (OVERVIEW, "recall of up to 32 pairs with 768 floats", 768),
-        (OVERVIEW, "with 1,280", 1280),
-        (OVERVIEW, "with 2,304", 2304),
-    ],
-)
+@pytest.mark.parametrize(("page", "label", "state"), [
+    (README, "recall of up to 32 pairs with a state of 768 floats a layer, 3 seeds", 768),
+    (README, "recall of up to 32 pairs with a state of 2,304 floats a layer, 3 seeds", 2304),
+    (OVERVIEW, "recall of up to 32 pairs with 768 floats", 768),
+    (OVERVIEW, "with 1,280", 1280),
+    (OVERVIEW, "with 2,304", 2304),
+])  # fmt: skip
 def test_what_was_recalled(page, label, state):
     wanted = []
     for model in ("hamt:hcm_dim=64,num_heads=1,rotation=none", "mamba2", "gated-deltanet"):

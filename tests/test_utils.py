@@ -12,20 +12,16 @@ from hamt.utils import compute_flops_per_token, model_flops
 COUNTED = ("projections", "memory", "mlp", "head")  # what torch counts: the rest is elementwise
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"write_rule": "delta"},
-        {"write_rule": "convex", "num_slots": 3},
-        {"binding_type": "elementwise"},
-        {"binding_type": "circular_conv", "hcm_dim": 48},
-        {"rotation": "data_dependent"},
-        {"use_gating": False, "use_output_gate": False},
-        {"intermediate_dim": 0, "conv_kernel_size": 0, "tie_word_embeddings": False},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [
+    {},
+    {"write_rule": "delta"},
+    {"write_rule": "convex", "num_slots": 3},
+    {"binding_type": "elementwise"},
+    {"binding_type": "circular_conv", "hcm_dim": 48},
+    {"rotation": "data_dependent"},
+    {"use_gating": False, "use_output_gate": False},
+    {"intermediate_dim": 0, "conv_kernel_size": 0, "tie_word_embeddings": False},
+], ids=str)  # fmt: skip
 def test_matrix_products_are_those_that_torch_counts(options):
     config = tiny_config(**options)
     model, ids = HAMTForCausalLM(config).eval(), random_ids(1, 24)

@@ -14,18 +14,15 @@ from hamt.visualization import (
 )
 
 
-@pytest.mark.parametrize(
-    ("description", "label"),
-    [
-        ("hamt", "HAMT"),
-        ("hamt:hcm_dim=64,num_heads=1,rotation=none", "HAMT, one head"),
-        ("hamt:num_heads=8,write_rule=delta", "HAMT, 8 heads, write rule delta"),
-        ("hamt:rotation=constant", "HAMT, rotation constant"),
-        ("gated-deltanet", "Gated DeltaNet"),
-        ("HAMT (demo)", "HAMT (demo)"),
-        ("org/model:revision", "org/model:revision"),
-    ],
-)
+@pytest.mark.parametrize(("description", "label"), [
+    ("hamt", "HAMT"),
+    ("hamt:hcm_dim=64,num_heads=1,rotation=none", "HAMT, one head"),
+    ("hamt:num_heads=8,write_rule=delta", "HAMT, 8 heads, write rule delta"),
+    ("hamt:rotation=constant", "HAMT, rotation constant"),
+    ("gated-deltanet", "Gated DeltaNet"),
+    ("HAMT (demo)", "HAMT (demo)"),
+    ("org/model:revision", "org/model:revision"),
+])  # fmt: skip
 def test_models_have_short_names_in_legends(description, label):
     assert short_label(description) == label
 

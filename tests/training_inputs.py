@@ -30,18 +30,10 @@ def train(
 
 TEXT = sums(900)
 TINY = {
-    "hidden_dim": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "num_slots": 4,
-    "vocab_size": 300,
-    "max_length": 32,
-    "batch_size": 4,
-    "num_steps": 40,
-    "log_interval": 1,
-    "eval_interval": 20,
+    "hidden_dim": 32, "num_layers": 2, "num_heads": 2, "num_slots": 4, "vocab_size": 300,
+    "max_length": 32, "batch_size": 4, "num_steps": 40, "log_interval": 1, "eval_interval": 20,
     "save_interval": 10,
-}
+}  # fmt: skip
 
 
 def command(**options):

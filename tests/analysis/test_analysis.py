@@ -22,13 +22,9 @@ from hamt.memory import Gates, HolographicMemory
 from hamt.peak_memory import call_peak_memory
 
 SIZES = {
-    "hidden_dim": 16,
-    "hcm_dim": 24,
-    "num_layers": 2,
-    "num_heads": 2,
-    "num_slots": 4,
+    "hidden_dim": 16, "hcm_dim": 24, "num_layers": 2, "num_heads": 2, "num_slots": 4,
     "vocab_size": 30,
-}
+}  # fmt: skip
 
 
 def build(**options) -> HAMTForCausalLM:
@@ -138,13 +134,10 @@ def test_shares_are_of_what_is_written_and_read():
         write=torch.tensor([[[[0.5, 0.5]], [[-1.0, 0.0]], [[0.0, 0.0]]]]),
         read=torch.tensor([[[[0.0, 1.0]], [[0.5, -1.0]], [[1.0, 0.0]]]]),
         keep=torch.tensor([[[[0.5, 0.25]], [[0.5, 1.0]], [[0.5, 0.5]]]]),
-        written=torch.tensor([[[2.0], [3.0], [1.0]]]),
-        times=[1, 3],
-        norms=torch.tensor([[[[2.0, 1.0]], [[4.0, 2.0]]]]),
-        rank=none,
-        retrieval=Retrieval([], none, none),
-        turn=None,
-    )
+        written=torch.tensor([[[2.0], [3.0], [1.0]]]), times=[1, 3],
+        norms=torch.tensor([[[[2.0, 1.0]], [[4.0, 2.0]]]]), rank=none,
+        retrieval=Retrieval([], none, none), turn=None,
+    )  # fmt: skip
     assert found.write_share()[0].tolist() == pytest.approx([0.8, 0.2])  # 1 + 3 and 1
     # 0.5 · 3 + 1 · 4, and 1 · 1 + 1 · 1.5: at the second token norms are halfway between those on
     # its sides.

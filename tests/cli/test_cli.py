@@ -162,26 +162,23 @@ def test_demo_trains_compares_and_writes(text, tmp_path, capsys):
     load_checkpoint(tmp_path / "demo")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["no-such-command"], "there are demo, quick-train, train, generate"),
-        (["quick-train", "--num_stps", "5"], "did you mean --num_steps?"),
-        (["quick-train", "--num_steps", "many"], "invalid int value"),
-        (["quick-train", "--num_steps", "0"], "--num_steps must be at least 1"),
-        (["quick-train", "--data", "/no/such/file"], "no text /no/such/file"),
-        (["quick-train", "--hcm_dim", "100"], "try 96 or 104"),
-        (["quick-train", "--binding_type", "xor"], "elementwise, circular_conv, phasor"),
-        (["quick-train", "--vocab_size", "10"], "at least 258"),
-        (["quick-train", "--output_dir", "/proc/no/such"], "choose another --output_dir"),
-        (["generate", "hello", "--checkpoint", "/no/folder"], "no checkpoint at /no/folder"),
-        (["generate", "hello", "--top_p", "2"], "--top_p must lie in"),
-        (["generate", "hello", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
-        (["generate", "hello", "--seed", "-1"], "--seed must lie in [0, 4294967295]; got -1"),
-        (["demo", "--max_minutes", "0"], "--max_minutes must be positive; got 0.0"),
-        (["help", "no-such-command"], "there are demo, quick-train, train, generate"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["no-such-command"], "there are demo, quick-train, train, generate"),
+    (["quick-train", "--num_stps", "5"], "did you mean --num_steps?"),
+    (["quick-train", "--num_steps", "many"], "invalid int value"),
+    (["quick-train", "--num_steps", "0"], "--num_steps must be at least 1"),
+    (["quick-train", "--data", "/no/such/file"], "no text /no/such/file"),
+    (["quick-train", "--hcm_dim", "100"], "try 96 or 104"),
+    (["quick-train", "--binding_type", "xor"], "elementwise, circular_conv, phasor"),
+    (["quick-train", "--vocab_size", "10"], "at least 258"),
+    (["quick-train", "--output_dir", "/proc/no/such"], "choose another --output_dir"),
+    (["generate", "hello", "--checkpoint", "/no/folder"], "no checkpoint at /no/folder"),
+    (["generate", "hello", "--top_p", "2"], "--top_p must lie in"),
+    (["generate", "hello", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
+    (["generate", "hello", "--seed", "-1"], "--seed must lie in [0, 4294967295]; got -1"),
+    (["demo", "--max_minutes", "0"], "--max_minutes must be positive; got 0.0"),
+    (["help", "no-such-command"], "there are demo, quick-train, train, generate"),
+])  # fmt: skip
 def test_mistakes_end_in_one_line_that_says_what_to_do(
     arguments, message, capsys, tmp_path, monkeypatch
 ):
@@ -282,14 +279,11 @@ def test_ctrl_c_leaves_a_usable_checkpoint(text, tmp_path):
     assert model(torch.tensor([tokenizer("Line 3").input_ids])).logits.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("script", "command"),
-    [
-        ("experiments/demo.py", "demo"),
-        ("experiments/advanced_analysis.py", "analyze"),
-        ("src/hamt/visualization.py", "analyze"),
-    ],
-)
+@pytest.mark.parametrize(("script", "command"), [
+    ("experiments/demo.py", "demo"),
+    ("experiments/advanced_analysis.py", "analyze"),
+    ("src/hamt/visualization.py", "analyze"),
+])  # fmt: skip
 def test_scripts_of_the_documents_are_commands(script, command):
     arguments = [sys.executable, str(ROOT / script), "--help"]
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True)

@@ -141,22 +141,19 @@ def test_a_picture_shows_every_token_in_order(task):
         assert shown["targets"] == asked
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: MQAR(length=31), "at least 32 tokens for MQAR.*got 31"),
-        (lambda: MQAR(vocab_size=17), "at least 18 for 8 distinct keys.*got 17"),
-        (lambda: MQAR(num_kv_pairs=0), "num_kv_pairs must be at least 1; got 0"),
-        (lambda: MQAR(power_a=0), "power_a must be positive.*got 0"),
-        (lambda: MQAR(power_a=float("nan")), "power_a must be positive.*got nan"),
-        (lambda: Induction(length=2), "at least 3 tokens for Induction.*got 2"),
-        (lambda: Induction(vocab_size=2), "vocab_size must be at least 3.*got 2"),
-        (lambda: ModularCounting(1, length=8), "modulus must be at least 2; got 1"),
-        (lambda: Parity(length=0), "at least 1 tokens for Parity.*got 0"),
-        (lambda: MQAR().sample(1, seeded(), length=16), "at least 32 tokens.*got 16"),
-        (lambda: Parity(length=4).sample(0, seeded()), "batch_size must be at least 1; got 0"),
-    ],
-)
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: MQAR(length=31), "at least 32 tokens for MQAR.*got 31"),
+    (lambda: MQAR(vocab_size=17), "at least 18 for 8 distinct keys.*got 17"),
+    (lambda: MQAR(num_kv_pairs=0), "num_kv_pairs must be at least 1; got 0"),
+    (lambda: MQAR(power_a=0), "power_a must be positive.*got 0"),
+    (lambda: MQAR(power_a=float("nan")), "power_a must be positive.*got nan"),
+    (lambda: Induction(length=2), "at least 3 tokens for Induction.*got 2"),
+    (lambda: Induction(vocab_size=2), "vocab_size must be at least 3.*got 2"),
+    (lambda: ModularCounting(1, length=8), "modulus must be at least 2; got 1"),
+    (lambda: Parity(length=0), "at least 1 tokens for Parity.*got 0"),
+    (lambda: MQAR().sample(1, seeded(), length=16), "at least 32 tokens.*got 16"),
+    (lambda: Parity(length=4).sample(0, seeded()), "batch_size must be at least 1; got 0"),
+])  # fmt: skip
 def test_sizes_that_cannot_be_say_what_could(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -165,14 +165,11 @@ def test_every_batch_draws_its_length(model):
 NINE = ModularCounting(9, length=4)
 
 
-@pytest.mark.parametrize(
-    ("task", "lengths", "message"),
-    [
-        (NINE, None, "vocab_size must be at least 9 for ModularCounting.*got 8"),
-        (Parity(length=4), (5, 4), r"lengths must be \(shortest, longest\); got \(5, 4\)"),
-        (Induction(vocab_size=8), (2, 9), "at least 3 tokens.*got 2"),
-    ],
-)
+@pytest.mark.parametrize(("task", "lengths", "message"), [
+    (NINE, None, "vocab_size must be at least 9 for ModularCounting.*got 8"),
+    (Parity(length=4), (5, 4), r"lengths must be \(shortest, longest\); got \(5, 4\)"),
+    (Induction(vocab_size=8), (2, 9), "at least 3 tokens.*got 2"),
+])  # fmt: skip
 def test_a_task_that_does_not_fit_says_what_would(model, task, lengths, message):
     with pytest.raises(ValueError, match=message):
         train_on_task(model, task, num_steps=1, lengths=lengths, **OPTIONS)

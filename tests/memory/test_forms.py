@@ -105,13 +105,9 @@ def test_any_segmentation_equals_one_run(case, form):
 
 @settings(max_examples=40)
 @given(
-    case=st.sampled_from(CASES),
-    form=st.sampled_from(PARALLEL_FORMS),
-    length=st.integers(1, 40),
-    chunk_size=st.integers(1, 45),
-    cuts=st.sets(st.integers(1, 39)),
-    seed=st.integers(0, 1000),
-)
+    case=st.sampled_from(CASES), form=st.sampled_from(PARALLEL_FORMS), length=st.integers(1, 40),
+    chunk_size=st.integers(1, 45), cuts=st.sets(st.integers(1, 39)), seed=st.integers(0, 1000),
+)  # fmt: skip
 def test_any_length_tile_and_segmentation_equal_the_loop(
     case, form, length, chunk_size, cuts, seed
 ):

@@ -54,12 +54,9 @@ def test_training_ends_when_a_measurement_is_good_enough(model, good_enough):
     measured, modes = iter(range(0, 1000, 10)), []
     model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
     result = train(
-        model,
-        evaluate=lambda: model.eval() and next(measured),
-        until=lambda value: value >= good_enough,
-        num_steps=5,
-        eval_interval=1,
-    )
+        model, evaluate=lambda: model.eval() and next(measured),
+        until=lambda value: value >= good_enough, num_steps=5, eval_interval=1,
+    )  # fmt: skip
     assert result.steps == min(good_enough // 10, 5)
     assert result.held_out == [(step, 10 * step) for step in range(result.steps + 1)]
     assert modes == [True] * result.steps

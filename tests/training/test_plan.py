@@ -7,29 +7,26 @@ from training_inputs import TINY, command, flags, info_of
 from hamt.cli import main
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 5, "micro_batches": 2}, "make it a multiple of 2"),
-        ({"tbptt_segments": 2}, "--tbptt_segments needs --order contiguous"),
-        ({"order": "sorted"}, "shuffled, contiguous; got 'sorted'"),
-        ({"size": "huge"}, "--size must be one of"),
-        ({"mixed_precision": "fp8"}, "no, bf16, fp16; got 'fp8'"),
-        ({"max_length": 5000}, "too short for a batch"),
-        ({"num_epochs": 0}, "--num_epochs must be positive"),
-        ({"optimizer": "sgd"}, "muon, adamw; got 'sgd'"),
-        ({"schedule": "step"}, "cosine, wsd, constant; got 'step'"),
-        ({"mixed_precision": "fp16"}, "fp16 needs a GPU: bf16 also works on a CPU"),
-        ({"save_interval": 0}, "--save_interval must be at least 1"),
-        ({"keep_checkpoints": 0}, "--keep_checkpoints must be at least 1"),
-        ({"learning_rate": -1}, "--learning_rate must be positive"),
-        ({"max_norm": 0}, "--max_norm must be positive"),
-        ({"num_epochs": "inf"}, "--num_epochs must be positive; got inf"),
-        ({"seed": -1}, "--seed must lie in [0, 4294967295]; got -1"),
-        ({"warmup": 2}, "--warmup must lie in [0, 1]"),
-        ({"num_step": 3}, "did you mean --num_steps?"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"batch_size": 5, "micro_batches": 2}, "make it a multiple of 2"),
+    ({"tbptt_segments": 2}, "--tbptt_segments needs --order contiguous"),
+    ({"order": "sorted"}, "shuffled, contiguous; got 'sorted'"),
+    ({"size": "huge"}, "--size must be one of"),
+    ({"mixed_precision": "fp8"}, "no, bf16, fp16; got 'fp8'"),
+    ({"max_length": 5000}, "too short for a batch"),
+    ({"num_epochs": 0}, "--num_epochs must be positive"),
+    ({"optimizer": "sgd"}, "muon, adamw; got 'sgd'"),
+    ({"schedule": "step"}, "cosine, wsd, constant; got 'step'"),
+    ({"mixed_precision": "fp16"}, "fp16 needs a GPU: bf16 also works on a CPU"),
+    ({"save_interval": 0}, "--save_interval must be at least 1"),
+    ({"keep_checkpoints": 0}, "--keep_checkpoints must be at least 1"),
+    ({"learning_rate": -1}, "--learning_rate must be positive"),
+    ({"max_norm": 0}, "--max_norm must be positive"),
+    ({"num_epochs": "inf"}, "--num_epochs must be positive; got inf"),
+    ({"seed": -1}, "--seed must lie in [0, 4294967295]; got -1"),
+    ({"warmup": 2}, "--warmup must lie in [0, 1]"),
+    ({"num_step": 3}, "did you mean --num_steps?"),
+])  # fmt: skip
 def test_mistakes_end_in_one_line_before_training(text, tmp_path, capsys, options, message):
     assert message in fails(flags(text, tmp_path / "run", **options), capsys)
     assert not (tmp_path / "run" / "log.jsonl").exists()

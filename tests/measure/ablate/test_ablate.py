@@ -290,18 +290,15 @@ def test_mistakes_end_in_one_line(options, message, capsys):
     assert message in fails(["ablate", *options], capsys)
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        (("base: {}", "base: {num_slot: 3}"), "there is no option num_slot"),
-        (("base: {}", "base: {num_heads: 7}"), "multiple of 2 * num_heads"),
-        (("base: {}", "base: {rival: {kind: rnn}}"), "no architecture rnn"),
-        (("base: {}", "base: {rival: {kind: mamba2}}"), "needs `parameters`"),
-        (("variants: {base: {}}", ""), "must have `tasks:` and `variants:`"),
-        (("kind: characters", "kind: nothing"), "the kind of text must be one of characters"),
-        (("", ""), "name the folder it is in with --data"),
-    ],
-)
+@pytest.mark.parametrize(("changed", "message"), [
+    (("base: {}", "base: {num_slot: 3}"), "there is no option num_slot"),
+    (("base: {}", "base: {num_heads: 7}"), "multiple of 2 * num_heads"),
+    (("base: {}", "base: {rival: {kind: rnn}}"), "no architecture rnn"),
+    (("base: {}", "base: {rival: {kind: mamba2}}"), "needs `parameters`"),
+    (("variants: {base: {}}", ""), "must have `tasks:` and `variants:`"),
+    (("kind: characters", "kind: nothing"), "the kind of text must be one of characters"),
+    (("", ""), "name the folder it is in with --data"),
+])  # fmt: skip
 def test_recipes_that_cannot_be_are_refused(changed, message, tmp_path, capsys):
     text = """
 tasks:

@@ -23,20 +23,11 @@ from hamt.measure.timing import timing
 from hamt.visualization import fitted_slope
 
 TINY = {
-    "hidden_dim": 64,
-    "num_layers": 1,
-    "vocab_size": 64,
-    "step_tokens": 32,
-    "mixer_dim": 64,
-    "matmul_size": 64,
-    "rounds": 1,
-    "lengths": [16, 32],
-    "train_lengths": [16],
-    "decode_contexts": [16, 32],
-    "decode_batches": [2, 1],
-    "decode_steps": 2,
+    "hidden_dim": 64, "num_layers": 1, "vocab_size": 64, "step_tokens": 32, "mixer_dim": 64,
+    "matmul_size": 64, "rounds": 1, "lengths": [16, 32], "train_lengths": [16],
+    "decode_contexts": [16, 32], "decode_batches": [2, 1], "decode_steps": 2,
     "memory_lengths": [16, 2048],
-}
+}  # fmt: skip
 
 PARTS = {
     "model": bench_models.measure_models,
