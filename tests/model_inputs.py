@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hamt import HAMTCache, HAMTConfig, HAMTModel
+from hamt.layers import HAMTLayer
 from hamt.memory.holographic import WRITE_RULES
 
 VOCAB = 97
@@ -58,6 +59,16 @@ def tiny_model(seed: int = 0, **options) -> HAMTModel:
                 if block.mixer.config.rotation == "data_dependent":
                     block.mixer.rotation.weight.normal_(std=0.3)
     return model.eval()
+
+
+def tiny_layer(seed: int = 0, **options) -> HAMTLayer:
+    """In double precision, so that agreement means 1e-9."""
+    return tiny_model(seed, **options).model.layers[0].mixer.double()
+
+
+def random_inputs(batch: int, length: int, seed: int = 0, width: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, length, width, generator=generator, dtype=torch.float64)
 
 
 def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
