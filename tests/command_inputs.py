@@ -4,14 +4,8 @@ import json
 
 from hamt.cli import main
 
-
-def sums(count):
-    """A text that can be learnt."""
-    lines = (f"the sum of {i} and {i + 1} is {2 * i + 1}, and that is that" for i in range(count))
-    return "".join(f"Line {i}: {line}.\n" for i, line in enumerate(lines))
-
-
-TEXT = sums(600)
+SUMS = (f"the sum of {i} and {i + 1} is {2 * i + 1}, and that is that" for i in range(900))
+TEXT = "".join(f"Line {i}: {line}.\n" for i, line in enumerate(SUMS))
 
 
 def words(**options):

@@ -17,7 +17,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hamt import HAMTCache, HAMTForSequenceClassification, HAMTModel
 from hamt.checkpoint import load_checkpoint, save_checkpoint, save_pt
-from hamt.data.tokenizer import train_tokenizer
 from hamt.errors import UserError
 from hamt.model import HAMTBlock
 
@@ -176,11 +175,6 @@ def assert_initialised(block: HAMTBlock, num_layers: int) -> None:
     for linear in (*inner, *last):
         variance = 1 / linear.in_features / (1 if linear in inner else 2 * num_layers)
         assert linear.weight.std().item() == pytest.approx(variance**0.5, rel=0.1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["The state of the union is strong. "] * 5, 280)
 
 
 @pytest.mark.parametrize("save", [save_checkpoint, save_pt])

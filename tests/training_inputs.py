@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from command_inputs import read_json, sums, words
+from command_inputs import read_json, words
 
 from hamt.data.blocks import next_token_batch
 from hamt.training.loop import LoopOptions, Trainer
@@ -28,7 +28,6 @@ def train(
     return trainer.train(batches or repeated_batches())
 
 
-TEXT = sums(900)
 TINY = {
     "hidden_dim": 32, "num_layers": 2, "num_heads": 2, "num_slots": 4, "vocab_size": 300,
     "max_length": 32, "batch_size": 4, "num_steps": 40, "log_interval": 1, "eval_interval": 20,

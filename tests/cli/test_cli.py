@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_inputs import TEXT, fails, read_json, words
+from command_inputs import fails, read_json, words
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hamt import HAMTConfig
@@ -26,13 +26,6 @@ from hamt.training.quick_train import QuickTrainOptions
 
 ROOT = Path(__file__).parents[2]
 TINY = words(hidden_dim=32, num_layers=2, vocab_size=300, max_length=32)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "lines.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(scope="module")

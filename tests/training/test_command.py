@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training_inputs import TEXT, flags, info_of, losses
+from command_inputs import TEXT
+from training_inputs import flags, info_of, losses
 
 from hamt.cli import main
 from hamt.data.tokenizer import train_tokenizer

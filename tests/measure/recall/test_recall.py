@@ -177,27 +177,14 @@ def test_the_plan_has_every_combination_once():
 
 
 @pytest.mark.parametrize("wrong", [
-    {"tasks": ["nothing"]},
-    {"models": ["nothing"]},
-    {"models": ["hamt:heads=1"]},
-    {"models": ["mamba2:num_heads=1"]},
-    {"models": ["hamt:num_heads=7"]},
-    {"models": ["hamt:num_heads=abc"]},
-    {"models": ["hamt:num_slots=4"]},
-    {"num_steps": 0},
-    {"batch_size": 0},
-    {"num_examples": 0},
-    {"hidden_dim": 0},
-    {"num_layers": 0},
-    {"workers": 0},
-    {"state_sizes": [8]},
-    {"state_sizes": [1280, 0], "models": ["transformer"]},
-    {"learning_rates": [0.01, 0.0]},
-    {"learning_rates": [-1.0]},
-    {"learning_rates": [math.inf]},
-    {"learning_rates": [math.nan]},
-    {"seeds": [0, -1]},
-    {"seeds": [2**31]},
+    {"tasks": ["nothing"]}, {"models": ["nothing"]}, {"models": ["hamt:heads=1"]},
+    {"models": ["mamba2:num_heads=1"]}, {"models": ["hamt:num_heads=7"]},
+    {"models": ["hamt:num_heads=abc"]}, {"models": ["hamt:num_slots=4"]},
+    {"num_steps": 0}, {"batch_size": 0}, {"num_examples": 0}, {"hidden_dim": 0},
+    {"num_layers": 0}, {"workers": 0}, {"seeds": [0, -1]}, {"seeds": [2**31]},
+    {"state_sizes": [8]}, {"state_sizes": [1280, 0], "models": ["transformer"]},
+    {"learning_rates": [0.01, 0.0]}, {"learning_rates": [-1.0]},
+    {"learning_rates": [math.inf]}, {"learning_rates": [math.nan]},
 ], ids=str)  # fmt: skip
 def test_runs_that_cannot_be_are_refused_before_any_is_started(wrong):
     with pytest.raises(UserError):
