@@ -102,7 +102,7 @@ def test_a_checkpoint_without_its_weights_is_refused_in_one_line(text, tmp_path,
     (state,) = checkpoints.find_states(tmp_path / "checkpoints")
     (state / "model.safetensors").unlink()
     capsys.readouterr()
-    error = fails([*flags(text, tmp_path, num_steps=3), "--resume"], capsys)
+    error = fails([*flags(text, tmp_path, num_steps=3), "--resume"], capsys, silent=False)
     assert f"{state} cannot be read" in error
     assert "remove it and begin anew" in error
 
@@ -116,7 +116,7 @@ def test_carried_states_of_another_version_are_refused_in_one_line(text, tmp_pat
     state["processes"][0]["carried"] = [{"other": tensor} for tensor in carried.values()]
     torch.save(state, folder / checkpoints.STATE)
     capsys.readouterr()
-    assert "is of another version of HAMT" in fails([*run, "--resume"], capsys)
+    assert "is of another version of HAMT" in fails([*run, "--resume"], capsys, silent=False)
 
 
 def test_a_run_on_another_text_is_not_gone_on_with(text, tmp_path, capsys):

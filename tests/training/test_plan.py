@@ -28,7 +28,7 @@ from hamt.cli import main
     ({"num_step": 3}, "did you mean --num_steps?"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line_before_training(text, tmp_path, capsys, options, message):
-    assert message in fails(flags(text, tmp_path / "run", **options), capsys)
+    assert message in fails(flags(text, tmp_path / "run", **options), capsys, silent=False)
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
@@ -45,4 +45,6 @@ def test_another_run_goes_on_from_a_trained_model(text, tmp_path, capsys):
     card = (tmp_path / "second" / "README.md").read_text()
     assert f"It started from {tmp_path / 'first'}" in card
     capsys.readouterr()
-    assert "leave --hidden_dim out" in fails([*second_run, "--hidden_dim", "64"], capsys)
+    assert "leave --hidden_dim out" in fails(
+        [*second_run, "--hidden_dim", "64"], capsys, silent=False
+    )

@@ -46,7 +46,7 @@ def test_a_resumed_run_keeps_its_best_model(text, tmp_path, monkeypatch):
 
 def test_a_folder_with_files_of_others_is_left_alone(text, tmp_path, capsys):
     (tmp_path / "README.md").write_text("mine")
-    error = fails(flags(text, tmp_path, num_steps=3), capsys)
+    error = fails(flags(text, tmp_path, num_steps=3), capsys, silent=False)
     assert "holds README.md: begin anew by --overwrite" in error
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     assert (tmp_path / "README.md").read_text() == "mine"
@@ -54,11 +54,11 @@ def test_a_folder_with_files_of_others_is_left_alone(text, tmp_path, capsys):
 
 def test_a_run_is_not_overwritten_or_gone_on_with_by_mistake(text, tmp_path, capsys):
     folder = tmp_path / "run"
-    assert "nothing to resume" in fails([*flags(text, folder), "--resume"], capsys)
+    assert "nothing to resume" in fails([*flags(text, folder), "--resume"], capsys, silent=False)
     assert main(flags(text, folder)) == 0
     capsys.readouterr()
-    error = fails(flags(text, folder), capsys)
+    error = fails(flags(text, folder), capsys, silent=False)
     assert "go on with it by --resume, begin anew by --overwrite" in error
-    error = fails([*flags(text, folder, num_slots=8), "--resume"], capsys)
+    error = fails([*flags(text, folder, num_slots=8), "--resume"], capsys, silent=False)
     assert "had num_slots 4, this one has 8" in error
     assert main([*flags(text, folder), "--overwrite"]) == 0

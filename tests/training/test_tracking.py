@@ -50,10 +50,10 @@ def test_a_logger_that_cannot_begin_ends_the_run_in_one_line(text, tmp_path, mon
         raise RuntimeError("no API key\nand more")
 
     monkeypatch.setattr("wandb.init", refuse)
-    error = fails(command, capsys)
+    error = fails(command, capsys, silent=False)
     assert "Weights & Biases cannot begin a run (no API key): log in with `wandb login`" in error
     monkeypatch.setattr("hamt.training.tracking.find_spec", lambda name: None)
-    error = fails([*command, "--overwrite"], capsys)
+    error = fails([*command, "--overwrite"], capsys, silent=False)
     assert "--use_tensorboard needs tensorboard: pip install tensorboard" in error
 
 
