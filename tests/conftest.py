@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from command_inputs import TEXT
 from evaluation_inputs import WORDS
 from hypothesis import settings
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -23,25 +24,24 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """The path of a text that can be learnt."""
+    path = tmp_path_factory.mktemp("text") / "lines.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def folders(tokenizer, tmp_path_factory):
     """A HAMT checkpoint, and a Llama and a GPT-2 in folders of Transformers."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     config = {"vocab_size": 300, "hidden_dim": 32, "num_layers": 1, "max_position_embeddings": 16}
     save_checkpoint(root / "ours", HAMTModel(HAMTConfig(**config)), tokenizer)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-        )
-    )
-    gpt2 = GPT2LMHeadModel(
-        GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2)
-    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 300, "max_position_embeddings": 64}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=32))
+    gpt2 = GPT2LMHeadModel(GPT2Config(**sizes))
     for name, model in (("llama", llama), ("gpt2-0.1", gpt2)):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
@@ -49,15 +49,24 @@ def folders(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
-def layouts(monkeypatch):
-    """Whether the matrix of each product was packed."""
+def noted_products(monkeypatch):
+    """Let a function note something of every call of oneDNN's operator; the notes as a list."""
     if None in (hamt.cpu.linear._PRODUCT, hamt.cpu.linear._PACK):
         pytest.skip("this PyTorch has no such operator")
-    original, found = hamt.cpu.linear._PRODUCT, []
+    original, notes = hamt.cpu.linear._PRODUCT, []
 
-    def noted(inputs, weight, *others):
-        found.append(weight.is_mkldnn)
-        return original(inputs, weight, *others)
+    def begin(note):
+        def noted(inputs, weight, bias, *others):
+            notes.append(note(inputs, weight, bias))
+            return original(inputs, weight, bias, *others)
 
-    monkeypatch.setattr(hamt.cpu.linear, "_PRODUCT", noted)
-    return found
+        monkeypatch.setattr(hamt.cpu.linear, "_PRODUCT", noted)
+        return notes
+
+    return begin
+
+
+@pytest.fixture
+def layouts(noted_products):
+    """Whether the matrix of each product was packed."""
+    return noted_products(lambda inputs, weight, bias: weight.is_mkldnn)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hamt import HAMTConfig, HAMTModel
+from hamt import HAMTCache, HAMTConfig, HAMTModel
+from hamt.layers import HAMTLayer
 from hamt.memory.holographic import WRITE_RULES
 
 VOCAB = 97
@@ -60,6 +61,16 @@ def tiny_model(seed: int = 0, **options) -> HAMTModel:
     return model.eval()
 
 
+def tiny_layer(seed: int = 0, **options) -> HAMTLayer:
+    """In double precision, so that agreement means 1e-9."""
+    return tiny_model(seed, **options).model.layers[0].mixer.double()
+
+
+def random_inputs(batch: int, length: int, seed: int = 0, width: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, length, width, generator=generator, dtype=torch.float64)
+
+
 def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
     """Tokens 1 to V - 1: 0 is left for padding."""
     return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
@@ -82,6 +93,30 @@ def ragged_rows(*lengths: int, seed: int = 0) -> list[Tensor]:
 def logits_of(model: HAMTModel, row: Tensor, **arguments) -> Tensor:
     """Logits of one row alone, (N, V)."""
     return model(row[None], **arguments).logits[0]
+
+
+def fit(model: HAMTModel, ids: Tensor, num_steps: int, learning_rate: float) -> list[float]:
+    """The losses of steps over one batch, in each of which every parameter has a gradient."""
+    optimizer, losses = torch.optim.AdamW(model.parameters(), learning_rate), []
+    for _ in range(num_steps):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def in_segments(model: HAMTModel, ids: Tensor, cuts: Sequence[int], **arguments) -> tuple:
+    """Logits of rows read in pieces, and the state; arguments of the shape of ``ids`` are cut along."""
+    logits, cache = [], HAMTCache(model.config.num_layers)
+    for start, end in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True):
+        parts = {name: value[:, start:end] for name, value in arguments.items()}
+        outputs = model(ids[:, start:end], past_key_values=cache, **parts)
+        assert outputs.past_key_values is cache
+        logits.append(outputs.logits)
+    return torch.cat(logits, dim=1), cache
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:

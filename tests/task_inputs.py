@@ -5,6 +5,15 @@ from collections import Counter
 import pytest
 import torch
 
+from hamt.data.tasks import MQAR
+
+MQARS = [
+    MQAR(),
+    MQAR(length=33, vocab_size=17, num_kv_pairs=7, random_non_queries=False),
+    MQAR(length=16, vocab_size=10, num_kv_pairs=4, power_a=1.0),
+    MQAR(length=4, vocab_size=4, num_kv_pairs=1),
+]
+
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)

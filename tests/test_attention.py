@@ -7,6 +7,7 @@ from model_inputs import (
     assert_close,
     assert_same_gradients,
     gradients,
+    in_segments,
     logits_of,
     padded,
     ragged_rows,
@@ -64,9 +65,8 @@ def test_it_is_attention_with_turned_queries_and_keys(kernel):
 def test_scores_depend_on_relative_position_only():
     query, key = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).unbind()
     angle = torch.arange(40)[:, None, None] * 10_000.0 ** -(torch.arange(32) / 32)
-    cos, sin = (
-        torch.cat(pair, dim=-1) for pair in ((angle.cos(),) * 2, (-angle.sin(), angle.sin()))
-    )
+    pairs = (angle.cos(), angle.cos()), (-angle.sin(), angle.sin())
+    cos, sin = (torch.cat(pair, dim=-1) for pair in pairs)
     turned = rotate(torch.stack((query, key)).expand(1, 40, 2, 64), cos, sin)[0]
     scores = turned[:, 0] @ turned[:, 1].T
     for lag in range(-39, 40):
@@ -81,10 +81,8 @@ def test_scores_depend_on_relative_position_only():
 def test_segments_with_carried_state_equal_one_forward(mixers, cuts):
     model, ids = attention_model(mixers).double(), random_ids(2, 15)
     model(ids, labels=ids).loss.backward()
-    expected, cache, logits = gradients(model), HAMTCache(2), []
-    for start, end in zip((0, *cuts), (*cuts, 15), strict=True):
-        logits.append(model(ids[:, start:end], past_key_values=cache).logits)
-    whole = torch.cat(logits, dim=1)
+    expected = gradients(model)
+    whole, _ = in_segments(model, ids, cuts)
     assert_close(whole, model(ids).logits, 1e-9)
     F.cross_entropy(whole[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     assert_same_gradients(model, expected, 1e-7)
@@ -110,11 +108,8 @@ def test_packed_documents_equal_separate_ones(mixers, cut):
     model, documents = attention_model(mixers), ragged_rows(7, 1, 6)
     packed = torch.cat(documents)[None]
     names = torch.repeat_interleave(torch.tensor([0, 1, 0]), torch.tensor([7, 1, 6]))[None]
-    cache, logits = HAMTCache(2), []
-    for part in (slice(None, cut), slice(cut, None)) if cut else (slice(None),):
-        outputs = model(packed[:, part], seq_idx=names[:, part], past_key_values=cache)
-        logits.append(outputs.logits)
-    for document, seen in zip(documents, torch.cat(logits, dim=1)[0].split([7, 1, 6]), strict=True):
+    whole, cache = in_segments(model, packed, (cut,) if cut else (), seq_idx=names)
+    for document, seen in zip(documents, whole[0].split([7, 1, 6]), strict=True):
         assert_close(seen, logits_of(model, document))
     more = random_ids(1, 3, seed=8)
     whole = logits_of(model, torch.cat((documents[-1], more[0])))
@@ -160,9 +155,8 @@ def test_names_and_numbers_of_mixers_are_checked():
     assert HAMTConfig(mixers="full_attention", num_layers=3).layer_types == ["full_attention"] * 3
     hybrid = HAMTConfig(mixers=["memory", "full_attention"], num_layers=2)
     assert hybrid.layer_types == ["linear_attention", "full_attention"]
-    with pytest.raises(
-        ValueError, match="one mixer for each of the 3 layers, or one for all; got 2"
-    ):
+    message = "one mixer for each of the 3 layers, or one for all; got 2"
+    with pytest.raises(ValueError, match=message):
         HAMTConfig(mixers=["memory", "memory"], num_layers=3)
     with pytest.raises(ValueError, match="mixers must be among memory, full_attention; got 'gru'"):
         HAMTConfig(mixers="gru")

@@ -35,16 +35,11 @@ def read(model: HAMTModel, ids: Tensor = IDS, **arguments) -> HAMTCache:
         return model(ids, **arguments).past_key_values
 
 
-# ---------------------------------------------------------------- what a state is
-
-
 def test_a_state_knows_what_it_has_seen():
     model = tiny_model()
     cache = HAMTCache(2)
-    assert len(cache) == 2
+    assert (len(cache), cache.get_seq_length(), cache.nbytes) == (2, 0, 0)
     assert not cache.has_previous_state()
-    assert cache.get_seq_length() == 0
-    assert cache.nbytes == 0
     assert cache.states == [None, None]
     outputs = model(IDS, past_key_values=cache)
     assert outputs.past_key_values is cache
@@ -61,9 +56,8 @@ def test_a_state_is_as_large_after_4096_tokens_as_after_16(options):
     model = tiny_model(**options)
     small, large = read(model, random_ids(1, 16)), read(model, random_ids(1, 4096))
     assert small.nbytes == large.nbytes
-    assert large.nbytes == sum(x.untyped_storage().nbytes() for x in tensors(large)), (
-        "a state keeps hidden bytes"
-    )
+    stored = sum(x.untyped_storage().nbytes() for x in tensors(large))
+    assert large.nbytes == stored, "a state keeps hidden bytes"
     heads, slots, head_dim, reach = 2, 3, 32, 3
     algebra = model.model.layers[0].mixer.memory.algebra
     phase = heads * algebra.key_size(head_dim) if model.config.rotation != "none" else 0
@@ -101,18 +95,13 @@ def test_reset_forgets_everything():
     assert torch.equal(model(MORE, past_key_values=cache).logits, model(MORE).logits)
 
 
-# ---------------------------------------------------------------- forks
-
-
 @pytest.mark.parametrize("copied", [HAMTCache.fork, copy.deepcopy], ids=["fork", "deepcopy"])
 def test_two_continuations_do_not_disturb_each_other(copied):
     model, cache = tiny_model(), read(tiny_model())
     fork = copied(cache)
     other = random_ids(2, 7, seed=4)
-    ours, theirs = (
-        model(MORE, past_key_values=cache).logits,
-        model(other, past_key_values=fork).logits,
-    )
+    ours = model(MORE, past_key_values=cache).logits
+    theirs = model(other, past_key_values=fork).logits
     assert (cache.get_seq_length(), fork.get_seq_length()) == (17, 19)
     assert_close(ours, model(torch.cat((IDS, MORE), dim=1)).logits[:, 12:])
     assert_close(theirs, model(torch.cat((IDS, other), dim=1)).logits[:, 12:])
@@ -151,9 +140,6 @@ def test_detach_stops_gradients_and_leaves_the_original_alone():
         assert bool(gradient.any()) == flows
 
 
-# ---------------------------------------------------------------- rows
-
-
 def test_rows_are_reordered_repeated_and_selected():
     model, ids = tiny_model(), random_ids(3, 12)
     order = torch.tensor([2, 0, 0])
@@ -176,9 +162,6 @@ def test_tokens_cannot_be_taken_out_again():
     assert not cache.is_compileable
     with pytest.raises(NotImplementedError, match=r"assign HAMTCacheLayer\.state"):
         cache.update_recurrent_state(torch.zeros(1), 0)
-
-
-# ---------------------------------------------------------------- files
 
 
 @variants
@@ -232,35 +215,32 @@ def test_an_empty_state_is_not_saved(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def refused(path, message, error=ValueError):
+    with pytest.raises(error, match=message):
+        HAMTCache.load(path)
+
+
 def test_other_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no state file .*nowhere"):
-        HAMTCache.load(tmp_path / "nowhere")
+    refused(tmp_path / "nowhere", r"no state file .*nowhere", FileNotFoundError)
     (tmp_path / "text").write_text("not a state, but long enough to have a header of eight bytes")
-    with pytest.raises(ValueError, match="text is not a safetensors file"):
-        HAMTCache.load(tmp_path / "text")
+    refused(tmp_path / "text", "text is not a safetensors file")
     (tmp_path / "nothing").touch()
-    with pytest.raises(ValueError, match="nothing is not a safetensors file"):
-        HAMTCache.load(tmp_path / "nothing")
+    refused(tmp_path / "nothing", "nothing is not a safetensors file")
     tiny_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is not a HAMT state; HAMTCache\.save writes one"):
-        HAMTCache.load(tmp_path / "model.safetensors")
-    cache = read(tiny_model())
-    cache.save(tmp_path / "cut")
+    weights = tmp_path / "model.safetensors"
+    refused(weights, r"is not a HAMT state; HAMTCache\.save writes one")
+    read(tiny_model()).save(tmp_path / "cut")
     os.truncate(tmp_path / "cut", os.path.getsize(tmp_path / "cut") // 2)
-    with pytest.raises(ValueError, match="cut is not a safetensors file"):
-        HAMTCache.load(tmp_path / "cut")
+    refused(tmp_path / "cut", "cut is not a safetensors file")
 
 
 def test_a_file_with_missing_parts_is_refused(tmp_path):
     cache = read(tiny_model())
-    cache.save(tmp_path / "state")
     part = {"layers.0.slots": cache.states[0]["slots"].contiguous()}
     save_file(part, tmp_path / "part", {"format": "hamt-state-3"})
-    with pytest.raises(ValueError, match="part is not a whole HAMT state"):
-        HAMTCache.load(tmp_path / "part")
+    refused(tmp_path / "part", "part is not a whole HAMT state")
 
 
 def test_a_state_of_an_earlier_version_is_refused_in_one_line(tmp_path):
     save_file({"layers.0.memory": torch.zeros(1)}, tmp_path / "old", {"format": "hamt-state-2"})
-    with pytest.raises(ValueError, match="old is a state of an earlier version of HAMT: read the"):
-        HAMTCache.load(tmp_path / "old")
+    refused(tmp_path / "old", "old is a state of an earlier version of HAMT: read the")

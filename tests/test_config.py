@@ -13,33 +13,16 @@ from hamt import HAMTConfig, HAMTModel
 from hamt.config import ROTATIONS
 from hamt.memory.holographic import WRITE_RULES
 
-ALIASES = {
-    "hidden_size": "hidden_dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "intermediate_size": "intermediate_dim",
-}
-
-
-def documented_config() -> HAMTConfig:
-    """The call as the user's documents print it."""
-    return HAMTConfig(
-        hidden_dim=512,
-        hcm_dim=2048,
-        num_layers=8,
-        num_slots=16,
-        num_attention_heads=16,
-        vocab_size=50257,
-        max_position_embeddings=1024,
-        dropout=0.1,
-        use_gating=True,
-        use_auxiliary_loss=True,
-        aux_loss_weight=0.1,
-    )
+ALIASES = {"hidden_size": "hidden_dim", "num_hidden_layers": "num_layers"}
+ALIASES |= {"num_attention_heads": "num_heads", "intermediate_size": "intermediate_dim"}
 
 
 def test_the_documented_configuration_builds_a_model():
-    config = documented_config()
+    config = HAMTConfig(
+        hidden_dim=512, hcm_dim=2048, num_layers=8, num_slots=16, num_attention_heads=16,
+        vocab_size=50257, max_position_embeddings=1024, dropout=0.1, use_gating=True,
+        use_auxiliary_loss=True, aux_loss_weight=0.1,
+    )  # fmt: skip
     assert (config.num_heads, config.hcm_dim, config.num_slots) == (16, 2048, 16)
     assert (config.dropout, config.aux_loss_weight) == (0.1, 0.1)
     assert config.use_gating
@@ -66,12 +49,7 @@ def test_defaults_divide_every_documented_size(hidden_dim, hcm_dim, hcm, binding
 
 
 def test_transformers_names_are_the_same_fields_in_both_directions():
-    values = {
-        "hidden_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "intermediate_size": 96,
-    }
+    values = dict(zip(ALIASES, (64, 3, 2, 96), strict=True))
     config = HAMTConfig(**values)
     ours = HAMTConfig(**{ALIASES[name]: value for name, value in values.items()})
     assert config.to_dict() == ours.to_dict()  # derived sizes too
@@ -85,6 +63,7 @@ def test_transformers_names_are_the_same_fields_in_both_directions():
         assert alias not in config.to_dict()
 
 
+COUNTS = ("vocab_size", "hidden_dim", "num_layers", "num_slots", "num_heads", "chunk_size")
 REFUSED = [
     ({"hcm_dim": 100, "num_heads": 16}, r"multiple of 2 \* num_heads = 32; got 100, try 96 or 128"),
     ({"hcm_dim": 5, "num_heads": 4}, "multiple of .* = 8; got 5, try 8$"),
@@ -92,10 +71,7 @@ REFUSED = [
     ({"num_attention_heads": 3}, "got 512, try 510 or 516"),
     ({"binding_type": "hrr"}, "one of elementwise, circular_conv, phasor; got 'hrr'"),
     ({"write_rule": "add"}, "write_rule must be one of gated, convex, delta; got 'add'"),
-    (
-        {"rotation": "learned"},
-        "rotation must be one of none, constant, data_dependent; got 'learned'",
-    ),
+    ({"rotation": "own"}, "rotation must be one of none, constant, data_dependent; got 'own'"),
     (
         {"binding_type": "elementwise", "rotation": "constant"},
         "use rotation='none' or 'data_dependent', or binding_type phasor or circular_conv",
@@ -114,17 +90,7 @@ REFUSED = [
     ({"aux_loss_weight": -0.1}, "aux_loss_weight must not be negative"),
     ({"initializer_range": -1.0}, "initializer_range must not be negative"),
     ({"rms_norm_eps": -1e-6}, "rms_norm_eps must not be negative"),
-    *(
-        ({name: 0}, f"{name} must be at least 1; got 0")
-        for name in (
-            "vocab_size",
-            "hidden_dim",
-            "num_layers",
-            "num_slots",
-            "num_heads",
-            "chunk_size",
-        )
-    ),
+    *(({name: 0}, f"{name} must be at least 1; got 0") for name in COUNTS),
 ]
 
 
@@ -150,10 +116,8 @@ def test_a_configuration_spoilt_later_is_not_saved(tmp_path):
 
 
 def test_whole_numbers_pass_for_real_ones():
-    config = HAMTConfig(
-        decay_rate=0, dropout=0, rotation_base=100, max_half_life=64, aux_loss_weight=1
-    )
-    assert config.decay_rate == 0
+    whole = {"decay_rate": 0, "dropout": 0, "rotation_base": 100, "max_half_life": 64}
+    assert HAMTConfig(**whole, aux_loss_weight=1).decay_rate == 0
 
 
 def test_an_unknown_preset_is_refused():
@@ -164,40 +128,17 @@ def test_an_unknown_preset_is_refused():
 def test_json_keeps_every_field(tmp_path):
     """Each field away from its default, so that a lost one shows."""
     options = {
-        "vocab_size": 300,
-        "hidden_dim": 48,
-        "hcm_dim": 120,
-        "num_layers": 3,
-        "num_slots": 5,
-        "num_heads": 6,
-        "binding_type": "circular_conv",
-        "write_rule": "convex",
-        "rotation": "none",
-        "rotation_base": 500.0,
-        "mixers": ["memory", "full_attention", "memory"],
-        "gating_network": "linear",
-        "retrieval_head": "linear",
-        "attention_head_dim": 24,
-        "decay_rate": 0.01,
-        "min_half_life": 2.0,
-        "max_half_life": 99.0,
-        "chunk_size": 8,
-        "conv_kernel_size": 3,
-        "use_gating": False,
-        "use_output_gate": False,
-        "intermediate_dim": 40,
-        "max_position_embeddings": 77,
-        "dropout": 0.2,
-        "use_auxiliary_loss": True,
-        "aux_loss_weight": 0.3,
-        "rms_norm_eps": 1e-5,
-        "initializer_range": 0.1,
-        "use_cache": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 3,
-    }
+        "vocab_size": 300, "hidden_dim": 48, "hcm_dim": 120, "num_layers": 3, "num_slots": 5,
+        "num_heads": 6, "binding_type": "circular_conv", "write_rule": "convex", "rotation": "none",
+        "rotation_base": 500.0, "mixers": ["memory", "full_attention", "memory"],
+        "gating_network": "linear", "retrieval_head": "linear", "attention_head_dim": 24,
+        "decay_rate": 0.01, "min_half_life": 2.0, "max_half_life": 99.0, "chunk_size": 8,
+        "conv_kernel_size": 3, "use_gating": False, "use_output_gate": False,
+        "intermediate_dim": 40, "max_position_embeddings": 77, "dropout": 0.2,
+        "use_auxiliary_loss": True, "aux_loss_weight": 0.3, "rms_norm_eps": 1e-5,
+        "initializer_range": 0.1, "use_cache": False, "tie_word_embeddings": False,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+    }  # fmt: skip
     own_fields = set(HAMTConfig.__annotations__) - {"model_type", "attribute_map"}
     assert own_fields == set(options), "a field is missing from this test"
     config = HAMTConfig(**options)
@@ -210,11 +151,9 @@ def test_json_keeps_every_field(tmp_path):
 
 
 KINDS = [
-    (binding_type, write_rule, rotation)
-    for binding_type in BINDINGS
-    for write_rule in WRITE_RULES
-    for rotation in ROTATIONS
-    if (binding_type, rotation) != ("elementwise", "constant")
+    kind
+    for kind in itertools.product(BINDINGS, WRITE_RULES, ROTATIONS)
+    if kind[::2] != ("elementwise", "constant")
 ]
 
 
@@ -224,13 +163,10 @@ def test_every_accepted_option_builds_and_takes_a_training_step(binding_type, wr
     ids = random_ids(4, 17)
     for a, b, c in itertools.product((False, True), repeat=3):
         options = {
-            "use_gating": a,
-            "use_output_gate": b,
-            "use_auxiliary_loss": c,
-            "tie_word_embeddings": a ^ b,
-            "conv_kernel_size": 4 * (a ^ c),
+            "use_gating": a, "use_output_gate": b, "use_auxiliary_loss": c,
+            "tie_word_embeddings": a ^ b, "conv_kernel_size": 4 * (a ^ c),
             "intermediate_dim": None if b ^ c else 0,
-        }
+        }  # fmt: skip
         kind = {"binding_type": binding_type, "write_rule": write_rule, "rotation": rotation}
         torch.manual_seed(0)
         model = HAMTModel(tiny_config(**kind, num_layers=1, **options)).double()
@@ -251,9 +187,10 @@ def test_every_accepted_option_builds_and_takes_a_training_step(binding_type, wr
             optimizer.step()
             losses.append(loss.item())
         # A true gradient lowers the loss by a step this small; a straight-through one need not.
-        assert losses[1] != losses[0] if binding_type == "elementwise" else losses[1] < losses[0], (
-            options
+        expected = (
+            losses[1] != losses[0] if binding_type == "elementwise" else losses[1] < losses[0]
         )
+        assert expected, options
 
 
 def test_layer_types_follow_from_the_mixers_whatever_a_file_says():

@@ -24,11 +24,9 @@ GOLDEN = Path(__file__).parent / "golden_tiny.json"
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_recipe_is_what_its_file_says(path):
     options = parse(TrainOptions, ["--config", str(path)], "train")
-    names = {
-        name: field.name
-        for field in fields(TrainOptions)
-        for name in (field.name, *field.metadata["aliases"])
-    }
+    names = {}
+    for field in fields(TrainOptions):
+        names |= dict.fromkeys((field.name, *field.metadata["aliases"]), field.name)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert content.keys() <= names.keys()
     for name, value in content.items():
@@ -45,9 +43,8 @@ def test_recipes_for_gpus_have_the_parameters_that_they_say(name, millions):
     with torch.device("meta"):
         size = SIZES[options.size] if options.size else {}
         model = HAMTForCausalLM(HAMTConfig(**{**size, **options.architecture()}))
-    assert model.num_parameters() / 1e6 == pytest.approx(
-        millions, rel=0.02 if options.size else 0.001
-    )
+    tolerance = 0.02 if options.size else 0.001
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=tolerance)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("tiny", 0.7), ("small", 5.3), ("medium", 22)])
@@ -66,15 +63,11 @@ def test_the_golden_curve(tmp_path, monkeypatch):
     -k golden``.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert (
-        main(["train", str(ROOT / "configs" / "tiny.yaml"), "--output_dir", str(tmp_path / "run")])
-        == 0
-    )
+    recipe = str(ROOT / "configs" / "tiny.yaml")
+    assert main(["train", recipe, "--output_dir", str(tmp_path / "run")]) == 0
     info = json.loads((tmp_path / "run" / "training_info.json").read_text(encoding="utf-8"))
-    curve = {
-        "train": info["train_losses"],
-        "held_out": [[step, nats] for step, (nats, _) in info["held_out"]],
-    }
+    held_out = [[step, nats] for step, (nats, _) in info["held_out"]]
+    curve = {"train": info["train_losses"], "held_out": held_out}
     if os.environ.get("HAMT_RECORD_GOLDEN"):
         write_json(GOLDEN, curve)
     recorded = json.loads(GOLDEN.read_text(encoding="utf-8"))

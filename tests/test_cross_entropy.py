@@ -1,5 +1,7 @@
 """The loss without all its logits is the loss."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,9 +55,8 @@ def test_autocast_leaves_double_precision_alone_as_in_every_product():
     expected = next_token_loss(hidden, weight, targets)
     with torch.autocast("cpu", torch.bfloat16):
         assert F.linear(hidden, weight).dtype == torch.float64
-        torch.testing.assert_close(
-            next_token_loss(hidden, weight, targets), expected, rtol=0, atol=0
-        )
+        loss = next_token_loss(hidden, weight, targets)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -64,19 +65,16 @@ def test_shares_of_a_step_add_up(enabled):
     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
         whole = next_token_loss(hidden, weight, targets)
         count = targets.ne(IGNORE_INDEX).sum()
-        parts = [
-            next_token_loss(h[None], weight, t[None], count)
-            for h, t in zip(hidden, targets, strict=True)
-        ]
+        rows = zip(hidden[:, None], targets[:, None], strict=True)
+        parts = [next_token_loss(h, weight, t, count) for h, t in rows]
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-4)
 
 
 def test_large_logits_are_no_trouble():
     hidden, weight, targets = problem(9)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, gradients = loss_and_gradients(
-            lambda h, w: next_token_loss(h, w, targets), 1e4 * hidden, weight
-        )
+        loss_of = partial(next_token_loss, targets=targets)
+        loss, gradients = loss_and_gradients(loss_of, 1e4 * hidden, weight)
     assert loss.isfinite()
     assert all(x.isfinite().all() for x in gradients)
 
@@ -103,9 +101,8 @@ def test_float64_is_summed_in_float64():
     hidden, weight = hidden.double(), weight.double()
     logits = (hidden @ weight.T).flatten(0, 1)
     expected = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
-    assert next_token_loss(hidden, weight, targets).item() == pytest.approx(
-        expected.item(), rel=1e-13
-    )
+    loss = next_token_loss(hidden, weight, targets).item()
+    assert loss == pytest.approx(expected.item(), rel=1e-13)
     leaves = hidden[:, :4].clone().requires_grad_(), weight[:20, :].clone().requires_grad_()
     few = targets[:, -4:] % 20
     assert torch.autograd.gradcheck(lambda h, w: next_token_loss(h, w, few), leaves)

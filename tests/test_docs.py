@@ -20,18 +20,16 @@ from matplotlib.figure import Figure
 from hamt.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
-PAGES = {
-    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in (
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *sorted((ROOT / "docs").glob("*.md")),
-        ROOT / "docs" / "results" / "README.md",
-    )
-}
+PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PATHS.append(ROOT / "docs" / "results" / "README.md")
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
 # A block of Python that cannot run everywhere has this comment, with the reason, above it.
 NOT_RUN = "<!-- not run: "
 LOG = "docs/LOG.md"  # its commands and names are those of their day
+
+
+def without_blocks(page):
+    return re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
 
 
 def blocks(page, language):
@@ -39,9 +37,6 @@ def blocks(page, language):
     pattern = rf"(?:{NOT_RUN}.*-->\n+)?^```{language}\n.*?^```"
     found = re.findall(pattern, PAGES[page], re.DOTALL | re.MULTILINE)
     return [block.split("\n", 1)[1][:-3] for block in found if not block.startswith(NOT_RUN)]
-
-
-# ------------------------------------------------------------------------- Python
 
 
 @cache
@@ -96,15 +91,11 @@ def test_pictures_are_drawn(script):
     assert f"({name})" in PAGES["README.md"]
 
 
-# ----------------------------------------------------------------------- commands
-
-
 def commands(page):
     """Lines of the shell in a page: those of bash blocks, and commands within sentences and tables."""
     for block in blocks(page, "bash"):
         yield from block.replace("\\\n", " ").splitlines()
-    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
-    for code in re.findall(r"`([^`]+)`", text):
+    for code in re.findall(r"`([^`]+)`", without_blocks(page)):
         line = " ".join(code.split())
         command = re.match(r"(\w+=\S+ )*(venv/bin/)?(hamt|python|make|pip|torchrun) ", line)
         # Words such as FILE and NAME stand for something.
@@ -179,9 +170,6 @@ def test_commands_and_their_options_exist(page, line, only_parse, monkeypatch, c
         assert program in ("#", "source", "jupyter")
 
 
-# ---------------------------------------------------------------- links and names
-
-
 def anchors(page):
     """What GitHub makes of the headings of a page."""
     headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
@@ -201,8 +189,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != LOG])
 def test_names_of_the_package_exist(page):
-    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
-    for name in re.findall(r"`(hamt(?:\.\w+)+)", text):
+    for name in re.findall(r"`(hamt(?:\.\w+)+)", without_blocks(page)):
         assert locate(name) is not None, name
 
 
@@ -214,9 +201,6 @@ def test_paths_of_the_repository_exist(page):
             assert (ROOT / path).exists(), path
 
 
-# ------------------------------------------------------------------------- length
-
-
 def test_the_readme_is_short():
     assert len(PAGES["README.md"].splitlines()) <= 100
 
@@ -224,6 +208,6 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("page", PAGES)
 def test_lines_are_short(page):
     """But for tables, pictures and blocks."""
-    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    text = without_blocks(page)
     lines = [line for line in text.splitlines() if not line.lstrip().startswith(("|", "!["))]
     assert [line for line in lines if len(line) > 100] == []

@@ -17,11 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hamt import HAMTCache, HAMTForSequenceClassification, HAMTModel
 from hamt.checkpoint import load_checkpoint, save_checkpoint, save_pt
-from hamt.data.tokenizer import train_tokenizer
 from hamt.errors import UserError
 from hamt.model import HAMTBlock
-
-# ---------------------------------------------------------------- Trainer
 
 
 def rows(*lengths: int) -> list[dict]:
@@ -32,19 +29,11 @@ def rows(*lengths: int) -> list[dict]:
 def trainer_for(
     model: HAMTModel, folder, data, collator=default_data_collator, **options
 ) -> Trainer:
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=3,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_steps=3,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        **options,
-    )
+    steps = {"max_steps": 3, "logging_steps": 1, "save_steps": 3}
+    rate = {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
+    options = {"per_device_train_batch_size": 2, **steps, **rate, **quiet, **options}
+    arguments = TrainingArguments(output_dir=str(folder), **options)
     return Trainer(model, arguments, data_collator=collator, train_dataset=data, eval_dataset=data)
 
 
@@ -74,10 +63,8 @@ def test_trainer_packs_documents_without_padding(tmp_path):
     found = []
     for collator in (DataCollatorWithFlattening(), default_data_collator):
         model = tiny_model()
-        trainer = trainer_for(
-            model, tmp_path, rows(11, 11), collator, optim="sgd", max_grad_norm=0.0
-        )
-        trainer.train()
+        options = {"optim": "sgd", "max_grad_norm": 0.0}
+        trainer_for(model, tmp_path, rows(11, 11), collator, **options).train()
         found.append(model.state_dict())
     for name, weight in found[0].items():
         assert torch.allclose(weight, found[1][name], atol=1e-5), name
@@ -89,17 +76,14 @@ def test_trainer_packs_documents_without_padding(tmp_path):
 def test_lora_adapters_train(tmp_path):
     import peft
 
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", target_modules=["item_proj", "output_proj"], r=2
-    )
+    targets = ["item_proj", "output_proj"]
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=2)
     model = peft.get_peft_model(tiny_model(), config)
     ids = random_ids(2, 9)
     model(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert model.generate(input_ids=ids, max_new_tokens=2, do_sample=False).shape == (2, 11)
 
-
-# ---------------------------------------------------------------- private hooks of Transformers
 
 rules = pytest.mark.parametrize(
     "options", [{}, {"write_rule": "delta", "rotation": "data_dependent"}], ids=str
@@ -108,28 +92,21 @@ rules = pytest.mark.parametrize(
 
 def test_hook_generate_prepares_our_state_and_keeps_one_that_is_given():
     model, given = tiny_model(), HAMTCache(2)
-    for config, arguments, expected in (
-        ({"use_cache": True}, {}, HAMTCache),
-        ({"use_cache": False}, {}, type(None)),
-    ):
-        generation_config = model.generation_config.__class__(**config)
-        model._prepare_cache_for_generation(
-            generation_config, arguments, GenerationMode.GREEDY_SEARCH, 1, 100
-        )
-        assert type(arguments.get("past_key_values")) is expected
-    arguments = {"past_key_values": given}
-    generation_config = model.generation_config.__class__(use_cache=True)
-    model._prepare_cache_for_generation(
-        generation_config, arguments, GenerationMode.GREEDY_SEARCH, 1, 100
-    )
-    assert arguments["past_key_values"] is given
+
+    def prepared(use_cache, **arguments):
+        config = model.generation_config.__class__(use_cache=use_cache)
+        mode = GenerationMode.GREEDY_SEARCH
+        model._prepare_cache_for_generation(config, arguments, mode, 1, 100)
+        return arguments.get("past_key_values")
+
+    assert type(prepared(True)) is HAMTCache
+    assert prepared(False) is None
+    assert prepared(True, past_key_values=given) is given
 
 
 def test_hook_generate_calls_the_model_with_our_state_only():
     model, seen = tiny_model(), []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
-    )
+    model.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
     model.generate(random_ids(1, 5), max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert len(seen) == 3
     states = [kwargs["past_key_values"] for kwargs in seen]
@@ -180,9 +157,8 @@ def test_hook_every_kind_of_weight_is_initialised_as_meant(options):
     for block in model.model.layers:
         assert_initialised(block, num_layers=2)
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert_initialised(
-        HAMTForSequenceClassification(tiny_config(**options)).model.layers[1], num_layers=2
-    )
+    classifier = HAMTForSequenceClassification(tiny_config(**options))
+    assert_initialised(classifier.model.layers[1], num_layers=2)
 
 
 def assert_initialised(block: HAMTBlock, num_layers: int) -> None:
@@ -195,24 +171,10 @@ def assert_initialised(block: HAMTBlock, num_layers: int) -> None:
     assert mixer.conv.weight[:-1].std().item() == pytest.approx(0.1, rel=0.3)
     assert torch.equal(mixer.retrieval.read_bias, torch.ones(6))
     assert torch.equal(block.mixer_norm.weight, torch.ones(32))
-    scales = [
-        (linear, linear.in_features**-0.5)
-        for linear in (mixer.item_proj, mixer.key_proj, mlp.up_proj)
-    ]
-    scales += [
-        (linear, (2 * num_layers * linear.in_features) ** -0.5)
-        for linear in (mixer.output_proj, mlp.down_proj)
-    ]
-    for linear, std in scales:
-        assert linear.weight.std().item() == pytest.approx(std, rel=0.1)
-
-
-# ---------------------------------------------------------------- checkpoints of our own
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["The state of the union is strong. "] * 5, 280)
+    inner, last = (mixer.item_proj, mixer.key_proj, mlp.up_proj), (mixer.output_proj, mlp.down_proj)
+    for linear in (*inner, *last):
+        variance = 1 / linear.in_features / (1 if linear in inner else 2 * num_layers)
+        assert linear.weight.std().item() == pytest.approx(variance**0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("save", [save_checkpoint, save_pt])
@@ -222,14 +184,8 @@ def test_a_checkpoint_holds_all_that_is_needed(tmp_path, tokenizer, save):
     save(path, model, tokenizer)
     loaded, loaded_tokenizer = load_checkpoint(path)
     assert not loaded.training
-    for name in (
-        "vocab_size",
-        "hidden_dim",
-        "num_slots",
-        "write_rule",
-        "binding_type",
-        "max_half_life",
-    ):
+    sizes = ("vocab_size", "hidden_dim", "num_slots", "max_half_life")
+    for name in (*sizes, "write_rule", "binding_type"):
         assert getattr(loaded.config, name) == getattr(model.config, name)
     text = "The state of Ünion — strange. "
     ids = tokenizer(text, return_tensors="pt").input_ids
@@ -241,11 +197,9 @@ def test_a_checkpoint_holds_all_that_is_needed(tmp_path, tokenizer, save):
 
 
 def test_a_path_without_a_checkpoint_is_the_users_mistake(tmp_path, tokenizer):
-    (tmp_path / "gpt2").mkdir()
-    (tmp_path / "gpt2" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text("{")
-    (tmp_path / "half").mkdir()
+    for name, config in (("gpt2", json.dumps({"model_type": "gpt2"})), ("broken", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
     tiny_config().save_pretrained(tmp_path / "half")
     (tmp_path / "text.pt").write_text("nothing")
     torch.save({"weights": 1}, tmp_path / "other.pt")

@@ -8,7 +8,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from model_inputs import assert_close, random_ids
+from model_inputs import assert_close, fit, random_ids
 from torch import nn
 
 from hamt import HAMTCache, HAMTConfig, HAMTModel
@@ -101,15 +101,7 @@ def test_a_part_of_ones_own_trains_is_saved_and_generates(
     monkeypatch.setitem(table, name, part)
     torch.manual_seed(0)
     model, ids = HAMTModel(HAMTConfig(**sizes, **options)), random_ids(4, 12)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    losses = []
-    for _ in range(15):
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        assert all(p.grad is not None for p in model.parameters())
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = fit(model, ids, 15, 1e-2)
     assert losses[-1] < 0.7 * losses[0]
     model.save_pretrained(tmp_path)
     loaded = HAMTModel.from_pretrained(tmp_path).eval()

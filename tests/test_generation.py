@@ -28,7 +28,8 @@ def greedy_by_recomputation(model: HAMTModel, row: Tensor, count: int) -> list[i
     return row.tolist()
 
 
-# ---------------------------------------------------------------- decoding against the whole
+def generate(model: HAMTModel, ids: Tensor, count: int, **arguments):
+    return model.generate(ids, max_new_tokens=count, **{**GREEDY, **arguments})
 
 
 @pytest.mark.parametrize("prefill", [1, 2, 16, 17, 40])
@@ -49,10 +50,10 @@ def test_decoding_after_a_prefill_equals_the_full_forward(options, prefill):
 @variants
 def test_greedy_is_the_argmax_of_the_whole_recomputed(options):
     model, row = tiny_model(**options), random_ids(1, 6)
-    written = model.generate(row, max_new_tokens=12, **GREEDY)[0].tolist()
+    written = generate(model, row, 12)[0].tolist()
     assert written == greedy_by_recomputation(model, row[0], 12)
     assert len(set(written[6:])) > 3, "the model repeats itself, the test sees little"
-    assert model.generate(row, max_new_tokens=12, use_cache=False, **GREEDY)[0].tolist() == written
+    assert generate(model, row, 12, use_cache=False)[0].tolist() == written
 
 
 def test_each_token_after_the_prompt_costs_one_token():
@@ -68,7 +69,7 @@ def test_each_token_after_the_prompt_costs_one_token():
 def test_a_padded_batch_generates_as_each_row_alone(options):
     model, rows = tiny_model(**options), ragged_rows(9, 1, 5)
     ids, mask = padded(rows, "left")
-    written = model.generate(ids, attention_mask=mask, max_new_tokens=8, **GREEDY)
+    written = generate(model, ids, 8, attention_mask=mask)
     for row, text in zip(rows, written, strict=True):
         assert text[9:].tolist() == greedy_by_recomputation(model, row, 8)[len(row) :]
 
@@ -77,28 +78,23 @@ def test_a_padded_batch_generates_as_each_row_alone(options):
 def test_a_prompt_may_be_read_in_chunks(chunk):
     model, rows = tiny_model(), ragged_rows(9, 2, 5)
     ids, mask = padded(rows, "left")
-    arguments = {"attention_mask": mask, "max_new_tokens": 6, **GREEDY}
-    expected = model.generate(ids, **arguments)
-    assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **arguments), expected)
+    expected = generate(model, ids, 6, attention_mask=mask)
+    written = generate(model, ids, 6, attention_mask=mask, prefill_chunk_size=chunk)
+    assert torch.equal(written, expected)
 
 
 def test_a_prompt_may_be_given_as_embeddings():
     model, ids = tiny_model(), random_ids(2, 7)
-    written = model.generate(
-        inputs_embeds=model.model.embed_tokens(ids), max_new_tokens=5, **GREEDY
-    )
-    assert torch.equal(written, model.generate(ids, max_new_tokens=5, **GREEDY)[:, 7:])
+    written = generate(model, None, 5, inputs_embeds=model.model.embed_tokens(ids))
+    assert torch.equal(written, generate(model, ids, 5)[:, 7:])
 
 
 def test_generation_ends_at_the_end_of_text():
     model, row = tiny_model(), random_ids(1, 6)
     free = greedy_by_recomputation(model, row[0], 8)
     end = free[8]
-    stopped = model.generate(row, max_new_tokens=8, eos_token_id=end, **GREEDY)[0].tolist()
+    stopped = generate(model, row, 8, eos_token_id=end)[0].tolist()
     assert stopped == free[: free.index(end, 6) + 1]
-
-
-# ---------------------------------------------------------------- sampling and beams
 
 
 def test_sampling_is_reproduced_by_its_seed_and_by_no_other():
@@ -106,22 +102,18 @@ def test_sampling_is_reproduced_by_its_seed_and_by_no_other():
 
     def sample(seed: int, **options) -> Tensor:
         torch.manual_seed(seed)
-        return model.generate(ids, do_sample=True, max_new_tokens=10, pad_token_id=0, **options)
+        return generate(model, ids, 10, do_sample=True, **options)
 
     assert torch.equal(sample(1), sample(1))
     assert not torch.equal(sample(1), sample(2))
     assert torch.equal(sample(1, use_cache=False), sample(1))
-    assert torch.equal(
-        sample(1, top_k=1)[:, 6:], model.generate(ids, max_new_tokens=10, **GREEDY)[:, 6:]
-    )
+    assert torch.equal(sample(1, top_k=1)[:, 6:], generate(model, ids, 10)[:, 6:])
 
 
 def test_several_samples_continue_the_same_prompt():
     model, ids = tiny_model(), random_ids(2, 6)
     torch.manual_seed(0)
-    texts = model.generate(
-        ids, do_sample=True, num_return_sequences=3, max_new_tokens=6, pad_token_id=0
-    )
+    texts = generate(model, ids, 6, do_sample=True, num_return_sequences=3)
     assert texts.shape == (6, 12)
     assert torch.equal(texts[:, :6], ids.repeat_interleave(3, dim=0))
     assert len({tuple(text) for text in texts.tolist()}) == 6
@@ -131,46 +123,27 @@ def test_several_samples_continue_the_same_prompt():
 def test_beam_search_with_the_state_equals_beam_search_without(options):
     model = tiny_model(**options)
     ids, mask = padded(ragged_rows(9, 5), "left")
-    with_state, without = (
-        model.generate(
-            ids,
-            attention_mask=mask,
-            num_beams=4,
-            num_return_sequences=2,
-            max_new_tokens=8,
-            use_cache=use_cache,
-            return_dict_in_generate=True,
-            output_scores=True,
-            **GREEDY,
-        )
-        for use_cache in (True, False)
-    )
+    told = {"attention_mask": mask, "num_beams": 4, "num_return_sequences": 2}
+    told |= {"return_dict_in_generate": True, "output_scores": True}
+    found = (generate(model, ids, 8, use_cache=use_cache, **told) for use_cache in (True, False))
+    with_state, without = found
     assert torch.equal(with_state.sequences, without.sequences)
     assert_close(with_state.sequences_scores, without.sequences_scores)
     assert with_state.beam_indices.diff(dim=1).any(), "no beam was taken over, the test sees little"
-
-
-# ---------------------------------------------------------------- continuing
 
 
 @variants
 def test_a_returned_state_continues_as_if_written_in_one_go(options):
     model, rows = tiny_model(**options), ragged_rows(7, 4)
     ids, mask = padded(rows, "left")
-    whole = model.generate(ids, attention_mask=mask, max_new_tokens=10, **GREEDY)
-    arguments = {"return_dict_in_generate": True, **GREEDY}
-    first = model.generate(ids, attention_mask=mask, max_new_tokens=4, **arguments)
-    assert isinstance(first.past_key_values, HAMTCache)
-    assert first.past_key_values.get_seq_length() == 10  # the last token is not read yet
+    whole = generate(model, ids, 10, attention_mask=mask)
+    first = generate(model, ids, 4, attention_mask=mask, return_dict_in_generate=True)
+    cache = first.past_key_values
+    assert isinstance(cache, HAMTCache)
+    assert cache.get_seq_length() == 10  # the last token is not read yet
     mask = torch.cat((mask, torch.ones(2, 4, dtype=torch.long)), dim=1)
-    second = model.generate(
-        first.sequences,
-        attention_mask=mask,
-        past_key_values=first.past_key_values,
-        max_new_tokens=6,
-        **arguments,
-    )
-    assert torch.equal(second.sequences, whole)
+    second = generate(model, first.sequences, 6, attention_mask=mask, past_key_values=cache)
+    assert torch.equal(second, whole)
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
@@ -178,20 +151,12 @@ def test_a_second_turn_of_several_tokens_goes_on_from_the_state(chunk):
     """A batch of conversations: the turns are padded on the left, the second one inside the row."""
     model, first, second = tiny_model(), ragged_rows(7, 4), ragged_rows(2, 5, seed=5)
     ids, mask = padded(first, "left")
-    turn = model.generate(
-        ids, attention_mask=mask, max_new_tokens=3, return_dict_in_generate=True, **GREEDY
-    )
+    turn = generate(model, ids, 3, attention_mask=mask, return_dict_in_generate=True)
     more, more_mask = padded(second, "left")
     ids = torch.cat((turn.sequences, more), dim=1)
     mask = torch.cat((mask, torch.ones(2, 3, dtype=torch.long), more_mask), dim=1)
-    written = model.generate(
-        ids,
-        attention_mask=mask,
-        past_key_values=turn.past_key_values,
-        max_new_tokens=6,
-        prefill_chunk_size=chunk,
-        **GREEDY,
-    )
+    told = {"attention_mask": mask, "past_key_values": turn.past_key_values}
+    written = generate(model, ids, 6, prefill_chunk_size=chunk, **told)
     for b in range(2):
         prompt = torch.cat((first[b], turn.sequences[b, 7:], second[b]))
         assert written[b, -6:].tolist() == greedy_by_recomputation(model, prompt, 6)[-6:]
@@ -203,12 +168,9 @@ def test_one_prompt_read_once_is_continued_many_times():
         cache = model(prompt).past_key_values
     for seed in range(3):
         more = torch.cat((prompt, random_ids(1, 3, seed=seed)), dim=1)
-        written = model.generate(more, past_key_values=cache.fork(), max_new_tokens=5, **GREEDY)
+        written = generate(model, more, 5, past_key_values=cache.fork())
         assert written[0].tolist() == greedy_by_recomputation(model, more[0], 5)
     assert cache.get_seq_length() == 9
-
-
-# ---------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize("how", ["assistant_model", "prompt_lookup_num_tokens"])
@@ -216,30 +178,20 @@ def test_assisted_generation_is_refused(how):
     """It takes rejected tokens back, which a superposition cannot."""
     model, value = tiny_model(), tiny_model(1) if how == "assistant_model" else 3
     with pytest.raises(ValueError, match="not supported with stateful models"):
-        model.generate(random_ids(1, 6), max_new_tokens=4, **{how: value}, **GREEDY)
+        generate(model, random_ids(1, 6), 4, **{how: value})
 
 
-# ---------------------------------------------------------------- text
-
-
-TEXTS = [
-    "The state of the union is strong. ",
-    "We the people. ",
-    "Ask not what your country can do for you. ",
-]
+TEXTS = ["The state of the union is strong. ", "We the people. "]
+TEXTS.append("Ask not what your country can do for you. ")
 
 
 @pytest.fixture(scope="module")
 def speaker():
     """A tokenizer trained on the texts, and a model with its vocabulary."""
     tokenizer = train_tokenizer(TEXTS * 5, 300)
-    model = tiny_model(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return model, tokenizer
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    ends["pad_token_id"] = tokenizer.pad_token_id
+    return tiny_model(vocab_size=len(tokenizer), **ends), tokenizer
 
 
 def test_the_pipeline_writes_what_generate_writes_alone_and_in_batches(speaker):
@@ -249,9 +201,8 @@ def test_the_pipeline_writes_what_generate_writes_alone_and_in_batches(speaker):
     expected = []
     for text in TEXTS:
         ids = tokenizer(text, return_tensors="pt").input_ids
-        expected.append(
-            tokenizer.decode(model.generate(ids, **arguments)[0], skip_special_tokens=True)
-        )
+        written = model.generate(ids, **arguments)[0]
+        expected.append(tokenizer.decode(written, skip_special_tokens=True))
         assert expected[-1].startswith(text)
         assert write(text, **arguments)[0]["generated_text"] == expected[-1]
     assert len(tokenizer(TEXTS[0]).input_ids) != len(tokenizer(TEXTS[1]).input_ids)
@@ -274,12 +225,11 @@ def test_a_streamer_gets_each_token_as_it_is_written(speaker):
         def end(self) -> None:
             pieces.append("end")
 
-    written = model.generate(ids, max_new_tokens=5, do_sample=False, streamer=Streamer())[
-        0
-    ].tolist()
+    arguments = {"max_new_tokens": 5, "do_sample": False}
+    (written,) = model.generate(ids, streamer=Streamer(), **arguments).tolist()
     prompt, new = ids[0].tolist(), written[ids.shape[1] :]
     assert pieces == [prompt, *([token] for token in new), "end"]
     assert len(new) == 5 or new[-1] == tokenizer.eos_token_id
     text = TextIteratorStreamer(tokenizer, skip_prompt=True)
-    model.generate(ids, max_new_tokens=5, do_sample=False, streamer=text)
+    model.generate(ids, streamer=text, **arguments)
     assert "".join(text) == tokenizer.decode(new)

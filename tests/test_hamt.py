@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from model_inputs import BINDINGS
+from model_inputs import BINDINGS, fit
 
 from hamt import HAMTConfig, HAMTLayer, HAMTModel, HolographicMemory, similarity
 
@@ -26,10 +26,8 @@ def test_1_a_bound_item_is_recovered(binding_type):
 
 @bindings
 def test_2_a_layer_keeps_the_shape(binding_type):
-    config = HAMTConfig(
-        hidden_dim=64, hcm_dim=256, num_slots=8, num_heads=4, binding_type=binding_type
-    )
-    layer = HAMTModel(config).model.layers[0].mixer
+    sizes = {"hidden_dim": 64, "hcm_dim": 256, "num_slots": 8, "num_heads": 4}
+    layer = HAMTModel(HAMTConfig(**sizes, binding_type=binding_type)).model.layers[0].mixer
     assert isinstance(layer, HAMTLayer)
     inputs = torch.randn(2, 37, 64)
     outputs, state = layer(inputs)[:2]
@@ -45,10 +43,8 @@ def test_2_a_layer_keeps_the_shape(binding_type):
 @bindings
 def test_3_an_untrained_model_knows_nothing_and_every_parameter_can_learn(binding_type, options):
     torch.manual_seed(0)
-    config = HAMTConfig(
-        hidden_dim=64, num_layers=2, vocab_size=100, binding_type=binding_type, **options
-    )
-    model = HAMTModel(config)
+    sizes = {"hidden_dim": 64, "num_layers": 2, "vocab_size": 100}
+    model = HAMTModel(HAMTConfig(**sizes, binding_type=binding_type, **options))
     ids = torch.randint(100, (4, 33))
     outputs = model(ids, labels=ids)
     assert outputs["logits"].shape == (4, 33, 100)
@@ -64,12 +60,7 @@ def test_4_a_model_that_has_learnt_a_sentence_says_it():
     torch.manual_seed(0)
     model = HAMTModel(HAMTConfig(hidden_dim=64, num_layers=2, vocab_size=64, max_half_life=64))
     sentence = torch.randperm(64)[None, :24]  # no token twice
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(60):
-        loss = model(sentence, labels=sentence)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    fit(model, sentence, 60, 5e-3)
     model.eval()
     written = model.generate(sentence[:, :4], max_new_tokens=20, do_sample=False)
     assert written.tolist() == sentence.tolist()
@@ -89,17 +80,12 @@ def test_5_superposed_items_are_recovered_with_cosine_one_over_root_n(binding_ty
     items = torch.randn(memories, count, 1, dim, generator=generator)
     keys = memory.algebra.random_keys(memories, count, 1, memory.key_size, generator=generator)
     state, one = memory.initial_state(memories), torch.ones(memories, 1, 1)
+    gates = {"write": one, "log_forget": torch.zeros_like(one)}
     for n in range(count):
-        state = memory.write(
-            state, items[:, n], keys[:, n], write=one, log_forget=torch.zeros_like(one)
-        )
-    cosines = torch.stack(
-        [
-            similarity(memory.retrieve(state, keys[:, n], one), items[:, n])[:, 0]
-            for n in range(count)
-        ],
-        dim=1,
-    )
+        state = memory.write(state, items[:, n], keys[:, n], **gates)
+    retrieved = [memory.retrieve(state, keys[:, n], one) for n in range(count)]
+    cosines = [similarity(x, items[:, n])[:, 0] for n, x in enumerate(retrieved)]
+    cosines = torch.stack(cosines, dim=1)
     standard_error = cosines.mean(dim=1).std() / math.sqrt(memories)
     assert abs(cosines.mean() - 1 / math.sqrt(count)) < 3 * standard_error + 1e-4
     assert cosines.std() < 1.5 / math.sqrt(dim)

@@ -41,17 +41,13 @@ def test_lossless_superposition_follows_theory(binding):
 @pytest.mark.parametrize("rule", WRITE_RULES)
 @pytest.mark.parametrize("binding", ALGEBRAS)
 def test_it_reads_the_state_that_the_memory_has(binding, rule):
-    memory = HolographicMemory(
-        64, num_slots=3, num_heads=2, binding_type=binding, write_rule=rule, chunk_size=4
-    )
+    options = {"binding_type": binding, "write_rule": rule, "chunk_size": 4}
+    memory = HolographicMemory(64, num_slots=3, num_heads=2, **options)
     items, keys, (write, forget, _) = stored(memory, 2, 13)
     write = F.normalize(write, dim=-1) if rule == "delta" else write
     rotation = memory.algebra.random_keys(2, 13, 2, memory.key_size)
-    gates = Gates(
-        write,
-        None if rule == "convex" else forget,
-        torch.rand(2, 13, 2) if rule == "delta" else None,
-    )
+    beta = torch.rand(2, 13, 2) if rule == "delta" else None
+    gates = Gates(write, None if rule == "convex" else forget, beta)
     part = (items[:, :11], keys[:, :11], keys[:, :11], gates.tokens(slice(11)), write[:, :11])
     _, state = memory(*part, rotation=rotation[:, :11], form="recurrent")
     cosines, errors, position = [], [], torch.full_like(rotation[:, 0], memory.algebra.identity)
@@ -105,22 +101,15 @@ def test_only_keys_and_gates_learn():
 @pytest.mark.parametrize("write_rule", WRITE_RULES)
 def test_the_model_adds_it_in_training_only(write_rule):
     torch.manual_seed(0)
-    config = HAMTConfig(
-        hidden_dim=32,
-        num_layers=2,
-        vocab_size=50,
-        write_rule=write_rule,
-        use_auxiliary_loss=True,
-        aux_loss_weight=0.5,
-    )
+    sizes = {"hidden_dim": 32, "num_layers": 2, "vocab_size": 50, "write_rule": write_rule}
+    config = HAMTConfig(**sizes, use_auxiliary_loss=True, aux_loss_weight=0.5)
     model, ids = HAMTModel(config), torch.randint(50, (2, 24))
     training = model(ids, labels=ids)
     model.eval()
     evaluation = model(ids, labels=ids)
     assert evaluation.aux_loss is None
-    assert training.loss.item() == pytest.approx(
-        evaluation.loss.item() + 0.5 * training.aux_loss.item(), abs=1e-5
-    )
+    wanted = evaluation.loss.item() + 0.5 * training.aux_loss.item()
+    assert training.loss.item() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_training_on_it_makes_items_retrievable():
@@ -141,15 +130,8 @@ def test_training_on_it_makes_items_retrievable():
 def test_a_document_of_the_same_name_is_another_document():
     memory = HolographicMemory(64, num_slots=3, chunk_size=12)
     items, keys, gates = stored(memory, 1, 12)
-    losses = [
-        reconstruction_loss(
-            memory,
-            items,
-            keys,
-            gates,
-            documents=number_documents(torch.tensor([names]), None),
-            end=12,
-        ).loss
-        for names in ([0] * 4 + [1] * 4 + [0] * 4, [0] * 4 + [1] * 4 + [2] * 4)
-    ]
-    assert losses[0] == losses[1]
+    losses = []
+    for names in ([0] * 4 + [1] * 4 + [0] * 4, [0] * 4 + [1] * 4 + [2] * 4):
+        documents = number_documents(torch.tensor([names]), None)
+        losses.append(reconstruction_loss(memory, items, keys, gates, documents=documents, end=12))
+    assert losses[0].loss == losses[1].loss

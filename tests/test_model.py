@@ -38,8 +38,6 @@ from hamt import (
 
 IDS = random_ids(2, 21)
 
-# ---------------------------------------------------------------- files and Auto classes
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -103,9 +101,8 @@ def test_every_auto_class_finds_its_own(folder):
     backbone = AutoModel.from_pretrained(folder)
     assert type(backbone) is HAMTBackbone
     assert torch.equal(backbone(IDS).last_hidden_state, expected.model(IDS).last_hidden_state)
-    classifier = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=3, pad_token_id=0
-    )
+    labels = {"num_labels": 3, "pad_token_id": 0}
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, **labels)
     assert type(classifier) is HAMTForSequenceClassification
     for name, weight in expected.model.state_dict().items():
         assert torch.equal(classifier.model.state_dict()[name], weight), name
@@ -118,13 +115,8 @@ def test_importing_hamt_is_enough_in_a_fresh_process(folder):
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "print(type(model).__name__, model(torch.arange(1, 9)[None]).logits.double().sum().item())\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program, folder],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    command = [sys.executable, "-c", program, folder]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     name, total = run.stdout.split()
     assert name == "HAMTForCausalLM"
     expected = tiny_model()(torch.arange(1, 9)[None]).logits.double().sum().item()
@@ -137,17 +129,14 @@ def test_the_classifier_reads_the_last_real_token():
     rows = ragged_rows(9, 4, 6)
     for side in ("left", "right"):
         ids, mask = padded(rows, side)
-        outputs = model(ids, attention_mask=mask, labels=torch.tensor([0, 1, 2]))
+        labels = torch.tensor([0, 1, 2])
+        outputs = model(ids, attention_mask=mask, labels=labels)
         assert outputs.logits.shape == (3, 3)
         for row, logits in zip(rows, outputs.logits, strict=True):
             expected = model.score(model.model(row[None]).last_hidden_state[0, -1])
             assert_close(logits, expected)
-        assert outputs.loss.item() == pytest.approx(
-            F.cross_entropy(outputs.logits, torch.tensor([0, 1, 2])).item(), rel=1e-5
-        )
-
-
-# ---------------------------------------------------------------- what a model starts as
+        expected = F.cross_entropy(outputs.logits, labels).item()
+        assert outputs.loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("binding_type", BINDINGS)
@@ -159,9 +148,6 @@ def test_a_data_dependent_rotation_starts_as_the_default_one(binding_type):
     assert not missing
     assert unexpected == [f"model.layers.{i}.mixer.rotation.weight" for i in range(2)]
     assert_close(learnt(IDS).logits, plain(IDS).logits, 1e-9)
-
-
-# ---------------------------------------------------------------- arguments
 
 
 def test_the_loss_is_the_mean_over_the_tokens_that_have_a_label():
@@ -235,9 +221,6 @@ def test_a_mask_that_cannot_mean_padding_is_refused():
             model(IDS, attention_mask=wrong)
 
 
-# ---------------------------------------------------------------- causality and padding
-
-
 @pytest.mark.parametrize("t", [0, 1, 4, 20])
 @variants
 def test_a_token_changes_no_logit_before_it_and_those_after_it(options, t):
@@ -264,11 +247,9 @@ def test_a_padded_row_has_the_logits_of_the_row_alone(options, side):
 def test_what_stands_in_the_padding_does_not_matter():
     model = tiny_model()
     ids, mask = padded(ragged_rows(9, 4), "left")
-    other = torch.where(mask.bool(), ids, 55)
-    real = mask.bool()
-    assert torch.equal(
-        model(other, attention_mask=mask).logits[real], model(ids, attention_mask=mask).logits[real]
-    )
+    other, real = torch.where(mask.bool(), ids, 55), mask.bool()
+    logits = [model(rows, attention_mask=mask).logits[real] for rows in (ids, other)]
+    assert torch.equal(*logits)
 
 
 def test_padding_gets_no_gradient_and_changes_none():
@@ -294,9 +275,6 @@ def test_a_token_that_also_pads_still_learns_its_embedding():
     assert model.get_input_embeddings().weight.grad[3].abs().sum() > 0
 
 
-# ---------------------------------------------------------------- dtypes
-
-
 def test_autocast_is_close_to_float32_and_keeps_the_state_in_float32():
     model, ids = tiny_model(), random_ids(2, 40)
     expected = model(ids, labels=ids)
@@ -315,9 +293,8 @@ def test_autocast_is_close_to_float32_and_keeps_the_state_in_float32():
         assert gradient.dtype == torch.float32
         assert gradient.isfinite().all()
         if gradient.ndim == 2:  # a bias sums over all tokens, and what cancels is rounding
-            assert F.cosine_similarity(gradient.flatten(), wanted[name].flatten(), dim=0) > 0.97, (
-                name
-            )
+            likeness = F.cosine_similarity(gradient.flatten(), wanted[name].flatten(), dim=0)
+            assert likeness > 0.97, name
 
 
 @variants
@@ -349,11 +326,9 @@ def test_the_loss_without_logits_is_the_loss(shifted, num_items):
     model = HAMTModel(HAMTConfig(hidden_dim=32, num_layers=1, vocab_size=600))
     ids, targets = torch.randint(600, (2, 3, 150), generator=torch.Generator().manual_seed(1))
     targets[0, :9] = -100
-    options = {
-        "labels": targets,
-        **({"shift_labels": targets} if shifted else {}),
-        "num_items_in_batch": num_items,
-    }
+    options = {"labels": targets, "num_items_in_batch": num_items}
+    if shifted:
+        options["shift_labels"] = targets
     found = []
     for without in ({}, {"return_logits": False}):
         outputs = model(ids, **options, **without)

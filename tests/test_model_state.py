@@ -7,6 +7,7 @@ from model_inputs import (
     assert_close,
     assert_same_gradients,
     gradients,
+    in_segments,
     logits_of,
     padded,
     ragged_rows,
@@ -22,22 +23,6 @@ from hamt.cpu.fused import fused_available
 from hamt.memory import FORMS
 
 CUTS = [(10,), (1, 2, 5, 6), (4, 8, 12, 16), (20,)]
-
-
-def in_segments(
-    model: HAMTModel, ids: Tensor, cuts: tuple[int, ...], **arguments
-) -> tuple[Tensor, HAMTCache]:
-    """Logits of a row read in pieces; arguments of the shape of ``ids`` are cut along."""
-    logits, cache = [], HAMTCache(model.config.num_layers)
-    for start, end in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True):
-        parts = {name: value[:, start:end] for name, value in arguments.items()}
-        outputs = model(ids[:, start:end], past_key_values=cache, **parts)
-        assert outputs.past_key_values is cache
-        logits.append(outputs.logits)
-    return torch.cat(logits, dim=1), cache
-
-
-# ---------------------------------------------------------------- segments
 
 
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
@@ -117,11 +102,8 @@ def test_checkpointing_computes_each_block_again():
 def test_padded_rows_leave_and_continue_the_state_of_their_real_tokens(options, side, later_side):
     """Three calls: ragged rows, ragged rows on top of them, one token; a mask may span all or the call."""
     model = tiny_model(**options)
-    rows, later, last = (
-        ragged_rows(13, 2, 7),
-        ragged_rows(1, 9, 3, seed=5),
-        ragged_rows(1, 1, 1, seed=9),
-    )
+    lengths = ((13, 2, 7), (1, 9, 3), (1, 1, 1))
+    rows, later, last = (ragged_rows(*n, seed=s) for n, s in zip(lengths, (0, 5, 9), strict=True))
     ids, mask = padded(rows, side)
     later_ids, later_mask = padded(later, later_side)
     for masks in (later_mask, torch.cat((mask, later_mask), dim=1)):
@@ -143,8 +125,6 @@ def test_padding_fed_one_token_at_a_time_is_still_padding():
     for b, row in enumerate(rows):
         assert_close(logits[b, mask[b].bool()], logits_of(model, row))
 
-
-# ---------------------------------------------------------------- packed documents
 
 LENGTHS = (7, 1, 9, 4)
 DOCUMENTS = ragged_rows(*LENGTHS)
@@ -235,15 +215,10 @@ def test_the_flattening_collator_gives_the_loss_of_separate_documents(flags):
     model = tiny_model()
     batch = DataCollatorWithFlattening(**flags)([{"input_ids": row.tolist()} for row in DOCUMENTS])
     assert batch["input_ids"].shape == (1, 21)
-    losses = [
-        torch.nn.functional.cross_entropy(logits_of(model, row)[:-1], row[1:], reduction="sum")
-        for row in DOCUMENTS
-    ]
+    rows = [(logits_of(model, row)[:-1], row[1:]) for row in DOCUMENTS]
+    losses = [torch.nn.functional.cross_entropy(*row, reduction="sum") for row in rows]
     expected = sum(losses) / sum(n - 1 for n in LENGTHS)
     assert model(**batch).loss.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-# ---------------------------------------------------------------- forms and compilation
 
 
 def without_fused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,9 +249,7 @@ def test_the_fused_form_changes_nothing(options, monkeypatch):
     assert_same_gradients(model, expected, 1e-8)
 
 
-def continue_twice(
-    model: HAMTModel, ids: Tensor, mask: Tensor, more: Tensor
-) -> tuple[Tensor, HAMTCache]:
+def continue_twice(model, ids: Tensor, mask: Tensor, more: Tensor) -> tuple[Tensor, HAMTCache]:
     """Logits of the tokens after ``ids``, all but the last in one call; gradients stay on the model."""
     cache = model(ids, attention_mask=mask).past_key_values
     parts = more.split((more.shape[1] - 1, 1), dim=1)
@@ -311,16 +284,12 @@ PAIRS = {"seq_idx": torch.arange(9).expand(2, -1) // 4}
 CORRECTING = {"write_rule": "delta", "rotation": "data_dependent"}
 
 
-@pytest.mark.parametrize(
-    ("options", "arguments", "fused"),
-    [
-        ({}, {}, True),
-        ({}, LEFT_PADDED | PAIRS, False),
-        (CORRECTING, LEFT_PADDED | PAIRS, True),
-        (CORRECTING, {}, False),
-    ],
-    ids=["plain", "packed-chunked", "delta-packed", "delta-chunked"],
-)
+@pytest.mark.parametrize(("options", "arguments", "fused"), [
+    ({}, {}, True),
+    ({}, LEFT_PADDED | PAIRS, False),
+    (CORRECTING, LEFT_PADDED | PAIRS, True),
+    (CORRECTING, {}, False),
+], ids=["plain", "packed-chunked", "delta-packed", "delta-chunked"])  # fmt: skip
 def test_a_model_compiles_to_one_graph(options, arguments, fused, monkeypatch):
     """Traced and differentiated as by Inductor, but run by eager kernels: seconds, not a minute."""
     if not fused:
@@ -339,19 +308,16 @@ def test_a_compiled_model_continues_a_state():
     assert cache.get_seq_length() == 9
 
 
-# ---------------------------------------------------------------- refusals
-
-
 def test_what_is_not_a_state_of_this_model_is_refused():
     model, ids = tiny_model(), random_ids(2, 5)
-    with pytest.raises(ValueError, match="must be a HAMTCache; got DynamicCache"):
-        model(ids, past_key_values=DynamicCache())
-    with pytest.raises(
-        ValueError, match="this state has 1 layers, the model 2: it comes from another model"
+    fewer = "this state has 1 layers, the model 2: it comes from another model"
+    for past, message in (
+        (DynamicCache(), "must be a HAMTCache; got DynamicCache"),
+        (tiny_model(num_layers=1)(ids).past_key_values, fewer),
+        (tiny_model(num_slots=5)(ids).past_key_values, "comes from another model: its slots"),
     ):
-        model(ids, past_key_values=tiny_model(num_layers=1)(ids).past_key_values)
-    with pytest.raises(ValueError, match="comes from another model: its slots"):
-        model(ids, past_key_values=tiny_model(num_slots=5)(ids).past_key_values)
+        with pytest.raises(ValueError, match=message):
+            model(ids, past_key_values=past)
     with pytest.raises(ValueError, match="2 rows, the input 1"):
         model(ids[:1], past_key_values=model(ids).past_key_values)
 

@@ -36,6 +36,12 @@ class Options:
     mixers: list[str] | str | None = option(None, "one, or one a layer")
 
 
+def refusal(*arguments):
+    with pytest.raises(UserError) as refused:
+        given(*arguments)
+    return str(refused.value)
+
+
 def given(*arguments, **others):
     return parse(Options, arguments, "cook", **others)
 
@@ -47,10 +53,8 @@ def recipe(tmp_path, content):
 
 
 def test_flags_become_values_of_their_type():
-    options = given(
-        *("--dataset", "a", "--learning-rate=1e-3", "--count", "3", "--quick", "--decay", "-1"),
-        *("--lengths", "4", "5", "--tasks", "mqar", "--mixers", "memory"),
-    )
+    words = "--dataset a --learning-rate=1e-3 --count 3 --quick --decay -1 --lengths 4 5"
+    options = given(*f"{words} --tasks mqar --mixers memory".split())
     assert (options.text, options.rate, options.count, options.quick) == ("a", 1e-3, 3, True)
     assert (options.lengths, options.tasks, options.decay) == ([4, 5], ["mqar"], -1.0)
     assert options.mixers == "memory"
@@ -86,30 +90,22 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "value", "message"), WRONG)
 def test_a_value_out_of_range_is_refused_wherever_it_comes_from(name, value, message, tmp_path):
-    with pytest.raises(UserError) as from_flag:
-        given(f"--{name}={value}")
-    assert str(from_flag.value) == message
+    assert refusal(f"--{name}={value}") == message
     arguments = recipe(tmp_path, f"{name}: {value}\n")
-    with pytest.raises(UserError) as from_recipe:
-        given(*arguments)
-    assert str(from_recipe.value) == f"{message} (in {arguments[1]})"
+    assert refusal(*arguments) == f"{message} (in {arguments[1]})"
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"rate": -1}, "--rate must be positive; got -1"),
-        ({"rate": None}, "--rate: invalid float value None"),
-        ({"count": True}, "--count: invalid int value True"),
-        ({"count": "3"}, "--count: invalid int value '3'"),
-        ({"quick": 1}, "--quick: invalid bool value 1"),
-        ({"lengths": [4, 0]}, "--lengths must be at least 1; got 0"),
-        ({"lengths": []}, "--lengths needs at least one value"),
-        ({"tasks": ["mqar", "x"]}, "--tasks must be one of parity, mqar; got 'x'"),
-        ({"mixers": [1]}, "--mixers: invalid str value 1"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("values", "message"), [
+    ({"rate": -1}, "--rate must be positive; got -1"),
+    ({"rate": None}, "--rate: invalid float value None"),
+    ({"count": True}, "--count: invalid int value True"),
+    ({"count": "3"}, "--count: invalid int value '3'"),
+    ({"quick": 1}, "--quick: invalid bool value 1"),
+    ({"lengths": [4, 0]}, "--lengths must be at least 1; got 0"),
+    ({"lengths": []}, "--lengths needs at least one value"),
+    ({"tasks": ["mqar", "x"]}, "--tasks must be one of parity, mqar; got 'x'"),
+    ({"mixers": [1]}, "--mixers: invalid str value 1"),
+], ids=str)  # fmt: skip
 def test_options_made_in_python_are_checked_too(values, message):
     with pytest.raises(UserError) as refused:
         check(Options(**values))
@@ -143,19 +139,14 @@ def test_help_shows_range_choices_default_and_a_heading(capsys):
     assert "learning-rate" not in shown
 
 
-@pytest.mark.parametrize(
-    ("flag", "hint"),
-    [
-        ("--learning_rte", "did you mean --learning_rate?"),
-        ("--conv_kernel_size", "hamt cook --help lists the options"),
-        ("--length=3", "did you mean --lengths?"),
-        ("stew", "a text of several words stands in quotes; hamt cook --help lists the options"),
-    ],
-)
+@pytest.mark.parametrize(("flag", "hint"), [
+    ("--learning_rte", "did you mean --learning_rate?"),
+    ("--conv_kernel_size", "hamt cook --help lists the options"),
+    ("--length=3", "did you mean --lengths?"),
+    ("stew", "a text of several words stands in quotes; hamt cook --help lists the options"),
+])  # fmt: skip
 def test_an_unknown_option_is_told_with_the_nearest_known_one(flag, hint):
-    with pytest.raises(UserError) as refused:
-        given(flag)
-    assert str(refused.value) == f"unknown option {flag}: {hint}"
+    assert refusal(flag) == f"unknown option {flag}: {hint}"
 
 
 def test_a_flag_without_its_value_is_refused():
@@ -191,21 +182,16 @@ def test_a_switch_puts_other_values_in_the_place_of_defaults_only(tmp_path):
     assert given("--quick", "false").count is None
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("coun: 3", "unknown option --coun (in {path}): did you mean --count?"),
-        ("config: b.yaml", "unknown option --config (in {path}): hamt cook --help"),
-        ("count: [3, 4]", "--count takes one value; got 2 (in {path})"),
-        ("lengths: []", "--lengths needs at least one value (in {path})"),
-        ("count: 2001-99-99", "--count: invalid int value '2001-99-99' (in {path})"),
-    ],
-)
+@pytest.mark.parametrize(("content", "message"), [
+    ("coun: 3", "unknown option --coun (in {path}): did you mean --count?"),
+    ("config: b.yaml", "unknown option --config (in {path}): hamt cook --help"),
+    ("count: [3, 4]", "--count takes one value; got 2 (in {path})"),
+    ("lengths: []", "--lengths needs at least one value (in {path})"),
+    ("count: 2001-99-99", "--count: invalid int value '2001-99-99' (in {path})"),
+])  # fmt: skip
 def test_what_is_wrong_in_a_recipe_is_told_with_its_path(content, message, tmp_path):
     arguments = recipe(tmp_path, content)
-    with pytest.raises(UserError) as refused:
-        given(*arguments)
-    assert str(refused.value).startswith(message.format(path=arguments[1]))
+    assert refusal(*arguments).startswith(message.format(path=arguments[1]))
 
 
 def test_words_of_a_recipe_stay_words(tmp_path):

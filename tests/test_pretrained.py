@@ -23,9 +23,8 @@ def test_it_loses_what_its_card_says(tmp_path):
     info = json.loads((PRETRAINED / "training_info.json").read_text(encoding="utf-8"))
     corpus = tokenise(load_corpus(info["options"]["data"]), tokenizer, tmp_path)
     assert corpus.fingerprint == info["data_fingerprint"]
-    nats, bits = held_out_loss(
-        model, corpus.held_out, info["options"]["max_length"], documents_flow=False
-    )
+    length = info["options"]["max_length"]
+    nats, bits = held_out_loss(model, corpus.held_out, length, documents_flow=False)
     card = (PRETRAINED / "README.md").read_text(encoding="utf-8")
     told = re.search(r"held-out loss \| ([\d.]+) nats/token, ([\d.]+) bits/byte", card)
     assert nats == pytest.approx(float(told[1]), abs=0.001)
@@ -36,11 +35,9 @@ def test_it_computes_in_float32_also_for_transformers():
     model = AutoModelForCausalLM.from_pretrained(PRETRAINED)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    ids = AutoTokenizer.from_pretrained(PRETRAINED)(
-        "The Congress of the United", return_tensors="pt"
-    )
-    likeliest = model(**ids).logits[0, -1].argmax()
-    assert AutoTokenizer.from_pretrained(PRETRAINED).decode(likeliest) == " States"
+    tokenizer = AutoTokenizer.from_pretrained(PRETRAINED)
+    ids = tokenizer("The Congress of the United", return_tensors="pt")
+    assert tokenizer.decode(model(**ids).logits[0, -1].argmax()) == " States"
 
 
 def test_it_writes_without_being_asked_for(capsys):

@@ -10,7 +10,6 @@ from linear_inputs import FEATURES, OUTPUTS, random, without_onednn
 from model_inputs import VARIANTS
 from torch import nn
 
-import hamt.cpu.linear
 from hamt import HAMTConfig, HAMTModel
 from hamt.cpu.linear import MIN_NUMEL, MIN_SIDE
 from hamt.products import MAX_FUSED_ROWS, FusedLinear, fuse, plain_weights, project, unfuse
@@ -47,27 +46,9 @@ def siblings():
     return module
 
 
-@pytest.fixture
-def layouts(monkeypatch):
-    """Whether the matrix of each product was packed."""
-    if None in (hamt.cpu.linear._PRODUCT, hamt.cpu.linear._PACK):
-        pytest.skip("this PyTorch has no such operator")
-    original, seen = hamt.cpu.linear._PRODUCT, []
-
-    def noted(inputs, weight, *others):
-        seen.append(weight.is_mkldnn)
-        return original(inputs, weight, *others)
-
-    monkeypatch.setattr(hamt.cpu.linear, "_PRODUCT", noted)
-    return seen
-
-
 def assert_equal(actual, expected):
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-# ---------------------------------------------------------------- one map
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -105,9 +86,6 @@ def test_what_cannot_be_packed_is_left_alone():
         assert fuse(layer) == 0
     with without_onednn():
         assert fuse(nn.Linear(FEATURES, OUTPUTS)) == 0
-
-
-# ---------------------------------------------------------------- several
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -174,15 +152,20 @@ class Around(nn.Module):
         return self.inner(inputs) + 1
 
 
+def add_one_after(module, args):
+    """Change the input so that the output of a map grows by 1."""
+    return (args[0] + torch.linalg.pinv(module.weight).sum(1),)
+
+
+def another_forward(module):
+    return lambda inputs: F.linear(inputs, module.weight) + 1
+
+
 ADDITIONS = {
     "another module": lambda maps: maps.__setitem__(1, Around(maps[1])),
     "a hook": lambda maps: maps[1].register_forward_hook(lambda module, args, output: output + 1),
-    "a hook before": lambda maps: maps[1].register_forward_pre_hook(
-        lambda module, args: (args[0] + torch.linalg.pinv(module.weight).sum(1),)
-    ),
-    "another forward": lambda maps: setattr(
-        maps[1], "forward", lambda x: F.linear(x, maps[1].weight) + 1
-    ),
+    "a hook before": lambda maps: maps[1].register_forward_pre_hook(add_one_after),
+    "another forward": lambda maps: setattr(maps[1], "forward", another_forward(maps[1])),
     "a bias": lambda maps: setattr(maps[1], "bias", nn.Parameter(torch.ones(8))),
 }
 
@@ -235,9 +218,6 @@ def test_small_groups_are_left_alone(layouts):
     assert fuse(Siblings((few, few + 2))) > 0
 
 
-# ---------------------------------------------------------------- models
-
-
 def wide_model(num_layers=1, **options):
     torch.manual_seed(0)
     return HAMTModel(HAMTConfig(hidden_dim=256, num_layers=num_layers, vocab_size=64, **options))
@@ -275,16 +255,11 @@ def test_every_model_computes_the_same(options, products, layouts):
     assert layouts.count(True) == products
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: model.train().eval(),
-        lambda model: model.bfloat16().float(),
-        lambda model: model.unfuse_projections(),
-        lambda model: model.load_state_dict(model.state_dict()),
-    ],
-    ids=["training", "dtype", "unfused", "loaded"],
-)
+@pytest.mark.parametrize("change", [
+    lambda model: model.train().eval(), lambda model: model.bfloat16().float(),
+    lambda model: model.unfuse_projections(),
+    lambda model: model.load_state_dict(model.state_dict()),
+], ids=["training", "dtype", "unfused", "loaded"])  # fmt: skip
 def test_training_and_casts_undo_it(change, layouts):
     """So that no step of training leaves old weights in use."""
     model = wide_model().eval()

@@ -32,35 +32,31 @@ def test_settings_are_read_as_text(read):
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 99))
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ("- a\n", "must hold lines of the kind `name: value`"),
-        ("a", "must hold lines"),
-        ("a: 1\nb: {c: 1}", "see line 2"),
-        ("a: [[1]]", "see line 1"),
-        ("? [a]\n: b", "see line 1"),
-        ("a: &a [*a]", "see line 1"),
-        (BOMB, "see line 2"),
-        ("a: " + "[" * 3000, "nested too deeply"),
-        ("a: " + "[" * 30000 + "]" * 30000, "nested too deeply"),
-        ("- " * 30000, "nested too deeply"),
-        ("a: !!python/object/apply:os.system [ls]", "see line 1"),
-        ("a: !!python/name:os.system", "see line 1"),
-        ("a: !mine 3", "see line 1"),
-        ("a: !!int [1]", "see line 1"),
-        ("a: !!seq b", "see line 1"),
-        ("!!set {a, b}", "see line 1"),
-        ("a: 1\nb: 2\na: 3", "has a twice, again in line 3"),
-        ("a: 1\n---\na: 2", "cannot be read as YAML"),
-        ("a: *b", "cannot be read as YAML"),
-        ("a: [1\nb: 2", "cannot be read as YAML"),
-        (b"a: \xff", "cannot be read as YAML"),
-        ("a: \0", "cannot be read as YAML"),
-        ("a: " + "b" * LARGEST, "has more than 65,536 characters"),
-    ],
-    ids=lambda value: str(value)[:20],
-)
+@pytest.mark.parametrize(("content", "reason"), [
+    ("- a\n", "must hold lines of the kind `name: value`"),
+    ("a", "must hold lines"),
+    ("a: 1\nb: {c: 1}", "see line 2"),
+    ("a: [[1]]", "see line 1"),
+    ("? [a]\n: b", "see line 1"),
+    ("a: &a [*a]", "see line 1"),
+    (BOMB, "see line 2"),
+    ("a: " + "[" * 3000, "nested too deeply"),
+    ("a: " + "[" * 30000 + "]" * 30000, "nested too deeply"),
+    ("- " * 30000, "nested too deeply"),
+    ("a: !!python/object/apply:os.system [ls]", "see line 1"),
+    ("a: !!python/name:os.system", "see line 1"),
+    ("a: !mine 3", "see line 1"),
+    ("a: !!int [1]", "see line 1"),
+    ("a: !!seq b", "see line 1"),
+    ("!!set {a, b}", "see line 1"),
+    ("a: 1\nb: 2\na: 3", "has a twice, again in line 3"),
+    ("a: 1\n---\na: 2", "cannot be read as YAML"),
+    ("a: *b", "cannot be read as YAML"),
+    ("a: [1\nb: 2", "cannot be read as YAML"),
+    (b"a: \xff", "cannot be read as YAML"),
+    ("a: \0", "cannot be read as YAML"),
+    ("a: " + "b" * LARGEST, "has more than 65,536 characters"),
+], ids=lambda value: str(value)[:20])  # fmt: skip
 def test_anything_else_ends_at_once_in_one_line(read, content, reason):
     begin = time.monotonic()
     with pytest.raises(UserError) as refused:

@@ -34,14 +34,9 @@ def line(page, label):
 
 def row(page, label):
     """Numbers of the cells of a table's row, by how many decimals they are written with."""
-    cells = [
-        re.search(r"\d[\d,]*(?:\.(\d+))?", cell)
-        for cell in line(page, label).strip("| ").split(" | ")[1:]
-    ]
-    return [
-        None if cell is None else (float(cell[0].replace(",", "")), len(cell[1] or ""))
-        for cell in cells
-    ]
+    texts = line(page, label).strip("| ").split(" | ")[1:]
+    cells = [re.search(r"\d[\d,]*(?:\.(\d+))?", text) for text in texts]
+    return [cell and (float(cell[0].replace(",", "")), len(cell[1] or "")) for cell in cells]
 
 
 def same(written, measured):
@@ -54,20 +49,17 @@ def same(written, measured):
             assert number == pytest.approx(value, abs=0.51 * 10**-decimals)
 
 
-# ------------------------------------------------------------- what was learned
-
 HALF = ("hamt-no-rotation", "transformer-conv", "mamba2", "gated-deltanet")
 WHOLE = ("hamt-no-rotation", "transformer-conv")
 
 
-@pytest.mark.parametrize(
-    ("page", "half", "whole"),
-    [
-        (README, "WikiText-2, half an epoch", "WikiText-2, a whole epoch"),
-        (OVERVIEW, "WikiText-2, half an epoch", "the same, a whole epoch"),
-    ],
-    ids=("README", "overview"),
-)
+PLACES = {
+    "README": (README, "WikiText-2, half an epoch", "WikiText-2, a whole epoch"),
+    "overview": (OVERVIEW, "WikiText-2, half an epoch", "the same, a whole epoch"),
+}
+
+
+@pytest.mark.parametrize(("page", "half", "whole"), PLACES.values(), ids=PLACES)
 def test_what_was_learned_of_wikitext(page, half, whole):
     assert "2 seeds" in line(page, half)
     same(row(page, half), [figures(f"wikitext2/half-{name}-*.json", 2) for name in HALF])
@@ -96,16 +88,13 @@ def test_what_was_learned_of_characters():
     same(row(OVERVIEW, "tiny-shakespeare, characters"), [*learned, None, None])
 
 
-@pytest.mark.parametrize(
-    ("page", "label", "state"),
-    [
-        (README, "recall of up to 32 pairs with a state of 768 floats a layer, 3 seeds", 768),
-        (README, "recall of up to 32 pairs with a state of 2,304 floats a layer, 3 seeds", 2304),
-        (OVERVIEW, "recall of up to 32 pairs with 768 floats", 768),
-        (OVERVIEW, "with 1,280", 1280),
-        (OVERVIEW, "with 2,304", 2304),
-    ],
-)
+@pytest.mark.parametrize(("page", "label", "state"), [
+    (README, "recall of up to 32 pairs with a state of 768 floats a layer, 3 seeds", 768),
+    (README, "recall of up to 32 pairs with a state of 2,304 floats a layer, 3 seeds", 2304),
+    (OVERVIEW, "recall of up to 32 pairs with 768 floats", 768),
+    (OVERVIEW, "with 1,280", 1280),
+    (OVERVIEW, "with 2,304", 2304),
+])  # fmt: skip
 def test_what_was_recalled(page, label, state):
     wanted = []
     for model in ("hamt:hcm_dim=64,num_heads=1,rotation=none", "mamba2", "gated-deltanet"):
@@ -119,11 +108,8 @@ def test_what_was_recalled(page, label, state):
     same(row(page, label), [wanted[0], None, *wanted[1:]])
 
 
-# --------------------------------------------------------------- what it costs
-
-TRAINING = {
-    r["length"]: r for r in load("bench/bench.json")["model"]["rows"] if r["phase"] == "train"
-}
+ROWS = load("bench/bench.json")["model"]["rows"]
+TRAINING = {r["length"]: r for r in ROWS if r["phase"] == "train"}
 DECODING = {r["length"]: r for r in load("decode/bench.json")["decode"]["rows"]}
 
 
@@ -145,27 +131,24 @@ def megabytes(model):
     return lambda length: DECODING[length]["cache_bytes"][model] / DECODING[length]["batch"] / 1e6
 
 
-@pytest.mark.parametrize(
-    ("page", "label", "measured", "lengths"),
-    [
-        (README, "training: times as fast", times_as_fast, TRAINING),
-        (README, "decoding: times as fast", decoding("static"), DECODING),
-        (README, "carried while decoding, MB a row: HAMT", megabytes("hamt"), DECODING),
-        (README, "carried while decoding, MB a row: the Llama", megabytes("static"), DECODING),
-        (OVERVIEW, "training, over a RoPE transformer", times_as_fast, TRAINING),
-        (OVERVIEW, "ceiling: that transformer", ceiling, TRAINING),
-        (OVERVIEW, "decoding, over a Llama, cache of fixed", decoding("static"), DECODING),
-        (OVERVIEW, "decoding, over a Llama, cache that", decoding("dynamic"), DECODING),
-        (OVERVIEW, "what is carried while decoding, MB a row: HAMT", megabytes("hamt"), DECODING),
-        (OVERVIEW, "the Llama |", megabytes("static"), DECODING),
-    ],
-)
+MEASURED = [
+    (README, "training: times as fast", times_as_fast, TRAINING),
+    (README, "decoding: times as fast", decoding("static"), DECODING),
+    (README, "carried while decoding, MB a row: HAMT", megabytes("hamt"), DECODING),
+    (README, "carried while decoding, MB a row: the Llama", megabytes("static"), DECODING),
+    (OVERVIEW, "training, over a RoPE transformer", times_as_fast, TRAINING),
+    (OVERVIEW, "ceiling: that transformer", ceiling, TRAINING),
+    (OVERVIEW, "decoding, over a Llama, cache of fixed", decoding("static"), DECODING),
+    (OVERVIEW, "decoding, over a Llama, cache that", decoding("dynamic"), DECODING),
+    (OVERVIEW, "what is carried while decoding, MB a row: HAMT", megabytes("hamt"), DECODING),
+    (OVERVIEW, "the Llama |", megabytes("static"), DECODING),
+]
+HEADINGS = {README: "20M parameters, float32, 2 CPU cores; context", OVERVIEW: "context (tokens)"}
+
+
+@pytest.mark.parametrize(("page", "label", "measured", "lengths"), MEASURED)
 def test_what_it_costs(page, label, measured, lengths):
-    heading = {
-        README: "20M parameters, float32, 2 CPU cores; context",
-        OVERVIEW: "context (tokens)",
-    }
-    contexts = [int(number) for number, _ in row(page, heading[page])]
+    contexts = [int(number) for number, _ in row(page, HEADINGS[page])]
     assert set(DECODING) <= set(contexts)
     same(row(page, label), [measured(n) if n in lengths else None for n in contexts])
 
@@ -183,9 +166,8 @@ def test_where_it_costs_more():
     assert "slower below some 230 tokens, and takes 1.3 times the RoPE transformer's" in README
     steps = [r for r in load("memory/bench.json")["memory"]["rows"] if r["phase"] == "training"]
     for step in steps:
-        assert step["peak_bytes"]["hamt"] / step["peak_bytes"]["transformer"] == pytest.approx(
-            1.3, abs=0.05
-        )
+        peaks = step["peak_bytes"]
+        assert peaks["hamt"] / peaks["transformer"] == pytest.approx(1.3, abs=0.05)
     assert crossover(list(TRAINING.values())) == pytest.approx(230, abs=5)
 
 

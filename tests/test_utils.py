@@ -12,20 +12,16 @@ from hamt.utils import compute_flops_per_token, model_flops
 COUNTED = ("projections", "memory", "mlp", "head")  # what torch counts: the rest is elementwise
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"write_rule": "delta"},
-        {"write_rule": "convex", "num_slots": 3},
-        {"binding_type": "elementwise"},
-        {"binding_type": "circular_conv", "hcm_dim": 48},
-        {"rotation": "data_dependent"},
-        {"use_gating": False, "use_output_gate": False},
-        {"intermediate_dim": 0, "conv_kernel_size": 0, "tie_word_embeddings": False},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [
+    {},
+    {"write_rule": "delta"},
+    {"write_rule": "convex", "num_slots": 3},
+    {"binding_type": "elementwise"},
+    {"binding_type": "circular_conv", "hcm_dim": 48},
+    {"rotation": "data_dependent"},
+    {"use_gating": False, "use_output_gate": False},
+    {"intermediate_dim": 0, "conv_kernel_size": 0, "tie_word_embeddings": False},
+], ids=str)  # fmt: skip
 def test_matrix_products_are_those_that_torch_counts(options):
     config = tiny_config(**options)
     model, ids = HAMTForCausalLM(config).eval(), random_ids(1, 24)
@@ -40,9 +36,8 @@ def test_matrix_products_of_a_transformer_are_those_that_torch_counts():
     parts, ids = model_flops(model.config, 33), random_ids(1, 33)
     with torch.no_grad():
         counted = count_flops(lambda: model(ids))
-    assert sum(
-        value for name, value in parts.items() if name != "elementwise"
-    ) * 33 == pytest.approx(counted)
+    products = sum(value for name, value in parts.items() if name != "elementwise")
+    assert products * 33 == pytest.approx(counted)
 
 
 def test_attention_grows_with_the_sequence_and_the_memory_does_not():
@@ -51,9 +46,8 @@ def test_attention_grows_with_the_sequence_and_the_memory_does_not():
     assert short["hamt_gflops"] == long["hamt_gflops"]
     assert long["reduction_ratio"] > short["reduction_ratio"]
     for flops in (short, long):
-        assert flops["reduction_ratio"] == pytest.approx(
-            flops["standard_gflops"] / flops["hamt_gflops"]
-        )
+        ratio = flops["standard_gflops"] / flops["hamt_gflops"]
+        assert flops["reduction_ratio"] == pytest.approx(ratio)
         assert sum(flops["hamt_parts"].values()) == pytest.approx(flops["hamt_gflops"])
     grown = long["standard_parts"]["attention"] - short["standard_parts"]["attention"]
     assert grown * 1e9 == pytest.approx(8 * 4 * 512 * (16_384 - 512) / 2)

@@ -14,29 +14,23 @@ from hamt.visualization import (
 )
 
 
-@pytest.mark.parametrize(
-    ("description", "label"),
-    [
-        ("hamt", "HAMT"),
-        ("hamt:hcm_dim=64,num_heads=1,rotation=none", "HAMT, one head"),
-        ("hamt:num_heads=8,write_rule=delta", "HAMT, 8 heads, write rule delta"),
-        ("hamt:rotation=constant", "HAMT, rotation constant"),
-        ("gated-deltanet", "Gated DeltaNet"),
-        ("HAMT (demo)", "HAMT (demo)"),
-        ("org/model:revision", "org/model:revision"),
-    ],
-)
+@pytest.mark.parametrize(("description", "label"), [
+    ("hamt", "HAMT"),
+    ("hamt:hcm_dim=64,num_heads=1,rotation=none", "HAMT, one head"),
+    ("hamt:num_heads=8,write_rule=delta", "HAMT, 8 heads, write rule delta"),
+    ("hamt:rotation=constant", "HAMT, rotation constant"),
+    ("gated-deltanet", "Gated DeltaNet"),
+    ("HAMT (demo)", "HAMT (demo)"),
+    ("org/model:revision", "org/model:revision"),
+])  # fmt: skip
 def test_models_have_short_names_in_legends(description, label):
     assert short_label(description) == label
 
 
 def test_models_of_one_plot_are_told_apart():
     wide, narrow = "hamt:hcm_dim=64", "hamt:hcm_dim=32"
-    assert short_labels([wide, narrow, "mamba2"]) == {
-        wide: wide,
-        narrow: narrow,
-        "mamba2": "Mamba-2",
-    }
+    expected = {wide: wide, narrow: narrow, "mamba2": "Mamba-2"}
+    assert short_labels([wide, narrow, "mamba2"]) == expected
 
 
 def tick_labels(axis):
@@ -45,12 +39,8 @@ def tick_labels(axis):
 
 
 def test_ticks_are_plain_numbers_at_what_was_measured():
-    assert [plain_number(x) for x in (8192, 0.05, 20, 1.5e7)] == [
-        "8,192",
-        "0.05",
-        "20",
-        "15,000,000",
-    ]
+    numbers = {8192: "8,192", 0.05: "0.05", 20: "20", 1.5e7: "15,000,000"}
+    assert [plain_number(x) for x in numbers] == list(numbers.values())
     (axes,) = scaling({"a": {"hamt": Series([1024, 8192, 65536], [0.3, 3, 30])}}, "MB").axes
     assert tick_labels(axes.xaxis) == ["1,024", "8,192", "65,536"]
     assert {"1", "10"} <= set(tick_labels(axes.yaxis))

@@ -7,14 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
+from command_inputs import read_json, words
 
 from hamt.data.blocks import next_token_batch
 from hamt.training.loop import LoopOptions, Trainer
-
-
-def train(model, batches, evaluate, *, until=lambda value: False, listeners=(), **options):
-    trainer = Trainer(model, evaluate, LoopOptions(**options), until=until, listeners=listeners)
-    return trainer.train(batches)
 
 
 def repeated_batches(batch=4, length=17, vocab=40):
@@ -24,35 +20,33 @@ def repeated_batches(batch=4, length=17, vocab=40):
         yield next_token_batch(ids)
 
 
-TEXT = "".join(
-    f"Line {i}: the sum of {i} and {i + 1} is {2 * i + 1}, and that is that.\n" for i in range(900)
-)
+def train(
+    model, batches=None, evaluate=lambda: None, until=lambda _: False, listeners=(), **options
+):
+    options = LoopOptions(**{"learning_rate": 1e-2, **options})
+    trainer = Trainer(model, evaluate, options, until=until, listeners=listeners)
+    return trainer.train(batches or repeated_batches())
 
 
 TINY = {
-    "hidden_dim": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "num_slots": 4,
-    "vocab_size": 300,
-    "max_length": 32,
-    "batch_size": 4,
-    "num_steps": 40,
-    "log_interval": 1,
-    "eval_interval": 20,
+    "hidden_dim": 32, "num_layers": 2, "num_heads": 2, "num_slots": 4, "vocab_size": 300,
+    "max_length": 32, "batch_size": 4, "num_steps": 40, "log_interval": 1, "eval_interval": 20,
     "save_interval": 10,
-}
+}  # fmt: skip
 
 
 def command(**options):
     """``hamt train`` with these options."""
-    words = (word for name, value in options.items() for word in (f"--{name}", value))
-    return ["train", *map(str, words)]
+    return ["train", *words(**options)]
 
 
 def flags(text, folder, **options):
     """``hamt train`` of a tiny model."""
     return command(**{"data": text, "output_dir": folder, **TINY, **options})
+
+
+def info_of(folder):
+    return read_json(folder / "training_info.json")
 
 
 def losses(folder):
@@ -65,9 +59,8 @@ def start(arguments, *launcher):
     """A process that runs the command."""
     command = [sys.executable, *launcher, "-m", "hamt.cli", *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, env=env, **pipes)
 
 
 def finish(process, code=0):

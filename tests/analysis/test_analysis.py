@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import partial
 from statistics import median
 
 import pytest
@@ -21,13 +22,9 @@ from hamt.memory import Gates, HolographicMemory
 from hamt.peak_memory import call_peak_memory
 
 SIZES = {
-    "hidden_dim": 16,
-    "hcm_dim": 24,
-    "num_layers": 2,
-    "num_heads": 2,
-    "num_slots": 4,
+    "hidden_dim": 16, "hcm_dim": 24, "num_layers": 2, "num_heads": 2, "num_slots": 4,
     "vocab_size": 30,
-}
+}  # fmt: skip
 
 
 def build(**options) -> HAMTForCausalLM:
@@ -51,9 +48,6 @@ def random_trace(algebra, items, features=512, slots=1, decay=1.0):
     before = memory.initial_state()
     lifted = memory.algebra.lift(values)
     return Trace(memory, lifted, keys, keys, gates, read, before, after, output)
-
-
-# ------------------------------------------------------------------- reading
 
 
 @pytest.mark.parametrize("algebra", ["elementwise", "circular_conv", "phasor"])
@@ -80,10 +74,8 @@ def test_the_level_of_chance_is_that_of_random_directions():
     for count, features in ((50, 64), (1000, 256), (1000, 8), (3, 2), (5, 1)):
         directions = F.normalize(torch.randn(400, count, features, generator=generator), dim=-1)
         largest = directions[..., 0].amax(dim=1)
-        error = largest.std().item() / 400**0.5
-        assert largest_by_chance(count, features) == pytest.approx(
-            largest.mean().item(), abs=4 * error
-        )
+        mean, error = largest.mean().item(), largest.std().item() / 400**0.5
+        assert largest_by_chance(count, features) == pytest.approx(mean, abs=4 * error)
     assert largest_by_chance(1, 16) == pytest.approx(0, abs=1e-6)
 
 
@@ -104,9 +96,6 @@ def test_places_that_do_not_exist_are_refused():
     for wrong in ({"after": 5}, {"token": 3}, {"head": 1}, {"slot": 1}, {"after": -1}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must lie from 0"):
             read_memory(trace, **{"after": 2, "token": 1, "head": 0, **wrong})
-
-
-# -------------------------------------------------------------------- survey
 
 
 def test_entropies():
@@ -145,20 +134,16 @@ def test_shares_are_of_what_is_written_and_read():
         write=torch.tensor([[[[0.5, 0.5]], [[-1.0, 0.0]], [[0.0, 0.0]]]]),
         read=torch.tensor([[[[0.0, 1.0]], [[0.5, -1.0]], [[1.0, 0.0]]]]),
         keep=torch.tensor([[[[0.5, 0.25]], [[0.5, 1.0]], [[0.5, 0.5]]]]),
-        written=torch.tensor([[[2.0], [3.0], [1.0]]]),
-        times=[1, 3],
-        norms=torch.tensor([[[[2.0, 1.0]], [[4.0, 2.0]]]]),
-        rank=none,
-        retrieval=Retrieval([], none, none),
-        turn=None,
-    )
+        written=torch.tensor([[[2.0], [3.0], [1.0]]]), times=[1, 3],
+        norms=torch.tensor([[[[2.0, 1.0]], [[4.0, 2.0]]]]), rank=none,
+        retrieval=Retrieval([], none, none), turn=None,
+    )  # fmt: skip
     assert found.write_share()[0].tolist() == pytest.approx([0.8, 0.2])  # 1 + 3 and 1
     # 0.5 · 3 + 1 · 4, and 1 · 1 + 1 · 1.5: at the second token norms are halfway between those on
     # its sides.
     assert found.read_share()[0].tolist() == pytest.approx([5.5 / 8, 2.5 / 8])
-    assert found.half_lives()[0].tolist() == pytest.approx(
-        [1, 1]
-    )  # an eighth is left after all three
+    # An eighth is left after all three.
+    assert found.half_lives()[0].tolist() == pytest.approx([1, 1])
     assert found.dead() == []
 
 
@@ -177,10 +162,8 @@ def test_the_half_life_of_a_corrected_slot_counts_what_writes_erase():
             left.append(state.diagonal().abs())
         real = (torch.stack(left) > 0.5).sum(dim=0).double().clamp(min=1)
         forgotten = math.log(2) / -kept[0, :, head].log().mean(dim=0)  # by the forget gates alone
-        error, error_without = (
-            (x.double() / real).log().abs().mean() for x in (half_lives[head], forgotten)
-        )
-        assert error < 0.5 * error_without
+        errors = [(x.double() / real).log().abs().mean() for x in (half_lives[head], forgotten)]
+        assert errors[0] < 0.5 * errors[1]
 
 
 def test_half_lives_are_those_of_the_gates():
@@ -234,9 +217,8 @@ def test_the_loss_without_a_slot_is_that_of_a_model_that_cannot_read_it():
     without = model(ids[None], labels=ids[None]).loss.item()
     assert rises[1][1, 2].item() == pytest.approx(without - loss, abs=1e-6)
     assert abs(without - loss) > 1e-5
-    assert loss_without_slots(model, ids, layers=[1])[1][1][1, 2].item() == pytest.approx(
-        0, abs=1e-6
-    )
+    _, rises = loss_without_slots(model, ids, layers=[1])
+    assert rises[1][1, 2].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_a_survey_costs_little_more_than_what_it_watches():
@@ -249,26 +231,21 @@ def test_a_survey_costs_little_more_than_what_it_watches():
         run()
         return time.process_time() - start
 
+    ratios = []
     with torch.no_grad():
-        pairs = [
-            (seconds(lambda: model.model(ids)), seconds(lambda: survey(model, ids)))
-            for _ in range(6)
-        ]
-    assert median(watched / plain for plain, watched in pairs[1:]) < 3
+        for _ in range(6):
+            plain = seconds(lambda: model.model(ids))
+            ratios.append(seconds(lambda: survey(model, ids)) / plain)
+    assert median(ratios[1:]) < 3
 
 
 def test_a_long_text_takes_memory_for_its_gates_only():
     model = build(num_heads=1, num_slots=2, hcm_dim=128, num_layers=1)
-    sizes = {
-        n: call_peak_memory(lambda n=n: survey(model, text(n), segment=256)) for n in (512, 4096)
-    }
-    # write, read, keep, and the norm of what was written; items and keys would be 4 · 128 floats a
-    # token.
-    grown = (sizes[4096] - sizes[512]) / (4096 - 512)
-    assert grown < 2 * 4 * (3 * 2 + 1) + 64
-
-
-# ------------------------------------------------------------------- sources
+    calls = (partial(survey, model, text(length), segment=256) for length in (512, 4096))
+    short, long = map(call_peak_memory, calls)
+    # Write, read, keep, and the norm of what was written, where items and keys would be 4 · 128
+    # floats a token.
+    assert (long - short) / (4096 - 512) < 2 * 4 * (3 * 2 + 1) + 64
 
 
 def test_answers_come_from_where_the_values_stand():
@@ -276,9 +253,8 @@ def test_answers_come_from_where_the_values_stand():
     task = MQAR(length=16, vocab_size=24, num_kv_pairs=3)
     torch.manual_seed(0)
     config = {"hidden_dim": 32, "hcm_dim": 64, "num_layers": 1, "num_heads": 1, "num_slots": 4}
-    model = HAMTForCausalLM(
-        HAMTConfig(**config, vocab_size=24, intermediate_dim=0, conv_kernel_size=2)
-    )
+    config |= {"vocab_size": 24, "intermediate_dim": 0, "conv_kernel_size": 2}
+    model = HAMTForCausalLM(HAMTConfig(**config))
     options = {"batch_size": 64, "num_steps": 250, "learning_rate": 0.02, "eval_interval": 250}
     assert train_on_task(model, task, seed=0, **options).final_accuracy > 0.9
     found = recall_sources(model.eval(), task, 40, seed=1)

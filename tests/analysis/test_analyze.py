@@ -27,20 +27,14 @@ def test_the_command_writes_figures_pictures_and_a_page(tmp_path, capsys):
     assert len(layer["half_life_tokens"]) == len(layer["loss_without"]) == 4
     assert layer["retrieval"]["lag"][0] == 0
     assert np.array(layer["norms"]).shape == (len(layer["after_tokens"]), 4, 16)
-    assert (
-        len(layer["write_gate_of_the_end"])
-        == len(results["tokens_of_the_end"])
-        == results["tokens"]
-    )
+    shown = len(results["tokens_of_the_end"])
+    assert len(layer["write_gate_of_the_end"]) == shown == results["tokens"]
     asked = layer["held"]
     assert [row["back"] for row in asked] == [0, 1, 2, 4, 8, 16, 32, 64]
     assert asked[0]["cosine"] > 0.8 > asked[0]["chance_theory"]
     assert asked[0]["rank"] == 0
-    assert asked[0]["nearest"][0] == {
-        "token": asked[0]["token"],
-        "back": 0,
-        "cosine": asked[0]["cosine"],
-    }
+    itself = {name: asked[0][name] for name in ("token", "cosine")}
+    assert asked[0]["nearest"][0] == {**itself, "back": 0}
     pictures = {path.stem for path in tmp_path.glob("*.png")}
     assert {"memory_evolution", "slots", "retrieval", "gates", "contributions_layer_3"} <= pictures
     page = (tmp_path / "dashboard.html").read_text()
@@ -54,9 +48,8 @@ def test_the_command_writes_figures_pictures_and_a_page(tmp_path, capsys):
 def test_pages_show_the_end_of_a_long_text():
     """Sources, gates and what is held are those of the last tokens, each under its own word."""
     model, tokenizer = load_checkpoint(PRETRAINED)
-    ids = torch.tensor(
-        tokenizer("The people of the United States expect the Congress to act. " * 30).input_ids
-    )
+    text = "The people of the United States expect the Congress to act. " * 30
+    ids = torch.tensor(tokenizer(text).input_ids)
     found = analyse(model, tokenizer, ids, silence=False)
     tokens = found.results["tokens_of_the_end"]
     assert len(ids) > TRACED == len(tokens)

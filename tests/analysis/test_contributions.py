@@ -1,5 +1,7 @@
 """Recording a model, and tracing read-outs to the positions they come from."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -11,27 +13,18 @@ from hamt.analysis.contributions import (
     logit_directions,
 )
 from hamt.analysis.record import observe, record
+from hamt.memory import ALGEBRAS, WRITE_RULES
 from hamt.memory.scan import decays
 
-KINDS = [
-    {"binding_type": binding, "write_rule": rule, "rotation": rotation}
-    for binding in ("elementwise", "circular_conv", "phasor")
-    for rule in ("gated", "convex", "delta")
-    for rotation in ("none", "data_dependent")
-]
+KINDS = product(ALGEBRAS, WRITE_RULES, ("none", "data_dependent"))
+KINDS = [dict(zip(("binding_type", "write_rule", "rotation"), kind, strict=True)) for kind in KINDS]
+kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind.values()))
 
 
 def build(**options) -> HAMTForCausalLM:
     torch.manual_seed(0)
-    config = {
-        "hidden_dim": 16,
-        "hcm_dim": 24,
-        "num_layers": 2,
-        "num_heads": 2,
-        "num_slots": 3,
-        "vocab_size": 30,
-    }
-    model = HAMTForCausalLM(HAMTConfig(**{**config, **options})).double().eval()
+    sizes = {"hidden_dim": 16, "hcm_dim": 24, "num_layers": 2, "num_heads": 2, "num_slots": 3}
+    model = HAMTForCausalLM(HAMTConfig(vocab_size=30, **sizes, **options)).double().eval()
     with torch.no_grad():  # as if trained: rotations turn, norms and gates differ
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -42,7 +35,7 @@ def text(length=37, rows=2, seed=0):
     return torch.randint(30, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind.values()))
+@kinds
 def test_contributions_sum_to_the_read_out(kind):
     """From an empty memory and from a filled one, along the read-out and along any direction."""
     model, queries = build(**kind), [36, 0, 5, 17]
@@ -53,9 +46,8 @@ def test_contributions_sum_to_the_read_out(kind):
         assert sorted(recording.traces) == [0, 1]
         for trace in recording.traces.values():
             shares = contributions(trace, queries)
-            torch.testing.assert_close(
-                shares.sum(), torch.ones(2, 4, 2).double(), rtol=1e-7, atol=1e-9
-            )
+            ones = torch.ones(2, 4, 2).double()
+            torch.testing.assert_close(shares.sum(), ones, rtol=1e-7, atol=1e-9)
             directions = torch.randn(2, 4, 2, 12, dtype=torch.float64)
             found = contributions(trace, queries, directions).sum()
             wanted = (trace.output[:, queries] * directions).sum(dim=-1)
@@ -97,7 +89,7 @@ def test_a_recording_is_the_memory_and_changes_nothing():
     torch.testing.assert_close(model.lm_head(model.model.norm(recording.final)), before)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind.values()))
+@kinds
 def test_states_in_between_are_those_of_a_shorter_text(kind):
     model = build(**kind)
     trace = record(model, text()).traces[1]
@@ -106,40 +98,31 @@ def test_states_in_between_are_those_of_a_shorter_text(kind):
         torch.testing.assert_close(state, shorter.after.slots)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"use_output_gate": False}, {"conv_kernel_size": 1}], ids=str
-)
+OTHERS = [{}, {"use_output_gate": False}, {"conv_kernel_size": 1}]
+
+
+@pytest.mark.parametrize("options", OTHERS, ids=str)
 def test_directions_of_a_logit_give_what_a_layer_adds_to_it(options):
     """Measured the other way: the layer's output through the last norm, held fixed, and head."""
     model, queries = build(**options), [3, 20]
     ids = text()
     targets = torch.tensor([[4, 5], [6, 7]])
     recording = record(model, ids)
-    outputs = {}
-    hooks = [
-        block.mixer.register_forward_hook(
-            lambda m, i, o, index=index: outputs.update({index: o[0]})
-        )
-        for index, block in enumerate(model.model.layers)
-    ]
+    outputs, norm, mixers = [], model.model.norm, [block.mixer for block in model.model.layers]
+    note = {"hook": lambda module, inputs, output: outputs.append(output[0])}
+    hooks = [mixer.register_forward_hook(**note) for mixer in mixers]
     model(ids)
     for hook in hooks:
         hook.remove()
-    final = recording.final[:, queries]
-    scale = (
-        model.model.norm.weight
-        / (final.square().mean(dim=-1, keepdim=True) + model.model.norm.eps).sqrt()
-    )
-    rows = model.lm_head.weight[targets]
-    added = {
-        index: (output[:, queries] * scale * rows).sum(dim=-1) for index, output in outputs.items()
-    }
+    square = recording.final[:, queries].square().mean(dim=-1, keepdim=True)
+    rows = norm.weight / (square + norm.eps).sqrt() * model.lm_head.weight[targets]
+    added = [(output[:, queries] * rows).sum(dim=-1) for output in outputs]
     for index, trace in recording.traces.items():
         directions = logit_directions(model, recording, index, queries, targets)
         found = contributions(trace, queries, directions).sum().sum(dim=-1)
         torch.testing.assert_close(found, added[index], rtol=1e-7, atol=1e-9)
     total = logit_contributions(model, recording, queries, targets)
-    torch.testing.assert_close(total.sum(dim=-1), sum(added.values()), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(total.sum(dim=-1), sum(added), rtol=1e-7, atol=1e-9)
 
 
 def test_what_cannot_be_recorded_is_refused():

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_inputs import TEXT, fails
+from command_inputs import TEXT, fails, read_json, words
 from evaluation_inputs import SMALL
 
 from hamt.baselines.training import rivals_folder
@@ -19,27 +19,26 @@ def trained(tmp_path):
     """A checkpoint of three steps, and its text."""
     folder, text = tmp_path / "run", tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
-    sizes = ["--hidden_dim", "64", "--num_layers", "1", "--vocab_size", "300", "--max_length", "16"]
-    command = [
-        "quick-train",
-        *sizes,
-        "--data",
-        str(text),
-        "--num_steps",
-        "3",
-        "--output_dir",
-        str(folder),
-    ]
-    assert main(command) == 0
+    sizes = words(hidden_dim=64, num_layers=1, vocab_size=300, max_length=16, num_steps=3)
+    assert main(["quick-train", *sizes, *words(data=text, output_dir=folder)]) == 0
     return folder, text
 
 
 def with_rivals(folder, text, *more):
     """Exit code and ``compare.json`` of a comparison with a Llama."""
-    options = ["--hamt_checkpoint", str(folder), "--data", str(text), "--rivals", "llama", *SMALL]
-    code = main(["compare", *options, "--output_dir", str(folder.parent / "out"), *more])
-    found = folder.parent / "out" / "compare.json"
-    return code, json.loads(found.read_text(encoding="utf-8")) if code == 0 else None
+    out = folder.parent / "out"
+    options = words(hamt_checkpoint=folder, data=text, rivals="llama", output_dir=out)
+    code = main(["compare", *SMALL, *options, *more])
+    return code, read_json(out / "compare.json") if code == 0 else None
+
+
+def note_of(folder):
+    return (folder.parent / "out" / "compare.md").read_text(encoding="utf-8")
+
+
+def times_of(folder):
+    """When the record of each rival was written."""
+    return [path.stat().st_mtime_ns for path in sorted((folder / "rivals").rglob("rival.json"))]
 
 
 def test_rivals_are_trained_as_the_checkpoint_was(trained, capsys):
@@ -47,17 +46,17 @@ def test_rivals_are_trained_as_the_checkpoint_was(trained, capsys):
     capsys.readouterr()
     code, content = with_rivals(folder, text)
     assert code == 0
-    assert "step     3   held-out loss" in capsys.readouterr().out, (
-        "the training is told as it goes"
-    )
+    shown = capsys.readouterr().out
+    assert "step     3   held-out loss" in shown, "the training is told as it goes"
     ours, rival = content["models"].values()
     assert abs(rival["parameters"] / ours["parameters"] - 1) < 0.02
-    info = json.loads((folder / "rivals" / "llama" / "rival.json").read_text(encoding="utf-8"))
-    trained = json.loads((folder / "training_info.json").read_text(encoding="utf-8"))
-    assert (info["steps"], info["tokens"]) == (3, trained["tokens"])
-    stamp = (folder / "rivals" / "llama" / "model.safetensors").stat().st_mtime_ns
+    info, weights = (folder / "rivals" / "llama" / x for x in ("rival.json", "model.safetensors"))
+    tokens = read_json(folder / "training_info.json")["tokens"]
+    assert read_json(info)["steps"] == 3
+    assert read_json(info)["tokens"] == tokens
+    stamp = weights.stat().st_mtime_ns
     assert with_rivals(folder, text)[0] == 0
-    assert (folder / "rivals" / "llama" / "model.safetensors").stat().st_mtime_ns == stamp
+    assert weights.stat().st_mtime_ns == stamp
 
 
 def test_the_transformer_of_hamts_parts_is_a_rival_and_carries_no_state(trained):
@@ -68,10 +67,8 @@ def test_the_transformer_of_hamts_parts_is_a_rival_and_carries_no_state(trained)
     assert abs(rival["parameters"] / ours["parameters"] - 1) < 0.02
     assert "carried" in ours["perplexity"]
     assert "carried" not in rival["perplexity"]
-    note = (folder.parent / "out" / "compare.md").read_text(encoding="utf-8")
-    assert (
-        "transformer: RoPE transformer of HAMT's parts, without HAMT's short convolution." in note
-    )
+    told = "transformer: RoPE transformer of HAMT's parts, without HAMT's short convolution."
+    assert told in note_of(folder)
 
 
 def test_of_several_learning_rates_the_best_is_compared(trained):
@@ -85,23 +82,16 @@ def test_of_several_learning_rates_the_best_is_compared(trained):
         assert [one["learning_rate"] for one in tried] == [0.01, 1e-6, 1e25]
         assert tried[0]["held_out_loss"] < tried[1]["held_out_loss"]
         assert "nan" in tried[2]["trouble"] or "finite" in tried[2]["trouble"]
-        assert Path(tried[0]["folder"]) == folder / "rivals" / "llama", (
-            "this is the checkpoint's own rate"
-        )
-        assert Path(tried[1]["folder"]) == folder / "rivals" / "learning_rate_1e-06" / "llama"
+        own, other, _ = (Path(one["folder"]).relative_to(folder / "rivals") for one in tried)
+        assert own == Path("llama"), "this is the checkpoint's own rate"
+        assert other == Path("learning_rate_1e-06/llama")
         assert list(content["models"]) == ["HAMT (run)", "llama"]
-        written = [
-            path.stat().st_mtime_ns for path in sorted((folder / "rivals").rglob("rival.json"))
-        ]
-        assert len(written) == 3
-    first = written
+        first = times_of(folder)
+        assert len(first) == 3
     code, content = with_rivals(folder, text, "--rival_learning_rates", "1e25")
-    assert [
-        path.stat().st_mtime_ns for path in sorted((folder / "rivals").rglob("rival.json"))
-    ] == first
+    assert times_of(folder) == first
     assert list(content["not_available"]) == ["llama"]
-    note = (folder.parent / "out" / "compare.md").read_text(encoding="utf-8")
-    assert "taken: none" in note
+    assert "taken: none" in note_of(folder)
 
 
 def test_a_rival_that_cannot_be_kept_is_not_trained(trained, capsys, monkeypatch):
@@ -129,7 +119,7 @@ def test_rivals_of_the_model_in_the_package_are_kept_in_the_users_cache(tmp_path
 def test_the_text_of_a_rival_is_the_same_if_its_content_is(trained, tmp_path, capsys, monkeypatch):
     folder, text = trained
     record = folder / "training_info.json"
-    info = json.loads(record.read_text(encoding="utf-8"))
+    info = read_json(record)
 
     def train_again():
         shutil.rmtree(folder / "rivals", ignore_errors=True)
@@ -154,6 +144,5 @@ def test_the_text_of_a_rival_is_the_same_if_its_content_is(trained, tmp_path, ca
 
 
 def test_a_rival_needs_the_record_of_a_run(folders, capsys):
-    assert "which hamt train writes" in fails(
-        ["compare", "--hamt_checkpoint", str(folders / "ours"), "--rivals", "llama"], capsys
-    )
+    options = words(hamt_checkpoint=folders / "ours", rivals="llama")
+    assert "which hamt train writes" in fails(["compare", *options], capsys)

@@ -1,7 +1,6 @@
 """The command: its names and flags, its output files, its manners."""
 
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_inputs import TEXT, fails
+from command_inputs import fails, read_json, words
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hamt import HAMTConfig
@@ -26,30 +25,14 @@ from hamt.training.demo import DemoOptions
 from hamt.training.quick_train import QuickTrainOptions
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--hidden_dim", "32", "--num_layers", "2", "--vocab_size", "300", "--max_length", "32"]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "lines.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return str(path)
+TINY = words(hidden_dim=32, num_layers=2, vocab_size=300, max_length=32)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
-    arguments = [
-        "--data",
-        text,
-        "--num_steps",
-        "60",
-        "--log_interval",
-        "20",
-        "--output_dir",
-        str(folder),
-    ]
-    assert main(["quick-train", *TINY, *arguments]) == 0
+    options = {"data": text, "num_steps": 60, "log_interval": 20, "output_dir": folder}
+    assert main(["quick-train", *TINY, *words(**options)]) == 0
     return folder
 
 
@@ -65,19 +48,13 @@ def test_names_and_flags_are_pinned():
         "prompt", "checkpoint", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty",
         "seed",
     ]  # fmt: skip
-    documented = {
-        "num_steps",
-        "batch_size",
-        "log_interval",
-        "binding_type",
-        "num_slots",
-        "hcm_dim",
-        "output_dir",
-    }
-    assert documented <= set(QuickTrainOptions.__dataclass_fields__)
-    documented = {"checkpoint", "test_text", "prompts", "max_new_tokens", "temperature"}
-    assert documented <= set(EvaluateOptions.__dataclass_fields__)
-    assert {"hamt_checkpoint", "baselines", "device"} <= set(CompareOptions.__dataclass_fields__)
+    for options, documented in (
+        (QuickTrainOptions, "num_steps batch_size log_interval binding_type num_slots hcm_dim"),
+        (QuickTrainOptions, "output_dir"),
+        (EvaluateOptions, "checkpoint test_text prompts max_new_tokens temperature"),
+        (CompareOptions, "hamt_checkpoint baselines device"),
+    ):
+        assert set(documented.split()) <= set(options.__dataclass_fields__)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -121,15 +98,10 @@ def test_the_command_needs_nothing_of_what_only_makes_a_cpu_faster(capsys, monke
 
 def test_quick_train_writes_what_the_documents_say(checkpoint):
     names = {path.name for path in checkpoint.iterdir()}
-    assert {
-        "hamt_quick_60steps.pt",
-        "training_info.json",
-        "config.json",
-        "model.safetensors",
-    } <= names
-    assert {"tokenizer.json", "tokenizer_config.json"} <= names
+    models = {"hamt_quick_60steps.pt", "config.json", "model.safetensors"}
+    assert models | {"training_info.json", "tokenizer.json", "tokenizer_config.json"} <= names
     assert not [name for name in names if name.startswith(".")]
-    info = json.loads((checkpoint / "training_info.json").read_text())
+    info = read_json(checkpoint / "training_info.json")
     losses = [loss for _, (loss, _) in info["held_out"]]
     assert losses[-1] < losses[0] - 1
     assert info["finished"]
@@ -177,42 +149,29 @@ def test_demo_trains_compares_and_writes(text, tmp_path, capsys):
     arguments = ["demo", "--data", text, "--num_steps", "6", "--output_dir", str(tmp_path / "demo")]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    for word in (
-        "held-out loss",
-        "unigram",
-        "bigram",
-        "HAMT",
-        "bits/byte",
-        "Fellow citizens",
-        "tokens/s",
-    ):
+    losses = ("held-out loss", "unigram", "bigram", "HAMT", "bits/byte")
+    for word in (*losses, "Fellow citizens", "tokens/s"):
         assert word in out
     load_checkpoint(tmp_path / "demo")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["no-such-command"], "there are demo, quick-train, train, generate"),
-        (["quick-train", "--num_stps", "5"], "did you mean --num_steps?"),
-        (["quick-train", "--num_steps", "many"], "invalid int value"),
-        (["quick-train", "--num_steps", "0"], "--num_steps must be at least 1"),
-        (["quick-train", "--data", "/no/such/file"], "no text /no/such/file"),
-        (["quick-train", "--hcm_dim", "100"], "try 96 or 104"),
-        (["quick-train", "--binding_type", "xor"], "elementwise, circular_conv, phasor"),
-        (["quick-train", "--vocab_size", "10"], "at least 258"),
-        (["quick-train", "--output_dir", "/proc/no/such"], "choose another --output_dir"),
-        (
-            ["generate", "hello", "--checkpoint", "/no/such/folder"],
-            "no checkpoint at /no/such/folder",
-        ),
-        (["generate", "hello", "--top_p", "2"], "--top_p must lie in"),
-        (["generate", "hello", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
-        (["generate", "hello", "--seed", "-1"], "--seed must lie in [0, 4294967295]; got -1"),
-        (["demo", "--max_minutes", "0"], "--max_minutes must be positive; got 0.0"),
-        (["help", "no-such-command"], "there are demo, quick-train, train, generate"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["no-such-command"], "there are demo, quick-train, train, generate"),
+    (["quick-train", "--num_stps", "5"], "did you mean --num_steps?"),
+    (["quick-train", "--num_steps", "many"], "invalid int value"),
+    (["quick-train", "--num_steps", "0"], "--num_steps must be at least 1"),
+    (["quick-train", "--data", "/no/such/file"], "no text /no/such/file"),
+    (["quick-train", "--hcm_dim", "100"], "try 96 or 104"),
+    (["quick-train", "--binding_type", "xor"], "elementwise, circular_conv, phasor"),
+    (["quick-train", "--vocab_size", "10"], "at least 258"),
+    (["quick-train", "--output_dir", "/proc/no/such"], "choose another --output_dir"),
+    (["generate", "hello", "--checkpoint", "/no/folder"], "no checkpoint at /no/folder"),
+    (["generate", "hello", "--top_p", "2"], "--top_p must lie in"),
+    (["generate", "hello", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
+    (["generate", "hello", "--seed", "-1"], "--seed must lie in [0, 4294967295]; got -1"),
+    (["demo", "--max_minutes", "0"], "--max_minutes must be positive; got 0.0"),
+    (["help", "no-such-command"], "there are demo, quick-train, train, generate"),
+])  # fmt: skip
 def test_mistakes_end_in_one_line_that_says_what_to_do(
     arguments, message, capsys, tmp_path, monkeypatch
 ):
@@ -225,18 +184,11 @@ def test_waiting_threads_spin_a_little_unless_the_user_says_otherwise(given):
     code = "import sys; sys.argv = ['-m', 'hamt.cli']; sys.orig_argv = ['python', *sys.argv]\n"
     code += "from hamt.cli import main; assert 'torch' not in sys.modules; main(['--help'])\n"
     code += "import os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))
-    }
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**kept, **given}
-    )
-    expected = {
-        "": "PASSIVE 10000",
-        "OMP_WAIT_POLICY": "ACTIVE None",
-        "GOMP_SPINCOUNT": "PASSIVE 7",
-    }
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    command, env = [sys.executable, "-c", code], {**kept, **given}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    expected = {"": "PASSIVE 10000", "OMP_WAIT_POLICY": "ACTIVE None"}
+    expected["GOMP_SPINCOUNT"] = "PASSIVE 7"
     assert done.stdout.splitlines()[-1] == expected["".join(given)]
 
 
@@ -261,11 +213,8 @@ def test_what_the_disk_refuses_ends_in_one_line_and_mistakes_of_ours_keep_their_
     assert "out/compare.md cannot be written" in fails(["demo"], capsys)
     fail(OSError(errno.EROFS, "Read-only file system"))
     assert "Read-only file system" in fails(["demo"], capsys)
-    for error in (
-        FileNotFoundError(errno.ENOENT, "No such file", "x"),
-        OSError("of a library"),
-        KeyError(),
-    ):
+    missing = FileNotFoundError(errno.ENOENT, "No such file", "x")
+    for error in (missing, OSError("of a library"), KeyError()):
         fail(error)
         with pytest.raises(type(error)):
             main(["demo"])
@@ -281,35 +230,24 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
 
 def test_an_empty_text_is_refused(tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")
-    arguments = [
-        "quick-train",
-        "--data",
-        str(tmp_path / "empty.txt"),
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
-    assert "is empty" in fails(arguments, capsys)
+    options = words(data=tmp_path / "empty.txt", output_dir=tmp_path / "out")
+    assert "is empty" in fails(["quick-train", *options], capsys)
 
 
 def test_checkpoints_of_other_models_and_broken_ones_are_refused(checkpoint, tmp_path, capsys):
+    def refusal(path):
+        return fails(["generate", "x", "--checkpoint", str(path)], capsys)
+
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    assert "'gpt2' model" in fails(["generate", "x", "--checkpoint", str(tmp_path)], capsys)
+    assert "'gpt2' model" in refusal(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    assert "not a model configuration" in fails(
-        ["generate", "x", "--checkpoint", str(tmp_path)], capsys
-    )
+    assert "not a model configuration" in refusal(tmp_path)
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
-    assert "not a whole checkpoint" in fails(
-        ["generate", "x", "--checkpoint", str(tmp_path)], capsys
-    )
+    assert "not a whole checkpoint" in refusal(tmp_path)
     (tmp_path / "model.pt").write_bytes(b"not a checkpoint")
-    assert "not a HAMT checkpoint" in fails(
-        ["generate", "x", "--checkpoint", str(tmp_path / "model.pt")], capsys
-    )
+    assert "not a HAMT checkpoint" in refusal(tmp_path / "model.pt")
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
-    assert "not a HAMT checkpoint" in fails(
-        ["generate", "x", "--checkpoint", str(tmp_path / "other.pt")], capsys
-    )
+    assert "not a HAMT checkpoint" in refusal(tmp_path / "other.pt")
 
 
 def test_ctrl_c_leaves_a_usable_checkpoint(text, tmp_path):
@@ -327,21 +265,18 @@ def test_ctrl_c_leaves_a_usable_checkpoint(text, tmp_path):
     assert process.returncode == 0, err
     assert "stopped after" in out
     model, tokenizer = load_checkpoint(tmp_path)
-    info = json.loads((tmp_path / "training_info.json").read_text())
+    info = read_json(tmp_path / "training_info.json")
     assert info["interrupted"]
     assert not info["finished"]
     assert info["steps"] > 0
     assert model(torch.tensor([tokenizer("Line 3").input_ids])).logits.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("script", "command"),
-    [
-        ("experiments/demo.py", "demo"),
-        ("experiments/advanced_analysis.py", "analyze"),
-        ("src/hamt/visualization.py", "analyze"),
-    ],
-)
+@pytest.mark.parametrize(("script", "command"), [
+    ("experiments/demo.py", "demo"),
+    ("experiments/advanced_analysis.py", "analyze"),
+    ("src/hamt/visualization.py", "analyze"),
+])  # fmt: skip
 def test_scripts_of_the_documents_are_commands(script, command):
     arguments = [sys.executable, str(ROOT / script), "--help"]
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True)

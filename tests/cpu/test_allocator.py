@@ -22,11 +22,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+def number(program: str, *arguments: str) -> int:
+    """What a program prints."""
+    command = [sys.executable, "-c", program, *arguments]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def faults(mode: str) -> int:
-    run = subprocess.run(
-        [sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True
-    )
-    return int(run.stdout)
+    return number(FAULTS, mode)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
@@ -55,7 +58,4 @@ print(kept - resident())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_freed_memory_can_be_given_back():
-    run = subprocess.run(
-        [sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True
-    )
-    assert int(run.stdout) > 50
+    assert number(RESIDENT) > 50

@@ -4,6 +4,7 @@ That it is the same memory as the other forms is tested with them, in ``test_mem
 """
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -29,31 +30,30 @@ CASES = [Case("phasor", "delta", rotates=True), Case("elementwise", "gated", rot
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-# ---------------------------------------------------------------- sizes, threads, accuracy
-
-
 @needs_fused
 @pytest.mark.parametrize("slots", [1, 3, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("head_dim", [2, 4, 16, 24, 40, 64])
 def test_widths_that_fill_vectors_and_leave_tails_equal_the_chunked_form(head_dim, dtype, slots):
     documents = torch.tensor([[5] * 4 + [7] * 16, [1] * 20])
-    for binding_type, write_rule in (
-        ("phasor", "gated"),
-        ("phasor", "delta"),
-        ("elementwise", "delta"),
-    ):
-        case = Case(binding_type, write_rule, rotates=True, slots=slots, head_dim=head_dim)
+    for kind in (("phasor", "gated"), ("phasor", "delta"), ("elementwise", "delta")):
+        case = Case(*kind, rotates=True, slots=slots, head_dim=head_dim)
         inputs = random_inputs(case, 20, dtype=dtype)
-        memory, options = (
-            case.memory(),
-            {"seq_idx": documents, "state_seq_idx": torch.tensor([5, 2])},
-        )
+        memory = case.memory()
+        options = {"seq_idx": documents, "state_seq_idx": torch.tensor([5, 2])}
         actual = record(whole(memory, "fused", **options), inputs)
         wide = {name: x.double() for name, x in inputs.items()}
         expected = record(whole(memory, "chunked", **options), wide)
         assert actual["output"].dtype == dtype
         assert_same(actual, expected, 1e-9 if dtype == torch.float64 else 2e-5)
+
+
+@contextmanager
+def num_threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
 
 
 @needs_fused
@@ -66,14 +66,10 @@ def test_more_threads_than_heads_share_the_features_of_a_head(
     case = Case(case.binding_type, case.write_rule, rotates=True, heads=heads, head_dim=72)
     inputs = random_inputs(case, 40, batch=1)  # 36 pairs: four vectors of eight and half of one
     monkeypatch.setattr(fused, "SERIAL", 0)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with num_threads(1):
         expected = record(whole(case.memory(), "fused"), inputs)
-        torch.set_num_threads(threads)
+    with num_threads(threads):
         actual = record(whole(case.memory(), "fused"), inputs)
-    finally:
-        torch.set_num_threads(before)
     assert [sizes.parts for _, sizes, _ in calls] == [1, 1, parts, parts]
     assert_same(actual, expected, 1e-12)
 
@@ -81,15 +77,10 @@ def test_more_threads_than_heads_share_the_features_of_a_head(
 @needs_fused
 def test_little_work_wakes_no_other_thread(monkeypatch):
     calls = record_calls(monkeypatch)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
+    case = Case("phasor", slots=16)
+    with num_threads(3), torch.no_grad():
         for length in (1, 20_000):
-            case = Case("phasor", slots=16)
-            with torch.no_grad():
-                whole(case.memory(), "fused")(random_inputs(case, length, dtype=torch.float32))
-    finally:
-        torch.set_num_threads(before)
+            whole(case.memory(), "fused")(random_inputs(case, length, dtype=torch.float32))
     assert [sizes.threads for _, sizes, _ in calls] == [1, 3]
 
 
@@ -105,9 +96,6 @@ def test_sines_and_cosines_in_float32_are_right_for_phases_up_to_100_radians():
         turned, _ = fused_scan(algebra, tokens, None, torch.zeros(1, 1, 1, 2 * size))
         exact = apply(item.double(), phases.double())
         assert (turned - exact).abs().max() < 1.2e-7
-
-
-# ---------------------------------------------------------------- contracts of PyTorch
 
 
 def operator_inputs(case: Case) -> dict:
@@ -133,9 +121,8 @@ def test_the_operator_keeps_its_contracts_with_pytorch(full):
 
 
 @needs_fused
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor"
-)  # Dynamo looks at it, and hides it
+# Dynamo looks at it, and hides it.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @cases
 def test_a_compiled_call_is_one_graph_and_equals_an_eager_one(case):
     inputs, memory = random_inputs(case, 20), case.memory()
@@ -156,9 +143,7 @@ def test_inputs_that_are_not_contiguous_are_read_right(case):
     expected = record(whole(case.memory(), "fused"), inputs)
 
     def run(leaves: Leaves):
-        strided = {
-            name: x.transpose(0, -1).contiguous().transpose(0, -1) for name, x in leaves.items()
-        }
+        strided = {name: x.mT.contiguous().mT for name, x in leaves.items()}
         assert not any(x.is_contiguous() for x in strided.values())
         return whole(case.memory(), "fused")(strided)
 
@@ -175,39 +160,34 @@ def test_gradients_that_are_not_contiguous_are_read_right():
         weight = torch.arange(state.slots.numel()).view_as(state.slots.transpose(1, 2))
         # The gradients are one number, expanded, and a transposed tensor.
         loss = output.sum() + (weight * state.slots.transpose(1, 2)).sum()
-        gradients[form] = dict(
-            zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)
-        )
+        found = torch.autograd.grad(loss, list(leaves.values()))
+        gradients[form] = dict(zip(leaves, found, strict=True))
     assert_same(gradients["fused"], gradients["chunked"], 1e-9)
 
 
+SHARED = [(1, 1, 1), (2, 1, 1), (1, 20, 1), (1, 20, 2), (2, 20, 1)]
+
+
 @needs_fused
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (2, 1, 1), (1, 20, 1), (1, 20, 2), (2, 20, 1)], ids=str
-)
+@pytest.mark.parametrize("shape", SHARED, ids=str)
 @cases
 def test_a_rotation_that_rows_tokens_or_heads_share_equals_its_copies(case, shape):
     inputs = random_inputs(case, 20)
     rows, tokens, heads = shape
     shared = inputs["rotation"][:rows, :tokens, :heads]
-    expected = record(
-        whole(case.memory(), "chunked"), inputs | {"rotation": shared.expand(2, 20, 2, -1)}
-    )
-    name = "gradient of rotation"
+    copied, name = inputs | {"rotation": shared.expand(2, 20, 2, -1)}, "gradient of rotation"
+    expected = record(whole(case.memory(), "chunked"), copied)
     expected[name] = expected[name].sum_to_size(shared.shape)
-    assert_same(
-        record(whole(case.memory(), "fused"), inputs | {"rotation": shared}), expected, 1e-9
-    )
+    actual = record(whole(case.memory(), "fused"), inputs | {"rotation": shared})
+    assert_same(actual, expected, 1e-9)
 
 
 @needs_fused
 @cases
 def test_one_row_of_keys_and_gates_serves_all_rows_as_in_the_other_forms(case):
     inputs = random_inputs(case, 20)
-    alone = {
-        name: x if name in ("items", "initial_memory") else x[:1] for name, x in inputs.items()
-    }
-    alone["initial_phase"] = inputs["initial_phase"]
+    own = ("items", "initial_memory", "initial_phase")
+    alone = {name: x if name in own else x[:1] for name, x in inputs.items()}
     expected = record(whole(case.memory(), "recurrent"), alone)
     assert_same(record(whole(case.memory(), "fused"), alone), expected, 1e-9)
 

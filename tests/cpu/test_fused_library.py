@@ -7,15 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_inputs import (
-    Case,
-    assert_same,
-    needs_fused,
-    random_inputs,
-    record,
-    record_calls,
-    whole,
-)
+from memory_inputs import Case, assert_same, needs_fused, random_inputs, record, record_calls, whole
 
 from hamt.cpu import library as build
 from hamt.cpu.fused import fused_available
@@ -67,29 +59,21 @@ def switched_off(monkeypatch, folder):
     monkeypatch.setenv("HAMT_FUSED", "0")
 
 
-def a_compiler_that_fails(monkeypatch, folder):
+def a_compiler_that_fails(monkeypatch, folder, line="[ $1 = --version ] || exit 1"):
     script = folder / "compiler"
-    script.write_text("#!/bin/sh\n[ $1 = --version ] || exit 1\n")
+    script.write_text(f"#!/bin/sh\n{line}\n")
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
 
 
 def a_compiler_that_does_not_start(monkeypatch, folder):
-    script = folder / "compiler"
-    script.write_text("#!/bin/sh\nexit 1\n")
-    script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
+    a_compiler_that_fails(monkeypatch, folder, "exit 1")
 
 
-@pytest.mark.parametrize(
-    "trouble",
-    [
-        no_compiler,
-        switched_off,
-        a_compiler_that_fails,
-        a_compiler_that_does_not_start,
-    ],
-)
+TROUBLES = [no_compiler, switched_off, a_compiler_that_fails, a_compiler_that_does_not_start]
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
 def test_without_a_library_the_chunked_form_takes_over(trouble, monkeypatch, cache, tmp_path):
     trouble(monkeypatch, tmp_path)
     if trouble is switched_off:
@@ -212,7 +196,6 @@ def test_a_failing_compiler_is_quoted(compiler):
 )
 def test_the_processor_is_told_by_every_architecture(line, monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: True)
-    monkeypatch.setattr(
-        Path, "read_text", lambda path, encoding: f"processor : 0\n{line}\nbogomips : 5"
-    )
+    told = f"processor : 0\n{line}\nbogomips : 5"
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: told)
     assert build._processor().splitlines()[1:] == [line]

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from linear_inputs import FEATURES, OUTPUTS, random, without_onednn
 from torch.utils.flop_counter import FlopCounterMode
 
-import hamt.cpu.linear
 from hamt import HAMTConfig, HAMTModel
 from hamt.cpu.linear import MIN_FLOPS, MIN_NUMEL, linear
 from hamt.products import project
@@ -18,21 +17,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 
 @pytest.fixture
-def product(monkeypatch):
+def product(noted_products):
     """How often the operator of oneDNN has run, as a list of its inputs' shapes."""
-    if hamt.cpu.linear._PRODUCT is None:
-        pytest.skip("this PyTorch has no such operator")
-    original, shapes = hamt.cpu.linear._PRODUCT, []
 
-    def counted(inputs, weight, bias, *others):
-        shapes.append(tuple(inputs.shape))
+    def shape(inputs, weight, bias):
         # What it is slow with, and what it reads wrongly.
         assert weight.is_mkldnn or weight.is_contiguous() or weight.T.is_contiguous()
         assert bias is None or (bias.is_contiguous() and bias.shape == weight.shape[:1])
-        return original(inputs, weight, bias, *others)
+        return tuple(inputs.shape)
 
-    monkeypatch.setattr(hamt.cpu.linear, "_PRODUCT", counted)
-    return shapes
+    return noted_products(shape)
 
 
 INPUTS = {
@@ -68,12 +62,8 @@ def test_any_layout_gives_the_product(inputs, weight, bias, product):
 def test_outputs_may_be_changed_in_place(shape):
     weight, inputs = random(OUTPUTS, FEATURES).requires_grad_(), random(*shape)
     linear(inputs, weight).add_(1).mul_(2).sum().backward()
-    torch.testing.assert_close(
-        weight.grad,
-        2 * inputs.reshape(-1, FEATURES).sum(0).expand(OUTPUTS, -1),
-        rtol=1e-4,
-        atol=1e-3,
-    )
+    expected = 2 * inputs.reshape(-1, FEATURES).sum(0).expand(OUTPUTS, -1)
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_gradients_and_their_gradients_are_those_of_the_product(product):
@@ -234,9 +224,8 @@ def test_compiled_forward_mode_is_right():
 def test_compiled_for_any_number_of_rows():
     torch._dynamo.reset()
     layer = torch.nn.Linear(FEATURES, OUTPUTS)
-    compiled = torch.compile(
-        partial(project, layer), backend="aot_eager", fullgraph=True, dynamic=True
-    )
+    one_graph = {"backend": "aot_eager", "fullgraph": True}
+    compiled = torch.compile(partial(project, layer), **one_graph, dynamic=True)
     for rows in (90, 133, 257):
         inputs = random(rows, FEATURES).requires_grad_()
         found = torch.autograd.grad(compiled(inputs).tanh().sum(), [inputs, *layer.parameters()])

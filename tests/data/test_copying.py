@@ -69,16 +69,13 @@ def test_longer_examples_ask_the_same():
         assert (targets != IGNORE_INDEX).sum(dim=1).tolist() == [getattr(task, "num_tokens", 5)] * 3
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: SelectiveCopying(length=31), "at least 32 tokens"),
-        (lambda: SelectiveCopying(vocab_size=3), "at least 4"),
-        (lambda: NoisyCopying(num_tokens=0), "at least 1"),
-        (lambda: Passkey(length=10), "at least 11 tokens"),
-        (lambda: Passkey(num_words=0), "at least 1"),
-    ],
-)
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: SelectiveCopying(length=31), "at least 32 tokens"),
+    (lambda: SelectiveCopying(vocab_size=3), "at least 4"),
+    (lambda: NoisyCopying(num_tokens=0), "at least 1"),
+    (lambda: Passkey(length=10), "at least 11 tokens"),
+    (lambda: Passkey(num_words=0), "at least 1"),
+])  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

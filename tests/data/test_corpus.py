@@ -7,7 +7,7 @@ import shutil
 import pytest
 from text_inputs import TEXT, files, rows
 
-from hamt.data.corpus import load_corpus
+from hamt.data.corpus import join_articles, load_corpus
 from hamt.errors import UserError
 
 
@@ -88,23 +88,10 @@ def test_the_identity_is_that_of_the_content(tmp_path):
 
 
 def test_wikitext_lines_are_joined_tojoin_articles():
-    lines = [
-        " \n",
-        " = One = \n",
-        " text \n",
-        " = = Part = = \n",
-        " more \n",
-        " = Two = \n",
-        " end \n",
-    ]
-    from hamt.data.corpus import join_articles
-
-    assert [article.split("\n")[0] for article in join_articles(lines)] == [
-        " ",
-        " = One = ",
-        " = Two = ",
-    ]
-    assert "".join(join_articles(lines)) == "".join(lines)
+    text = " \n = One = \n text \n = = Part = = \n more \n = Two = \n end \n"
+    articles = list(join_articles(text.splitlines(keepends=True)))
+    assert [article.split("\n")[0] for article in articles] == [" ", " = One = ", " = Two = "]
+    assert "".join(articles) == text
 
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):

@@ -40,15 +40,11 @@ def test_a_long_document_is_read_up_to_the_line_that_is_wanted(tokenizer, tmp_pa
 def test_documents_begin_with_the_end_of_text_token(tokenizer, tmp_path):
     files(tmp_path, a_jsonl=rows(*([TEXT, "second"] * 20)))
     corpus = tokenise(load_corpus(str(tmp_path / "a.jsonl")), tokenizer, tmp_path / "cache")
-    end = tokenizer.eos_token_id
-    expected = [
-        [end, *tokenizer(text).input_ids] for text in load_corpus(str(tmp_path / "a.jsonl")).train
-    ]
+    texts = list(load_corpus(str(tmp_path / "a.jsonl")).train)
+    expected = [[tokenizer.eos_token_id, *tokenizer(text).input_ids] for text in texts]
     assert corpus.train.ids.tolist() == list(chain.from_iterable(expected))
     assert corpus.train.starts.tolist() == np.cumsum([0, *map(len, expected[:-1])]).tolist()
-    assert corpus.train.num_bytes == sum(
-        len(text.encode()) for text in load_corpus(str(tmp_path / "a.jsonl")).train
-    )
+    assert corpus.train.num_bytes == sum(len(text.encode()) for text in texts)
     assert corpus.train.ids.dtype == np.uint16
 
 

@@ -5,19 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from task_inputs import seeded
+from task_inputs import MQARS, seeded
 from torch import nn
 
 from hamt import HAMTConfig, HAMTModel
 from hamt.data.tasks import MQAR, Induction, ModularCounting, Parity
 from hamt.measure.task_training import TaskResult, accuracy, train_on_task
-
-MQARS = [
-    MQAR(),
-    MQAR(length=33, vocab_size=17, num_kv_pairs=7, random_non_queries=False),
-    MQAR(length=16, vocab_size=10, num_kv_pairs=4, power_a=1.0),
-    MQAR(length=4, vocab_size=4, num_kv_pairs=1),
-]
 
 
 class Answers(nn.Module):
@@ -63,9 +56,8 @@ def test_a_constant_answer_is_right_by_chance():
     assert expected == pytest.approx(0.2, abs=0.02)
     mqar = MQAR(length=32, vocab_size=16, num_kv_pairs=4)
     assert accuracy(Answers(torch.zeros_like, 16), mqar, num_examples=50, seed=0) == 0.0
-    right = accuracy(
-        Answers(lambda inputs: torch.full_like(inputs, 8), 16), mqar, num_examples=2000, seed=0
-    )
+    eights = Answers(lambda inputs: torch.full_like(inputs, 8), 16)
+    right = accuracy(eights, mqar, num_examples=2000, seed=0)
     assert right == pytest.approx(1 / 8, abs=0.02)  # one of eight values
 
 
@@ -76,9 +68,8 @@ def test_accuracy_of_some_positions():
         return answers
 
     def of(positions):
-        return accuracy(
-            Answers(half_right, 2), Parity(length=40), num_examples=5, seed=0, positions=positions
-        )
+        model, task = Answers(half_right, 2), Parity(length=40)
+        return accuracy(model, task, num_examples=5, seed=0, positions=positions)
 
     assert of(slice(10)) == 1.0
     assert of(slice(10, None)) == 0.0
@@ -88,10 +79,9 @@ def test_accuracy_of_some_positions():
 
 
 def test_accuracy_where_nothing_is_asked():
+    model, task = Answers(recall, 8), Induction(length=9)
     with pytest.raises(ValueError, match=r"asks nothing at slice\(0, 4, None\) of 9 positions"):
-        accuracy(
-            Answers(recall, 8), Induction(length=9), num_examples=3, seed=0, positions=slice(0, 4)
-        )
+        accuracy(model, task, num_examples=3, seed=0, positions=slice(0, 4))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -123,16 +113,8 @@ def heard(model):
 
 def test_a_small_model_learns_a_small_task(model):
     task = Induction(length=8, vocab_size=8)
-    result = train_on_task(
-        model,
-        task,
-        num_steps=500,
-        batch_size=64,
-        learning_rate=1e-2,
-        seed=0,
-        eval_interval=50,
-        target_accuracy=1.0,
-    )
+    rate = {"learning_rate": 1e-2, "eval_interval": 50, "target_accuracy": 1.0}
+    result = train_on_task(model, task, num_steps=500, batch_size=64, seed=0, **rate)
     steps = [step for step, _ in result.accuracies]
     assert steps == list(range(0, steps[-1] + 1, 50))
     assert result.accuracies[0][1] < 0.5
@@ -174,25 +156,20 @@ def test_training_depends_on_its_options_and_on_nothing_else():
 
 def test_every_batch_draws_its_length(model):
     calls = heard(model)
-    train_on_task(
-        model, Parity(length=6), num_steps=40, lengths=(2, 5), eval_interval=40, **OPTIONS
-    )
+    lengths = {"lengths": (2, 5), "eval_interval": 40}
+    train_on_task(model, Parity(length=6), num_steps=40, **lengths, **OPTIONS)
     assert {inputs.shape[1] for training, inputs in calls if training} == {2, 3, 4, 5}
     assert {inputs.shape[1] for training, inputs in calls if not training} == {6}
 
 
-@pytest.mark.parametrize(
-    ("task", "lengths", "message"),
-    [
-        (
-            ModularCounting(9, length=4),
-            None,
-            "vocab_size must be at least 9 for ModularCounting.*got 8",
-        ),
-        (Parity(length=4), (5, 4), r"lengths must be \(shortest, longest\); got \(5, 4\)"),
-        (Induction(vocab_size=8), (2, 9), "at least 3 tokens.*got 2"),
-    ],
-)
+NINE = ModularCounting(9, length=4)
+
+
+@pytest.mark.parametrize(("task", "lengths", "message"), [
+    (NINE, None, "vocab_size must be at least 9 for ModularCounting.*got 8"),
+    (Parity(length=4), (5, 4), r"lengths must be \(shortest, longest\); got \(5, 4\)"),
+    (Induction(vocab_size=8), (2, 9), "at least 3 tokens.*got 2"),
+])  # fmt: skip
 def test_a_task_that_does_not_fit_says_what_would(model, task, lengths, message):
     with pytest.raises(ValueError, match=message):
         train_on_task(model, task, num_steps=1, lengths=lengths, **OPTIONS)

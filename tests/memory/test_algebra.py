@@ -14,9 +14,7 @@ from hamt.memory.algebra import ALGEBRAS, get_algebra, similarity, wrap_phase
 
 algebras = pytest.mark.parametrize("algebra", ALGEBRAS.values(), ids=ALGEBRAS)
 with_phase = [algebra for algebra in ALGEBRAS.values() if algebra.has_phase]
-phase_algebras = pytest.mark.parametrize(
-    "algebra", with_phase, ids=[algebra.name for algebra in with_phase]
-)
+phase_algebras = pytest.mark.parametrize("algebra", with_phase, ids=lambda algebra: algebra.name)
 dims = st.integers(1, 12).map(lambda half: 2 * half)
 
 
@@ -45,9 +43,6 @@ def random_items(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def random_keys(algebra, *shape: int, seed: int = 0) -> torch.Tensor:
     return algebra.random_keys(*shape, generator=torch.Generator().manual_seed(seed)).double()
-
-
-# ---------------------------------------------------------------- laws
 
 
 @algebras
@@ -128,13 +123,12 @@ def test_the_identity_binds_and_composes_without_effect(algebra, data, dim):
 @given(data=st.data(), dim=dims)
 def test_dividing_undoes_composing_in_value_and_gradient(algebra, data, dim):
     key, other = (x.requires_grad_() for x in draw_keys(data, algebra, dim, 2))
-    assert_equal(algebra.divide(algebra.compose(key, other), other), key)
-    assert_equal(algebra.compose(algebra.divide(key, other), other), key)
+    left = algebra.divide(algebra.compose(key, other), other)
+    right = algebra.compose(algebra.divide(key, other), other)
+    assert_equal(left, key)
+    assert_equal(right, key)
     weight = random_items(*key.shape)
-    for undone in (
-        algebra.divide(algebra.compose(key, other), other),
-        algebra.compose(algebra.divide(key, other), other),
-    ):
+    for undone in (left, right):
         of_key, of_other = torch.autograd.grad((weight * undone).sum(), (key, other))
         assert_equal(of_key, weight)
         assert_equal(of_other, torch.zeros_like(other))  # what the two share cancels
@@ -152,13 +146,10 @@ def test_cumulating_is_composing_token_by_token_in_value_and_gradient(
         key = token if key is None else algebra.compose(key, token)
         composed.append(key)
     expected, actual = torch.stack(composed, dim=1), algebra.cumulate(keys)
-    assert_equal(
-        algebra.wrap(actual - expected) if algebra.has_phase else actual - expected, 0 * expected
-    )
-    of_expected, of_actual = (
-        torch.autograd.grad((weight * x).sum(), keys)[0] for x in (expected, actual)
-    )
-    assert_equal(of_actual, of_expected)
+    gap = actual - expected
+    assert_equal(algebra.wrap(gap) if algebra.has_phase else gap, 0 * expected)
+    losses = ((weight * x).sum() for x in (actual, expected))
+    assert_equal(*(torch.autograd.grad(loss, keys)[0] for loss in losses))
 
 
 @algebras
@@ -197,9 +188,8 @@ def test_wrapping_in_float32_loses_no_more_than_the_rounding_of_its_result():
 
 
 def test_sign_of_zero_is_plus_one_and_the_gradient_passes_straight_through():
-    raw = torch.tensor(
-        [0.0, -0.0, 1e-30, -1e-30, 5.0, -5.0, torch.inf, -torch.inf], requires_grad=True
-    )
+    values = [0.0, -0.0, 1e-30, -1e-30, 5.0, -5.0, torch.inf, -torch.inf]
+    raw = torch.tensor(values, requires_grad=True)
     key = get_algebra("elementwise").key(raw)
     assert key.tolist() == [1, 1, 1, -1, 1, -1, 1, -1]
     upstream = torch.randn(8, generator=torch.Generator().manual_seed(0))
@@ -218,9 +208,8 @@ def test_a_phase_key_passes_its_gradient_on(algebra):
 def test_random_keys_are_members_of_the_algebra(algebra):
     keys = random_keys(algebra, 1000, algebra.key_size(64))
     assert torch.equal(algebra.key(keys), keys)
-    assert torch.equal(random_keys(algebra, 1000, algebra.key_size(64)), keys), (
-        "the generator is ignored"
-    )
+    again = random_keys(algebra, 1000, algebra.key_size(64))
+    assert torch.equal(again, keys), "the generator is ignored"
     if algebra.has_phase:
         assert keys.abs().max() <= math.pi
         keys = torch.exp(1j * keys[:, 1:])  # uniform on the circle, the shared phase 0 apart
@@ -244,9 +233,6 @@ def test_bfloat16_items_are_bound_in_bfloat16_by_phases_in_float32(algebra):
 def test_an_unknown_binding_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=r"elementwise, circular_conv, phasor; got 'quaternion'"):
         get_algebra("quaternion")
-
-
-# ---------------------------------------------------------------- independent implementations
 
 
 @algebras
@@ -279,9 +265,6 @@ def test_binding_agrees_with_torchhd(algebra):
     unbound = theirs.bind(their_key.inverse())
     assert_equal(algebra.lower(algebra.bind(algebra.lift(item), key)), as_ours(bound))
     assert_equal(algebra.lower(algebra.unbind(algebra.lift(item), key)), as_ours(unbound))
-
-
-# ---------------------------------------------------------------- capacity
 
 
 @pytest.mark.parametrize("num_pairs", [1, 2, 5, 10, 20])

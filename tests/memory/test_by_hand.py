@@ -106,9 +106,6 @@ def test_write_and_retrieve_are_the_two_halves_of_a_step(case):
     assert_same({"y": retrieved, "M": written.slots}, {"y": output[:, 0], "M": after.slots}, 1e-12)
 
 
-# ---------------------------------------------------------------- the delta rule
-
-
 @every_form
 @binding_types
 def test_a_correction_of_full_strength_makes_its_direction_hold_exactly_the_new_item(
@@ -142,27 +139,16 @@ def test_a_delta_write_without_gates_corrects_the_mean_direction_of_the_slots(bi
 @binding_types
 def test_with_one_slot_the_delta_rule_is_the_convex_rule(binding_type, form):
     """Without forgetting, a strength β is a write gate g = β."""
-    delta, convex = (
-        Case(binding_type, rule, rotates=True, slots=1) for rule in ("delta", "convex")
-    )
+    rules = ("delta", "convex")
+    delta, convex = (Case(binding_type, rule, rotates=True, slots=1) for rule in rules)
     inputs = random_inputs(convex, 40)
     gate = inputs.pop("write")
-    actual = record(
-        whole(delta.memory(), form),
-        inputs
-        | {
-            "write": torch.ones_like(gate),
-            "log_forget": torch.zeros_like(gate),
-            "beta": gate.squeeze(-1),
-        },
-    )
+    gates = {"write": torch.ones_like(gate), "log_forget": torch.zeros_like(gate)}
+    actual = record(whole(delta.memory(), form), inputs | gates | {"beta": gate.squeeze(-1)})
     expected = record(whole(convex.memory(decay_rate=0.0), form), inputs | {"write": gate})
     del actual["gradient of write"], actual["gradient of log_forget"]
     actual["gradient of write"] = actual.pop("gradient of beta")[..., None]
     assert_same(actual, expected, 1e-9)
-
-
-# ---------------------------------------------------------------- its state, and refusals
 
 
 @every_form
@@ -176,51 +162,43 @@ def test_the_size_of_the_state_does_not_depend_on_the_context(binding_type, form
         assert state.position_key.shape == (2, HEADS, case.memory().key_size)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"hcm_dim": 100, "num_heads": 8},
-            r"hcm_dim must be a multiple of 2 \* num_heads = 16; got 100",
-        ),
-        ({"hcm_dim": 7}, "hcm_dim must be a multiple of"),
-        (
-            {"hcm_dim": 8, "write_rule": "sum"},
-            "write_rule must be one of gated, convex, delta; got 'sum'",
-        ),
-        ({"hcm_dim": 8, "decay_rate": 1.0}, r"decay_rate must lie in \[0, 1\); got 1.0"),
-        ({"hcm_dim": 8, "binding_type": "xor"}, "binding_type must be one of"),
-        ({"hcm_dim": 0}, "must be at least 1"),
-        ({"hcm_dim": 8, "chunk_size": 0}, "must be at least 1"),
-    ],
-)
+MULTIPLE = "hcm_dim must be a multiple of"
+WRONG = [
+    ({"hcm_dim": 100, "num_heads": 8}, rf"{MULTIPLE} 2 \* num_heads = 16; got 100"),
+    ({"hcm_dim": 7}, MULTIPLE),
+    ({"write_rule": "sum"}, "write_rule must be one of gated, convex, delta; got 'sum'"),
+    ({"decay_rate": 1.0}, r"decay_rate must lie in \[0, 1\); got 1.0"),
+    ({"binding_type": "xor"}, "binding_type must be one of"),
+    ({"hcm_dim": 0}, "must be at least 1"),
+    ({"chunk_size": 0}, "must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        HolographicMemory(**options)
+        HolographicMemory(**{"hcm_dim": 8, **options})
 
 
 def test_an_unknown_form_is_refused():
-    with pytest.raises(
-        ValueError, match="form must be one of recurrent, chunked, fused; got 'parallel'"
-    ):
+    message = "form must be one of recurrent, chunked, fused; got 'parallel'"
+    with pytest.raises(ValueError, match=message):
         whole(Case("phasor").memory(), "parallel")(random_inputs(Case("phasor"), 3))
 
 
 @every_form
 def test_each_write_rule_refuses_the_gates_of_the_other(form):
-    gated, convex = random_inputs(Case("phasor"), 3), random_inputs(Case("phasor", "convex"), 3)
-    with pytest.raises(ValueError, match="leave it out"):
-        whole(Case("phasor", "convex").memory(), form)(gated)
-    with pytest.raises(ValueError, match="needs log_forget"):
-        whole(Case("phasor").memory(), form)(convex)
-    with pytest.raises(ValueError, match="leave it out"):
-        stepwise(Case("phasor", "convex").memory())(gated)
-    with pytest.raises(ValueError, match="needs log_forget"):
-        stepwise(Case("phasor").memory())(convex)
-    with pytest.raises(ValueError, match="needs beta"):
-        whole(Case("phasor", "delta").memory(), form)(gated)
-    with pytest.raises(ValueError, match="no other rule takes it"):
-        whole(Case("phasor").memory(), form)(random_inputs(Case("phasor", "delta"), 3))
+    cases = {rule: Case("phasor", rule) for rule in ("gated", "convex", "delta")}
+    for rule, other, message in (
+        ("convex", "gated", "leave it out"),
+        ("gated", "convex", "needs log_forget"),
+        ("delta", "gated", "needs beta"),
+        ("gated", "delta", "no other rule takes it"),
+    ):
+        memory, inputs = cases[rule].memory(), random_inputs(cases[other], 3)
+        for run in (whole(memory, form), stepwise(memory)):
+            with pytest.raises(ValueError, match=message):
+                run(inputs)
 
 
 @every_form

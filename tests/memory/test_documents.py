@@ -39,9 +39,8 @@ STATE_DOCUMENTS = {
     "not told": None,
 }
 STRANGERS = torch.full((len(ROWS),), 100)
-state_documents = pytest.mark.parametrize(
-    "state_seq_idx", STATE_DOCUMENTS.values(), ids=STATE_DOCUMENTS
-)
+told = STATE_DOCUMENTS.values()
+state_documents = pytest.mark.parametrize("state_seq_idx", told, ids=STATE_DOCUMENTS)
 
 
 @every_form
@@ -60,9 +59,8 @@ def test_packed_documents_equal_separate_runs(case, state_seq_idx, form):
 @full_cases
 def test_packed_documents_start_empty_without_an_initial_state(case, form):
     inputs = random_inputs(case, 70, batch=len(ROWS))
-    output, state = case.memory(8)(
-        **tokens_of(inputs), documents=number_documents(SEQ_IDX, None), form=form
-    )
+    documents = number_documents(SEQ_IDX, None)
+    output, state = case.memory(8)(**tokens_of(inputs), documents=documents, form=form)
     expected, last = separate_documents(case.memory(), SEQ_IDX, STRANGERS)(inputs)
     assert_same({"y": output, "M": state.slots}, {"y": expected, "M": last.slots}, EXACT)
 
@@ -73,16 +71,8 @@ def test_packed_documents_start_empty_without_an_initial_state(case, form):
 def test_a_packed_row_cut_into_segments_equals_separate_runs(case, state_seq_idx, form):
     inputs = random_inputs(case, 70, batch=len(ROWS))
     expected = record(separate_documents(case.memory(), SEQ_IDX, state_seq_idx), inputs)
-    cuts = [
-        1,
-        5,
-        6,
-        7,
-        20,
-        22,
-        64,
-        69,
-    ]  # on the first and the second token of documents, and elsewhere
+    # On the first and the second token of documents, and elsewhere.
+    cuts = [1, 5, 6, 7, 20, 22, 64, 69]
     run = segmented(case.memory(4), form, cuts, SEQ_IDX, state_seq_idx)
     assert_same(record(run, inputs), expected, EXACT)
 
@@ -99,8 +89,6 @@ def test_a_constant_rotation_starts_again_with_every_document(form):
     actual = record(run, inputs | {"rotation": constant})
     assert_same(actual, expected | {"gradient of rotation": summed}, EXACT)
 
-
-# ---------------------------------------------------------------- null tokens and padding
 
 # Where the longer sequence has tokens too many: at both ends, alone, and over more than a tile.
 NULLS = torch.tensor([0, 1, 5, *range(9, 22), 40, 69])
@@ -157,23 +145,14 @@ def test_rows_are_masked_each_by_its_own_mask(form):
     case, padding = FULL_CASES[-1], [0, 3, 17]
     inputs = random_inputs(case, 40, batch=3)
     mask = torch.arange(40) >= torch.tensor(padding)[:, None]
-    constant = inputs.pop("rotation")[:1, :1]
-    output, state = case.memory(8)(
-        **tokens_of(inputs),
-        rotation=constant,
-        initial_state=initial_state(inputs),
-        mask=mask,
-        form=form,
-    )
-    for b, start in enumerate(padding):
+    constant = {"rotation": inputs.pop("rotation")[:1, :1]}
+    start = {**constant, "initial_state": initial_state(inputs)}
+    output, state = case.memory(8)(**tokens_of(inputs), **start, mask=mask, form=form)
+    for b, first in enumerate(padding):
         row = {name: x[b : b + 1] for name, x in inputs.items()}
-        part = tokens_of(row, slice(start, None))
-        alone, last = case.memory()(
-            **part, rotation=constant, initial_state=initial_state(row), form="recurrent"
-        )
-        seen = {
-            "y": output[b : b + 1, start:],
-            "M": state.slots[b : b + 1],
-            "phase": state.position_key[b : b + 1],
-        }
+        part = tokens_of(row, slice(first, None))
+        start = {**constant, "initial_state": initial_state(row)}
+        alone, last = case.memory()(**part, **start, form="recurrent")
+        seen = {"M": state.slots[b : b + 1], "phase": state.position_key[b : b + 1]}
+        seen["y"] = output[b : b + 1, first:]
         assert_same(seen, {"y": alone, "M": last.slots, "phase": last.position_key}, EXACT)

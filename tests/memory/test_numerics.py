@@ -57,9 +57,8 @@ def assert_finite(seen: Leaves) -> None:
 @full_cases
 def test_extreme_gates_over_16384_tokens_are_finite_and_right_in_float32(case):
     inputs = extreme_inputs(case, 16384)
-    expected = record(
-        whole(case.memory(), "chunked"), {name: x.double() for name, x in inputs.items()}
-    )
+    wide = {name: x.double() for name, x in inputs.items()}
+    expected = record(whole(case.memory(), "chunked"), wide)
     for form in PARALLEL_FORMS:
         seen = record(whole(case.memory(), form), inputs)
         assert_finite(seen)
@@ -103,9 +102,8 @@ def test_log_forget_is_floored_and_has_no_gradient_below_the_floor(form, dtype, 
     run = stepwise(case.memory()) if form == "step" else whole(case.memory(), form)
 
     def record_at(log_forget: float) -> Leaves:
-        return record(
-            run, inputs | {"log_forget": torch.full_like(inputs["log_forget"], log_forget)}
-        )
+        gates = torch.full_like(inputs["log_forget"], log_forget)
+        return record(run, inputs | {"log_forget": gates})
 
     at_floor, above = record_at(floor), record_at(floor + 1)
     assert (above["gradient of log_forget"] != 0).all()
@@ -114,9 +112,6 @@ def test_log_forget_is_floored_and_has_no_gradient_below_the_floor(form, dtype, 
         below = record_at(value)
         assert not below.pop("gradient of log_forget").any()
         assert_same(below, {name: at_floor[name] for name in below}, 1e-6)
-
-
-# ---------------------------------------------------------------- autocast
 
 
 @full_cases
@@ -151,10 +146,8 @@ def test_bfloat16_inputs_give_bfloat16_outputs_near_those_of_float32(case, narro
 @full_cases
 def test_autocast_changes_nothing_of_what_is_given_in_float32(case):
     memory, inputs = case.memory(), random_inputs(case, 40, dtype=torch.float32)
-    for run in (
-        *(whole(memory, form) for form in ("recurrent", *PARALLEL_FORMS)),
-        stepwise(memory),
-    ):
+    runs = [whole(memory, form) for form in ("recurrent", *PARALLEL_FORMS)]
+    for run in (*runs, stepwise(memory)):
         expected = record(run, inputs)
         seen = record(run, inputs, autocast=True)
         assert all(torch.equal(seen[name], expected[name]) for name in expected)

@@ -40,14 +40,7 @@ def difference(algebra: Algebra, actual: Tensor, expected: Tensor) -> float:
 
 
 def accumulate(
-    algebra: Algebra,
-    rotation: Tensor,
-    phase: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    document: Tensor | None = None,
-    mask: Tensor | None = None,
-    batch: int | None = None,
-    length: int | None = None,
+    algebra, rotation, phase=None, seq_idx=None, document=None, mask=None, batch=None, length=None
 ) -> tuple[Tensor, Tensor]:
     batch, length = batch or rotation.shape[0], length or rotation.shape[1]
     documents = None if seq_idx is None else number_documents(seq_idx, document)
@@ -110,9 +103,8 @@ def test_200000_float32_steps_arrive_where_the_sum_of_all_does(algebra):
     for token in rotation.unbind(1):
         position = algebra.wrap(algebra.compose(position, token))
         steps.append(position)
-    assert difference(algebra, torch.stack(steps, dim=1), expected) <= (
-        2e-3 if algebra.has_phase else 0
-    )
+    tolerance = 2e-3 if algebra.has_phase else 0
+    assert difference(algebra, torch.stack(steps, dim=1), expected) <= tolerance
 
 
 @learns
@@ -135,9 +127,8 @@ def test_the_dtype_is_kept(algebra, dtype, length, learns):
 
 
 DOCUMENTS = [[5, 1, 64, 130], [200], [100, 100], [1, 199]]
-SEQ_IDX = torch.tensor(
-    [[9 - index for index, size in enumerate(row) for _ in range(size)] for row in DOCUMENTS]
-)
+NAMES = [[9 - index for index, size in enumerate(row) for _ in range(size)] for row in DOCUMENTS]
+SEQ_IDX = torch.tensor(NAMES)
 
 
 @pytest.mark.parametrize("belongs", [[True] * 4, [False] * 4, [True, False, False, True], None])
@@ -145,10 +136,8 @@ SEQ_IDX = torch.tensor(
 def test_every_document_starts_from_the_identity_and_only_its_own_position_is_carried_in(
     algebra, belongs
 ):
-    rotation, carried = (
-        random_rotation(algebra, 4, 200),
-        random_rotation(algebra, 4, 1, seed=1)[:, 0],
-    )
+    rotation = random_rotation(algebra, 4, 200)
+    carried = random_rotation(algebra, 4, 1, seed=1)[:, 0]
     if belongs is None:
         positions, _ = accumulate(algebra, rotation, None, SEQ_IDX, SEQ_IDX[:, 0])
     else:
@@ -206,22 +195,21 @@ def test_padding_does_not_advance(algebra):
     assert difference(algebra, padded_last, last) < 1e-9
 
 
+def weighed_gradients(positions: Tensor, last: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(positions.shape, generator=generator, dtype=torch.float64)
+    return torch.autograd.grad((weight * positions).sum() + last.sum(), leaves)
+
+
 @pytest.mark.parametrize("length", [1, 65, 1000])
 @algebras
 def test_the_gradient_is_that_of_a_plain_cumulative_sum_or_product(algebra, length):
     rotation = random_rotation(algebra, 2, length).requires_grad_()
     carried = random_rotation(algebra, 2, 1, seed=1)[:, 0].requires_grad_()
-    weight = torch.randn(
-        rotation.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64
-    )
     literal = algebra.compose(carried[:, None], plain(algebra, rotation))
-    expected = torch.autograd.grad(
-        (weight * literal).sum() + literal[:, -1].sum(), (rotation, carried)
-    )
-    positions, last = accumulate(algebra, rotation, carried)
-    actual = torch.autograd.grad((weight * positions).sum() + last.sum(), (rotation, carried))
-    for got, want in zip(actual, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    expected = weighed_gradients(literal, literal[:, -1], rotation, carried)
+    actual = weighed_gradients(*accumulate(algebra, rotation, carried), rotation, carried)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("constant", [True, False])
@@ -230,10 +218,9 @@ def test_the_gradient_stops_at_the_start_of_a_document(algebra, constant):
     """It is that of documents accumulated one by one."""
     rotation = random_rotation(algebra, 4, 1 if constant else 200).requires_grad_()
     carried = random_rotation(algebra, 4, 1, seed=1)[:, 0].requires_grad_()
-    weight = torch.randn(4, 200, HEADS, SIZE, generator=torch.Generator().manual_seed(2)).double()
     document = torch.tensor([9, 1000, 9, 9])
-    positions, last = accumulate(algebra, rotation, carried, SEQ_IDX, document, None, 4, 200)
-    actual = torch.autograd.grad((weight * positions).sum() + last.sum(), (rotation, carried))
+    found = accumulate(algebra, rotation, carried, SEQ_IDX, document, None, 4, 200)
+    actual = weighed_gradients(*found, rotation, carried)
     rows = []
     for b, row in enumerate(DOCUMENTS):
         parts = list(rotation.expand(-1, 200, -1, -1)[b].split(row))
@@ -241,9 +228,6 @@ def test_the_gradient_stops_at_the_start_of_a_document(algebra, constant):
             parts[0] = torch.cat((algebra.compose(parts[0][:1], carried[b]), parts[0][1:]))
         rows.append(torch.cat([plain(algebra, part, dim=0) for part in parts]))
     literal = torch.stack(rows)
-    expected = torch.autograd.grad(
-        (weight * literal).sum() + literal[:, -1].sum(), (rotation, carried)
-    )
+    expected = weighed_gradients(literal, literal[:, -1], rotation, carried)
     assert not expected[1][1].any()
-    for got, want in zip(actual, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from training_inputs import TEXT
 
 from hamt import HAMTConfig, HAMTModel
 
@@ -23,13 +22,6 @@ def float16():
     accelerator.native_amp = True
     yield accelerator
     AcceleratorState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "lines.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from training_inputs import finish, flags, losses, start
+from training_inputs import finish, flags, info_of, losses, start
 
 from hamt.cli import main
 from hamt.training.accelerator import make_accelerator
@@ -36,9 +36,8 @@ def test_two_processes_reach_the_losses_of_one(text, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
     pair = start(flags(text, tmp_path / "two", num_steps=20), *launcher[:4])
     out = finish(pair)
-    assert (
-        out.count("held-out loss") == 3
-    )  # told once, by the main process: steps 0 and 20, and at the end
+    # Told once, by the main process: steps 0 and 20, and at the end.
+    assert out.count("held-out loss") == 3
     assert main(flags(text, tmp_path / "one", num_steps=20)) == 0
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert two[0][1] == pytest.approx(one[0][1], rel=1e-6)
@@ -50,10 +49,8 @@ def test_two_processes_reach_the_losses_of_one(text, tmp_path):
 def test_the_clock_of_the_main_process_sets_the_learning_rate_of_all(text, tmp_path):
     """Else weights of two processes drift apart under a time limit."""
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
-    finish(
-        start(flags(text, tmp_path, num_steps=3000, max_minutes=0.05, save_interval=5), *launcher)
-    )
-    info = json.loads((tmp_path / "training_info.json").read_text())
-    assert info["out_of_time"]
+    options = {"num_steps": 3000, "max_minutes": 0.05, "save_interval": 5}
+    finish(start(flags(text, tmp_path, **options), *launcher))
+    assert info_of(tmp_path)["out_of_time"]
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert records[-2]["learning_rate"] < 0.005

@@ -1,13 +1,13 @@
 """``hamt train`` as it is documented, and what it says at the end."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from training_inputs import TEXT, flags, losses
+from command_inputs import TEXT
+from training_inputs import flags, info_of, losses
 
 from hamt.cli import main
 from hamt.data.tokenizer import train_tokenizer
@@ -45,7 +45,7 @@ def test_the_documented_gpu_command_runs_here_too(text, tmp_path):
         return losses(tmp_path / "run")
 
     straight = launch()
-    info = json.loads((tmp_path / "run" / "training_info.json").read_text())
+    info = info_of(tmp_path / "run")
     assert info["options"]["use_auxiliary_loss"], "as configs/a100.yaml says"
     first, last = checkpoints.find_states(tmp_path / "run" / "checkpoints")
     assert (first.name, last.name) == ("step_1", "step_2")

@@ -1,12 +1,11 @@
 """Ctrl-C and requests to terminate."""
 
-import json
 import os
 import signal
 import threading
 import time
 
-from training_inputs import finish, flags, repeated_batches, start, train
+from training_inputs import finish, flags, info_of, start, train
 
 from hamt.training import checkpoints
 from hamt.training.held_out import Loss
@@ -15,9 +14,7 @@ from hamt.training.held_out import Loss
 def test_the_first_interrupt_ends_after_a_whole_step(model):
     before = signal.getsignal(signal.SIGINT)  # a shell lets jobs in the background ignore it
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-    result = train(
-        model, repeated_batches(), lambda: Loss(0, 0), num_steps=10**6, learning_rate=1e-3
-    )
+    result = train(model, evaluate=lambda: Loss(0, 0), num_steps=10**6)
     assert result.interrupted
     assert 0 < result.steps < 10**6
     assert result.tokens == result.steps * 64
@@ -32,7 +29,7 @@ def test_a_termination_is_an_orderly_end(text, tmp_path):
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
     assert "--resume goes on" in finish(process, code=130)
-    info = json.loads((tmp_path / "run" / "training_info.json").read_text())
+    info = info_of(tmp_path / "run")
     assert info["interrupted"]
     (state,) = checkpoints.find_states(tmp_path / "run" / "checkpoints")
     assert state.name == f"step_{info['steps']}"

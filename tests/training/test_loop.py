@@ -32,16 +32,8 @@ class Heard(Listener):
 
 def test_training_learns_and_reports_what_it_did(model):
     heard = Heard()
-    result = train(
-        model,
-        repeated_batches(),
-        lambda: Loss(1.0, 2.0),
-        num_steps=40,
-        learning_rate=1e-2,
-        log_interval=10,
-        eval_interval=20,
-        listeners=[heard],
-    )
+    steps = {"num_steps": 40, "log_interval": 10, "eval_interval": 20}
+    result = train(model, evaluate=lambda: Loss(1.0, 2.0), listeners=[heard], **steps)
     assert heard.evaluations == [(step, Loss(1.0, 2.0)) for step in (0, 20, 40)]
     assert heard.steps == list(range(1, 41))
     assert [record["step"] for record in heard.records] == [10, 20, 30, 40]
@@ -62,14 +54,9 @@ def test_training_ends_when_a_measurement_is_good_enough(model, good_enough):
     measured, modes = iter(range(0, 1000, 10)), []
     model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
     result = train(
-        model,
-        repeated_batches(),
-        lambda: model.eval() and next(measured),
-        num_steps=5,
-        learning_rate=1e-3,
-        eval_interval=1,
-        until=lambda value: value >= good_enough,
-    )
+        model, evaluate=lambda: model.eval() and next(measured),
+        until=lambda value: value >= good_enough, num_steps=5, eval_interval=1,
+    )  # fmt: skip
     assert result.steps == min(good_enough // 10, 5)
     assert result.held_out == [(step, 10 * step) for step in range(result.steps + 1)]
     assert modes == [True] * result.steps
@@ -78,16 +65,9 @@ def test_training_ends_when_a_measurement_is_good_enough(model, good_enough):
 
 def test_other_models_of_transformers_train_too():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    result = train(
-        LlamaForCausalLM(config), repeated_batches(), lambda: None, num_steps=40, learning_rate=1e-2
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=40, num_attention_heads=2, **sizes)
+    result = train(LlamaForCausalLM(config), num_steps=40)
     assert result.final_loss < 1.5
     assert result.final_aux_loss is None
 
@@ -97,29 +77,23 @@ def test_training_is_reproducible(model):
 
     def final():
         model.load_state_dict(state)
-        options = {"num_steps": 5, "learning_rate": 1e-2}
-        return train(model, repeated_batches(), lambda: Loss(0, 0), **options).final_loss
+        return train(model, evaluate=lambda: Loss(0, 0), num_steps=5).final_loss
 
     assert final() == final()
 
 
 def test_a_time_limit_still_gives_the_whole_schedule(model, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        "hamt.training.loop.learning_rate_scale",
-        lambda progress, *_, **__: seen.append(progress) or 0.1,
-    )
+    seen, loop = [], "hamt.training.loop"
+
+    def note(progress, *_, **__):
+        seen.append(progress)
+        return 0.1
+
+    monkeypatch.setattr(f"{loop}.learning_rate_scale", note)
     # A clock that goes on by 20 ms whenever it is read: a busy machine cannot miss the end.
     clock = count(0, 0.02)
-    monkeypatch.setattr("hamt.training.loop.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    result = train(
-        model,
-        repeated_batches(),
-        lambda: Loss(0, 0),
-        num_steps=10**6,
-        learning_rate=1e-3,
-        max_seconds=2,
-    )
+    monkeypatch.setattr(f"{loop}.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    result = train(model, evaluate=lambda: Loss(0, 0), num_steps=10**6, max_seconds=2)
     assert 20 < result.steps < 100
     assert result.out_of_time
     assert result.steps == len(seen)
@@ -127,17 +101,24 @@ def test_a_time_limit_still_gives_the_whole_schedule(model, monkeypatch):
     assert seen[-1] > 0.8
 
 
+def small_model(**options):
+    torch.manual_seed(0)
+    config = HAMTConfig(hidden_dim=32, num_layers=2, vocab_size=40, **options)
+    return HAMTModel(config).double().train()
+
+
+def trainer_of(model, **options):
+    return Trainer(model, lambda: None, LoopOptions(**options))
+
+
 def gradients(model, batch, **options):
     """The gradients of one step over ``batch``, and its loss."""
-    trainer = Trainer(
-        model, lambda: None, LoopOptions(num_steps=1, learning_rate=1e-3, max_norm=1e9, **options)
-    )
+    trainer = trainer_of(model, num_steps=1, learning_rate=1e-3, max_norm=1e9, **options)
     found = []
     first, *others = trainer.optimizers
     first.step = lambda: found.append([p.grad.clone() for p in model.parameters()])
     for optimizer in others:
         optimizer.step = lambda: None
-    model.train()
     trainer._step(batch, 0.5)
     return found[0], trainer.recent[0][0]
 
@@ -145,9 +126,8 @@ def gradients(model, batch, **options):
 @pytest.mark.parametrize("auxiliary", [False, True])
 @pytest.mark.parametrize("options", [{"micro_batches": 2}, {"micro_batches": 4}], ids=str)
 def test_micro_batches_are_one_batch(options, auxiliary):
-    torch.manual_seed(0)
     config = {"use_auxiliary_loss": auxiliary, "chunk_size": 24, "aux_loss_weight": 0.5}
-    model = HAMTModel(HAMTConfig(hidden_dim=32, num_layers=2, vocab_size=40, **config)).double()
+    model = small_model(**config)
     batch = dict(next(repeated_batches(length=25)))
     batch["shift_labels"] = batch["shift_labels"].clone()
     batch["shift_labels"][0, :7] = -100  # parts with fewer targets weigh less
@@ -163,8 +143,7 @@ def test_micro_batches_are_one_batch(options, auxiliary):
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("segments", [2, 4])
 def test_segments_that_gradients_flow_through_are_one_long_row(segments, micro_batches):
-    torch.manual_seed(0)
-    model = HAMTModel(HAMTConfig(hidden_dim=32, num_layers=2, vocab_size=40)).double()
+    model = small_model()
     batch = dict(next(repeated_batches(length=25)))
     batch["seq_idx"] = torch.tensor([3] * 9 + [4] * 15).expand(4, -1)
     whole, loss = gradients(model, batch)
@@ -174,19 +153,12 @@ def test_segments_that_gradients_flow_through_are_one_long_row(segments, micro_b
 
 
 def test_the_state_is_carried_from_step_to_step_without_gradients():
-    torch.manual_seed(0)
-    model = HAMTModel(HAMTConfig(hidden_dim=32, num_layers=2, vocab_size=40)).double()
+    model = small_model()
     long = next(repeated_batches(length=25))
-    halves = [
-        {name: x[:, part].contiguous() for name, x in long.items()}
-        for part in (slice(12), slice(12, 24))
-    ]
-    trainer = Trainer(
-        model,
-        lambda: None,
-        LoopOptions(num_steps=2, learning_rate=0.0, weight_decay=0.0, carry_state=True),
-    )
-    model.train()
+    parts = (slice(12), slice(12, 24))
+    halves = [{name: x[:, part].contiguous() for name, x in long.items()} for part in parts]
+    still = {"learning_rate": 0.0, "weight_decay": 0.0}
+    trainer = trainer_of(model, num_steps=2, carry_state=True, **still)
     for half in halves:
         trainer._step(half, 0.5)
     with torch.no_grad():
@@ -205,11 +177,8 @@ def test_gradients_may_be_computed_twice_to_save_memory(text, tmp_path):
 
 def test_micro_batches_take_no_other_steps(text, tmp_path):
     for parts in (1, 2):
-        assert (
-            main(flags(text, tmp_path / str(parts), num_steps=4, gradient_accumulation_steps=parts))
-            == 0
-        )
-    for (_, expected, _), (_, got, _) in zip(
-        losses(tmp_path / "1"), losses(tmp_path / "2"), strict=True
-    ):
+        options = {"num_steps": 4, "gradient_accumulation_steps": parts}
+        assert main(flags(text, tmp_path / str(parts), **options)) == 0
+    runs = losses(tmp_path / "1"), losses(tmp_path / "2")
+    for (_, expected, _), (_, got, _) in zip(*runs, strict=True):
         assert got == pytest.approx(expected, rel=1e-3)

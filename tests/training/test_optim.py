@@ -52,22 +52,14 @@ def test_weight_decay_shrinks_weights_but_no_vectors(model):
 
     def trained(weight_decay):
         model.load_state_dict(state)
-        train(
-            model,
-            repeated_batches(),
-            lambda: None,
-            num_steps=1,
-            learning_rate=1e-2,
-            weight_decay=weight_decay,
-        )
+        train(model, num_steps=1, weight_decay=weight_decay)
         return {name: p.detach().clone() for name, p in model.named_parameters()}
 
     without, much = trained(0.0), trained(50.0)
     for name, weight in without.items():
         scale = 1 - (weight.ndim > 1) * 50 * 1e-3  # the only step is at a tenth of the peak
-        torch.testing.assert_close(
-            much[name] - scale * state[name], weight - state[name], rtol=1e-4, atol=1e-5
-        )
+        moved = weight - state[name]
+        torch.testing.assert_close(much[name] - scale * state[name], moved, rtol=1e-4, atol=1e-5)
 
 
 def test_float16_has_one_scaler_for_all_optimisers(model, float16):
@@ -78,9 +70,8 @@ def test_float16_has_one_scaler_for_all_optimisers(model, float16):
         float16.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         float16.free_memory()
         Trainer(trained, lambda: None, options, accelerator=float16).train(repeated_batches())
-    for (name, old), one, other in zip(
-        start.named_parameters(), model.parameters(), scaled.parameters(), strict=True
-    ):
+    weights = (x.parameters() for x in (model, scaled))
+    for (name, old), one, other in zip(start.named_parameters(), *weights, strict=True):
         moved = [(new - old).norm().item() for new in (one, other)]
         assert moved[1] == pytest.approx(moved[0], rel=0.1), name
 

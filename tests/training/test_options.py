@@ -1,11 +1,11 @@
 """Options of training: the fields of the configuration, recipes and texts as the first argument."""
 
 import inspect
-import json
 from dataclasses import dataclass
 
 import pytest
-from command_inputs import TEXT, fails
+from command_inputs import fails, words
+from training_inputs import info_of
 
 from hamt.cli import main
 from hamt.config import HAMTConfig
@@ -18,17 +18,8 @@ from hamt.training.options import TrainOptions
 from hamt.training.plan import make_plan
 from hamt.training.quick_train import QuickTrainOptions
 
-DECIDED = {  # by the tokenizer, the text or Transformers
-    "vocab_size", "max_position_embeddings", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id",
-}  # fmt: skip
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "lines.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return str(path)
+GIVEN = "vocab_size max_position_embeddings use_cache bos_token_id eos_token_id pad_token_id"
+DECIDED = set(GIVEN.split())  # by the tokenizer, the text or Transformers
 
 
 @pytest.mark.parametrize("options", [TrainOptions, QuickTrainOptions])
@@ -42,9 +33,8 @@ def test_every_field_of_the_configuration_is_an_option(options, capsys):
     with pytest.raises(SystemExit):
         parse(options, ["--help"], "train")
     shown = " ".join(capsys.readouterr().out.split())
-    assert (
-        "--max_half_life FLOAT half-life in tokens of the slowest slot at initialisation" in shown
-    )
+    slowest = "--max_half_life FLOAT half-life in tokens of the slowest slot at initialisation"
+    assert slowest in shown
     assert "(default: 4096.0)" in shown
 
 
@@ -73,22 +63,12 @@ def test_a_field_that_is_added_becomes_an_option(monkeypatch):
 
 
 def test_names_of_transformers_and_of_the_documents_are_flags_too():
-    options = parse(
-        TrainOptions,
-        [
-            *("--num_attention_heads", "2", "--hidden_size", "64", "--num_hidden_layers", "3"),
-            *("--use_aux_loss", "--decay_rate", "0.01", "--conv-kernel-size", "0"),
-        ],
-        "train",
-    )
-    assert options.architecture() == {
-        "num_heads": 2,
-        "hidden_dim": 64,
-        "num_layers": 3,
-        "use_auxiliary_loss": True,
-        "decay_rate": 0.01,
-        "conv_kernel_size": 0,
-    }
+    names = words(num_attention_heads=2, hidden_size=64, num_hidden_layers=3, use_aux_loss=True)
+    flags = [*names, "--decay_rate", "0.01", "--conv-kernel-size", "0"]
+    options = parse(TrainOptions, flags, "train")
+    sizes = {"num_heads": 2, "hidden_dim": 64, "num_layers": 3}
+    others = {"use_auxiliary_loss": True, "decay_rate": 0.01, "conv_kernel_size": 0}
+    assert options.architecture() == sizes | others
     assert TrainOptions().architecture() == {}
 
 
@@ -110,17 +90,11 @@ def test_the_first_argument_is_a_recipe_or_a_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     (tmp_path / "my_text.txt").write_text("a b c")
-    for value, option_of in {
-        "tiny": "config",
-        "sotu": "config",  # the recipe, whose text has this name, too
-        "some/run.yaml": "config",
-        "none.yml": "config",
-        "my_text.txt": "data",
-        "texts": "data",
-        "wikitext-2": "data",
-        "Salesforce/wikitext:wikitext-2-raw-v1": "data",
-    }.items():
-        assert recipe_or_text(value) == (option_of, value)
+    recipes = ("tiny", "sotu", "some/run.yaml", "none.yml")  # sotu is a text's name, too
+    texts = ("my_text.txt", "texts", "wikitext-2", "Salesforce/wikitext:wikitext-2-raw-v1")
+    for option_of, values in (("config", recipes), ("data", texts)):
+        for value in values:
+            assert recipe_or_text(value) == (option_of, value)
     (tmp_path / "tiny").mkdir()
     assert recipe_or_text("tiny") == ("data", "tiny")
 
@@ -131,21 +105,20 @@ def test_neither_a_recipe_nor_a_text_says_what_there_is(capsys, tmp_path, monkey
     assert "no recipe or text tinny: the recipes are 100M, 200M, 50M, a100" in line
     assert "or the path of a .txt" in line
     assert "no recipe none.yaml" in fails(["train", "none.yaml"], capsys)
-    assert "give tiny or --config sotu, not both" in fails(
-        ["train", "tiny", "--config", "sotu"], capsys
-    )
+    error = fails(["train", "tiny", "--config", "sotu"], capsys)
+    assert "give tiny or --config sotu, not both" in error
 
 
 def test_a_recipe_by_name_and_a_text_by_path_are_trained(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    small = ["--vocab_size", "300", "--max_length", "32", "--batch_size", "4", "--num_steps", "1"]
+    small = words(vocab_size=300, max_length=32, batch_size=4, num_steps=1)
     assert main(["train", "tiny", "--data", text, *small, "--output_dir", "a"]) == 0
-    info = json.loads((tmp_path / "a" / "training_info.json").read_text())
+    info = info_of(tmp_path / "a")
     assert info["config"]["hidden_dim"] == 64
     assert info["options"]["eval_interval"] == 20
     assert main(["train", text, "--size", "tiny", *small, "--output_dir", "b"]) == 0
-    info = json.loads((tmp_path / "b" / "training_info.json").read_text())
+    info = info_of(tmp_path / "b")
     assert info["options"]["data"] == text
     assert info["config"]["num_layers"] == 2
 

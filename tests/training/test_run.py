@@ -1,9 +1,9 @@
 """A whole run: what it writes, and what it leaves alone."""
 
-import json
 import shutil
 
-from training_inputs import flags
+from command_inputs import fails
+from training_inputs import flags, info_of
 
 from hamt.checkpoint import load_checkpoint
 from hamt.cli import main
@@ -19,7 +19,7 @@ def test_a_run_writes_all_that_tells_how_it_went(text, tmp_path):
         "tokenizer.json", "tokenizer_config.json",
         "training_info.json", "log.jsonl", "loss_curve.png", "README.md", "checkpoints",
     }  # fmt: skip
-    info = json.loads((tmp_path / "training_info.json").read_text())
+    info = info_of(tmp_path)
     assert info["finished"]
     assert info["steps"] == 40
     assert info["tokens"] == 40 * 4 * 32
@@ -46,19 +46,19 @@ def test_a_resumed_run_keeps_its_best_model(text, tmp_path, monkeypatch):
 
 def test_a_folder_with_files_of_others_is_left_alone(text, tmp_path, capsys):
     (tmp_path / "README.md").write_text("mine")
-    assert main(flags(text, tmp_path, num_steps=3)) == 2
-    assert "holds README.md: begin anew by --overwrite" in capsys.readouterr().err
+    error = fails(flags(text, tmp_path, num_steps=3), capsys, silent=False)
+    assert "holds README.md: begin anew by --overwrite" in error
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_a_run_is_not_overwritten_or_gone_on_with_by_mistake(text, tmp_path, capsys):
     folder = tmp_path / "run"
-    assert main([*flags(text, folder), "--resume"]) == 2
-    assert "nothing to resume" in capsys.readouterr().err
+    assert "nothing to resume" in fails([*flags(text, folder), "--resume"], capsys, silent=False)
     assert main(flags(text, folder)) == 0
-    assert main(flags(text, folder)) == 2
-    assert "go on with it by --resume, begin anew by --overwrite" in capsys.readouterr().err
-    assert main([*flags(text, folder, num_slots=8), "--resume"]) == 2
-    assert "had num_slots 4, this one has 8" in capsys.readouterr().err
+    capsys.readouterr()
+    error = fails(flags(text, folder), capsys, silent=False)
+    assert "go on with it by --resume, begin anew by --overwrite" in error
+    error = fails([*flags(text, folder, num_slots=8), "--resume"], capsys, silent=False)
+    assert "had num_slots 4, this one has 8" in error
     assert main([*flags(text, folder), "--overwrite"]) == 0

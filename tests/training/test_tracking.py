@@ -4,33 +4,33 @@ import json
 import shutil
 
 import pytest
+from command_inputs import fails
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_inputs import finish, flags, losses, repeated_batches, start, train
+from training_inputs import finish, flags, losses, start, train
 
 from hamt.cli import main
 from hamt.training.tracking import ProgressBar
 
 
 def test_progress_is_shown(model, capsys):
-    train(
-        model,
-        repeated_batches(),
-        lambda: None,
-        num_steps=10,
-        learning_rate=1e-2,
-        listeners=[ProgressBar(10)],
-    )
+    train(model, num_steps=10, listeners=[ProgressBar(10)])
     shown = capsys.readouterr().err
     assert "10/10" in shown
     assert "tokens/s" in shown
 
 
+def shown_in_tensorboard(folder):
+    """Steps and losses, and the steps of evaluations; the losses are those of the log."""
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    told = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert told == [(step, pytest.approx(loss)) for step, loss, _ in losses(folder)]
+    evaluated = [event.step for event in events.Scalars("held_out/bits_per_byte")]
+    return [step for step, _ in told], evaluated
+
+
 def test_tensorboard_has_what_the_log_has(text, tmp_path):
     assert main([*flags(text, tmp_path, num_steps=6), "--use_tensorboard"]) == 0
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    told = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    assert told == [(step, pytest.approx(loss)) for step, loss, _ in losses(tmp_path)]
-    assert [event.step for event in events.Scalars("held_out/bits_per_byte")] == [0, 6]
+    assert shown_in_tensorboard(tmp_path)[1] == [0, 6]
 
 
 def test_tensorboard_goes_on_where_a_run_is_resumed(text, tmp_path):
@@ -40,11 +40,7 @@ def test_tensorboard_goes_on_where_a_run_is_resumed(text, tmp_path):
     assert main(command) == 0
     shutil.rmtree(tmp_path / "checkpoints" / "step_8")
     assert main([*command, "--resume"]) == 0
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
-    told = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    assert told == [(step, pytest.approx(loss)) for step, loss, _ in losses(tmp_path)]
-    assert [event.step for event in events.Scalars("held_out/bits_per_byte")] == [0, 2, 4, 6, 8]
+    assert shown_in_tensorboard(tmp_path) == (list(range(1, 9)), [0, 2, 4, 6, 8])
 
 
 def test_a_logger_that_cannot_begin_ends_the_run_in_one_line(text, tmp_path, monkeypatch, capsys):
@@ -54,18 +50,14 @@ def test_a_logger_that_cannot_begin_ends_the_run_in_one_line(text, tmp_path, mon
         raise RuntimeError("no API key\nand more")
 
     monkeypatch.setattr("wandb.init", refuse)
-    assert main(command) == 2
-    error = capsys.readouterr().err
+    error = fails(command, capsys, silent=False)
     assert "Weights & Biases cannot begin a run (no API key): log in with `wandb login`" in error
-    assert error.count("\n") == 1
     monkeypatch.setattr("hamt.training.tracking.find_spec", lambda name: None)
-    assert main([*command, "--overwrite"]) == 2
-    assert "--use_tensorboard needs tensorboard: pip install tensorboard" in capsys.readouterr().err
+    error = fails([*command, "--overwrite"], capsys, silent=False)
+    assert "--use_tensorboard needs tensorboard: pip install tensorboard" in error
 
 
-def test_weights_and_biases_is_told_what_the_log_has_and_closed(
-    text, tmp_path, monkeypatch, capsys
-):
+def test_wandb_is_told_what_the_log_has_and_closed(text, tmp_path, monkeypatch, capsys):
     """At the end of a run, and when it ends in an error."""
     told, closed = [], []
 
@@ -86,9 +78,8 @@ def test_weights_and_biases_is_told_what_the_log_has_and_closed(
     assert main(command) == 0
     assert [step for step, _ in told] == [0, 1, 2, 3, 4, 4]
     assert [values["train/loss"] for _, values in told[1:5]] == [x for _, x, _ in losses(tmp_path)]
-    assert (
-        set(told[0][1]) == set(told[-1][1]) == {"held_out/nats_per_token", "held_out/bits_per_byte"}
-    )
+    evaluated = {"held_out/nats_per_token", "held_out/bits_per_byte"}
+    assert set(told[0][1]) == set(told[-1][1]) == evaluated
     assert closed == [6]
     assert main([*command, "--learning_rate", "1e25", "--overwrite"]) == 2
     assert "--skip_trouble" in capsys.readouterr().err

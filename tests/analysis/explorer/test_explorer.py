@@ -1,12 +1,8 @@
-"""The page in a real browser, and what it asks of a model."""
+"""What the page asks of a model, and how it is shown."""
 
 import copy
-import http.client
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import types
@@ -32,9 +28,6 @@ def explorer():
     return Explorer(*load_checkpoint(PRETRAINED))
 
 
-# ------------------------------------------------------------------- session
-
-
 def test_a_text_is_read_token_by_token(explorer):
     view = explorer.read(TEXT)
     assert "".join(view.tokens).replace("·", " ") == TEXT
@@ -54,12 +47,9 @@ def test_what_a_token_read_adds_up_and_comes_from_before_it(explorer):
         found = explorer.retrieve(view, layer, 6)
         assert found.shares.sum() == pytest.approx(1, abs=1e-4)
         assert all(0 <= position <= 6 and share > 0 for position, share in found.sources)
-        assert [share for _, share in found.sources] == sorted(
-            (s for _, s in found.sources), reverse=True
-        )
-        assert all(
-            0 <= position <= 6 and -1 <= cosine <= 1.0001 for position, cosine in found.items
-        )
+        shares = [share for _, share in found.sources]
+        assert shares == sorted(shares, reverse=True)
+        assert all(0 <= place <= 6 and -1 <= cosine <= 1.0001 for place, cosine in found.items)
         assert found.theory == pytest.approx(largest_by_chance(7 * 4, 64))
         assert 0 < found.permuted < 1
     first = explorer.retrieve(view, 0, 0)
@@ -73,12 +63,8 @@ def test_what_chance_gives_under_a_permuted_key_is_what_the_recurrence_says(expl
     algebra = trace.memory.algebra
     state = next(trace.states([token + 1]))[0]
     held = torch.einsum("hs,hsf->hf", trace.read[0, token], state)
-    torch.testing.assert_close(
-        algebra.unbind(held, trace.unbinding_keys[0, token]),
-        trace.output[0, token],
-        rtol=1e-3,
-        atol=1e-4,
-    )
+    output = algebra.unbind(held, trace.unbinding_keys[0, token])
+    torch.testing.assert_close(output, trace.output[0, token], rtol=1e-3, atol=1e-4)
     stored = torch.nn.functional.normalize(trace.items[0, : token + 1], dim=-1)
     levels = []
     for key in permuted_keys(algebra, trace.unbinding_keys[0, token]):
@@ -200,10 +186,9 @@ def test_visitors_do_not_meet_in_the_model(explorer):
 
 def test_words_are_shown_and_not_obeyed(explorer):
     view = explorer.read("a <script>alert(1)</script> b")
-    found = explorer.retrieve(view, 0, len(view.tokens) - 1)
-    page = retrieved_lists(view, found, 0, len(view.tokens) - 1) + slot_grid(
-        view.norms[0, 0], 1.0, "<b>"
-    )
+    last = len(view.tokens) - 1
+    page = retrieved_lists(view, explorer.retrieve(view, 0, last), 0, last)
+    page += slot_grid(view.norms[0, 0], 1.0, "<b>")
     assert "<script" not in page
     assert "<b>" not in page
     empty = Retrieved(np.zeros(1), [], 0, [], 0.1, 0.2)
@@ -222,159 +207,16 @@ def test_slots_are_numbered_and_tell_their_half_lives():
 
 
 def test_mistakes_end_in_a_line(tmp_path, capsys):
-    assert main(["explore", "--port", "99999"]) == 2
-    assert "--port must lie" in capsys.readouterr().err
-    assert main(["explore", "--host", "192.0.2.1"]) == 2  # an address that no machine has
-    assert "give another --host or --port" in capsys.readouterr().err
+    def refusal(*options):
+        assert main(["explore", *options]) == 2
+        return capsys.readouterr().err
+
+    assert "--port must lie" in refusal("--port", "99999")
+    # An address that no machine has.
+    assert "give another --host or --port" in refusal("--host", "192.0.2.1")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert main(["explore", "--port", str(taken.getsockname()[1])]) == 2
-    assert "cannot serve at 127.0.0.1, port" in capsys.readouterr().err
-    assert main(["explore", "--checkpoint", str(tmp_path)]) == 2
-    assert "hamt: " in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------- browser
-
-
-@pytest.fixture(scope="module")
-def address():
-    """``hamt explore`` in a process of its own, ended by Ctrl-C."""
-    pytest.importorskip("gradio")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "hamt.cli", "explore", "--port", str(port)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # A shell lets jobs in the background, as tests may be, ignore Ctrl-C, and what they start
-        # does, too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        said = process.stdout.readline()
-        assert f"http://127.0.0.1:{port}" in said, said
-        yield f"http://127.0.0.1:{port}"
-        process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=30)[0]
-        assert process.returncode == 0, rest
-        assert "Traceback" not in rest
-    finally:
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture(scope="module")
-def page(address, chromium):
-    """The page, which may talk to nobody else."""
-    strangers: list[str] = []
-    errors: list[str] = []
-
-    def gate(route):
-        if route.request.url.startswith((address, "data:", "blob:")):
-            route.continue_()
-        else:
-            strangers.append(route.request.url)
-            route.abort()
-
-    view = chromium.new_page(viewport={"width": 1280, "height": 1000})
-    view.set_default_timeout(60_000)
-    view.on("pageerror", lambda error: errors.append(str(error)))
-    view.route("**/*", gate)
-    view.goto(address)
-    view.get_by_text("tokens read.").wait_for()
-    yield view
-    assert strangers == [], "nothing is fetched from elsewhere"
-    assert errors == []
-
-
-def test_other_pages_are_not_answered(address):
-    """A page of somebody else cannot leave files here, nor ask under a name of its own."""
-    host = address.removeprefix("http://")
-
-    def status(method, path, headers, body=None):
-        connection = http.client.HTTPConnection(host, timeout=30)
-        connection.request(method, path, body, headers)
-        answer = connection.getresponse().status
-        connection.close()
-        return answer
-
-    assert status("GET", "/", {}) == 200
-    assert status("GET", "/", {"Host": "elsewhere.example"}) == 400
-    part = 'Content-Disposition: form-data; name="files"; filename="a"'
-    body = f"--x\r\n{part}\r\n\r\n{'word ' * 1000}\r\n--x--\r\n"
-    headers = {"Content-Type": "multipart/form-data; boundary=x"}
-    assert status("POST", "/gradio_api/upload", headers, body) == 413
-
-
-def test_load_type_click_and_scrub(page):
-    assert page.locator("#slots td").count() == 64, "an example is read when the page opens"
-    page.locator("#text textarea").fill(TEXT)
-    page.locator("#read").click()
-    page.locator("#status").get_by_text("16 tokens read.").wait_for()
-    page.locator("#tokens").get_by_text("Congress").click()
-    page.locator("#found").get_by_text("Congress” (token 9) read in layer 3").wait_for()
-    assert page.locator("#found table").first.locator("tr").count() >= 2
-    assert "0 back" in page.locator("#found").inner_text()
-    before = page.locator("#slots table").inner_html()
-    outlines = page.locator("#tokens .token").evaluate_all(
-        "tokens => tokens.map(token => getComputedStyle(token).outlineStyle)"
-    )
-    assert outlines[9] == "solid"
-    colours = page.locator("#tokens .token").evaluate_all(
-        "tokens => tokens.map(token => getComputedStyle(token).backgroundColor.match(/\\d+/g))"
-    )
-    assert len({tuple(colour) for colour in colours}) > 3
-    assert all(int(red) <= int(blue) for red, _, blue, *_ in colours), "shades of blue"
-    assert 2 <= outlines.count("solid") <= 7, "the token and its sources"
-    assert page.locator("#time input[type=range]").get_attribute("max") == "16"
-    page.locator("#time input[type=range]").fill("2")
-    page.locator("#slots").get_by_text("after 2 tokens").wait_for()
-    assert page.locator("#slots table").inner_html() != before
-    page.locator("#layer input").click()
-    page.get_by_role("option", name="0", exact=True).click()
-    page.locator("#slots").get_by_text("Layer 0 after").wait_for()
-
-
-def test_empty_and_long_texts_are_answered_kindly(page):
-    page.locator("#text textarea").fill("")
-    page.locator("#read").click()
-    page.locator("#status").get_by_text("There is no text yet").wait_for()
-    assert page.locator("#slots td").count() == 0
-    page.locator("#text textarea").fill(SPEECH * 120)
-    page.locator("#read").click()
-    page.locator("#status").get_by_text("were left out").wait_for()
-    assert page.locator("#slots td").count() == 64
-    assert page.locator("#time input[type=range]").get_attribute("max") == str(MAX_TOKENS)
-    page.locator("#tokens").get_by_text("Congress").first.click()
-    page.locator("#found").get_by_text("read in layer").wait_for()
-    box = page.locator("#found h4").bounding_box()
-    assert box["y"] < 950, "the answer is seen without scrolling"
-    page.locator("#time input[type=range]").fill("100")
-    page.locator("#slots").get_by_text("after 98 tokens").wait_for()
-
-
-def test_a_narrow_window_shows_everything(page):
-    page.set_viewport_size({"width": 420, "height": 900})
-    page.locator("#text textarea").fill(TEXT)
-    page.locator("#read").click()
-    page.locator("#status").get_by_text("16 tokens read.").wait_for()
-    page.locator("#tokens").get_by_text("Congress").click()
-    page.locator("#found h4").scroll_into_view_if_needed()
-    assert page.locator("#found h4").bounding_box()["width"] > 250
-    assert page.locator("#slots table").bounding_box()["width"] > 250
-    page.set_viewport_size({"width": 1280, "height": 1000})
-
-
-def test_writing_shows_words_and_slots(page):
-    page.get_by_role("tab", name="Write").click()
-    page.locator("#count input[type=number]").fill("12")
-    page.locator("#write").click()
-    page.locator("#live").get_by_text("after 12 new tokens").wait_for()
-    text = page.locator("#written textarea").input_value()
-    assert 12 < len(text) < 200
-    assert page.locator("#live td").count() == 64
+        error = refusal("--port", str(taken.getsockname()[1]))
+    assert "cannot serve at 127.0.0.1, port" in error
+    assert "hamt: " in refusal("--checkpoint", str(tmp_path))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from command_inputs import fails
+from command_inputs import fails, read_json, words
 
 from hamt.checkpoint import PRETRAINED
 from hamt.cli import main
@@ -24,14 +24,10 @@ from hamt.measure.sweep import Sweep, contents
 from hamt.training.loop import Trainer
 
 ROOT = Path(__file__).parents[3]
-RECIPES = {
-    name: load_recipe(ROOT / "studies" / f"{name}.yaml")
-    for name in ("ablation", "state_tracking", "wikitext2")
-}
+STUDIES = ("ablation", "state_tracking", "wikitext2")
+RECIPES = {name: load_recipe(ROOT / "studies" / f"{name}.yaml") for name in STUDIES}
 RECIPES["default"] = load_recipe(DEFAULT)
-NAMES = [
-    (name, task, variant) for name, recipe in RECIPES.items() for task, variant in names(recipe)
-]
+NAMES = [(name, *pair) for name, recipe in RECIPES.items() for pair in names(recipe)]
 VOCAB_SIZES = {"wikitext2": 50257, "default": 2048}
 
 TINY = """
@@ -90,7 +86,7 @@ def test_every_run_of_the_recipes_can_be_built_with_the_parameters_it_names(name
         assert abs(model.num_parameters() - spec["parameters"]) <= unit
 
 
-@pytest.mark.parametrize("name", ["ablation", "state_tracking", "wikitext2"])
+@pytest.mark.parametrize("name", STUDIES)
 def test_the_runs_behind_the_results_are_found_and_are_built_as_they_were(name):
     """All files of docs/results, whatever fields configurations have gained since."""
     recipe, folder = RECIPES[name], ROOT / "docs" / "results" / name
@@ -149,7 +145,7 @@ def test_a_common_direction_makes_the_writes_of_the_delta_rule_alike():
 
 def test_a_sweep_runs_what_is_missing_and_tabulates_it(recipe, tmp_path, capsys):
     results = tmp_path / "results"
-    options = ["--recipe", str(recipe), "--output_dir", str(results), "--data", str(tmp_path)]
+    options = words(recipe=recipe, output_dir=results, data=tmp_path)
 
     def command(*more: str) -> str:
         assert main(["ablate", *options, *more]) == 0
@@ -169,12 +165,12 @@ def test_a_sweep_runs_what_is_missing_and_tabulates_it(recipe, tmp_path, capsys)
     assert "0 of 1 runs are there\ntext-same-0: " in shown
     shown = command("--variants", "base", "same", "--tasks", "text", "recall")
     assert "3 of 3 runs are there" in shown  # `same` is what the base is, by another name
-    found = json.loads((results / "text-slots-3-0.json").read_text(encoding="utf-8"))
+    found = read_json(results / "text-slots-3-0.json")
     assert found["state_floats"] == 4 * 64 + 3 * 32
     assert found["tokens"] == 2 * 2 * 16
     assert found["figure"] > 0
     (file,) = results.glob("text-same-0.json")
-    assert json.loads(file.read_text(encoding="utf-8"))["environment"]["threads"] == 1
+    assert read_json(file)["environment"]["threads"] == 1
     command("--table", str(tmp_path / "table.md"))
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
@@ -183,24 +179,17 @@ def test_a_sweep_runs_what_is_missing_and_tabulates_it(recipe, tmp_path, capsys)
     assert "last inputs of short convolutions" in lines[2]
     assert "transformer: RoPE transformer of HAMT's parts, without HAMT's short" in lines[2]
     lines = lines[4:]
-    assert [line.split("|")[1].strip() for line in lines[2:]] == [
-        "base",
-        "slots-3",
-        "same",
-        "transformer",
-    ]
+    variants = [line.split("|")[1].strip() for line in lines[2:]]
+    assert variants == ["base", "slots-3", "same", "transformer"]
     assert f"{found['figure']:.3f} | 1 | {found['num_parameters']:,} | 352" in lines[3]
     assert len({line.count("|") for line in lines}) == 1
     here("prose", "base")
     command("--tasks", "prose", "--table", str(tmp_path / "prose.md"))
-    prose = json.loads((results / "prose-base-0.json").read_text(encoding="utf-8"))
+    prose = read_json(results / "prose-base-0.json")
     assert prose["tokens"] == 6 * 2 * 16  # half of the 12 steps of an epoch
     (line,) = (tmp_path / "prose.md").read_text(encoding="utf-8").splitlines()[4:]
-    perplexity = f"{math.exp(prose['figure']):.1f}"
-    assert (
-        f"{prose['figure']:.3f} | {perplexity} | 1 | {prose['bits_per_byte']:.3f} | 0.01 | 192 |"
-        in line
-    )
+    perplexity, bits = f"{math.exp(prose['figure']):.1f}", f"{prose['bits_per_byte']:.3f}"
+    assert f"{prose['figure']:.3f} | {perplexity} | 1 | {bits} | 0.01 | 192 |" in line
     (tmp_path / "a.txt").unlink()
     assert "no a.txt in" in fails(["ablate", *options, "--tasks", "prose"], capsys)
 
@@ -208,15 +197,17 @@ def test_a_sweep_runs_what_is_missing_and_tabulates_it(recipe, tmp_path, capsys)
 def result(recipe: dict, seed: int, measured: float | None) -> dict:
     """What a run of the base on the text has left."""
     where = {"commit": f"{seed % 2}" * 40, "date": f"2026-11-2{seed % 2}"}
-    return {
-        "task": "text",
-        "variant": "base",
-        "seed": seed,
-        "figure": measured,
-        "num_parameters": 1234,
-        "spec": resolve(recipe, "text", "base"),
-        "environment": {**environment(), **where, "load_average": [seed, 0, 0]},
-    }
+    where = {**environment(), **where, "load_average": [seed, 0, 0]}
+    run = {"task": "text", "variant": "base", "seed": seed, "figure": measured}
+    spec = resolve(recipe, "text", "base")
+    return {**run, "num_parameters": 1234, "spec": spec, "environment": where}
+
+
+def write_results(folder: Path, recipe: dict, figures: dict[int, float | None]) -> None:
+    """Files of runs of the base, by seed."""
+    for seed, measured in figures.items():
+        entry = json.dumps(result(recipe, seed, measured))
+        (folder / f"text-base-{seed}.json").write_text(entry, encoding="utf-8")
 
 
 def tabulated(recipe: dict, folder: Path, tasks: tuple[str, ...] = ()) -> tuple[Sweep, str]:
@@ -228,9 +219,7 @@ def tabulated(recipe: dict, folder: Path, tasks: tuple[str, ...] = ()) -> tuple[
 
 def test_the_table_gives_mean_and_standard_error_over_seeds(tmp_path):
     recipe = {**yaml.safe_load(TINY), "data": None}
-    for seed, measured in enumerate((1.0, 2.0, 4.0)):
-        entry = result(recipe, seed, measured)
-        (tmp_path / f"text-base-{seed}.json").write_text(json.dumps(entry), encoding="utf-8")
+    write_results(tmp_path, recipe, {0: 1.0, 1: 2.0, 2: 4.0})
     sweep, text = tabulated(recipe, tmp_path)
     assert "| base | 2.333 ± 0.882 | 3 | 1,234 | 224 |" in text
     first = text.splitlines()[0]  # `same` is the base by another name, counted once
@@ -254,9 +243,7 @@ def test_a_run_that_diverges_has_no_figure_and_costs_no_other(recipe, tmp_path):
     assert found["figure"] is None
     assert found["diverged"]
     content = {**yaml.safe_load(TINY), "data": None}
-    for seed, measured in ((0, None), (1, 2.0)):
-        entry = result(content, seed, measured)
-        (tmp_path / f"text-base-{seed}.json").write_text(json.dumps(entry), encoding="utf-8")
+    write_results(tmp_path, content, {0: None, 1: 2.0})
     assert "| base | 2.000 | 1 (1 diverged) | 1,234 | 224 |" in tabulated(content, tmp_path)[1]
 
 
@@ -289,44 +276,38 @@ def test_the_file_of_a_run_of_another_recipe_is_not_overwritten(recipe, tmp_path
     entry["spec"]["training"]["num_steps"] = 3
     file = tmp_path / "out" / "text-base-0.json"
     file.write_text(json.dumps(entry), encoding="utf-8")
-    options = ["--recipe", str(recipe), "--data", str(tmp_path), "--tasks", "text"]
-    assert main(["ablate", *options, "--output_dir", str(tmp_path / "out")]) == 2
-    assert "of a run with other settings (spec): choose another" in capsys.readouterr().err
-    assert json.loads(file.read_text(encoding="utf-8")) == entry
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--variants", "nothing"], "nothing; there are"),
-        (["--tasks", "nothing"], "nothing; there are"),
-        (["--recipe", "nowhere.yaml"], "no recipe nowhere.yaml"),
-        (["--recipe", __file__], "is not YAML"),
-        (["--workers", "0"], "--workers must be at least 1"),
-        (["--seeds", "-1"], "--seeds must lie in [0"),
-        (["--table", "table.txt"], "a .md file; got table.txt"),
-        (["--output_dir", f"{__file__}/below", "--tasks", "recall"], "choose another --output_dir"),
-    ],
-)
-def test_mistakes_end_in_one_line(options, message, capsys):
+    options = words(recipe=recipe, data=tmp_path, tasks="text", output_dir=tmp_path / "out")
     assert main(["ablate", *options]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert "of a run with other settings (spec): choose another" in capsys.readouterr().err
+    assert read_json(file) == entry
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        (("base: {}", "base: {num_slot: 3}"), "there is no option num_slot"),
-        (("base: {}", "base: {num_heads: 7}"), "multiple of 2 * num_heads"),
-        (("base: {}", "base: {rival: {kind: rnn}}"), "no architecture rnn"),
-        (("base: {}", "base: {rival: {kind: mamba2}}"), "needs `parameters`"),
-        (("variants: {base: {}}", ""), "must have `tasks:` and `variants:`"),
-        (("kind: characters", "kind: nothing"), "the kind of text must be one of characters"),
-        (("", ""), "name the folder it is in with --data"),
-    ],
-)
+WRONG = [
+    (["--variants", "nothing"], "nothing; there are"),
+    (["--tasks", "nothing"], "nothing; there are"),
+    (["--recipe", "nowhere.yaml"], "no recipe nowhere.yaml"),
+    (["--recipe", __file__], "is not YAML"),
+    (["--workers", "0"], "--workers must be at least 1"),
+    (["--seeds", "-1"], "--seeds must lie in [0"),
+    (["--table", "table.txt"], "a .md file; got table.txt"),
+    (["--output_dir", f"{__file__}/below", "--tasks", "recall"], "choose another --output_dir"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
+def test_mistakes_end_in_one_line(options, message, capsys):
+    assert message in fails(["ablate", *options], capsys)
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    (("base: {}", "base: {num_slot: 3}"), "there is no option num_slot"),
+    (("base: {}", "base: {num_heads: 7}"), "multiple of 2 * num_heads"),
+    (("base: {}", "base: {rival: {kind: rnn}}"), "no architecture rnn"),
+    (("base: {}", "base: {rival: {kind: mamba2}}"), "needs `parameters`"),
+    (("variants: {base: {}}", ""), "must have `tasks:` and `variants:`"),
+    (("kind: characters", "kind: nothing"), "the kind of text must be one of characters"),
+    (("", ""), "name the folder it is in with --data"),
+])  # fmt: skip
 def test_recipes_that_cannot_be_are_refused(changed, message, tmp_path, capsys):
     text = """
 tasks:
@@ -337,8 +318,5 @@ tasks:
 variants: {base: {}}
 """
     (tmp_path / "recipe.yaml").write_text(text.replace(*changed), encoding="utf-8")
-    options = ["--recipe", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "out")]
-    assert main(["ablate", *options]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    options = words(recipe=tmp_path / "recipe.yaml", output_dir=tmp_path / "out")
+    assert message in fails(["ablate", *options], capsys)

@@ -2,10 +2,12 @@
 
 import json
 import math
+from itertools import product
 from statistics import median
 
 import pytest
 import torch
+from command_inputs import fails, read_json, words
 
 from hamt.cli import main
 from hamt.measure.bench import command as bench_command
@@ -21,45 +23,35 @@ from hamt.measure.timing import timing
 from hamt.visualization import fitted_slope
 
 TINY = {
-    "hidden_dim": 64,
-    "num_layers": 1,
-    "vocab_size": 64,
-    "step_tokens": 32,
-    "mixer_dim": 64,
-    "matmul_size": 64,
-    "rounds": 1,
-    "lengths": [16, 32],
-    "train_lengths": [16],
-    "decode_contexts": [16, 32],
-    "decode_batches": [2, 1],
-    "decode_steps": 2,
+    "hidden_dim": 64, "num_layers": 1, "vocab_size": 64, "step_tokens": 32, "mixer_dim": 64,
+    "matmul_size": 64, "rounds": 1, "lengths": [16, 32], "train_lengths": [16],
+    "decode_contexts": [16, 32], "decode_batches": [2, 1], "decode_steps": 2,
     "memory_lengths": [16, 2048],
+}  # fmt: skip
+
+PARTS = {
+    "model": bench_models.measure_models,
+    "mixer": measure_mixers,
+    "decode": measure_decoding,
+    "memory": measure_memory,
 }
 
 
-def last(parts):
-    """What a measurement has in the end."""
-    *_, found = parts
+def measured(part, **options):
+    """What the measurement of a part has in the end."""
+    *_, found = PARTS[part](BenchOptions(**{**TINY, **options}))
     return found
 
 
 @pytest.fixture(scope="module")
 def result():
-    options = BenchOptions(**TINY)
-    found = {
-        "model": last(bench_models.measure_models(options)),
-        "mixer": last(measure_mixers(options)),
-        "decode": last(measure_decoding(options)),
-        "memory": last(measure_memory(options)),
-    }
-    return json.loads(json.dumps(found, allow_nan=False))
+    return json.loads(json.dumps({part: measured(part) for part in PARTS}, allow_nan=False))
 
 
 def test_every_case_is_there(result):
     cases = [(row["phase"], row["length"], row["batch"]) for row in result["model"]["rows"]]
-    assert cases == [
-        ("train", 16, 2), ("forward", 16, 2), ("prefill", 16, 2), ("forward", 32, 1), ("prefill", 32, 1)
-    ]  # fmt: skip
+    expected = [("train", 16, 2), ("forward", 16, 2), ("prefill", 16, 2)]
+    assert cases == [*expected, ("forward", 32, 1), ("prefill", 32, 1)]
     for row in result["model"]["rows"]:
         assert list(row["seconds"]) == ["hamt", "sdpa", "eager", "ceiling"]
     assert len(result["mixer"]["rows"]) == 2 * 2 * 2
@@ -67,8 +59,8 @@ def test_every_case_is_there(result):
         assert list(row["seconds"]) == ["hamt", "sdpa", "eager"]
     for row in result["decode"]["rows"]:
         assert list(row["seconds"]) == ["hamt", "static", "dynamic"]
-    times = [t for part in ("model", "mixer", "decode") for row in result[part]["rows"]
-             for values in row["times_s"].values() for t in values]  # fmt: skip
+    rows = [row for part in ("model", "mixer", "decode") for row in result[part]["rows"]]
+    times = [time for row in rows for values in row["times_s"].values() for time in values]
     assert all(math.isfinite(t) and t > 0 for t in times)
 
 
@@ -80,7 +72,7 @@ def test_what_was_measured_before_a_failure_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(bench_command.MEASURES, "model", failing)
     with pytest.raises(MemoryError):
         main(["bench", "--parts", "model", "--output_dir", str(tmp_path)])
-    assert json.loads((tmp_path / "bench.json").read_text())["model"]["rows"][0]["length"] == 8
+    assert read_json(tmp_path / "bench.json")["model"]["rows"][0]["length"] == 8
 
 
 def test_parameters_are_matched(result):
@@ -118,15 +110,14 @@ def test_the_state_stays_and_keys_and_values_grow(result):
 
 
 def test_what_would_take_too_long_or_too_much_is_named():
-    options = BenchOptions(**{**TINY, "max_bytes": 1000, "max_seconds": 1e-9})
-    rows = last(bench_models.measure_models(options))["rows"]
-    assert (
-        "eager" in rows[0]["left_out"]
-    )  # memory is known at once, time from the second context on
+    limits = {"max_bytes": 1000, "max_seconds": 1e-9}
+    rows = measured("model", **limits)["rows"]
+    # Memory is known at once, time from the second context on.
+    assert "eager" in rows[0]["left_out"]
     assert "sdpa" not in rows[0]["left_out"]
     assert rows[-1]["left_out"]["sdpa"].startswith("would take about")
     assert rows[-1]["seconds"] == {}
-    decoding = last(measure_decoding(options))
+    decoding = measured("decode", **limits)
     assert "keys and values" in decoding["rows"][0]["left_out"]["static"]
     assert decoding["rows"][0]["seconds"].keys() == {"hamt"}
     text = bench_tables({"decode": decoding})
@@ -135,12 +126,9 @@ def test_what_would_take_too_long_or_too_much_is_named():
 
 def test_energy_is_given_where_it_can_be_read(monkeypatch):
     monkeypatch.setattr(bench_models, "joules", lambda run: 64.0)
-    found = last(
-        bench_models.measure_models(BenchOptions(**{**TINY, "lengths": [16], "train_lengths": []}))
-    )
-    assert all(
-        row["joules_per_token"] == dict.fromkeys(bench_models.MODELS, 2.0) for row in found["rows"]
-    )
+    found = measured("model", lengths=[16], train_lengths=[])
+    per_token = dict.fromkeys(bench_models.MODELS, 2.0)
+    assert all(row["joules_per_token"] == per_token for row in found["rows"])
     assert "| 2.00e+00 |" in bench_tables({"model": found})
 
 
@@ -157,21 +145,19 @@ def test_shares_are_of_the_yardstick_which_is_no_row(monkeypatch):
     times = {"a": [1.0, 4.0], "matmul": [2.0, 2.0]}
     found = {name: timing(values) for name, values in times.items()}
     monkeypatch.setattr("hamt.measure.bench.cases.interleave", lambda *arguments: found)
-    measured = measure({}, {}, {"a": 10.0, "matmul": 20.0}, 2, 0)
-    assert list(measured["seconds"]) == ["a"]
+    cases = measure({}, {}, {"a": 10.0, "matmul": 20.0}, 2, 0)
+    assert list(cases["seconds"]) == ["a"]
+    share = cases["share_of_matmul"]["a"]
     # Half of the work in half of the time, then in twice the time.
-    assert (measured["share_of_matmul"]["a"]["high"], measured["share_of_matmul"]["a"]["low"]) == (
-        1.0,
-        0.25,
-    )
+    assert (share["high"], share["low"]) == (1.0, 0.25)
 
 
 def test_cells_of_the_tables_by_hand():
     three = {"low": 0.5, "median": 1.0, "high": 2.0}
-    found = {
+    case = {"length": 100, "batch": 3}
+    trained = {
+        **case,
         "phase": "train",
-        "length": 100,
-        "batch": 3,
         "seconds": {"hamt": three, "sdpa": three, "ceiling": three},
         "ratios": {"hamt over sdpa": three, "hamt over ceiling": three},
         "times_s": {"hamt": [1.0], "sdpa": [6.0], "ceiling": [2.0]},
@@ -179,32 +165,29 @@ def test_cells_of_the_tables_by_hand():
         "left_out": {"eager": "scores would take too much memory"},
     }
     counts = {name: {"total": 9} for name in ("hamt", "sdpa", "eager", "ceiling")}
-    text = bench_tables({"model": {"parameters": counts, "rows": [found]}})
-    cells = "100 | 3 | 300 | 300 | 300 | 1.00× (0.50–2.00) | 1.00× (0.50–2.00) | 3.00× (3.00–3.00) | 100% | –"
-    assert f"| {cells} |" in text
+    text = bench_tables({"model": {"parameters": counts, "rows": [trained]}})
+    even = "1.00× (0.50–2.00)"
+    assert f"| 100 | 3 | 300 | 300 | 300 | {even} | {even} | 3.00× (3.00–3.00) | 100% | – |" in text
     assert "eager at N = 100 was not measured: its scores would take too much memory." in text
     decoded = {
+        **case,
         "phase": "decode",
-        "length": 100,
-        "batch": 3,
         "steps": 4,
         "seconds": {"hamt": three, "static": {"median": 6.0}},
         "ratios": {"hamt over static": three},
         "cache_bytes": {"hamt": 1_500_000},
         "left_out": {},
     }
-    text = bench_tables(
-        {"decode": {"parameters": {"hamt": 9}, "packed_bytes": {"hamt": 0}, "rows": [decoded]}}
-    )
-    assert "| 100 | 3 | 12.0 | 2.0 | – | 1.00× (0.50–2.00) | – | 1.50 | – |" in text
+    counts = {"parameters": {"hamt": 9}, "packed_bytes": {"hamt": 0}}
+    text = bench_tables({"decode": {**counts, "rows": [decoded]}})
+    assert f"| 100 | 3 | 12.0 | 2.0 | – | {even} | – | 1.50 | – |" in text
 
 
 @torch.no_grad()
 def test_a_filled_cache_is_one_that_the_model_goes_on_from():
     from transformers import DynamicCache, StaticCache
 
-    options = BenchOptions(**TINY)
-    _, theirs = make_decoders(options)
+    _, theirs = make_decoders(BenchOptions(**TINY))
     ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
     expected = theirs(ids).logits[:, -1]
     for cache in (DynamicCache(config=theirs.config), StaticCache(theirs.config, max_cache_len=9)):
@@ -215,14 +198,12 @@ def test_a_filled_cache_is_one_that_the_model_goes_on_from():
 
 
 def row(length, hamt, sdpa, batch=1):
-    ratio = {"median": sdpa / hamt, "low": sdpa / hamt, "high": sdpa / hamt}
-    times = {"hamt": hamt, "sdpa": sdpa}
-    return {
-        "length": length,
-        "batch": batch,
-        "seconds": {name: {"median": t, "low": t, "high": t} for name, t in times.items()},
-        "ratios": {"hamt over sdpa": ratio},
-    }
+    def spread(value):
+        return dict.fromkeys(("median", "low", "high"), value)
+
+    seconds, ratios = {"hamt": spread(hamt), "sdpa": spread(sdpa)}, spread(sdpa / hamt)
+    case = {"length": length, "batch": batch, "seconds": seconds}
+    return {**case, "ratios": {"hamt over sdpa": ratios}}
 
 
 def test_slopes_and_crossover():
@@ -242,46 +223,34 @@ def test_tables_and_plots(result):
     assert all(cell and "nan" not in cell and "inf" not in cell for cell in cells)
     figures = bench_figures(result)
     assert set(figures) == {"model_time", "mixer_time", "decode_time", "memory"}
-    assert [axes.get_title() for axes in figures["model_time"].axes] == [
-        "train",
-        "forward",
-        "prefill",
-    ]
+    titles = [axes.get_title() for axes in figures["model_time"].axes]
+    assert titles == ["train", "forward", "prefill"]
 
 
 def test_bfloat16_is_measured_in_all_parts():
-    options = BenchOptions(**{**TINY, "dtype": "bfloat16"})
-    narrow = last(measure_decoding(options))["rows"][0]
+    narrow, wide = (measured("decode", dtype=dtype)["rows"][0] for dtype in ("bfloat16", "float32"))
     assert set(narrow["seconds"]) == {"hamt", "static", "dynamic"}
-    wide = last(measure_decoding(BenchOptions(**TINY)))["rows"][0]
     assert 2 * narrow["cache_bytes"]["dynamic"] == wide["cache_bytes"]["dynamic"]
-    rows = {dtype: last(measure_memory(BenchOptions(**{**TINY, "dtype": dtype})))["rows"][1] for dtype in
-            ("float32", "bfloat16")}  # fmt: skip
+    rows = {dtype: measured("memory", dtype=dtype)["rows"][1] for dtype in ("float32", "bfloat16")}
     sizes = {dtype: row["cache_bytes"]["transformer"] for dtype, row in rows.items()}
     assert sizes["float32"] == 2 * sizes["bfloat16"]
 
 
 def test_batches_can_be_chosen_and_stand_apart():
-    options = BenchOptions(**{**TINY, "batch_sizes": [1, 3]})
-    model = last(bench_models.measure_models(options))
-    cases = [
-        (row["phase"], row["length"], row["batch"])
-        for row in model["rows"]
-        if row["phase"] != "train"
-    ]
-    assert cases == [
-        (phase, n, b) for n in (16, 32) for b in (1, 3) for phase in ("forward", "prefill")
-    ]
+    model = measured("model", batch_sizes=[1, 3])
+    rows = [row for row in model["rows"] if row["phase"] != "train"]
+    cases = list(product((16, 32), (1, 3), ("forward", "prefill")))
+    assert [(row["length"], row["batch"], row["phase"]) for row in rows] == cases
     text = bench_tables({"model": model})
     assert "### forward, batch 1\n" in text
     assert "### prefill, batch 3\n" in text
-    rows = last(measure_memory(options))["rows"]
+    rows = measured("memory", batch_sizes=[1, 3])["rows"]
     peaks = [row["peak_bytes"]["hamt"] for row in rows if row["phase"] == "training"]
     assert 1.5 < peaks[1] / peaks[0] < 3, "three times the activations, beside the gradients"
 
 
 def test_a_median_of_decoding_has_three_rounds_at_least():
-    found = last(measure_decoding(BenchOptions(**{**TINY, "decode_steps": 1, "decode_tokens": 4})))
+    found = measured("decode", decode_steps=1, decode_tokens=4)
     assert all(len(times) >= 3 for row in found["rows"] for times in row["times_s"].values())
 
 
@@ -290,47 +259,36 @@ def test_a_quick_run_decodes_in_several_rounds():
 
 
 def test_the_command_writes_figures_tables_and_plots(tmp_path, capsys):
-    options = [f"--{name}={value}" for name, value in TINY.items() if not isinstance(value, list)]
-    for name, values in TINY.items():
-        if isinstance(values, list):
-            options += [f"--{name}", *map(str, values)]
-    assert main(["bench", *options, "--parts", "decode", "--output_dir", str(tmp_path)]) == 0
+    assert main(["bench", *words(**TINY, parts="decode", output_dir=tmp_path)]) == 0
     assert "## Decoding" in capsys.readouterr().out
-    content = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    content = read_json(tmp_path / "bench.json")
     assert set(content["flops_per_token"]) == {"16", "32"}
     assert "model" not in content
     assert content["environment"]["commit"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            ["--parts", "nothing"],
-            "--parts must be one of model, mixer, decode, memory; got 'nothing'",
-        ),
-        (["--dtype", "int8"], "--dtype must be one of float32, bfloat16; got 'int8'"),
-        (["--decode_batches", "1"], "one number for each"),
-        (["--rounds", "0"], "at least 1"),
-        (["--matmul_size", "0"], "at least 1"),
-        (["--hidden_dim", "100"], "divide hidden_dim = 100; got 32"),
-    ],
-)
+WRONG = [
+    (["--parts", "nothing"], "--parts must be one of model, mixer, decode, memory; got 'nothing'"),
+    (["--dtype", "int8"], "--dtype must be one of float32, bfloat16; got 'int8'"),
+    (["--decode_batches", "1"], "one number for each"),
+    (["--rounds", "0"], "at least 1"),
+    (["--matmul_size", "0"], "at least 1"),
+    (["--hidden_dim", "100"], "divide hidden_dim = 100; got 32"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
 def test_mistakes_end_in_one_line(options, message, capsys):
-    assert main(["bench", *options]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in fails(["bench", *options], capsys)
 
 
 def test_quick_leaves_what_was_given(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        bench_command, "MEASURES", {"memory": lambda options: seen.append(options) or ()}
-    )
+    measures = {"memory": lambda options: seen.append(options) or ()}
+    monkeypatch.setattr(bench_command, "MEASURES", measures)
     monkeypatch.setattr("hamt.measure.bench.command.bench_page", lambda result: "")
     monkeypatch.setattr("hamt.measure.bench.command.bench_figures", lambda result: {})
-    arguments = ["--quick", "--parts", "memory", "--rounds", "5", "--output_dir", str(tmp_path)]
-    assert main(["bench", *arguments]) == 0
+    options = words(quick=True, parts="memory", rounds=5, output_dir=tmp_path)
+    assert main(["bench", *options]) == 0
     assert seen[0].rounds == 5  # the default, but asked for
     assert seen[0].hidden_dim == 128

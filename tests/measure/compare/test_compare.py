@@ -1,11 +1,11 @@
 """hamt compare: what it measures, writes and refuses."""
 
 import errno
-import json
+from itertools import product
 
 import pytest
 import torch
-from command_inputs import fails
+from command_inputs import fails, read_json, words
 from evaluation_inputs import SMALL, WORDS
 
 from hamt.baselines.loading import load_any_model, longest_context
@@ -18,13 +18,14 @@ from hamt.measure.compare.run import quality
 from hamt.measure.compare.speed import prefill_memory, read, speed
 
 
+def load(folders, name):
+    return load_any_model(str(folders / name))
+
+
 def test_any_model_is_loaded_by_name(folders, tokenizer, tmp_path):
-    save_pt(tmp_path / "one.pt", load_checkpoint(folders / "ours")[0], tokenizer)
-    for name, kind in (
-        (folders / "ours", "hamt"),
-        (folders / "llama", "llama"),
-        (tmp_path / "one.pt", "hamt"),
-    ):
+    one = tmp_path / "one.pt"
+    save_pt(one, load_checkpoint(folders / "ours")[0], tokenizer)
+    for name, kind in ((folders / "ours", "hamt"), (folders / "llama", "llama"), (one, "hamt")):
         loaded = load_any_model(str(name))
         assert loaded.model.config.model_type == kind
         assert loaded.name == name.stem
@@ -33,7 +34,7 @@ def test_any_model_is_loaded_by_name(folders, tokenizer, tmp_path):
 
 
 def test_quality_has_blocks_and_for_hamt_the_carried_state(folders):
-    ours, llama = load_any_model(str(folders / "ours")), load_any_model(str(folders / "llama"))
+    ours, llama = load(folders, "ours"), load(folders, "llama")
     assert set(quality(ours, [WORDS], 32, 2)) == {"blocks", "carried"}
     found = quality(llama, [WORDS], 20, 2)
     assert set(found) == {"blocks"}
@@ -46,7 +47,7 @@ def test_quality_has_blocks_and_for_hamt_the_carried_state(folders):
 def test_a_cache_goes_on_where_it_was(folders):
     ids = torch.randint(300, (2, 9))
     for name in ("ours", "llama"):
-        model = load_any_model(str(folders / name)).model
+        model = load(folders, name).model
         cache = read(model, ids[:, :8])
         parameters = {"past_key_values": cache, "use_cache": True}
         logits = model(ids[:, 8:], **parameters).logits[:, -1]
@@ -56,14 +57,10 @@ def test_a_cache_goes_on_where_it_was(folders):
 def test_speed_leaves_out_what_a_model_cannot_do(folders):
     """Learned positions end, rotary ones do not."""
     names = ("ours", "llama", "gpt2-0.1")
-    models = {name: load_any_model(str(folders / name)).model for name in names}
+    models = {name: load(folders, name).model for name in names}
     rows = list(speed(models, [8, 64, 100], [1, 2], decode_steps=2, rounds=1, max_seconds=60))
-    assert [(row["phase"], row["length"], row["batch"]) for row in rows] == [
-        (phase, length, batch)
-        for length in (8, 64, 100)
-        for batch in (1, 2)
-        for phase in ("prefill", "decode")
-    ]
+    cases = product((8, 64, 100), (1, 2), ("prefill", "decode"))
+    assert [(row["length"], row["batch"], row["phase"]) for row in rows] == list(cases)
     for found in rows:
         able = found["length"] == 8 or (found["length"] == 64 and found["phase"] == "prefill")
         assert set(found["seconds"]) == set(names if able else names[:2])
@@ -72,7 +69,7 @@ def test_speed_leaves_out_what_a_model_cannot_do(folders):
 
 
 def test_a_context_that_takes_too_long_is_named_and_not_dropped(folders):
-    models = {name: load_any_model(str(folders / name)).model for name in ("ours", "llama")}
+    models = {name: load(folders, name).model for name in ("ours", "llama")}
     *_, prefill, decode = speed(models, [8, 16], [1], decode_steps=1, rounds=1, max_seconds=1e-9)
     assert prefill["seconds"] == decode["seconds"] == {}
     assert set(prefill["left_out"]) == set(decode["left_out"]) == {"ours", "llama"}
@@ -81,63 +78,43 @@ def test_a_context_that_takes_too_long_is_named_and_not_dropped(folders):
 def test_cells_of_the_comparison_by_hand():
     seconds = {"a": {"low": 0.5, "median": 1.0, "high": 2.0}}
     row = {"batch": 3, "length": 100, "seconds": seconds, "left_out": {"b": "why"}}
-    figures = {
-        "context": 7,
-        "tokens": 1234,
-        "token_perplexity": None,
-        "word_perplexity": 2.0,
-        "bits_per_byte": 1.25,
-    }
-    entry = {
-        "parameters": 5,
-        "vocabulary": 6,
-        "reference_code": True,
-        "perplexity": {"blocks": figures},
-    }
-    tried = {"steps": 1000, "tokens": 2000, "trouble": None}
+    bits = {"token_perplexity": None, "word_perplexity": 2.0, "bits_per_byte": 1.25}
+    perplexity = {"blocks": {"context": 7, "tokens": 1234, **bits}}
+    entry = {"parameters": 5, "vocabulary": 6, "reference_code": True, "perplexity": perplexity}
+    tried = {"steps": 1000, "tokens": 2000, "trouble": None, "own_rate": False}
+    rates = [
+        {**tried, "learning_rate": 0.003, "held_out_loss": 2.5},
+        {**tried, "own_rate": True, "learning_rate": 0.01, "held_out_loss": 2.75},
+        {**tried, "learning_rate": 1e-3, "held_out_loss": None, "trouble": "nan"},
+    ]
+    scored = {"documents": 3, "all_documents": False, "cut": 2, "bytes": 123_456}
+    decode = {**row, "phase": "decode", "steps": 4, "cache_bytes": {"a": 1_500_000}}
     result = {
         "options": {"max_characters": 50_000},
         "text": "t",
-        "scored": {"documents": 3, "all_documents": False, "cut": 2, "bytes": 123_456},
-        "rivals": {
-            "d": [
-                {**tried, "own_rate": False, "learning_rate": 0.003, "held_out_loss": 2.5},
-                {**tried, "own_rate": True, "learning_rate": 0.01, "held_out_loss": 2.75},
-                {
-                    **tried,
-                    "own_rate": False,
-                    "learning_rate": 1e-3,
-                    "held_out_loss": None,
-                    "trouble": "nan",
-                },
-            ]
-        },
+        "scored": scored,
+        "rivals": {"d": rates},
         "models": {"a": entry, "b": {**entry, "reference_code": False}},
         "not_available": {"c": "gone"},
-        "speed": [
-            {**row, "phase": "prefill"},
-            {**row, "phase": "decode", "steps": 4, "cache_bytes": {"a": 1_500_000}},
-        ],
+        "speed": [{**row, "phase": "prefill"}, decode],
         "peak_bytes": {"context": 100, "a": 2_000_000},
     }
     text = table(result)
-    assert "| a (speed unoptimised) | b |" in text
-    assert "| tokens scored | 1,234 | 1,234 |" in text
-    assert (
-        "Text: t: the first 3 documents, 2 of them cut after 50,000 characters, 123,456 bytes;"
-        in text
-    )
-    assert "Rival d: 1,000 steps, 2,000 tokens;" in text
-    assert (
-        "0.001 (nan), 0.003 (2.5000), 0.01 (2.7500, that of the checkpoint); taken: 0.003." in text
-    )
-    assert "| perplexity by token | – | – |" in text
-    assert "| prefill, tokens/s, 3 × 100 | 300 (150–600) | – |" in text
-    assert "| decode, tokens/s, 3 × 100 | 12 (6–24) | – |" in text
-    assert "| state or cache, MB, 3 × 100 | 1.50 | – |" in text
-    assert "| prefill, peak MB, 1 × 100 | 2.00 | – |" in text
-    assert "Not available: c (gone)." in text
-    assert "Not measured: b at 3 × 100 (why)." in text
+    for line in (
+        "| a (speed unoptimised) | b |",
+        "| tokens scored | 1,234 | 1,234 |",
+        "Text: t: the first 3 documents, 2 of them cut after 50,000 characters, 123,456 bytes;",
+        "Rival d: 1,000 steps, 2,000 tokens;",
+        "0.001 (nan), 0.003 (2.5000), 0.01 (2.7500, that of the checkpoint); taken: 0.003.",
+        "| perplexity by token | – | – |",
+        "| prefill, tokens/s, 3 × 100 | 300 (150–600) | – |",
+        "| decode, tokens/s, 3 × 100 | 12 (6–24) | – |",
+        "| state or cache, MB, 3 × 100 | 1.50 | – |",
+        "| prefill, peak MB, 1 × 100 | 2.00 | – |",
+        "Not available: c (gone).",
+        "Not measured: b at 3 × 100 (why).",
+    ):
+        assert line in text
 
 
 def test_the_figure_says_which_speeds_are_unoptimised_and_has_room_for_every_label():
@@ -148,16 +125,14 @@ def test_the_figure_says_which_speeds_are_unoptimised_and_has_room_for_every_lab
     drawn = figure({"models": models, "speed": speeds})
     assert len(drawn.axes) == 2
     for axes in drawn.axes:
-        assert [label.get_text() for label in axes.get_yticklabels()] == [
-            "a",
-            "b\n(speed unoptimised)",
-        ]
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert labels == ["a", "b\n(speed unoptimised)"]
         assert axes.get_ylim() == (1.5, -0.5)
     assert [note.get_text() for note in drawn.axes[1].texts] == [" 20", " not measured"]
 
 
 def test_the_peak_of_a_prefill_grows_with_the_text(folders):
-    models = {"llama": load_any_model(str(folders / "llama")).model}
+    models = {"llama": load(folders, "llama").model}
     prefill_memory(models, 64)
     short, long = (prefill_memory(models, length)["llama"] for length in (64, 4096))
     if short is None:
@@ -165,28 +140,18 @@ def test_the_peak_of_a_prefill_grows_with_the_text(folders):
     assert long > 2**20 > short
 
 
+def compare_of(folders, folder, *others, checkpoint="ours", **options):
+    """The words of ``hamt compare`` of these folders and models."""
+    paths = {"hamt_checkpoint": folders / checkpoint, "output_dir": folder}
+    if others:
+        paths["baselines"] = list(others)
+    return ["compare", *SMALL, *words(**paths, **options)]
+
+
 def test_the_comparison_has_a_column_for_every_model_that_could_be_had(folders, tmp_path, capsys):
-    options = [
-        "--hamt_checkpoint",
-        str(folders / "ours"),
-        "--baselines",
-        str(folders / "llama"),
-        "gpt2",
-    ]
-    options += [
-        "--max_documents",
-        "1",
-        "--max_characters",
-        "200",
-        "--contexts",
-        "8",
-        "--batch_sizes",
-        "1",
-    ]
-    options += ["--rounds", "1", "--decode_tokens", "2", "--output_dir", str(tmp_path)]
-    assert main(["compare", *options]) == 0
+    assert main(compare_of(folders, tmp_path, folders / "llama", "gpt2")) == 0
     out = capsys.readouterr().out
-    content = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    content = read_json(tmp_path / "compare.json")
     assert list(content["models"]) == ["HAMT (ours)", "llama"]
     assert list(content["not_available"]) == ["gpt2"]
     assert "Not available: gpt2" in out
@@ -201,31 +166,23 @@ def test_the_comparison_has_a_column_for_every_model_that_could_be_had(folders, 
 def test_what_was_measured_is_kept_when_the_comparison_ends_early(
     folders, tmp_path, monkeypatch, capsys
 ):
-    options = [
-        "--hamt_checkpoint",
-        str(folders / "ours"),
-        "--baselines",
-        str(folders / "llama"),
-        *SMALL,
-    ]
-    options += ["--output_dir", str(tmp_path)]
+    arguments = compare_of(folders, tmp_path, folders / "llama")
 
     def stop(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compare, "prefill_memory", stop)
-    assert main(["compare", *options]) == 130
-    content = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    assert main(arguments) == 130
+    content = read_json(tmp_path / "compare.json")
     assert len(content["models"]) == len(content["speed"]) == 2
     score = run.quality
-    monkeypatch.setattr(
-        run,
-        "quality",
-        lambda loaded, *a, **k: stop() if loaded.name == "llama" else score(loaded, *a, **k),
-    )
-    assert main(["compare", *options]) == 130
-    content = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
-    assert list(content["models"]) == ["HAMT (ours)"]
+
+    def stop_at_llama(loaded, *arguments, **options):
+        return stop() if loaded.name == "llama" else score(loaded, *arguments, **options)
+
+    monkeypatch.setattr(run, "quality", stop_at_llama)
+    assert main(arguments) == 130
+    assert list(read_json(tmp_path / "compare.json")["models"]) == ["HAMT (ours)"]
 
 
 def test_a_full_disk_costs_no_measurement(folders, tmp_path, monkeypatch, capsys):
@@ -236,66 +193,47 @@ def test_a_full_disk_costs_no_measurement(folders, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(compare, "write_json", full)
     monkeypatch.setattr(compare, "write_report", full)
-    options = ["--hamt_checkpoint", str(folders / "ours"), *SMALL, "--output_dir", str(tmp_path)]
-    assert main(["compare", *options]) == 2
+    assert main(compare_of(folders, tmp_path)) == 2
     captured = capsys.readouterr()
     assert "| bits/byte |" in captured.out
-    assert (
-        captured.err
-        == "hamt: there cannot be written or read: No space left on device (the disk is full)\n"
-    )
+    told = "there cannot be written or read: No space left on device (the disk is full)"
+    assert captured.err == f"hamt: {told}\n"
 
 
 def test_how_much_of_the_text_was_scored_is_told(folders, tmp_path):
     (tmp_path / "text").mkdir()
     for index in range(3):
-        (tmp_path / "text" / f"{index}.txt").write_text(
-            "naïve " * 10 * (index + 1), encoding="utf-8"
-        )
-    options = ["--hamt_checkpoint", str(folders / "ours"), "--data", str(tmp_path / "text"), *SMALL]
-    options += ["--output_dir", str(tmp_path)]
+        text = "naïve " * 10 * (index + 1)
+        (tmp_path / "text" / f"{index}.txt").write_text(text, encoding="utf-8")
+    cut = "the first 2 documents, 1 of them cut after 100"
     for more, told in (
-        (
-            ["--max_documents", "2", "--max_characters", "100"],
-            "the first 2 documents, 1 of them cut after 100",
-        ),
-        (["--max_documents", "3"], "all 3 documents, 420 bytes"),
+        ({"max_documents": 2, "max_characters": 100}, cut),
+        ({"max_documents": 3}, "all 3 documents, 420 bytes"),
     ):
-        assert main(["compare", *options, *more]) == 0
+        assert main(compare_of(folders, tmp_path, data=tmp_path / "text", **more)) == 0
         assert told in (tmp_path / "compare.md").read_text(encoding="utf-8")
-        content = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+        content = read_json(tmp_path / "compare.json")
         (row,) = content["models"].values()
         assert content["scored"]["bytes"] == row["perplexity"]["blocks"]["bytes"]
 
 
 def test_the_first_model_is_a_hamt_model(folders, tmp_path, capsys):
-    options = [
-        "compare",
-        "--hamt_checkpoint",
-        str(folders / "llama"),
-        "--output_dir",
-        str(tmp_path),
-    ]
-    assert (
-        "a 'llama' model, not a HAMT model: give a HAMT checkpoint, and others with --baselines"
-        in fails(options, capsys)
-    )
+    told = "a 'llama' model, not a HAMT model: give a HAMT checkpoint, and others with --baselines"
+    assert told in fails(compare_of(folders, tmp_path, checkpoint="llama"), capsys)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            ["--rivals", "rnn"],
-            "--rivals must be one of gpt2, llama, mamba2, gated-deltanet, transformer; got 'rnn'",
-        ),
-        (["--hamt_checkpoint", "nowhere"], "no model 'nowhere'"),
-        (["--rounds", "0"], "at least 1"),
-        (["--rival_learning_rates", "0.1"], "needs --rivals"),
-        (["--rivals", "llama", "--rival_learning_rates", "0"], "must be positive"),
-        (["--device", "cuda"], "no device cuda here"),
-    ],
-)
+RIVALS = "gpt2, llama, mamba2, gated-deltanet, transformer"
+WRONG = [
+    (["--rivals", "rnn"], f"--rivals must be one of {RIVALS}; got 'rnn'"),
+    (["--hamt_checkpoint", "nowhere"], "no model 'nowhere'"),
+    (["--rounds", "0"], "at least 1"),
+    (["--rival_learning_rates", "0.1"], "needs --rivals"),
+    (["--rivals", "llama", "--rival_learning_rates", "0"], "must be positive"),
+    (["--device", "cuda"], "no device cuda here"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
 def test_comparisons_that_cannot_be_are_refused(options, message, tmp_path, capsys):
     assert message in fails(["compare", *options, "--output_dir", str(tmp_path)], capsys)
 

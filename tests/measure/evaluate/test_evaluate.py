@@ -1,11 +1,11 @@
 """hamt evaluate: what it measures, writes and refuses."""
 
-import json
 import math
 import sys
 from itertools import pairwise
 
 import pytest
+from command_inputs import fails, read_json, words
 from evaluation_inputs import WORDS
 
 from hamt.checkpoint import load_checkpoint
@@ -13,19 +13,23 @@ from hamt.cli import main
 from hamt.measure.perplexity import score_documents
 
 
-def run(tmp_path, *options):
-    assert main(["evaluate", *options, "--output_dir", str(tmp_path)]) == 0
-    return json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+def run(tmp_path, **options):
+    assert main(["evaluate", *words(**options, output_dir=tmp_path)]) == 0
+    return read_json(tmp_path / "evaluation.json")
+
+
+def samples(tmp_path):
+    return read_json(tmp_path / "generation_results.json")["samples"]
 
 
 def test_a_model_is_not_asked_beyond_its_positions(folders, tmp_path, capsys):
-    options = ["--checkpoint", str(folders / "gpt2-0.1"), "--test_text", WORDS, "--context", "65"]
-    assert main(["evaluate", *options, "--output_dir", str(tmp_path)]) == 2
-    assert "gpt2-0.1 has 64 positions: give --context 64 or less" in capsys.readouterr().err
+    options = {"checkpoint": folders / "gpt2-0.1", "test_text": WORDS, "context": 65}
+    error = fails(["evaluate", *words(**options, output_dir=tmp_path)], capsys)
+    assert "gpt2-0.1 has 64 positions: give --context 64 or less" in error
 
 
 def test_a_text_without_spaces_has_no_perplexity_by_word(tmp_path):
-    found = run(tmp_path, "--test_text", "国" * 700, "--context", "64")["perplexity"][0]
+    found = run(tmp_path, test_text="国" * 700, context=64)["perplexity"][0]
     assert found["word_perplexity"] is None
     assert found["bits_per_byte"] > 0
 
@@ -33,12 +37,12 @@ def test_a_text_without_spaces_has_no_perplexity_by_word(tmp_path):
 @pytest.mark.parametrize("command", ["evaluate", "compare", "bench", "recall"])
 def test_a_folder_that_cannot_be_written_is_seen_first(command, tmp_path, capsys):
     (tmp_path / "file").write_text("", encoding="utf-8")
-    assert main([command, "--output_dir", str(tmp_path / "file" / "below")]) == 2
-    assert "choose another --output_dir" in capsys.readouterr().err
+    error = fails([command, "--output_dir", str(tmp_path / "file" / "below")], capsys)
+    assert "choose another --output_dir" in error
 
 
 def test_a_hamt_model_is_measured_at_several_contexts(folders, tmp_path, capsys):
-    found = run(tmp_path, "--checkpoint", str(folders / "ours"), "--test_text", WORDS)
+    found = run(tmp_path, checkpoint=folders / "ours", test_text=WORDS)
     assert [row["context"] for row in found["perplexity"]] == [16, 128, 1024, "carried"]
     model, tokenizer = load_checkpoint(folders / "ours")
     for row, context in zip(found["perplexity"], (16, 128, 1024, None), strict=True):
@@ -50,51 +54,34 @@ def test_a_hamt_model_is_measured_at_several_contexts(folders, tmp_path, capsys)
     assert "all, the state carried" in capsys.readouterr().out
     assert (tmp_path / "evaluation.md").read_text(encoding="utf-8").startswith("# ours")
     assert (tmp_path / "loss_by_position.png").read_bytes()[:4] == b"\x89PNG"
-    samples = json.loads((tmp_path / "generation_results.json").read_text(encoding="utf-8"))[
-        "samples"
-    ]
-    assert [sample["prompt"] for sample in samples] == [WORDS], (
-        "without --prompts the text is continued"
-    )
+    prompts = [sample["prompt"] for sample in samples(tmp_path)]
+    assert prompts == [WORDS], "without --prompts the text is continued"
 
 
 def test_context_and_stride_can_be_given_and_other_models_measured(folders, tmp_path):
     (tmp_path / "memory_analysis.png").write_bytes(b"of an earlier run")
-    options = ["--checkpoint", str(folders / "llama"), "--test_text", WORDS]
-    found = run(tmp_path, *options, "--context", "20", "--stride", "5")
+    llama = {"checkpoint": folders / "llama", "test_text": WORDS}
+    found = run(tmp_path, **llama, context=20, stride=5)
     assert [(row["context"], row["stride"]) for row in found["perplexity"]] == [(20, 5)]
-    found = run(tmp_path, *options)
+    found = run(tmp_path, **llama)
     assert [row["context"] for row in found["perplexity"]] == [64]
     assert not (tmp_path / "memory_analysis.png").exists()
-    samples = json.loads((tmp_path / "generation_results.json").read_text(encoding="utf-8"))[
-        "samples"
-    ]
-    assert samples[0]["new_tokens"] > 0, "of a text longer than the positions the end is continued"
-    found = run(tmp_path, "--checkpoint", str(folders / "ours"), "--test_text", WORDS, "--carry")
+    new = samples(tmp_path)[0]["new_tokens"]
+    assert new > 0, "of a text longer than the positions the end is continued"
+    found = run(tmp_path, checkpoint=folders / "ours", test_text=WORDS, carry=True)
     assert [row["context"] for row in found["perplexity"]] == ["carried"]
 
 
 def test_prompts_are_continued(folders, tmp_path, capsys):
-    options = [
-        "--checkpoint",
-        str(folders / "ours"),
-        "--test_text",
-        WORDS,
-        "--carry",
-        "--seed",
-        "3",
-    ]
-    options += ["--prompts", "one two|three", "--max_new_tokens", "4"]
-    run(tmp_path, *options)
-    path = tmp_path / "generation_results.json"
-    first = json.loads(path.read_text(encoding="utf-8"))["samples"]
+    options = {"checkpoint": folders / "ours", "test_text": WORDS, "carry": True, "seed": 3}
+    options |= {"prompts": "one two|three", "max_new_tokens": 4}
+    run(tmp_path, **options)
+    first = samples(tmp_path)
     assert [sample["prompt"] for sample in first] == ["one two", "three"]
-    assert all(
-        0 < sample["new_tokens"] <= 4 and sample["tokens_per_second"] > 0 for sample in first
-    )
-    run(tmp_path, *options)
-    again = json.loads(path.read_text(encoding="utf-8"))["samples"]
-    assert [one["continuation"] for one in first] == [one["continuation"] for one in again]
+    assert all(0 < one["new_tokens"] <= 4 and one["tokens_per_second"] > 0 for one in first)
+    run(tmp_path, **options)
+    continued = [[one["continuation"] for one in found] for found in (first, samples(tmp_path))]
+    assert continued[0] == continued[1]
     assert first[0]["continuation"] in capsys.readouterr().out
 
 
@@ -102,26 +89,17 @@ def test_tasks_of_the_harness_run_on_the_model(folders, tmp_path):
     pytest.importorskip("lm_eval")
     pages = " = One = \n \n A page with a few words . \n = Two = \n \n Another 1 @,@ 000 words . \n"
     (tmp_path / "wiki.raw").write_text(pages, encoding="utf-8")
-    options = [
-        "--checkpoint",
-        str(folders / "ours"),
-        "--test_text",
-        WORDS,
-        "--carry",
-        "--limit",
-        "3",
-    ]
-    options += ["--tasks", "hamt_mqar", "hamt_induction", "hamt_passkey", "hamt_wikitext"]
-    found = run(tmp_path, *options, "--task_data", str(tmp_path / "wiki.raw"))["tasks"]
-    assert set(found) == {"hamt_mqar", "hamt_induction", "hamt_passkey", "hamt_wikitext"}
+    tasks = ["hamt_mqar", "hamt_induction", "hamt_passkey", "hamt_wikitext"]
+    options = {"checkpoint": folders / "ours", "test_text": WORDS, "carry": True, "limit": 3}
+    found = run(tmp_path, **options, tasks=tasks, task_data=tmp_path / "wiki.raw")["tasks"]
+    assert set(found) == set(tasks)
     assert found["hamt_wikitext"]["word_perplexity"] > 1
     assert found["hamt_mqar"]["documents"] == 3
     assert all(one["shots"] == 0 for one in found.values())
     table = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
     assert "a context of 2,048 tokens" in table
     assert "| documents | shots |" in table
-    written = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
-    assert "| hamt_wikitext | bits_per_byte |" in written
+    assert "| hamt_wikitext | bits_per_byte |" in table
     # The same pages by our own count.
     model, tokenizer = load_checkpoint(folders / "ours")
     bits = found["hamt_wikitext"]["bits_per_byte"]
@@ -160,46 +138,31 @@ def test_synthetic_tasks_show_what_they_ask_for():
 def test_lambada_is_asked_from_a_local_file(folders, tmp_path):
     pytest.importorskip("lm_eval")
     path = tmp_path / "lambada.jsonl"
-    path.write_text(
-        '{"text": "one two three four"}\n{"text": "five six seven"}\n', encoding="utf-8"
-    )
-    options = [
-        "--checkpoint",
-        str(folders / "ours"),
-        "--test_text",
-        WORDS,
-        "--carry",
-        "--tasks",
-        "hamt_lambada",
-    ]
-    found = run(tmp_path, *options, "--task_data", str(path))["tasks"]["hamt_lambada"]
+    lines = '{"text": "one two three four"}\n{"text": "five six seven"}\n'
+    path.write_text(lines, encoding="utf-8")
+    options = {"checkpoint": folders / "ours", "test_text": WORDS, "carry": True}
+    found = run(tmp_path, **options, tasks="hamt_lambada", task_data=path)["tasks"]["hamt_lambada"]
     assert found["perplexity"] > 1
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--checkpoint", "nowhere"], "no model 'nowhere'"),
-        (["--checkpoint", "nowhere.gguf"], "give the path of a .gguf file"),
-        (["--data", "nowhere.txt"], "no text nowhere.txt"),
-        (["--carry", "--context", "8"], "leave --context out"),
-        (["--stride", "8"], "--stride needs --context"),
-        (
-            ["--test_text", "a b", "--context", "8", "--stride", "9"],
-            "between 1 and the context, 8; got 9",
-        ),
-        (["--test_text", ""], "--test_text is empty"),
-        (["--limit", "0"], "--limit must be at least 1"),
-        (["--context", "8", "--stride", "0"], "--stride must be at least 1"),
-        (["--temperature", "-1"], "--temperature must be at least 0; got -1"),
-        (["--test_text", "a\udce9"], "must be UTF-8"),
-    ],
-)
+WRONG = [
+    (["--checkpoint", "nowhere"], "no model 'nowhere'"),
+    (["--checkpoint", "nowhere.gguf"], "give the path of a .gguf file"),
+    (["--data", "nowhere.txt"], "no text nowhere.txt"),
+    (["--carry", "--context", "8"], "leave --context out"),
+    (["--stride", "8"], "--stride needs --context"),
+    (words(test_text="a b", context=8, stride=9), "between 1 and the context, 8; got 9"),
+    (["--test_text", ""], "--test_text is empty"),
+    (["--limit", "0"], "--limit must be at least 1"),
+    (["--context", "8", "--stride", "0"], "--stride must be at least 1"),
+    (["--temperature", "-1"], "--temperature must be at least 0; got -1"),
+    (["--test_text", "a\udce9"], "must be UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
 def test_mistakes_end_in_one_line(options, message, tmp_path, capsys):
-    assert main(["evaluate", *options, "--output_dir", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in fails(["evaluate", *options, "--output_dir", str(tmp_path)], capsys)
 
 
 @pytest.mark.parametrize(
@@ -208,46 +171,25 @@ def test_mistakes_end_in_one_line(options, message, tmp_path, capsys):
 )
 def test_tasks_that_cannot_run_are_refused(tasks, message, tmp_path, capsys):
     pytest.importorskip("lm_eval")
-    options = [
-        "--test_text",
-        "a b",
-        "--context",
-        "8",
-        "--tasks",
-        *tasks,
-        "--output_dir",
-        str(tmp_path),
-    ]
-    assert main(["evaluate", *options]) == 2
-    assert message in capsys.readouterr().err
+    options = words(test_text="a b", context=8, tasks=tasks, output_dir=tmp_path)
+    assert message in fails(["evaluate", *options], capsys)
 
 
 def test_without_the_harness_the_command_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    options = [
-        "--test_text",
-        "a b",
-        "--context",
-        "8",
-        "--tasks",
-        "wikitext",
-        "--output_dir",
-        str(tmp_path),
-    ]
-    assert main(["evaluate", *options]) == 2
-    assert "pip install" in capsys.readouterr().err
+    options = words(test_text="a b", context=8, tasks="wikitext", output_dir=tmp_path)
+    assert "pip install" in fails(["evaluate", *options], capsys)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["evaluate", "--data", "none"], "nothing to do"),
-        (["evaluate", "--test_text", " "], "--test_text is empty"),
-        (["evaluate", "--test_text", __file__], f"give it with --data {__file__}"),
-        (["recall", "--quick"], "--quick goes with --capacity"),
-        (["generate", "Fellow", "citizens"], "stands in quotes"),
-    ],
-)
+LIKELY = [
+    (["evaluate", "--data", "none"], "nothing to do"),
+    (["evaluate", "--test_text", " "], "--test_text is empty"),
+    (["evaluate", "--test_text", __file__], f"give it with --data {__file__}"),
+    (["recall", "--quick"], "--quick goes with --capacity"),
+    (["generate", "Fellow", "citizens"], "stands in quotes"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), LIKELY)
 def test_likely_mistakes_are_told(arguments, message, capsys):
-    assert main(arguments) == 2
-    assert message in capsys.readouterr().err
+    assert message in fails(arguments, capsys)

@@ -26,15 +26,10 @@ def test_theory_of_the_convex_rule():
     assert convex_theory(0.5, 5) == pytest.approx(0.027, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("items", "dimension", "candidates", "expected"),
-    [
-        (100, 3290, 1000, 0.99),
-        (46, 2048, 50_257, 0.99),
-        (66, 2048, 50_257, 0.90),
-        (115, 2048, 50_257, 0.50),
-    ],
-)
+@pytest.mark.parametrize(("items", "dimension", "candidates", "expected"), [
+    (100, 3290, 1000, 0.99), (46, 2048, 50_257, 0.99), (66, 2048, 50_257, 0.90),
+    (115, 2048, 50_257, 0.50),
+])  # fmt: skip
 def test_theory_of_the_cleanup(items, dimension, candidates, expected):
     """The figures that are known."""
     assert cleanup_theory(items, dimension, candidates) == pytest.approx(expected, abs=5e-3)
@@ -42,26 +37,21 @@ def test_theory_of_the_cleanup(items, dimension, candidates, expected):
 
 def test_theory_of_the_cleanup_of_two_candidates():
     """The better of two Gaussians that are √(D/n) apart."""
-    expected = torch.special.ndtr(
-        torch.tensor(math.sqrt(16 / 8) / math.sqrt(2), dtype=torch.float64)
-    )
+    distance = torch.tensor(math.sqrt(16 / 8) / math.sqrt(2), dtype=torch.float64)
+    expected = torch.special.ndtr(distance)
     assert cleanup_theory(8, 16, 2) == pytest.approx(expected.item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("algebra", ALGEBRAS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"items": 10},
-        {"items": 10, "copies": 4},
-        {"items": 10, "slots": 4},
-        {"items": 12, "slots": 4, "spread": True},
-        {"items": 60, "gate": 0.2, "lag": 3},
-        {"items": 30, "candidates": 200},
-        {"items": 60, "slots": 2, "spread": True, "candidates": 200},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [
+    {"items": 10},
+    {"items": 10, "copies": 4},
+    {"items": 10, "slots": 4},
+    {"items": 12, "slots": 4, "spread": True},
+    {"items": 60, "gate": 0.2, "lag": 3},
+    {"items": 30, "candidates": 200},
+    {"items": 60, "slots": 2, "spread": True, "candidates": 200},
+], ids=str)  # fmt: skip
 def test_what_is_measured_lies_near_theory(algebra, options):
     found = measure(Point("", algebra, 512, **options), trials=150, seed=1)
     assert found.trials == 150

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_inputs import read_json, words
 
 from hamt.baselines.catalogue import with_state
 from hamt.cli import main
@@ -23,18 +24,12 @@ from hamt.measure.sweep import Sweep
 from hamt.options import parse
 
 SIZES = {"hidden_dim": 64, "num_layers": 2, "vocab_size": 40}
-TINY = RecallRun(
-    "mqar",
-    "hamt",
-    768,
-    0.01,
-    0,
-    num_steps=2,
-    batch_size=2,
-    hidden_dim=32,
-    num_layers=1,
-    num_examples=4,
-)
+FEW = {"num_steps": 2, "batch_size": 2, "hidden_dim": 32, "num_layers": 1, "num_examples": 4}
+TINY = RecallRun("mqar", "hamt", 768, 0.01, 0, **FEW)
+
+
+def changed(**options):
+    return RecallRun(**{**vars(TINY), **options})
 
 
 def sweep(runs, folder, workers, told):
@@ -63,14 +58,13 @@ def test_a_run_is_described_by_all_that_bears_on_it():
 
 def test_a_sweep_runs_what_is_missing_once(tmp_path):
     told = []
-    other = RecallRun(**{**vars(TINY), "model": "gated-deltanet"})
+    other = changed(model="gated-deltanet")
     found = sweep([TINY, other], tmp_path, 2, lambda run, result: told.append(run))
     assert set(told) == {TINY, other}
     assert [one["run"]["model"] for one in found] == ["hamt", "gated-deltanet"]
     for one in found:
-        assert one["mean_accuracy"] == pytest.approx(
-            sum(one["accuracy"].values()) / len(one["accuracy"])
-        )
+        accuracies = one["accuracy"].values()
+        assert one["mean_accuracy"] == pytest.approx(sum(accuracies) / len(accuracies))
         assert set(one["accuracy"]) == set(SETTINGS["mqar"].tests)
         assert one["environment"]["threads"] == 1
     assert sweep([TINY, other], tmp_path, 2, lambda run, result: told.append(run)) == found
@@ -82,20 +76,16 @@ def test_the_file_of_another_run_is_never_overwritten(tmp_path):
     sweep([TINY], tmp_path, 1, lambda run, result: told.append(run))
     file = tmp_path / f"{TINY.name}.json"
     before = file.read_bytes()
-    longer = RecallRun(**{**vars(TINY), "num_steps": 3, "batch_size": 4})  # of the same name
-    other = RecallRun(**{**vars(TINY), "seed": 1})
+    longer = changed(num_steps=3, batch_size=4)  # of the same name
+    other = changed(seed=1)
     message = rf"{file} .* \(num_steps, batch_size\): choose another --output_dir"
     with pytest.raises(UserError, match=message):
         sweep([other, longer], tmp_path, 1, lambda run, result: told.append(run))
     assert told == [TINY]
     assert file.read_bytes() == before
+    alike = changed(seed=1, learning_rate=0.010000001)
     with pytest.raises(UserError, match="two runs would be written to"):
-        sweep(
-            [other, RecallRun(**{**vars(other), "learning_rate": 0.010000001})],
-            tmp_path,
-            1,
-            lambda *_: None,
-        )
+        sweep([other, alike], tmp_path, 1, lambda *_: None)
     file.write_text("half a res", encoding="utf-8")
     with pytest.raises(UserError, match="choose another --output_dir"):
         sweep([TINY], tmp_path, 1, lambda *_: None)
@@ -103,7 +93,7 @@ def test_the_file_of_another_run_is_never_overwritten(tmp_path):
 
 
 def test_a_sweep_that_is_stopped_ends_after_the_step_and_keeps_what_is_done(tmp_path):
-    endless = [RecallRun(**{**vars(TINY), "num_steps": 10**6, "seed": seed}) for seed in (1, 2, 3)]
+    endless = [changed(num_steps=10**6, seed=seed) for seed in (1, 2, 3)]
     stopped: list[float] = []
 
     def told(run: RecallRun, result: dict) -> None:  # Ctrl-C, when the second run has begun
@@ -120,7 +110,7 @@ def test_a_sweep_that_is_stopped_ends_after_the_step_and_keeps_what_is_done(tmp_
 
 
 def test_a_run_that_diverges_counts_as_nothing_learned():
-    found = RecallRun(**{**vars(TINY), "learning_rate": 1e30, "num_steps": 6}).perform()
+    found = changed(learning_rate=1e30, num_steps=6).perform()
     assert found["diverged"]
     assert found["mean_accuracy"] == 0
     assert set(found["accuracy"]) == set(SETTINGS["mqar"].tests)
@@ -129,31 +119,22 @@ def test_a_run_that_diverges_counts_as_nothing_learned():
 
 def test_a_default_that_changes_makes_another_run(monkeypatch):
     before = TINY.describe()
-    monkeypatch.setattr(
-        "hamt.measure.recall.runs.make_model", lambda run: with_state("hamt", 768, **SIZES)
-    )
+    wider = with_state("hamt", 768, **SIZES)
+    monkeypatch.setattr("hamt.measure.recall.runs.make_model", lambda run: wider)
     assert TINY.describe() != before
 
 
 def test_a_run_depends_on_its_seed_alone():
     assert TINY.perform()["curve"] == TINY.perform()["curve"]
-    assert (
-        TINY.perform()["accuracy"] != RecallRun(**{**vars(TINY), "seed": 1}).perform()["accuracy"]
-    )
+    assert TINY.perform()["accuracy"] != changed(seed=1).perform()["accuracy"]
 
 
 def result(model, state, rate, seed, accuracy):
     run = {**TINY.describe(), "model": model, "state": state, "learning_rate": rate, "seed": seed}
-    tests = {"first": accuracy, "second": accuracy / 2}
     floats = None if model == "transformer" else 2 * state
-    return {
-        "run": run,
-        "accuracy": tests,
-        "mean_accuracy": 0.75 * accuracy,
-        "parameters": 1234,
-        "state_floats": floats,
-        "state_bytes": floats and 4 * floats,
-    }
+    size = {"parameters": 1234, "state_floats": floats, "state_bytes": floats and 4 * floats}
+    tests = {"first": accuracy, "second": accuracy / 2}
+    return {"run": run, "accuracy": tests, "mean_accuracy": 0.75 * accuracy, **size}
 
 
 RESULTS = [
@@ -182,14 +163,9 @@ def test_a_rate_with_fewer_seeds_is_not_the_best():
 
 def test_the_plot_shows_models_of_fixed_state():
     (axes,) = figure(RESULTS).axes
-    lines = {
-        container.get_label(): container.lines[0].get_xydata().tolist()
-        for container in axes.containers
-    }
-    assert lines == {
-        "HAMT": [[6144, pytest.approx(52.5)]],
-        "Mamba-2": [[6144, pytest.approx(37.5)]],
-    }
+    lines = {c.get_label(): c.lines[0].get_xydata().tolist() for c in axes.containers}
+    percent = {"HAMT": 52.5, "Mamba-2": 37.5}
+    assert lines == {name: [[6144, pytest.approx(y)]] for name, y in percent.items()}
 
 
 def test_the_plan_has_every_combination_once():
@@ -200,33 +176,16 @@ def test_the_plan_has_every_combination_once():
     assert len(plan(RecallOptions(tasks=["all"], models=["hamt"]))) == len(SETTINGS)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"tasks": ["nothing"]},
-        {"models": ["nothing"]},
-        {"models": ["hamt:heads=1"]},
-        {"models": ["mamba2:num_heads=1"]},
-        {"models": ["hamt:num_heads=7"]},
-        {"models": ["hamt:num_heads=abc"]},
-        {"models": ["hamt:num_slots=4"]},
-        {"num_steps": 0},
-        {"batch_size": 0},
-        {"num_examples": 0},
-        {"hidden_dim": 0},
-        {"num_layers": 0},
-        {"workers": 0},
-        {"state_sizes": [8]},
-        {"state_sizes": [1280, 0], "models": ["transformer"]},
-        {"learning_rates": [0.01, 0.0]},
-        {"learning_rates": [-1.0]},
-        {"learning_rates": [math.inf]},
-        {"learning_rates": [math.nan]},
-        {"seeds": [0, -1]},
-        {"seeds": [2**31]},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("wrong", [
+    {"tasks": ["nothing"]}, {"models": ["nothing"]}, {"models": ["hamt:heads=1"]},
+    {"models": ["mamba2:num_heads=1"]}, {"models": ["hamt:num_heads=7"]},
+    {"models": ["hamt:num_heads=abc"]}, {"models": ["hamt:num_slots=4"]},
+    {"num_steps": 0}, {"batch_size": 0}, {"num_examples": 0}, {"hidden_dim": 0},
+    {"num_layers": 0}, {"workers": 0}, {"seeds": [0, -1]}, {"seeds": [2**31]},
+    {"state_sizes": [8]}, {"state_sizes": [1280, 0], "models": ["transformer"]},
+    {"learning_rates": [0.01, 0.0]}, {"learning_rates": [-1.0]},
+    {"learning_rates": [math.inf]}, {"learning_rates": [math.nan]},
+], ids=str)  # fmt: skip
 def test_runs_that_cannot_be_are_refused_before_any_is_started(wrong):
     with pytest.raises(UserError):
         plan(RecallOptions(**wrong))
@@ -241,57 +200,42 @@ def test_impossible_numbers_end_in_one_line_with_the_option(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-SMALL = [
-    "--num_steps",
-    "2",
-    "--batch_size",
-    "2",
-    "--hidden_dim",
-    "32",
-    "--num_layers",
-    "1",
-    "--num_examples",
-    "4",
-]
+def recall(folder, **options):
+    assert main(["recall", *words(**options, output_dir=folder)]) == 0
 
 
 def test_the_command_writes_figures_table_and_plot(tmp_path, capsys):
-    command = ["recall", *SMALL, "--models", "hamt", "--output_dir", str(tmp_path)]
-    assert main(command) == 0
+    recall(tmp_path, **FEW, models="hamt")
     assert "4 pairs, 64 tokens" in capsys.readouterr().out
-    content = json.loads((tmp_path / "recall.json").read_text(encoding="utf-8"))
+    content = read_json(tmp_path / "recall.json")
     assert content["environment"]["torch"] == torch.__version__
     assert [one["run"]["model"] for one in content["runs"]] == ["hamt"]
-    assert (
-        (tmp_path / "recall.md").read_text(encoding="utf-8").startswith("# Recall at equal state")
-    )
+    page = tmp_path / "recall.md"
+    assert page.read_text(encoding="utf-8").startswith("# Recall at equal state")
     assert (tmp_path / "recall.png").read_bytes()[:4] == b"\x89PNG"
     (file,) = (tmp_path / "runs").iterdir()
-    run = json.loads(file.read_text(encoding="utf-8"))  # as if it had been run elsewhere
-    run["environment"] |= {
-        "commit": "abc" * 13 + "d",
-        "date": "2001-02-03T04:05:06",
-        "processor": "Z80",
-    }
+    run = read_json(file)  # as if it had been run elsewhere
+    when = {"commit": "abc" * 13 + "d", "date": "2001-02-03T04:05:06"}
+    run["environment"] |= {**when, "processor": "Z80"}
     file.write_text(json.dumps(run), encoding="utf-8")
-    assert main(command) == 0
-    heading = (tmp_path / "recall.md").read_text(encoding="utf-8").splitlines()[2]
+    recall(tmp_path, **FEW, models="hamt")
+    heading = page.read_text(encoding="utf-8").splitlines()[2]
     assert heading.startswith("1 run: Z80, ")
     assert "(abcabcabcabc)" in heading
     assert "; 2001-02-03, load " in heading
 
 
 def test_without_a_state_of_a_size_there_is_no_plot(tmp_path, capsys):
-    assert main(["recall", *SMALL, "--models", "transformer", "--output_dir", str(tmp_path)]) == 0
+    recall(tmp_path, **FEW, models="transformer")
     assert "no plot: the state of these models grows with the text" in capsys.readouterr().out
     assert not (tmp_path / "recall.png").exists()
     assert "| transformer | grows |" in (tmp_path / "recall.md").read_text(encoding="utf-8")
 
 
 def test_the_command_measures_the_capacity(tmp_path, capsys):
-    assert main(["recall", "--capacity", "--quick", "--output_dir", str(tmp_path)]) == 0
+    recall(tmp_path, capacity=True, quick=True)
     assert "points lie within 3 standard errors" in capsys.readouterr().out
-    points = json.loads((tmp_path / "capacity.json").read_text(encoding="utf-8"))["points"]
+    points = read_json(tmp_path / "capacity.json")["points"]
     assert {point["part"] for point in points} >= {"cosine", "copies", "convex", "cleanup"}
     assert (tmp_path / "capacity.png").exists()
 

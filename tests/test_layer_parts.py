@@ -1,0 +1,143 @@
+"""The parts of a layer keep their promises: convolution, gates, keys to read with, rotation."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_inputs import BINDINGS, assert_close, random_inputs, tiny_layer, tiny_model
+
+from hamt.layers import GatingNetwork, RetrievalHead, ShortConvolution
+from hamt.memory import WRITE_RULES
+
+WIDTH = 32
+write_rules = pytest.mark.parametrize("write_rule", WRITE_RULES)
+
+
+def test_the_convolution_is_causal_and_depthwise():
+    convolution = ShortConvolution(WIDTH, 4).double()
+    torch.nn.init.normal_(convolution.weight)
+    inputs = random_inputs(2, 9)
+    outputs, tail = convolution(inputs)
+    kernel = convolution.weight.T[:, None]
+    expected = F.conv1d(F.pad(inputs.mT, (3, 0)), kernel, groups=WIDTH).mT
+    assert_close(outputs, expected, 1e-12)
+    assert torch.equal(tail, inputs[:, -3:])
+    short = convolution(inputs[:, :2])[1]
+    assert torch.equal(short, F.pad(inputs[:, :2], (0, 0, 1, 0)))
+
+
+def gating(**options) -> GatingNetwork:
+    return tiny_model(**options).model.layers[0].mixer.gating
+
+
+@write_rules
+def test_slots_start_with_half_lives_from_shortest_to_longest_in_every_head(write_rule):
+    half_lives = {"min_half_life": 2, "max_half_life": 500}
+    network = gating(write_rule=write_rule, num_slots=8, num_heads=2, **half_lives)
+    write, log_forget, _ = network(torch.zeros(1, 1, WIDTH))
+    kept = 1 - write if log_forget is None else log_forget.exp()
+    half_lives = (math.log(0.5) / kept.log())[0, 0]
+    assert half_lives.min().item() == pytest.approx(2, rel=1e-3)
+    assert half_lives.max().item() == pytest.approx(500, rel=1e-3)
+    ratios = half_lives[:, 1:] / half_lives[:, :-1]
+    assert_close(ratios, torch.full_like(ratios, 250 ** (2 / 15)), 1e-2)
+    assert (half_lives[:, 0] < 4).all()
+    assert (half_lives[:, -1] > 250).all()
+
+
+@write_rules
+def test_gates_depend_on_the_token_unless_told_otherwise(write_rule):
+    inputs = random_inputs(2, 5).float()
+    write, log_forget, beta = gating(write_rule=write_rule)(inputs)
+    assert (write.flatten(0, 1).std(dim=0) > 0.01).all()
+    assert (log_forget is None) == (write_rule == "convex")
+    assert (beta is None) == (write_rule != "delta")
+    constant = gating(write_rule=write_rule, use_gating=False)
+    assert [name for name, _ in constant.named_parameters()] == ["bias"]
+    for gate in constant(inputs):
+        if gate is not None:
+            assert gate.shape[:3] == (2, 5, 2)
+            assert torch.equal(gate, gate[:1, :1].expand_as(gate))
+    write = constant(inputs).write
+    assert write.shape == (2, 5, 2, 3)
+    assert (write.norm(dim=-1) > 0.1).all()  # something is written
+
+
+def test_gates_are_probabilities_and_logarithms_in_float32_whatever_the_layer_is():
+    network, inputs = gating(), random_inputs(2, 5)
+    for cast in (torch.bfloat16, torch.float32):
+        write, log_forget, _ = network.to(cast)(100 * inputs.to(cast))
+        assert log_forget.dtype == write.dtype == torch.float32
+        assert log_forget.max() <= 0
+        assert ((write >= 0) & (write <= 1)).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {gate.dtype for gate in network(inputs.float())[:2]} == {torch.float32}
+
+
+def test_delta_gates_are_a_direction_and_a_strength_in_float32_whatever_the_layer_is():
+    network, inputs = gating(write_rule="delta"), random_inputs(2, 5).float()
+    expected = network(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, network(inputs), expected))
+    for gates in (expected, network.to(torch.bfloat16)(inputs.to(torch.bfloat16))):
+        write, log_forget, beta = gates
+        assert {gate.dtype for gate in gates} == {torch.float32}
+        assert log_forget.shape == write.shape == (2, 5, 2, 3)
+        assert beta.shape == (2, 5, 2)
+        assert log_forget.max() <= 0
+        assert_close(write.norm(dim=-1), torch.ones(2, 5, 2))
+        assert write.min() < -0.1 < 0.1 < write.max()
+        assert ((beta > 0) & (beta < 1)).all()
+        assert (beta.flatten(0, 1).std(dim=0) > 0.01).all()
+
+
+def test_an_item_outlives_a_few_dozen_writes_of_the_delta_rule_at_initialisation():
+    network = gating(write_rule="delta", num_slots=8)
+    write, _, beta = network(random_inputs(16, 64).float())
+    left = write[:, 0]  # how the slots hold the first item, (B, H, S)
+    for direction, strength in zip(write[:, 1:].unbind(1), beta[:, 1:].unbind(1), strict=True):
+        held = (direction * left).sum(dim=-1, keepdim=True)
+        left = left - strength[..., None] * held * direction
+    assert left.norm(dim=-1).mean() > 0.25  # with strengths of a half it is 0.05
+
+
+@pytest.mark.parametrize("binding_type", BINDINGS)
+def test_reading_keys_are_unit_keys(binding_type):
+    layer = tiny_layer(binding_type=binding_type)
+    assert isinstance(layer.retrieval, RetrievalHead)
+    keys, read = layer.retrieval(random_inputs(2, 5))
+    assert keys.shape == (2, 5, 2, layer.memory.key_size)
+    assert read.shape == (2, 5, 2, 3)
+    item = torch.randn(2, 5, 2, layer.memory.head_dim, dtype=torch.float64)
+    bound = layer.memory.bind(item, keys)
+    assert_close(bound.norm(dim=-1), item.norm(dim=-1), 1e-9)
+    assert not torch.allclose(bound, item, atol=0.1)
+
+
+def test_frequencies_run_from_one_to_the_base_and_survive_a_cast():
+    layer = tiny_layer(rotation_base=1000)
+    inputs, size = torch.zeros(1, 1, WIDTH), layer.memory.key_size
+    rotation = layer.rotation(inputs)
+    assert rotation.shape == (1, 1, 1, size)  # the same for all tokens and heads
+    assert rotation[0, 0, 0, 0] == 1
+    ratios = rotation[..., 1:] / rotation[..., :-1]
+    assert_close(ratios, torch.full_like(ratios, 1000 ** (-1 / size)), 1e-6)
+    assert torch.equal(layer.to(torch.bfloat16).rotation(inputs), rotation)
+
+
+def test_a_turn_is_computed_in_float32_whatever_the_layer_is():
+    """Errors of a narrow angle would add up from token to token."""
+    layer, inputs = tiny_layer(rotation="data_dependent").float(), random_inputs(2, 5).float()
+    turns = layer.rotation(inputs)
+    assert turns.shape == (2, 5, 2, layer.memory.key_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.rotation(inputs), turns)
+    assert layer.to(torch.bfloat16).rotation(inputs.to(torch.bfloat16)).dtype == torch.float32
+
+
+def test_the_auxiliary_loss_belongs_to_training():
+    layer, inputs = tiny_layer(use_auxiliary_loss=True), random_inputs(2, 9)
+    assert layer.eval()(inputs)[2] is None
+    assert layer.train()(inputs)[2].item() > 0
+    assert tiny_layer().train()(inputs)[2] is None
