@@ -1,4 +1,4 @@
-"""The documented training on a GPU: ``configs/a100.yaml``, changed by flags. See ``hamt train --help``."""
+"""Training on a GPU: ``configs/a100.yaml``, changed by flags. See ``hamt train --help``."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The documented training on your own text: ``--size small --epochs 5``. See ``hamt train --help``."""
+"""Training on your own text: ``--size small --epochs 5``. See ``hamt train --help``."""
 
 import sys
 

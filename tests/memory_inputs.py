@@ -191,7 +191,7 @@ def segmented(
 def separate_documents(
     memory: HolographicMemory, seq_idx: Tensor, state_seq_idx: Tensor | None
 ) -> Run:
-    """Every document of every row in a run of its own, by the recurrent form and without ``seq_idx``."""
+    """Every document of every row in a run of its own, by the recurrence without ``seq_idx``."""
 
     def run(leaves: Leaves) -> tuple[Tensor, MemoryState]:
         rows, states = [], []
@@ -267,7 +267,7 @@ def assert_same(actual: Leaves, expected: Leaves, tolerance: float) -> None:
 
 
 def natural_bind(binding_type: str, item: Tensor, key: Tensor) -> Tensor:
-    """k ⊛ v in the space of the items, from the textbook's formula; shares no code with ``hamt``."""
+    """k ⊛ v in the space of the items, from the textbook's formula, without code of ``hamt``."""
     if binding_type == "elementwise":
         return item * key
     if binding_type == "phasor":

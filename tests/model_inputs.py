@@ -1,4 +1,4 @@
-"""Tiny models with loud random weights, token rows and comparisons, shared by the tests of the model."""
+"""Tiny models with loud random weights, token rows and comparisons, for tests of the model."""
 
 from collections.abc import Sequence
 
@@ -109,7 +109,7 @@ def fit(model: HAMTModel, ids: Tensor, num_steps: int, learning_rate: float) -> 
 
 
 def in_segments(model: HAMTModel, ids: Tensor, cuts: Sequence[int], **arguments) -> tuple:
-    """Logits of rows read in pieces, and the state; arguments of the shape of ``ids`` are cut along."""
+    """Logits of rows read in pieces, and the state; arguments shaped like ``ids`` are cut along."""
     logits, cache = [], HAMTCache(model.config.num_layers)
     for start, end in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True):
         parts = {name: value[:, start:end] for name, value in arguments.items()}

@@ -25,7 +25,7 @@ def rows(task, count=200, length=None):
 
 
 def assert_law(outcomes, expected):
-    """Outcomes as frequent as expected (a dict to probabilities), within five standard deviations."""
+    """Outcomes as frequent as expected (a dict to probabilities) to five standard deviations."""
     counts, total = Counter(outcomes), len(outcomes)
     assert counts.keys() <= expected.keys()
     assert sum(expected.values()) == pytest.approx(1)

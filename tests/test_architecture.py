@@ -1,4 +1,4 @@
-"""The shape of the code: imports flow one way, files stay short, help needs no torch, names are pinned."""
+"""The shape of the code: imports flow one way, files stay short, and names are pinned."""
 
 import ast
 import importlib

@@ -159,7 +159,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("binding_type", "write_rule", "rotation"), KINDS)
 def test_every_accepted_option_builds_and_takes_a_training_step(binding_type, write_rule, rotation):
-    """Every pair of two further choices comes up; all 64 of their combinations would take 8 times as long."""
+    """Every pair of two choices comes up; all 64 combinations would take 8 times as long."""
     ids = random_ids(4, 17)
     for a, b, c in itertools.product((False, True), repeat=3):
         options = {

@@ -55,7 +55,7 @@ def test_sizes_for_a_cpu(name, millions):
 
 
 def test_the_golden_curve(tmp_path, monkeypatch):
-    """Sixty steps of ``configs/tiny.yaml`` against the losses that they had when they were recorded.
+    """Sixty steps of ``configs/tiny.yaml`` against the losses recorded for them.
 
     Half a percent is allowed: another order of sums, the chunked form instead of the fused
     operator, changed them by up to 0.09 %, read weights that start at 0 instead of 1 by 5 %. A

@@ -92,7 +92,7 @@ def test_pictures_are_drawn(script):
 
 
 def commands(page):
-    """Lines of the shell in a page: those of bash blocks, and commands within sentences and tables."""
+    """Lines of the shell in a page: those of bash blocks, and commands in sentences and tables."""
     for block in blocks(page, "bash"):
         yield from block.replace("\\\n", " ").splitlines()
     for code in re.findall(r"`([^`]+)`", without_blocks(page)):

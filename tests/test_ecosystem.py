@@ -1,4 +1,4 @@
-"""The tools around Transformers: Trainer, collators, adapters, and each private hook HAMT relies on."""
+"""The tools around Transformers: Trainer, collators, adapters, and each private hook HAMT uses."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_trainer_trains_evaluates_and_saves(tmp_path, options):
 
 
 def test_trainer_packs_documents_without_padding(tmp_path):
-    """One step on packed rows changes the model as one on the same documents in rows of their own."""
+    """One step on packed rows changes the model as one on the documents in their own rows."""
     found = []
     for collator in (DataCollatorWithFlattening(), default_data_collator):
         model = tiny_model()
@@ -151,7 +151,7 @@ def test_hook_weights_are_initialised_once_and_not_over_loaded_ones(tmp_path, op
 
 @rules
 def test_hook_every_kind_of_weight_is_initialised_as_meant(options):
-    """Transformers passes over some modules: ``_init_weights`` sees those with weights of their own."""
+    """Transformers passes over some modules: ``_init_weights`` sees those with own weights."""
     torch.manual_seed(0)
     model = HAMTModel(tiny_config(**options))
     for block in model.model.layers:

@@ -61,7 +61,7 @@ def map_state(function: Callable[[Tensor], Tensor], state: Read) -> Read:
 
 
 def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
-    """The docstrings of ``hamt.layers`` and ``hamt.memory.delta``, line by line, in a loop over one row (N, d)."""
+    """The memory's documented equations, line by line, in a loop over one row (N, d)."""
     config, algebra = layer.config, layer.memory.algebra
     heads, head_dim = config.num_heads, config.hcm_dim // config.num_heads
     conditioned = inputs
@@ -197,7 +197,7 @@ def test_a_state_goes_on_only_in_its_own_document(options):
 
 
 def test_padding_joins_the_document_beside_it():
-    """So a state behind padding is the state of the last real token, whatever the padding is called."""
+    """A state behind padding is that of the last real token, whatever the padding is called."""
     layer, inputs = tiny_layer(), random_inputs(2, 8)
     names = torch.tensor([[9, 9, 3, 3, 3, 3, 3, 3], [3, 3, 3, 3, 3, 3, -1, -1]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0]])

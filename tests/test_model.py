@@ -113,7 +113,8 @@ def test_importing_hamt_is_enough_in_a_fresh_process(folder):
         "import sys, torch, hamt\n"
         "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "print(type(model).__name__, model(torch.arange(1, 9)[None]).logits.double().sum().item())\n"
+        "logits = model(torch.arange(1, 9)[None]).logits\n"
+        "print(type(model).__name__, logits.double().sum().item())\n"
     )
     command = [sys.executable, "-c", program, folder]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

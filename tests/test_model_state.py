@@ -100,7 +100,7 @@ def test_checkpointing_computes_each_block_again():
 @pytest.mark.parametrize("later_side", ["left", "right"])
 @variants
 def test_padded_rows_leave_and_continue_the_state_of_their_real_tokens(options, side, later_side):
-    """Three calls: ragged rows, ragged rows on top of them, one token; a mask may span all or the call."""
+    """Three calls: ragged rows, ragged rows on top, one token; a mask may span all or the call."""
     model = tiny_model(**options)
     lengths = ((13, 2, 7), (1, 9, 3), (1, 1, 1))
     rows, later, last = (ragged_rows(*n, seed=s) for n, s in zip(lengths, (0, 5, 9), strict=True))
@@ -229,7 +229,7 @@ def without_fused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not fused_available(torch.zeros(1)), reason="there is no C++ compiler")
 @variants
 def test_the_fused_form_changes_nothing(options, monkeypatch):
-    """Prefill of padded rows, several tokens on top of it, and one: logits, state and all gradients."""
+    """Prefill of padded rows, several tokens on top, and one: logits, state, all gradients."""
     model, more = tiny_model(**options).double(), random_ids(2, 4)
     ids, mask = padded(ragged_rows(14, 7), "left")
     calls = []
@@ -250,7 +250,7 @@ def test_the_fused_form_changes_nothing(options, monkeypatch):
 
 
 def continue_twice(model, ids: Tensor, mask: Tensor, more: Tensor) -> tuple[Tensor, HAMTCache]:
-    """Logits of the tokens after ``ids``, all but the last in one call; gradients stay on the model."""
+    """Logits of the tokens after ``ids``, all but the last in one call, with gradients."""
     cache = model(ids, attention_mask=mask).past_key_values
     parts = more.split((more.shape[1] - 1, 1), dim=1)
     logits = torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)

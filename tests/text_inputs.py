@@ -2,7 +2,10 @@
 
 import json
 
-TEXT = "The quick brown fox jumps over the lazy dog.\nPack my box with five dozen liquor jugs: naïve café ☕.\n"
+TEXT = (
+    "The quick brown fox jumps over the lazy dog.\n"
+    "Pack my box with five dozen liquor jugs: naïve café ☕.\n"
+)
 
 
 def files(tmp_path, **contents):

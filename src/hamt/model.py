@@ -109,7 +109,7 @@ class HAMTPreTrainedModel(PreTrainedModel):
         return super().train(mode)
 
     def load_state_dict(self, *arguments, **options):
-        """As ``nn.Module.load_state_dict``; what was fused of the old weights is not used any more."""
+        """As ``nn.Module.load_state_dict``; what was fused of the old weights is dropped."""
         unfuse(self)
         return super().load_state_dict(*arguments, **options)
 

@@ -1,4 +1,4 @@
-"""What benchmarks stand on: a rival that differs from HAMT in the mixer alone, counted work, fair timing."""
+"""What benchmarks stand on: a rival that differs in the mixer alone, counted work, fair timing."""
 
 import time
 from functools import partial
@@ -142,7 +142,7 @@ def test_short_calls_are_measured_more_often():
 
 
 def test_ratios_are_taken_within_a_round():
-    """One slow round slows both: the ratio of medians would not see that the ratio never changed."""
+    """One slow round slows both: a ratio of medians would not see that their ratio is constant."""
     assert timing.paired_ratio([2, 20, 6], [1, 10, 3]) == (2, 2, 2)
     assert timing.spread(range(1, 10)) == (3, 5, 7)
     assert timing.spread([1, 2, 3, 4, 5]) == (1, 3, 5)

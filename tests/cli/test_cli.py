@@ -38,15 +38,15 @@ def checkpoint(text, tmp_path_factory):
 
 def test_names_and_flags_are_pinned():
     assert list(COMMANDS) == [
-        "demo", "quick-train", "train", "generate", "evaluate", "compare", "bench", "recall", "ablate",
-        "analyze", "explore",
+        "demo", "quick-train", "train", "generate", "evaluate", "compare", "bench", "recall",
+        "ablate", "analyze", "explore",
     ]  # fmt: skip
     assert list(DemoOptions.__dataclass_fields__) == [
         "output_dir", "data", "num_steps", "max_minutes", "prompt", "seed"
     ]  # fmt: skip
     assert list(GenerateOptions.__dataclass_fields__) == [
-        "prompt", "checkpoint", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty",
-        "seed",
+        "prompt", "checkpoint", "max_new_tokens", "temperature", "top_p", "top_k",
+        "repetition_penalty", "seed",
     ]  # fmt: skip
     for options, documented in (
         (QuickTrainOptions, "num_steps batch_size log_interval binding_type num_slots hcm_dim"),
@@ -254,7 +254,10 @@ def test_ctrl_c_leaves_a_usable_checkpoint(text, tmp_path):
     command = [sys.executable, str(ROOT / "experiments" / "quick_train.py"), *TINY, "--data", text]
     process = subprocess.Popen(
         [*command, "--num_steps", "100000", "--output_dir", str(tmp_path)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     for line in process.stdout:
         if "held-out loss" in line:

@@ -27,7 +27,7 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def compiler(monkeypatch, cache) -> Callable[..., list[list[str]]]:
-    """Let every compiler be a stand-in: it hands out a library compiled before, and records its commands."""
+    """A stand-in for every compiler hands out a library compiled before and logs its commands."""
     build.fused_library.cache_clear()
     monkeypatch.delenv("XDG_CACHE_HOME")
     library = build.fused_library()

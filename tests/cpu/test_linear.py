@@ -100,7 +100,7 @@ def test_each_can_learn_alone(learning, product):
 
 
 def test_gradients_of_any_layout_are_fast(product):
-    """The layout of what flows back decides that of an operand; ``product`` asserts that it is a good one."""
+    """The layout of what flows back decides that of an operand; ``product`` asserts it."""
     weight, inputs = (
         random(OUTPUTS, FEATURES).requires_grad_(),
         random(90, FEATURES).requires_grad_(),

@@ -1,4 +1,4 @@
-"""Perplexity: every token once, from the context that was asked for, in units that can be compared."""
+"""Perplexity: every token once, from the context asked for, in units that can be compared."""
 
 import math
 

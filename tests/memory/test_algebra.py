@@ -1,4 +1,4 @@
-"""The laws of the three algebras, two independent implementations of binding, and their capacity."""
+"""The laws of the three algebras, two independent ways to bind, and their capacity."""
 
 import math
 

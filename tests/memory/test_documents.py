@@ -96,7 +96,7 @@ REAL = torch.tensor([t for t in range(70) if t not in NULLS])
 
 
 def with_nulls(inputs: dict, **values: float) -> dict:
-    """Insert null tokens, with these values for the arguments named, and any values for the others."""
+    """Insert null tokens, with these values for the arguments named, any for the others."""
     longer = {}
     for name, x in inputs.items():
         longer[name] = x

@@ -1,4 +1,4 @@
-"""The forms of the memory agree with each other, with loops written from the equations, and by hand."""
+"""The forms of the memory agree with each other, with loops from the equations, and by hand."""
 
 import importlib.util
 import random
@@ -183,7 +183,7 @@ def test_with_keys_of_ones_and_open_gates_the_delta_memory_is_delta_net(form):
 
 
 def load_naive(rule: str) -> ModuleType:
-    """flash-linear-attention's loop, from its file: the package around it imports Triton, a GPU compiler."""
+    """flash-linear-attention's loop, from its file: its package imports Triton, a GPU compiler."""
     package = importlib.util.find_spec("fla")
     path = Path(package.submodule_search_locations[0], "ops", rule, "naive.py")
     spec = importlib.util.spec_from_file_location(f"naive_{rule}", path)

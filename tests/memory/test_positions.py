@@ -1,4 +1,4 @@
-"""Positions accumulate, from the identity in every document, and phases without drifting in float32."""
+"""Positions accumulate, from the identity in every document, and phases do not drift in float32."""
 
 import math
 

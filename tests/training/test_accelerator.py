@@ -23,7 +23,7 @@ def test_a_run_is_in_float32_whatever_ran_before_it(model):
 
 
 def test_a_run_is_where_it_is_wanted_whatever_ran_before_it(monkeypatch):
-    """As in a notebook that tries something on the CPU first: a second device, here a pretended one."""
+    """As in a notebook that first tries the CPU: a second device, here a pretended one."""
     AcceleratorState._reset_state(reset_partial_state=True)
     make_accelerator(on_cpu=True)
     assert AcceleratorState().device.type == "cpu"

@@ -23,15 +23,16 @@ def test_a_model_that_got_worse_is_told(text, tmp_path, monkeypatch, capsys):
 
 
 def test_the_documented_gpu_command_runs_here_too(text, tmp_path):
-    """With its flags, on a tiny text and with small sizes: bfloat16, compiled, saved, killed, resumed."""
+    """With its flags, on a tiny text with small sizes: bfloat16, compiled, killed, resumed."""
     tokenizer = tmp_path / "tokenizer"
     train_tokenizer([TEXT], 300).save_pretrained(tokenizer)
-    documented = """--hidden_dim 512 --hcm_dim 2048 --num_layers 8 --num_slots 16 --dataset
-    wikitext-103
+    documented = """--hidden_dim 512 --hcm_dim 2048 --num_layers 8 --num_slots 16
+        --dataset wikitext-103
         --max_seq_length 1024 --batch_size 128 --num_epochs 10 --learning_rate 3e-4
         --mixed_precision bf16 --compile_model --output_dir outputs/hamt_100m --run_name
         hamt-100m-competitive"""
-    smaller = f"""--hidden_dim 32 --hcm_dim 64 --num_layers 1 --dataset {text} --tokenizer {tokenizer}
+    smaller = f"""--hidden_dim 32 --hcm_dim 64 --num_layers 1
+        --dataset {text} --tokenizer {tokenizer}
         --max_seq_length 32 --batch_size 4 --output_dir {tmp_path / "run"} --num_workers 1
         --max_steps 2 --save_interval 1 --keep_checkpoints 2 --log_interval 1"""
     script = str(Path(__file__).parents[2] / "train_gpu.py")

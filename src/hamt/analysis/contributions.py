@@ -5,14 +5,14 @@ before them, under every write rule:
 
     y_t = Σ_{j≤t} c_tj · (u_t ⊛ p_t)⁻¹ ⊛ (k_j ⊛ p_j) ⊛ v_j + (u_t ⊛ p_t)⁻¹ ⊛ Σ_s b_t[s] · M_0[s]
 
-The coefficients follow from the adjoint of the recurrence, from t backwards: λ = r_t, and for j =
-t, t-1, ...
+The coefficients follow from the adjoint of the recurrence, from t backwards:
+λ = r_t, and for j = t, t-1, ...
 
     gated, convex   c_tj = Σ_s λ[s] w_j[s]               λ ← α_j ⊙ λ
     delta           c_tj = β_j Σ_s λ[s] ŵ_j[s]           λ ← α_j ⊙ (λ - ŵ_j c_tj)
 
-until b_t = λ. Under the delta rule this is what the triangular solve of ``hamt.memory.write_rules.delta``
-gives, one row at a time.
+until b_t = λ. Under the delta rule this is what the triangular solve of
+``hamt.memory.write_rules.delta`` gives, one row at a time.
 
 With a short convolution an item is a mixture of its token and the few before it: a position is then
 not exactly a token.

@@ -16,8 +16,8 @@ tags:
 
 # {name}
 
-A HAMT language model. Where its token mixer is a holographic memory of fixed size, a token costs the
-same and the state has the same size at any context length.
+A HAMT language model. Where its token mixer is a holographic memory of fixed size, a token costs
+the same and the state has the same size at any context length.
 
 | | |
 |---|---|

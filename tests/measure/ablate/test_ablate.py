@@ -1,4 +1,4 @@
-"""hamt ablate: recipes resolve to what they say, what is missing runs once, and all is tabulated."""
+"""hamt ablate: recipes resolve to what they say, what is missing runs once, all is tabulated."""
 
 import json
 import math
