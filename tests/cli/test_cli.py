@@ -258,7 +258,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(text, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     for line in process.stdout:
         if "held-out loss" in line:
             break
