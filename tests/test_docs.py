@@ -6,18 +6,21 @@ import runpy
 import shlex
 import sys
 import tomllib
-from contextlib import chdir, redirect_stdout
+from contextlib import ExitStack, chdir, redirect_stdout
 from functools import cache
 from io import StringIO
 from pathlib import Path
 from pydoc import locate
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import pytest
 from command_inputs import TEXT
 from matplotlib.figure import Figure
 
 from hamt.cli import COMMANDS, main
+from hamt.memory import WRITE_RULES
+from hamt.mixers import MIXERS, RETRIEVAL_HEADS
 
 ROOT = Path(__file__).parents[1]
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -52,7 +55,10 @@ def run(page):
         chdir(folder),
         redirect_stdout(printed),
         pytest.MonkeyPatch.context() as patch,
+        ExitStack() as tables,
     ):
+        for table in (MIXERS, RETRIEVAL_HEADS, WRITE_RULES):  # what a page adds goes with it
+            tables.enter_context(mock.patch.dict(table))
         patch.setenv("XDG_CACHE_HOME", folder)
         Path("my_text.txt").write_text(TEXT, encoding="utf-8")
         for block in blocks(page, "python"):

@@ -162,7 +162,8 @@ WRONG = [
 
 @pytest.mark.parametrize(("options", "message"), WRONG)
 def test_mistakes_end_in_one_line(options, message, tmp_path, capsys):
-    assert message in fails(["evaluate", *options, "--output_dir", str(tmp_path)], capsys)
+    silent = "--stride" not in options  # how far it may go is known when the model is
+    assert message in fails(["evaluate", *options, "--output_dir", str(tmp_path)], capsys, silent)
 
 
 @pytest.mark.parametrize(

@@ -80,9 +80,9 @@ def main(arguments: Sequence[str]) -> int:
     manager = check_tasks(options.tasks, options.task_data) if options.tasks else None
     console = Console(soft_wrap=True, highlight=False)
     header = environment()
+    name, documents = _documents(options)
     loaded = _load(options)
     console.print(f"{loaded.name}: {loaded.model.num_parameters():,} parameters")
-    name, documents = _documents(options)
     scores = []
     figures: dict[str, Figure | None] = {"loss_by_position": None, "memory_analysis": None}
     if documents is not None:
