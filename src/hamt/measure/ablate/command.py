@@ -23,7 +23,7 @@ class AblateOptions:
     """Change one choice of the architecture at a time, train, and tabulate what each was worth."""
 
     recipe: str | None = option(
-        None, "a YAML file of tasks and variants; none: a small one, a few minutes on two cores"
+        None, "a YAML file of tasks and variants; none: a small one, up to 10 minutes"
     )
     tasks: list[str] = option([], "tasks of the recipe; none: all")
     variants: list[str] = option([], "variants of the recipe, in this order; none: all")
