@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hamt.batch import Batch
-from hamt.config import HAMTConfig
+from hamt.config import HAMTConfig, check_head_dim
 from hamt.convolution import ShortConvolution
 from hamt.layers import residual_linear
 from hamt.mixers import Mixer, State
@@ -30,7 +30,7 @@ class FullAttention(Mixer):
     def __init__(self, config: HAMTConfig) -> None:
         super().__init__()
         self.config = config
-        width, self.head_dim = config.hidden_dim, attention_head_dim(config)
+        width, self.head_dim = config.hidden_dim, head_dim_of(config)
         self.num_heads = width // self.head_dim
         self.conv = None
         if config.conv_kernel_size > 1:
@@ -163,7 +163,7 @@ class FullAttention(Mixer):
         """8 d² for four projections, and for scores and mixing the causal half, 4 d (N + 1) / 2."""
         d, seen = config.hidden_dim, (length + 1) / 2
         convolution = 2 * d * config.conv_kernel_size * (config.conv_kernel_size > 1)
-        softmax = 4 * (d // attention_head_dim(config)) * seen
+        softmax = 4 * (d // head_dim_of(config)) * seen
         return {
             "projections": 8.0 * d * d,
             "attention": 4.0 * d * seen,
@@ -176,18 +176,14 @@ def usual_head_dim(hidden_dim: int) -> int:
     return 64 if hidden_dim >= 256 else 32
 
 
-def attention_head_dim(config: HAMTConfig) -> int:
+def head_dim_of(config: HAMTConfig) -> int:
     """F as the configuration has it.
 
     Raises:
         ValueError: if it does not divide the width.
     """
     size = config.attention_head_dim or usual_head_dim(config.hidden_dim)
-    if config.hidden_dim % size or size % 2:
-        raise ValueError(
-            "attention_head_dim must be even and "
-            f"divide hidden_dim = {config.hidden_dim}; got {size}"
-        )
+    check_head_dim(size, config.hidden_dim)
     return size
 
 

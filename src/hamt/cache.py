@@ -115,7 +115,7 @@ class HAMTCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(x.nbytes for name, x in self._tensors().items())
+        return sum(x.nbytes for x in self._tensors().values())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply ``function`` to every tensor; their first dimension is that of the rows."""

@@ -184,12 +184,8 @@ class HAMTConfig(PreTrainedConfig):
                 f"mixers must name one mixer for each of the {self.num_layers} layers, "
                 f"or one for all; got {len(self.mixers)}"
             )
-        size = self.attention_head_dim
-        if size is not None and (size < 2 or size % 2 or self.hidden_dim % size):
-            raise ValueError(
-                "attention_head_dim must be even and "
-                f"divide hidden_dim = {self.hidden_dim}; got {size}"
-            )
+        if self.attention_head_dim is not None:
+            check_head_dim(self.attention_head_dim, self.hidden_dim)
         for mixer in self.layer_mixers:
             if mixer not in MIXERS:
                 raise ValueError(f"mixers must be among {', '.join(MIXERS)}; got {mixer!r}")
@@ -218,6 +214,18 @@ class HAMTConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
+
+
+def check_head_dim(size: int, hidden_dim: int) -> None:
+    """Refuse heads of attention with ``size`` features, if the width cannot be cut into such.
+
+    Raises:
+        ValueError: if ``size`` is odd, not positive, or does not divide ``hidden_dim``.
+    """
+    if size < 2 or size % 2 or hidden_dim % size:
+        raise ValueError(
+            f"attention_head_dim must be even and divide hidden_dim = {hidden_dim}; got {size}"
+        )
 
 
 # Named by the parameters they really have with GPT-2's vocabulary, tied embeddings included.

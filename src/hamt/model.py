@@ -17,9 +17,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import (
-    GenericForSequenceClassification,
-)
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -170,23 +168,13 @@ class HAMTBackbone(HAMTPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
-        if cache is not None and not isinstance(cache, HAMTCache):
-            raise ValueError(f"past_key_values must be a HAMTCache; got {type(cache).__name__}")
-        if cache is None and use_cache:
+        rows, length = hidden_states.shape[:2]
+        if cache is not None:
+            _check_cache(cache, len(self.layers), rows)
+        elif use_cache:
             cache = HAMTCache(len(self.layers))
-        if cache is not None and len(cache.layers) != len(self.layers):
-            raise ValueError(
-                f"this state has {len(cache.layers)} layers, the model {len(self.layers)}: "
-                "it comes from another model"
-            )
         states = [None] * len(self.layers) if cache is None else cache.states
         past = None if cache is None else cache.past
-        rows, length = hidden_states.shape[:2]
-        if past is not None and len(past.num_tokens) != rows:
-            raise ValueError(
-                f"this state has {len(past.num_tokens)} rows, the input {rows}: "
-                "change its rows with HAMTCache.batch_repeat_interleave or batch_select_indices"
-            )
         if seq_idx is None:
             seq_idx, past = names_of_documents(position_ids, cu_seq_lens_q, hidden_states, past)
         batch = Batch.of(padding_mask(attention_mask, length), seq_idx, past)
@@ -202,6 +190,22 @@ class HAMTBackbone(HAMTPreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             past_key_values=cache,
             aux_loss=torch.stack(aux_losses).mean() if aux_losses else None,
+        )
+
+
+def _check_cache(cache: object, layers: int, rows: int) -> None:
+    """Refuse a cache of another library, model or number of rows."""
+    if not isinstance(cache, HAMTCache):
+        raise ValueError(f"past_key_values must be a HAMTCache; got {type(cache).__name__}")
+    if len(cache.layers) != layers:
+        raise ValueError(
+            f"this state has {len(cache.layers)} layers, the model {layers}: "
+            "it comes from another model"
+        )
+    if cache.past is not None and len(cache.past.num_tokens) != rows:
+        raise ValueError(
+            f"this state has {len(cache.past.num_tokens)} rows, the input {rows}: "
+            "change its rows with HAMTCache.batch_repeat_interleave or batch_select_indices"
         )
 
 

@@ -1,11 +1,12 @@
-// The recurrence of hamt/memory.py, token by token, for CPUs: forward and backward.
+// The recurrence of the holographic memory, token by token, for CPUs: forward and backward.
 //
-// The slots of a head stay in the first cache while the loop over tokens binds on the way in and unbinds on
-// the way out: nothing but inputs and outputs travels to memory. Equations as in hamt/memory.py and hamt/delta.py.
+// The slots of a head stay in the first cache while the loop over tokens binds on the way in and
+// unbinds on the way out: nothing but inputs and outputs travels to memory. Equations as in
+// ../memory/holographic.py and ../memory/write_rules/.
 //
 // Layout, all contiguous: x, y (B,N,H,F); k, u (B,N,H,K); w, r, alpha (B,N,H,S); beta (B,N,H);
-// M (B,H,S,F); p (1 or B,N,1 or H,K); reset (B,N). F features are K pairs (i, i + K) under phases; under signs
-// K = F, and the "pair" is still (i, i + F/2). L lanes of a vector.
+// M (B,H,S,F); p (1 or B,N,1 or H,K); reset (B,N). F features are K pairs (i, i + K) under phases;
+// under signs K = F, and the "pair" is still (i, i + F/2). L lanes of a vector.
 
 #include <algorithm>
 #include <cmath>
@@ -68,7 +69,7 @@ inline void sincos(const Vec<double>& x, Vec<double>& sine, Vec<double>& cosine)
   }
 }
 
-// The same fields in the same order as in hamt/fused.py.
+// The same fields in the same order as in fused.py.
 struct Sizes {
   int64_t B, N, H, S, F, chunk, phases, parts, position_rows, position_heads, threads;
 };

@@ -33,10 +33,11 @@ import yaml
 from hamt.baselines.catalogue import ARCHITECTURES
 from hamt.config import HAMTConfig
 from hamt.errors import UserError, user_errors
+from hamt.recipes import FOLDER
 from hamt.training.loop import LoopOptions
 
 KINDS = ("characters", "text", "recall", "counting")
-DEFAULT = Path(__file__).parents[2] / "configs" / "ablation" / "default.yaml"
+DEFAULT = FOLDER / "ablation" / "default.yaml"
 SHAKESPEARE = "tinyshakespeare/input.txt"  # what is trained on as characters
 EMBEDDED = "sotu"  # a text that comes with HAMT and is in no folder
 
