@@ -294,6 +294,30 @@ WRONG = [
 ]
 
 
+RECALL = "kind: recall, training: {batch_size: 2, num_steps: 2, learning_rate: 0.01}"
+NO_RECIPES = [
+    ("[1, 2]", "must have `tasks:` and `variants:`"),
+    ("tasks: {a: 3}\nvariants: {b: {}}", "a (in "),
+    ("tasks: {a: {kind: chess}}\nvariants: {b: {}}", "must be one of characters"),
+    ("tasks: {a: {kind: recall}}\nvariants: {b:}", "give batch_size, num_steps, learning_rate"),
+    ("tasks: {a: {kind: recall, training: 3}}\nvariants: {b:}", "training of a (in "),
+    ("tasks: {a: {kind: recall, task: 3}}\nvariants: {b:}", "task of a (in "),
+    (f"tasks: {{a: {{{RECALL}, task: {{long: 3}}}}}}\nvariants: {{b:}}", "no option long"),
+    (f"tasks: {{a: {{{RECALL}}}}}\nvariants: {{b: 3}}", "b (in "),
+    (f"tasks: {{a: {{{RECALL}}}}}\nvariants: {{b: {{rival: 3}}}}", "rival of b"),
+    (
+        "tasks: {a: {kind: text, training: {length: 2}}}\nvariants: {b:}",
+        "give batch_size, every, learning_rate, num_steps, text",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), NO_RECIPES)
+def test_what_is_no_recipe_is_told_in_one_line(text, message, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    assert message in fails(["ablate", "--recipe", str(tmp_path / "mine.yaml")], capsys)
+
+
 @pytest.mark.parametrize(("options", "message"), WRONG)
 def test_mistakes_end_in_one_line(options, message, capsys):
     assert message in fails(["ablate", *options], capsys)

