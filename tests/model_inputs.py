@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hamt import HAMTCache, HAMTConfig, HAMTModel
 from hamt.layers import HAMTLayer
-from hamt.memory.holographic import WRITE_RULES
+from hamt.memory import FORMS, WRITE_RULES
 
 VOCAB = 97
 BINDINGS = ("elementwise", "circular_conv", "phasor")
@@ -144,3 +144,8 @@ def assert_same_gradients(
         worst, scale = (gradient - expected[name]).abs().max(), expected[name].abs().max()
         assert scale > 0, f"the gradient of {name} is zero"
         assert worst <= tolerance * scale, f"{name}: off by {worst:.1e}, largest entry {scale:.1e}"
+
+
+def without_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no C++ compiler, or on a GPU."""
+    monkeypatch.delitem(FORMS, "fused")

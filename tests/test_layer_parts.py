@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from model_inputs import BINDINGS, assert_close, random_inputs, tiny_layer, tiny_model
 
-from hamt.layers import GatingNetwork, RetrievalHead, ShortConvolution
+from hamt.convolution import ShortConvolution
+from hamt.layers import GatingNetwork, RetrievalHead
 from hamt.memory import WRITE_RULES
 
 WIDTH = 32

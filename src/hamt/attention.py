@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from hamt.batch import Batch
 from hamt.config import HAMTConfig, check_head_dim
-from hamt.convolution import ShortConvolution
+from hamt.convolution import ConvolvedMixer
 from hamt.layers import residual_linear
-from hamt.mixers import Mixer, State
+from hamt.mixers import State
 from hamt.products import MAX_FUSED_ROWS, FusedLinear, linear, plain_weights, project
 
 
-class FullAttention(Mixer):
+class FullAttention(ConvolvedMixer):
     """Attention over all earlier tokens (Vaswani et al. 2017), rotary positions (Su et al. 2021,
     arXiv 2104.09864), and the short convolution of the memory in front, if ``conv_kernel_size`` is
     above 1.
@@ -28,13 +28,9 @@ class FullAttention(Mixer):
     layer_type = "full_attention"
 
     def __init__(self, config: HAMTConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width, self.head_dim = config.hidden_dim, head_dim_of(config)
         self.num_heads = width // self.head_dim
-        self.conv = None
-        if config.conv_kernel_size > 1:
-            self.conv = ShortConvolution(width, config.conv_kernel_size)
         # Each is a matrix of its own to the optimiser.
         self.query_proj = nn.Linear(width, width, bias=False)
         self.key_proj = nn.Linear(width, width, bias=False)
@@ -48,14 +44,12 @@ class FullAttention(Mixer):
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """``keys`` and ``values`` (n, H, F), ``visible`` (n,), ``conv`` the convolution's tail."""
-        shapes: dict[str, tuple[int, ...]] = {
+        return {
             "keys": (0, self.num_heads, self.head_dim),
             "values": (0, self.num_heads, self.head_dim),
             "visible": (0,),
+            **super().state_shapes(),
         }
-        if self.conv is not None:
-            shapes["conv"] = (self.config.conv_kernel_size - 1, self.config.hidden_dim)
-        return shapes
 
     def summary(self) -> str:
         """Its heads."""
@@ -73,11 +67,7 @@ class FullAttention(Mixer):
         before: State = state or {}
         if state is not None:
             self.check_state(state)
-        new_state: State = {}
-        if self.conv is not None:
-            hidden_states, new_state["conv"] = self.conv(
-                hidden_states, before.get("conv"), batch.documents, batch.mask
-            )
+        hidden_states, new_state = self.convolve(hidden_states, batch, before)
         queries, keys, values = self._project(hidden_states)
         cos, sin = (x.to(queries.dtype) for x in self._rotary(batch, hidden_states))
         queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)

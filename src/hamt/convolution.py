@@ -1,4 +1,4 @@
-"""The short convolution in front of the memory.
+"""The short convolution in front of a mixer.
 
 Shape legend: B batch, N tokens, d hidden_dim.
 """
@@ -6,6 +6,10 @@ Shape legend: B batch, N tokens, d hidden_dim.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hamt.batch import Batch
+from hamt.config import HAMTConfig
+from hamt.mixers import Mixer, State
 
 
 class ShortConvolution(nn.Module):
@@ -55,6 +59,33 @@ class ShortConvolution(nn.Module):
             same = documents.gather(1, index).eq(documents.gather(1, index[:, -1:]))
             tail = tail * same[..., None]
         return output if mask is None else _take(output, order.argsort(dim=1)), tail
+
+
+class ConvolvedMixer(Mixer):
+    """A mixer with the short convolution in front, if ``conv_kernel_size`` is above 1.
+
+    Its state has the convolution's tail as ``conv``, beside what a subclass adds.
+    """
+
+    def __init__(self, config: HAMTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.conv: ShortConvolution | None = None
+        if config.conv_kernel_size > 1:
+            self.conv = ShortConvolution(config.hidden_dim, config.conv_kernel_size)
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """``conv`` (conv_kernel_size - 1, d), the convolution's tail, or nothing."""
+        if self.conv is None:
+            return {}
+        return {"conv": (self.conv.kernel_size - 1, self.config.hidden_dim)}
+
+    def convolve(self, hidden_states: Tensor, batch: Batch, state: State) -> tuple[Tensor, State]:
+        """(B, N, d) -> (B, N, d), and what the new state has of the convolution."""
+        if self.conv is None:
+            return hidden_states, {}
+        output, tail = self.conv(hidden_states, state.get("conv"), batch.documents, batch.mask)
+        return output, {"conv": tail}
 
 
 def _taps(window: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from hamt.batch import Batch
 from hamt.config import HAMTConfig
-from hamt.convolution import ShortConvolution
+from hamt.convolution import ConvolvedMixer
 from hamt.losses import reconstruction_loss
 from hamt.memory import WRITE_RULES, Algebra, Gates, HolographicMemory, MemoryState, get_algebra
-from hamt.mixers import GATING_NETWORKS, RETRIEVAL_HEADS, Mixer, State, look_up
+from hamt.mixers import GATING_NETWORKS, RETRIEVAL_HEADS, State, look_up
 from hamt.products import FusedLinear, has_extra_behaviour, linear, plain_weights, project
 
 
@@ -144,13 +144,12 @@ class Rotation(nn.Module):
         return self.algebra.key(turn.unflatten(-1, (self.config.num_heads, -1)) + base)
 
 
-class HAMTLayer(Mixer):
+class HAMTLayer(ConvolvedMixer):
     """The token mixer: (B, N, d) -> (B, N, d), linear in N, with a state of constant size."""
 
     def __init__(self, config: HAMTConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         assert config.hcm_dim is not None  # HAMTConfig fills it in
-        self.config = config
         self.memory = HolographicMemory(
             hcm_dim=config.hcm_dim,
             num_slots=config.num_slots,
@@ -161,9 +160,6 @@ class HAMTLayer(Mixer):
             chunk_size=config.chunk_size,
         )
         width, algebra, key_size = config.hidden_dim, self.memory.algebra, self.memory.key_size
-        self.conv = None
-        if config.conv_kernel_size > 1:
-            self.conv = ShortConvolution(width, config.conv_kernel_size)
         self.item_proj = nn.Linear(width, config.hcm_dim, bias=False)
         self.key_proj = nn.Linear(width, config.num_heads * key_size, bias=False)
         self.gating = look_up(GATING_NETWORKS, config.gating_network)(config)
@@ -193,9 +189,7 @@ class HAMTLayer(Mixer):
         }
         if self.rotation is not None:
             shapes["position_key"] = (memory.num_heads, memory.key_size)
-        if self.conv is not None:
-            shapes["conv"] = (self.config.conv_kernel_size - 1, self.config.hidden_dim)
-        return shapes
+        return {**shapes, **super().state_shapes()}
 
     def summary(self) -> str:
         """The memory's sizes and rules."""
@@ -215,11 +209,7 @@ class HAMTLayer(Mixer):
         before: State = state or {}
         if state is not None:
             self.check_state(state)
-        conditioned, new_state = hidden_states, {}
-        if self.conv is not None:
-            conditioned, new_state["conv"] = self.conv(
-                hidden_states, before.get("conv"), batch.documents, batch.mask
-            )
+        conditioned, new_state = self.convolve(hidden_states, batch, before)
         items, keys, gates, (unbinding_keys, read) = self._project(conditioned)
         told: dict[str, Any] = {
             "rotation": None if self.rotation is None else self.rotation(conditioned),

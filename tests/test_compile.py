@@ -1,0 +1,64 @@
+"""A compiled model equals the eager one, in one graph, with padding, documents and a state."""
+
+import pytest
+import torch
+from model_inputs import (
+    assert_close,
+    assert_same_gradients,
+    gradients,
+    padded,
+    ragged_rows,
+    random_ids,
+    tiny_model,
+    without_fused,
+)
+
+
+def assert_compiled_equals_eager(backend: str, options: dict, **arguments) -> None:
+    """One graph without breaks, forward and backward."""
+    torch._dynamo.reset()
+    model, ids = tiny_model(num_layers=1, **options), random_ids(2, 9)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+    outputs = model(ids, labels=ids, **arguments)
+    outputs.loss.backward()
+    expected = gradients(model)
+    actual = compiled(ids, labels=ids, **arguments)
+    actual.loss.backward()
+    assert_close(actual.logits, outputs.logits)
+    assert_same_gradients(model, expected, 1e-3)
+
+
+@pytest.mark.timeout(600)
+# Inductor itself uses TorchScript.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_compiled_model_equals_the_eager_one():
+    assert_compiled_equals_eager("inductor", {})
+
+
+LEFT_PADDED = {"attention_mask": padded(ragged_rows(9, 6), "left")[1]}
+PAIRS = {"seq_idx": torch.arange(9).expand(2, -1) // 4}
+CORRECTING = {"write_rule": "delta", "rotation": "data_dependent"}
+
+
+@pytest.mark.parametrize(("options", "arguments", "fused"), [
+    ({}, {}, True),
+    ({}, LEFT_PADDED | PAIRS, False),
+    (CORRECTING, LEFT_PADDED | PAIRS, True),
+    (CORRECTING, {}, False),
+], ids=["plain", "packed-chunked", "delta-packed", "delta-chunked"])  # fmt: skip
+def test_a_model_compiles_to_one_graph(options, arguments, fused, monkeypatch):
+    """Traced and differentiated as by Inductor, but run by eager kernels: seconds, not a minute."""
+    if not fused:
+        without_fused(monkeypatch)
+    assert_compiled_equals_eager("aot_eager", options, **arguments)
+
+
+def test_a_compiled_model_continues_a_state():
+    torch._dynamo.reset()
+    model, ids = tiny_model(num_layers=1), random_ids(2, 9)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    with torch.no_grad():
+        cache = model(ids[:, :6]).past_key_values
+        logits = [compiled(ids[:, t : t + 1], past_key_values=cache).logits for t in range(6, 9)]
+        assert_close(torch.cat(logits, dim=1), model(ids).logits[:, 6:])
+    assert cache.get_seq_length() == 9
