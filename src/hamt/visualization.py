@@ -38,11 +38,11 @@ LABELS = {
     "llama": "Llama",
     "mamba2": "Mamba-2",
     "gated-deltanet": "Gated DeltaNet",
-    "sdpa": "transformer, SDPA",
-    "eager": "transformer, eager",
-    "ceiling": "without attention",
-    "static": "transformer, static cache",
-    "dynamic": "transformer, growing cache",
+    "sdpa": "RoPE, SDPA",
+    "eager": "RoPE, eager",
+    "ceiling": "RoPE, no attention",
+    "static": "Llama, static cache",
+    "dynamic": "Llama, growing cache",
 }
 # Settings that labels leave out: the width, which the axis of states shows, and the default.
 UNNAMED_SETTINGS = ("hcm_dim", "rotation=none")
