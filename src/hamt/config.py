@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from hamt.memory import ALGEBRAS, WRITE_RULES, get_algebra
+from hamt.memory import WRITE_RULES, get_algebra
 from hamt.mixers import GATING_NETWORKS, MIXERS, RETRIEVAL_HEADS, look_up
 
 ROTATIONS = ("none", "constant", "data_dependent")
@@ -146,6 +146,10 @@ class HAMTConfig(PreTrainedConfig):
         Raises:
             ValueError: with what is wrong and what would be right.
         """
+        self._check_sizes()
+        self._check_parts()
+
+    def _check_sizes(self) -> None:
         sizes = ("vocab_size", "hidden_dim", "num_layers", "num_slots", "num_heads", "chunk_size")
         for name in sizes:
             if getattr(self, name) < 1:
@@ -172,8 +176,18 @@ class HAMTConfig(PreTrainedConfig):
                 f"hcm_dim must be a multiple of 2 * num_heads = {step}; "
                 f"got {self.hcm_dim}, try {near}"
             )
-        if self.binding_type not in ALGEBRAS:
-            get_algebra(self.binding_type)
+        if not 0 <= self.decay_rate < 1:
+            raise ValueError(f"decay_rate must lie in [0, 1); got {self.decay_rate}")
+        if not 0 < self.min_half_life <= self.max_half_life < math.inf:
+            raise ValueError(
+                f"half-lives must satisfy 0 < min_half_life <= max_half_life < inf; got "
+                f"{self.min_half_life} and {self.max_half_life}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
+
+    def _check_parts(self) -> None:
+        get_algebra(self.binding_type)  # refuses what there is not
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -194,15 +208,6 @@ class HAMTConfig(PreTrainedConfig):
                 "rotation='constant' needs a binding with phases: use rotation='none' or "
                 "'data_dependent', or binding_type phasor or circular_conv"
             )
-        if not 0 <= self.decay_rate < 1:
-            raise ValueError(f"decay_rate must lie in [0, 1); got {self.decay_rate}")
-        if not 0 < self.min_half_life <= self.max_half_life < math.inf:
-            raise ValueError(
-                f"half-lives must satisfy 0 < min_half_life <= max_half_life < inf; got "
-                f"{self.min_half_life} and {self.max_half_life}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "HAMTConfig":
