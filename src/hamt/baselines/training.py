@@ -22,13 +22,12 @@ from hamt.errors import UserError, user_errors
 from hamt.files import check_writable, user_cache, write_folder, write_json
 from hamt.training.checkpoints import check_space
 from hamt.training.divergence import DivergenceError
-from hamt.training.held_out import Loss, held_out_loss
+from hamt.training.held_out import Loss, every_for, held_out_loss
 from hamt.training.loop import Trainer, TrainingResult, seed_everything
 from hamt.training.options import TrainOptions
 from hamt.training.plan import Plan, make_plan
 from hamt.training.tracking import HeldOutLines, ProgressBar
 
-SAMPLED_BLOCKS = 16  # of the held-out text, that are scored while training
 INFO = "rival.json"
 
 
@@ -174,7 +173,7 @@ def _train(plan: Plan, folder: Path, described: dict[str, Any], console: Console
     held_out, length, steps = plan.corpus.held_out, plan.options.max_length, described["steps"]
     model = _build(described["kind"], plan)
     check_space(folder, 4 * model.num_parameters(), mend="free space first")
-    every = max(len(held_out) // length // SAMPLED_BLOCKS, 1)
+    every = every_for(held_out, length)
     carries_none: dict[str, Any] = {"carry_state": False, "tbptt_segments": 1}
     # As many tokens of a step, read at once: no state is carried.
     rows = plan.options.batch_size * plan.options.tbptt_segments

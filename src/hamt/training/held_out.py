@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from hamt.data.loader import batch_at
 from hamt.data.tokens import Split
 
+# While training so many blocks are scored, or a few more; at the end all of them are.
+SAMPLE = 16
+
 
 class Loss(NamedTuple):
     """The mean loss of the scored tokens; bits per byte can be compared between tokenizers."""
@@ -21,6 +24,11 @@ class Loss(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.nats_per_token:.3f} nats/token, {self.bits_per_byte:.3f} bits/byte"
+
+
+def every_for(split: Split, length: int, blocks: int = SAMPLE) -> int:
+    """The ``every`` of ``held_out_loss`` that scores ``blocks`` blocks of a text, or a few more."""
+    return max(len(split) // length // blocks, 1)
 
 
 @torch.no_grad()

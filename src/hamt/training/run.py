@@ -27,7 +27,7 @@ from hamt.training.checkpoints import (
 )
 from hamt.training.divergence import DivergenceError
 from hamt.training.estimate import disk_bytes, peak_tokens_per_second, print_estimate
-from hamt.training.held_out import Loss, held_out_loss
+from hamt.training.held_out import Loss, every_for, held_out_loss
 from hamt.training.loop import Listener, Trainer, TrainingResult
 from hamt.training.ngrams import ngram_losses
 from hamt.training.options import TrainOptions
@@ -37,8 +37,6 @@ from hamt.visualization import save_figure, training_curves
 
 # What a run writes into its folder. A folder that holds one of these belongs to somebody.
 WRITTEN = ("config.json", "README.md", "training_info.json", "log.jsonl", "checkpoints")
-# While training a sample of about so many held-out blocks is scored; at the end all of them are.
-SAMPLE = 16
 
 
 @dataclass
@@ -82,7 +80,7 @@ def train_model(options: TrainOptions, console: Console) -> FinishedRun | None:
         return None
     trainer = Trainer(
         plan.model,
-        partial(_measure, plan, SAMPLE),
+        partial(_measure, plan),
         plan.loop,
         accelerator=plan.accelerator,
         compiled=torch.compile(plan.model) if options.compile_model else None,
@@ -124,15 +122,14 @@ def _train(plan: Plan, trainer: Trainer[Loss], console: Console) -> FinishedRun:
     return _finish(plan, trainer, console)
 
 
-def _measure(plan: Plan, sample: int | None) -> Loss:
-    """The loss of a sample of about so many blocks of the held-out text; None is all of it."""
+def _measure(plan: Plan, whole: bool = False) -> Loss:
+    """The loss of a sample of the held-out text, or of the whole."""
     length, held_out = plan.options.max_length, plan.corpus.held_out
-    every = 1 if sample is None else max(len(held_out) // length // sample, 1)
     return held_out_loss(
         plan.model,
         held_out,
         length,
-        every=every,
+        every=1 if whole else every_for(held_out, length),
         documents_flow=plan.batches.documents_flow,
         accelerator=plan.accelerator,
     )
@@ -235,7 +232,7 @@ def _finish(plan: Plan, trainer: Trainer[Loss], console: Console) -> FinishedRun
         # The model is measured with the weights that are saved, rounded to their dtype.
         for parameter in plan.model.parameters():
             parameter.data.copy_(parameter.data.to(dtype))
-        final = _measure(plan, sample=None)
+        final = _measure(plan, whole=True)
     if plan.accelerator.is_main_process:
         save_checkpoint(folder, plan.model, plan.tokenizer, dtype)
         write_json(folder / "training_info.json", training_info(plan, result, final))

@@ -23,7 +23,7 @@ from hamt.measure.task_training import HELD_OUT, accuracy, train_on_task
 from hamt.measure.workers import Stopper, whole
 from hamt.training.accelerator import make_accelerator
 from hamt.training.divergence import DivergenceError
-from hamt.training.held_out import Loss, held_out_loss
+from hamt.training.held_out import Loss, every_for, held_out_loss
 from hamt.training.loop import LoopOptions, Trainer, seed_everything
 
 Spec = dict[str, Any]  # see ``hamt.measure.ablate.recipe.resolve``
@@ -163,7 +163,7 @@ def load_text(spec: Spec, data: Path | None) -> Text:
     files = {name: str(_path(data, path)) for name, path in spec["task"].items()}
     tokenizer = load_tokenizer(files.get("tokenizer", str(PRETRAINED)))
     corpus = tokenise(load_corpus(files["text"], held_out=files.get("held_out")), tokenizer)
-    sample = max(len(corpus.held_out) // spec["training"]["length"] // 40, 1)
+    sample = every_for(corpus.held_out, spec["training"]["length"], 40)
     figure = (corpus.held_out, spec["training"]["every"])
     return Text(len(tokenizer), corpus.train, (corpus.held_out, sample), figure)
 
