@@ -15,7 +15,7 @@ SOURCE = Path(hamt.__file__).parent
 
 # Each layer may import those to its left. Packages (data, evaluation, ...) count as one layer each.
 LAYERS = (
-    {"errors"},
+    {"errors", "fingerprint"},
     {"environment", "files", "recipes"},
     {"options", "visualization"},
     {"memory"},
@@ -26,6 +26,7 @@ LAYERS = (
     {"convolution"},
     {"layers", "utils"},
     {"attention", "block", "cache"},
+    {"continuation"},
     {"model"},
     {"checkpoint"},
     {"data"},

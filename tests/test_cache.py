@@ -61,7 +61,7 @@ def test_a_state_is_as_large_after_4096_tokens_as_after_16(options):
     heads, slots, head_dim, reach = 2, 3, 32, 3
     algebra = model.model.layers[0].mixer.memory.algebra
     phase = heads * algebra.key_size(head_dim) if model.config.rotation != "none" else 0
-    assert small.nbytes == 2 * 4 * (heads * slots * head_dim + phase + reach * 32) + 8
+    assert small.nbytes == 2 * 4 * (heads * slots * head_dim + phase + reach * 32) + 3 * 8
 
 
 @pytest.mark.parametrize("binding_type", BINDINGS)
@@ -162,6 +162,22 @@ def test_tokens_cannot_be_taken_out_again():
     assert not cache.is_compileable
     with pytest.raises(NotImplementedError, match=r"assign HAMTCacheLayer\.state"):
         cache.update_recurrent_state(torch.zeros(1), 0)
+    cache.crop(0)
+    for tokens in (1, 5, -1, 100):
+        with pytest.raises(NotImplementedError, match=r"go back to a HAMTCache\.fork\(\)"):
+            cache.crop(tokens)
+
+
+def test_what_transformers_asks_of_a_cache_is_answered_or_refused_plainly():
+    cache = read(tiny_model())
+    assert (len(cache), cache.batch_size, cache.get_seq_length()) == (2, 2, 12)
+    assert (cache.get_max_length(), cache.get_query_offset()) == (-1, 12)
+    assert cache.is_linear == [True, True]
+    assert cache.is_sliding == [False, False]
+    with pytest.raises(NotImplementedError, match=r"assign HAMTCacheLayer\.state"):
+        cache.update(torch.zeros(1), torch.zeros(1), 0)
+    with pytest.raises(ValueError, match="can only be called on Attention layers"):
+        cache.get_mask_sizes(1, 0)
 
 
 @variants
@@ -237,10 +253,10 @@ def test_other_files_are_refused(tmp_path):
 def test_a_file_with_missing_parts_is_refused(tmp_path):
     cache = read(tiny_model())
     part = {"layers.0.slots": cache.states[0]["slots"].contiguous()}
-    save_file(part, tmp_path / "part", {"format": "hamt-state-3"})
+    save_file(part, tmp_path / "part", {"format": "hamt-state-4"})
     refused(tmp_path / "part", "part is not a whole HAMT state")
 
 
 def test_a_state_of_an_earlier_version_is_refused_in_one_line(tmp_path):
-    save_file({"layers.0.memory": torch.zeros(1)}, tmp_path / "old", {"format": "hamt-state-2"})
+    save_file({"layers.0.memory": torch.zeros(1)}, tmp_path / "old", {"format": "hamt-state-3"})
     refused(tmp_path / "old", "old is a state of an earlier version of HAMT: read the")

@@ -3,12 +3,13 @@
 Shape legend: B batch, N tokens.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hamt.fingerprint import OPENING, fingerprint
 from hamt.memory import number_documents
 
 
@@ -79,26 +80,68 @@ class Batch:
         count = count - count.gather(1, first)
         return count if before is None else count + before * self.documents.eq(0)
 
-    def after(self, inputs: Tensor) -> "Past":
-        """What has been read after the tokens (B, N, ...)."""
+    def after(
+        self, inputs: Tensor, ids: Tensor | None = None, before: "Past | None" = None
+    ) -> "Past":
+        """What has been read after the tokens ``ids`` (B, N), which came as (B, N, ...)."""
         if inputs.shape[1] == 0:
             nothing = torch.zeros(len(inputs), dtype=torch.long, device=inputs.device)
-            return Past(nothing if self.num_tokens is None else self.num_tokens, self.last_name)
-        before_last = self.positions(inputs)[:, -1].expand(len(inputs))
+            return before or Past(nothing if self.num_tokens is None else self.num_tokens)
+        positions = self.positions(inputs)
         real = 1 if self.mask is None else self.mask[:, -1]
-        return Past(before_last + real, self.last_name)
+        past = Past(positions[:, -1].expand(len(inputs)) + real, self.last_name)
+        if ids is None:
+            return past
+        last, fresh = self.mask, None
+        if self.documents is not None:  # what came before the last document is not in the state
+            of_last = self.documents.eq(self.documents[:, -1:])
+            last = of_last if last is None else last & of_last
+            fresh = self.documents[:, -1].ne(0)
+        first = positions < OPENING
+        first = first.expand(ids.shape) if last is None else first & last
+        for name, mask in (("fingerprint", last), ("opening", first)):
+            known = None if before is None else getattr(before, name)
+            if known is not None and fresh is not None:
+                known = known.masked_fill(fresh, 0)
+            setattr(past, name, fingerprint(ids, mask, known))
+        return past
 
 
 @dataclass
 class Past:
-    """What each row has read.
+    """What each row has read of the document that its state belongs to.
 
-    ``num_tokens`` (B,) counts the real tokens of its document; ``seq_idx`` (B,) is the name of this
-    document, or None if documents were never told apart.
+    Args:
+        num_tokens: (B,) real tokens.
+        seq_idx: (B,) name of the document, or None if documents were never told apart.
+        fingerprint: (B,) of all real tokens, see ``hamt.fingerprint``; None if it is not known.
+        opening: (B,) fingerprint of the first ``OPENING`` of them.
+        unread: (B,) the token that ``generate`` wrote last and has not read, -1 where there is
+            none; or None.
     """
 
     num_tokens: Tensor
     seq_idx: Tensor | None = None
+    fingerprint: Tensor | None = None
+    opening: Tensor | None = None
+    unread: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is known, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> "Past":
+        """From what ``tensors`` gave; other names are left out.
+
+        Raises:
+            ValueError: if the number of tokens is missing.
+        """
+        names = {field.name for field in fields(cls)}
+        if "num_tokens" not in tensors:
+            raise ValueError("not a whole HAMT state: save it again")
+        return cls(**{name: tensor for name, tensor in tensors.items() if name in names})
 
 
 def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:

@@ -19,7 +19,7 @@ from hamt.batch import Past
 from hamt.files import write_file
 from hamt.mixers import State
 
-_FORMAT = "hamt-state-3"
+_FORMAT = "hamt-state-4"
 
 
 class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
@@ -43,7 +43,7 @@ class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
         """
         raise NotImplementedError("assign HAMTCacheLayer.state instead")
 
-    update_recurrent_state = update_conv_state
+    update = update_recurrent_state = update_conv_state
 
     @property
     def is_croppable(self) -> bool:
@@ -69,13 +69,25 @@ class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
 
     prefetch = offload
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens back, which only 0 of them can be.
+
+        Raises:
+            NotImplementedError: for any other number.
+        """
+        if tokens_to_remove:
+            raise NotImplementedError(
+                "tokens cannot be taken out of a HAMT state: go back to a HAMTCache.fork() made "
+                "before they were read"
+            )
+
 
 class HAMTCache(Cache):
     """The state of all layers after the tokens seen so far.
 
     Pass it as ``past_key_values``. If all layers are memories, its size does not depend on the
     number of tokens. ``past`` is what holds for all layers: how many tokens of its document each
-    row has read.
+    row has read, and which.
     """
 
     layers: list[HAMTCacheLayer]  # type: ignore[assignment]
@@ -122,10 +134,7 @@ class HAMTCache(Cache):
         for layer in self.layers:
             layer.map(function)
         if self.past is not None:
-            seq_idx = self.past.seq_idx
-            self.past = Past(
-                function(self.past.num_tokens), None if seq_idx is None else function(seq_idx)
-            )
+            self.past = Past.of({name: function(x) for name, x in self.past.tensors().items()})
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in the order of ``beam_idx``, for beam search."""
@@ -157,11 +166,7 @@ class HAMTCache(Cache):
             for index, layer in enumerate(self.layers)
             for name, tensor in (layer.state or {}).items()
         }
-        if self.past is not None:
-            found["num_tokens"] = self.past.num_tokens
-            if self.past.seq_idx is not None:
-                found["seq_idx"] = self.past.seq_idx
-        return found
+        return found | ({} if self.past is None else self.past.tensors())
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The state as named tensors, the numbers of layers and of tokens seen among them."""
@@ -188,12 +193,7 @@ class HAMTCache(Cache):
                     if name.startswith(prefix)
                 }
             )
-        if "num_tokens" not in tensors:
-            raise ValueError("not a whole HAMT state: save it again")
-        seq_idx = tensors.get("seq_idx")
-        past = Past(
-            tensors["num_tokens"].to(device), None if seq_idx is None else seq_idx.to(device)
-        )
+        past = Past.of({name: x.to(device) for name, x in tensors.items()})
         cache.advance(states, past, seen_tokens)
         return cache
 

@@ -16,7 +16,6 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 from transformers import initialization as init
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -27,8 +26,10 @@ from hamt.batch import Batch, names_of_documents, padding_mask
 from hamt.block import HAMTBlock
 from hamt.cache import HAMTCache
 from hamt.config import HAMTConfig
+from hamt.continuation import HAMTGenerationMixin
 from hamt.convolution import ShortConvolution
 from hamt.cross_entropy import IGNORE_INDEX, next_token_loss
+from hamt.fingerprint import embedded
 from hamt.layers import GatingNetwork, RetrievalHead, RMSNorm, Rotation
 from hamt.products import fuse, project, unfuse
 
@@ -185,7 +186,8 @@ class HAMTBackbone(HAMTPreTrainedModel):
             if aux_loss is not None:
                 aux_losses.append(aux_loss)
         if cache is not None:
-            cache.advance(new_states, batch.after(hidden_states), length)
+            read = embedded(hidden_states) if input_ids is None else input_ids
+            cache.advance(new_states, batch.after(hidden_states, read, cache.past), length)
         return HAMTBackboneOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=cache,
@@ -209,7 +211,7 @@ def _check_cache(cache: object, layers: int, rows: int) -> None:
         )
 
 
-class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
+class HAMTForCausalLM(HAMTPreTrainedModel, HAMTGenerationMixin):
     """The language model: backbone and (tied) head.
 
     Example:
@@ -302,19 +304,6 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             aux_loss=outputs.aux_loss,
         )
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        # A private hook of generate: HAMT's state is the only cache it has.
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = HAMTCache(len(self.model.layers))
-
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):  # type: ignore[override]
-        """Positions live in the state; position_ids would only be searched for packed documents."""
-        # ``generate`` looks for ``inputs_embeds`` in this signature.
-        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, inputs_embeds=inputs_embeds, **kwargs
-        )
-        return {**inputs, "position_ids": None}
 
 
 class HAMTForSequenceClassification(GenericForSequenceClassification, HAMTPreTrainedModel):
