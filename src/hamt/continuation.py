@@ -35,7 +35,8 @@ class HAMTGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args
         )
-        copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        told = generation_config
+        copies = max(told.num_beams or 1, told.num_return_sequences or 1)
         if copies > 1 and isinstance(state, HAMTCache):
             state = state.fork()  # the caller's keeps its rows
             state.batch_repeat_interleave(copies)
