@@ -14,7 +14,7 @@ setup-dev: venv/.dev  ## the same with the tools of tests and checks
 demo: setup  ## train a small model on real text and let it write (about 5 minutes)
 	$(BIN)/hamt demo
 
-test: setup-dev  ## run the tests on all cores (under 10 minutes on 2)
+test: setup-dev  ## run the tests on all cores (about 15 minutes on 2)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto
 
 check: setup-dev  ## lint, format, types
