@@ -89,7 +89,7 @@ def test_what_was_learned_of_characters():
 
 
 @pytest.mark.parametrize(("page", "label", "state"), [
-    (README, "recall, mean of tests with 4 to 32 pairs, 768 floats carried by a layer, 3 seeds", 768),
+    (README, "recall, mean of tests of 4 to 32 pairs", 768),
     (README, "the same, 2,304 floats carried by a layer", 2304),
     (OVERVIEW, "recall of up to 32 pairs with 768 floats", 768),
     (OVERVIEW, "with 1,280", 1280),
