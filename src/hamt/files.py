@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 
 from hamt.errors import UserError, reason
 
+NOTES = ".hamt"  # the folder of what is noted about an output folder
 WRITING = ".writing-"  # begins the name of a folder that is being written
-# Patterns of what a run writes to its folder that could be taken for text.
-RUN_FILES = ("*.json", "README.md", "log.jsonl")
+# What runs of earlier versions wrote to their folders and could be taken for text.
+RUN_FILES = ("*.json", "README.md", "log.jsonl", "checkpoints", "tensorboard", "wandb")
 
 
 def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
@@ -87,20 +88,34 @@ def _write(write: Callable[[Path], object], target: Path) -> None:
         raise OSError(errno.ENOSPC if full else errno.EIO, reason(error)) from error
 
 
-def is_run_folder(folder: Path) -> bool:
-    """Whether a run of HAMT has written to this folder, or it is a checkpoint of HAMT."""
+def written_names(folder: Path) -> set[str]:
+    """Names of what commands of HAMT have written to a folder: files, and whole subfolders.
+
+    They stand in ``.hamt/files.json``; of runs of earlier versions they are known by their form.
+    """
+    content = _json_object(folder / NOTES / "files.json")
+    if content or not _is_earlier_run(folder):
+        return set(content)
+    return {path.name for pattern in RUN_FILES for path in folder.glob(pattern)}
+
+
+def _is_earlier_run(folder: Path) -> bool:
     if (folder / "training_info.json").is_file():
         return True
+    if _json_object(folder / "config.json").get("model_type") == "hamt":
+        return True
+    # A run that did not come to its end has only this.
+    return {"step", "held_out"} <= _json_object(folder / "log.jsonl", first_line=True).keys()
+
+
+def _json_object(file: Path, first_line: bool = False) -> dict[str, Any]:
+    """The object in a file, or in its first line; empty if there is none."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return config["model_type"] == "hamt"
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        pass
-    try:  # a run that did not come to its end has only this
-        with open(folder / "log.jsonl", encoding="utf-8") as log:
-            return {"step", "held_out"} <= json.loads(log.readline()).keys()
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return False
+        with open(file, encoding="utf-8") as text:
+            content = json.loads(text.readline() if first_line else text.read())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def user_cache() -> Path:

@@ -201,12 +201,19 @@ def test_a_hidden_folder_that_is_named_is_read(tmp_path, caplog):
     assert caplog.messages == []
 
 
+NOTED = json.dumps({"b.txt": {}, "sub": {}, "deep/step_1": {}})
 RUNS = {
-    "a run": {"training_info.json": "{}", "README.md": "card", "log.jsonl": rows("x")},
+    "an earlier run": {"training_info.json": "{}", "README.md": "card", "log.jsonl": rows("x")},
     "a checkpoint": {"config.json": '{"model_type": "hamt"}', "tokenizer.json": "{}"},
-    "a run that died": {
+    "an earlier run that died": {
         "log.jsonl": '{"step": 0, "held_out": {}}\n',
         "checkpoints/step_1/a.md": "x",
+    },
+    "files that are noted": {
+        ".hamt/files.json": NOTED,
+        "b.txt": "x",
+        "sub/c.txt": "x",
+        "deep/step_1/a.md": "x",
     },
 }
 
@@ -214,14 +221,23 @@ RUNS = {
 @pytest.mark.parametrize("written", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("place", ["run", "sub/run", "."])
 def test_what_a_run_wrote_is_left_out_which_is_said(tmp_path, caplog, place, written):
-    files(tmp_path, a_txt="seen")
-    for name, content in written.items():
+    """What the user put beside it is read."""
+    for name, content in {"mine.txt": "seen", **written}.items():
         (tmp_path / place / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place / name).write_text(content)
     assert read(tmp_path) == ["seen"]
     assert caplog.messages == [
         f"{tmp_path}: left out: what runs have written to {tmp_path / place}"
     ]
+
+
+@pytest.mark.parametrize("notes", ["", "[1]", '{"/etc": 1, "../a.txt": 1, "": 1}', "[" * 10**5])
+def test_notes_that_are_none_leave_nothing_out(tmp_path, caplog, notes):
+    (tmp_path / ".hamt").mkdir()
+    (tmp_path / ".hamt" / "files.json").write_text(notes)
+    files(tmp_path, a_txt="seen")
+    assert read(tmp_path) == ["seen"]
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "no JSON", '{"model_type": "gpt2", "x": 1}'])

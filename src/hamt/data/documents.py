@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hamt.errors import UserError, reason
-from hamt.files import RUN_FILES, is_run_folder
+from hamt.files import NOTES, written_names
 
 Row = Mapping[str, Any]
 
@@ -92,23 +92,21 @@ def find_files(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be read ({reason(error)})") from error
 
-    found, hidden, runs = [], 0, []
+    found, hidden = [], 0
+    written: dict[Path, str] = {}  # and the folder whose notes name it
+    runs = set()
     for place, folders, names in os.walk(folder, onerror=refuse):
         here = Path(place)
-        if is_run_folder(here):
-            runs.append(place)
-            if here != folder:
-                folders.clear()
-                continue
-            folders[:] = [name for name in folders if name != "checkpoints"]
-            names = [name for name in names if not any(map(Path(name).match, RUN_FILES))]
-        hidden += sum(name.startswith(".") for name in folders)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files = [here / name for name in names if Path(name.lstrip(".")).suffix.lower() in KINDS]
-        hidden += sum(file.name.startswith(".") for file in files)
-        files = [file for file in files if not file.name.startswith(".")]
+        written |= {here / name: place for name in written_names(here)}
+        files = [name for name in names if name.lower().endswith(KINDS)]
+        for listed in (folders, files):
+            hidden += sum(name.startswith(".") and name != NOTES for name in listed)
+            listed[:] = [name for name in listed if not name.startswith(".")]
+            runs |= {written[here / name] for name in listed if here / name in written}
+            listed[:] = [name for name in listed if here / name not in written]
         # A link that leads nowhere is a file that cannot be read; a pipe is none.
-        found += [file for file in files if file.is_file() or file.is_symlink()]
+        paths = [here / name for name in files]
+        found += [path for path in paths if path.is_file() or path.is_symlink()]
     reasons = [f"{hidden} hidden files and folders"] if hidden else []
     if runs:
         more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
