@@ -65,14 +65,6 @@ def test_another_text_can_be_held_out(tmp_path):
     assert (list(corpus.train), list(corpus.held_out)) == (["train on this"], ["measure on this"])
 
 
-def test_the_identity_changes_with_the_text(tmp_path):
-    path = files(tmp_path, a_txt=TEXT) / "a.txt"
-    first = load_corpus(str(path)).identity
-    assert load_corpus(str(path)).identity == first
-    path.write_text(TEXT + "more", encoding="utf-8")
-    assert load_corpus(str(path)).identity != first
-
-
 def test_the_identity_is_that_of_the_content(tmp_path):
     """Neither a date nor a place is part of a text; how it is read is."""
     (tmp_path / "other").mkdir()

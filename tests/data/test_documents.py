@@ -10,6 +10,7 @@ from pyarrow import parquet
 from text_inputs import TEXT, files, rows
 
 from hamt.data.corpus import load_corpus, load_documents
+from hamt.data.documents import plain_text
 from hamt.errors import UserError
 
 
@@ -117,6 +118,7 @@ def test_the_mark_before_utf_8_is_no_part_of_the_text(tmp_path, name, content):
         place.mkdir()
         (place / name).write_bytes(MARK * (place.name == "marked") + content)
         assert read(place / name) == ["café"]
+        assert not plain_text(place / name).startswith("\ufeff")
 
 
 def test_a_text_with_the_mark_is_the_text_without_it(tmp_path):

@@ -56,7 +56,7 @@ def read_file(file: Path, text_column: str | None = None) -> Documents:
     """
     kind = file.suffix.lower()
     if kind not in ROWS:
-        return Documents(str(file), partial(_plain_text, file))
+        return Documents(str(file), lambda: iter([plain_text(file)]))
     read = ROWS[kind]
     head = islice(_named(file, read(file)), 100)
     names = list(dict.fromkeys(chain.from_iterable(head)))
@@ -66,6 +66,18 @@ def read_file(file: Path, text_column: str | None = None) -> Documents:
     return Documents(
         str(file), lambda: texts_of(_named(file, rows(file)), column, names, str(file))
     )
+
+
+def plain_text(file: Path) -> str:
+    """All of a file as it stands, whatever its kind.
+
+    Raises:
+        UserError: if it cannot be read, or is no UTF-8 text.
+    """
+    with _readable(file), _text(file) as text:
+        content = text.read()
+        _refuse_nul(content)
+        return content
 
 
 def read_folder(folder: Path, text_column: str | None = None) -> tuple[Documents, list[Path]]:
@@ -184,13 +196,6 @@ def _short(name: str) -> str:
 # ------------------------------------------------------------------ kinds of files
 
 
-def _plain_text(file: Path) -> Iterator[str]:
-    with _readable(file), _text(file) as text:
-        content = text.read()
-        _refuse_nul(content)
-        yield content
-
-
 def _json_rows(file: Path) -> Iterator[Row]:
     """Objects, one a line or in one list; a text alone is a row, too."""
     with _text(file) as lines:
@@ -207,10 +212,13 @@ def _json_rows(file: Path) -> Iterator[Row]:
 
 
 def _begins_with_an_object(line: str) -> bool:
+    if not line.startswith("{"):
+        return False
     try:
-        return isinstance(json.loads(line), dict)
+        json.loads(line)
     except ValueError:
         return False
+    return True
 
 
 def _json_lines(lines: Iterable[str]) -> Iterator[Any]:
@@ -288,6 +296,8 @@ def _readable(file: Path) -> Iterator[None]:
         raise
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text ({error.reason}); convert it first") from error
+    except FileNotFoundError as error:
+        raise UserError(f"no text {file} ({reason(error)})") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read ({reason(error)})") from error
     except Exception as error:  # each format raises its own

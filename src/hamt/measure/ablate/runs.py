@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hamt.baselines import catalogue
 from hamt.checkpoint import PRETRAINED
 from hamt.data.corpus import load_corpus
+from hamt.data.documents import plain_text
 from hamt.data.loader import Batches
 from hamt.data.tasks import MQAR, ModularCounting, Task
 from hamt.data.tokenizer import load_tokenizer, vocabulary_size
@@ -139,7 +140,7 @@ class Text(NamedTuple):
 
 def load_characters(spec: Spec, data: Path | None) -> Text:
     """nanoGPT's split: characters of the first nine tenths, and of the rest."""
-    text = _path(data, SHAKESPEARE).read_text(encoding="utf-8")
+    text = plain_text(_path(data, SHAKESPEARE))
     numbers = {character: i for i, character in enumerate(sorted(set(text)))}
 
     def split(part: str) -> Split:

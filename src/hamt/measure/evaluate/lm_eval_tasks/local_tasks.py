@@ -14,7 +14,7 @@ from torch import Tensor
 from hamt.cross_entropy import IGNORE_INDEX
 from hamt.data.copying import Passkey
 from hamt.data.corpus import join_articles
-from hamt.data.documents import read_file
+from hamt.data.documents import plain_text, read_file
 from hamt.data.tasks import MQAR, Induction, Task
 
 EXAMPLES = 64
@@ -35,7 +35,7 @@ def lambada(task_data: str, **_: Any) -> dict[str, datasets.Dataset]:
 
 def wikitext(task_data: str, **_: Any) -> dict[str, datasets.Dataset]:
     """Pages of a WikiText file (``wiki.test.raw``)."""
-    lines = "".join(read_file(Path(task_data))).splitlines(keepends=True)
+    lines = plain_text(Path(task_data)).splitlines(keepends=True)
     pages = [page for page in join_articles(lines) if page.strip()]
     return {"test": datasets.Dataset.from_dict({"page": pages})}
 
