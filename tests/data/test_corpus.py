@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from text_inputs import TEXT, files, rows
@@ -124,3 +125,26 @@ def test_a_stream_has_the_documents_that_all_of_it_has(tmp_path, name):
     for part in ("train", "held_out"):
         assert list(getattr(streamed, part)) == list(getattr(whole, part)) != []
         assert list(getattr(streamed, part)) == list(getattr(whole, part)), "it can be read twice"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_the_hub_are_read_like_those_of_files(monkeypatch, streaming, caplog):
+    import datasets
+
+    texts = [*(f"document {i}" for i in range(30)), None, " "]
+    train = datasets.Dataset.from_dict({"text": texts, "chat": [["a", "b"]] * 32})
+    if streaming:
+        train = train.to_iterable_dataset()
+    splits = {"train": train, "validation": datasets.Dataset.from_dict({"text": ["the end"]})}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: splits)
+    monkeypatch.setattr("hamt.data.corpus.dataset_info", lambda _: SimpleNamespace(sha="1"))
+    corpus = load_corpus("owner/name", streaming=streaming)
+    assert list(corpus.train) == texts[:30]
+    assert list(corpus.held_out) == ["the end"]
+    assert "owner/name (train): 2 of 32 documents have no text" in caplog.text
+    with pytest.raises(UserError, match="'chat' holds no text, but a list: give --text_column"):
+        load_corpus("owner/name", streaming=streaming, text_column="chat")
+    del splits["validation"]
+    corpus = load_corpus("owner/name", streaming=streaming)
+    assert sorted([*corpus.train, *corpus.held_out]) == sorted(texts[:30])
+    assert 1 <= len(list(corpus.held_out)) <= 5
