@@ -1,6 +1,7 @@
 """What is computed from a text once and then found on the disk: its tokens, and its tokenizer."""
 
 import json
+import logging
 import os
 import shutil
 import zlib
@@ -15,6 +16,7 @@ from hamt.files import new_folder, user_cache
 T = TypeVar("T")
 
 CHECKSUMS = "checksums.json"
+logger = logging.getLogger(__name__)
 
 
 def cached(
@@ -36,10 +38,14 @@ def cached(
         if folder.is_dir():
             try:
                 _check(folder)
-                return read(folder)
+                content = read(folder)
+                logger.debug("found %s", folder)
+                return content
             except Exception:  # whatever a damaged file leads to
+                logger.debug("%s is damaged", folder)
                 with suppress(FileNotFoundError):  # another process may remove it, too
                     shutil.rmtree(folder)
+        logger.debug("making %s", folder)
         new_folder(folder, lambda target: _write(target, write))
     except OSError as error:
         raise UserError(

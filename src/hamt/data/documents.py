@@ -23,7 +23,7 @@ from hamt.files import NOTES, written_names
 Row = Mapping[str, Any]
 
 DELIMITERS = ",;\t|"  # of tables, in the order in which they are preferred
-LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Documents:
@@ -44,7 +44,9 @@ class Documents:
             else:
                 yield text
         if 0 < blank < number and not self.said:
-            LOG.warning("%s: %d of %d documents have no text: left out", self.name, blank, number)
+            logger.warning(
+                "%s: %d of %d documents have no text: left out", self.name, blank, number
+            )
             self.said = True
 
 
@@ -127,7 +129,7 @@ def find_files(folder: Path) -> list[Path]:
         but = f" (left out: {', '.join(reasons)})" if reasons else ""
         raise UserError(f"the folder {folder} has no files of the kinds {', '.join(KINDS)}{but}")
     if reasons:
-        LOG.warning("%s: left out: %s", folder, ", ".join(reasons))
+        logger.warning("%s: left out: %s", folder, ", ".join(reasons))
     return sorted(found)
 
 

@@ -111,31 +111,6 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The rows that an embedding needs: one more than the largest id.
-
-    ``len(tokenizer)`` is less where ids are left out.
-    """
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def interruptible(function: Callable[[], T]) -> T:
-    """Call a function of compiled code, which would not see Ctrl-C before it has ended.
-
-    When the user stops it, it is left behind, and ends with the process.
-    """
-    future: Future[T] = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return future.result()
-
-
 def _first(texts: Iterable[str], size: int) -> Iterator[str]:
     """The first texts, up to ``size`` characters in all."""
     for text in texts:
@@ -180,3 +155,28 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
     raise UserError(
         "the tokenizer has no token that begins a text (bos or eos): give another model"
     )
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The rows that an embedding needs: one more than the largest id.
+
+    ``len(tokenizer)`` is less where ids are left out.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def interruptible(function: Callable[[], T]) -> T:
+    """Call a function of compiled code, which would not see Ctrl-C before it has ended.
+
+    When the user stops it, it is left behind, and ends with the process.
+    """
+    future: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future.result()
