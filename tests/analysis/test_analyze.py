@@ -76,6 +76,7 @@ def test_tokens_are_words_and_no_formulas(tmp_path):
 
 def test_mistakes_end_in_a_line(tmp_path, capsys):
     (tmp_path / "latin").write_bytes(b"\xe9t\xe9")
+    (tmp_path / "wide").write_bytes("wide letters".encode("utf-16-le"))
     for arguments, message in (
         (["--text", ""], "at least two tokens"),
         (["--text", "  \n"], "at least two tokens"),
@@ -83,6 +84,7 @@ def test_mistakes_end_in_a_line(tmp_path, capsys):
         (["--text", "a b c", "--file", "x"], "not both"),
         (["--file", str(tmp_path / "none")], "no text"),
         (["--file", str(tmp_path / "latin")], "not UTF-8"),
+        (["--file", str(tmp_path / "wide")], "cannot be read as text (it holds NUL"),
         (["--max_tokens", "1"], "at least 2"),
         (["--demo", "--text", "a b"], "--demo has its own"),
         (["--checkpoint", str(tmp_path)], "config.json"),

@@ -1,9 +1,20 @@
 """Tokenizers: learnt once, and any text comes back as it was."""
 
-import pytest
-from text_inputs import TEXT, files
+import json
+import os
+import random
+import signal
+import threading
+import time
 
-from hamt.data.corpus import load_corpus
+import pytest
+import torch
+from text_inputs import TEXT, files
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from hamt.data.corpus import Corpus, load_corpus
 from hamt.data.tokenizer import (
     END_OF_TEXT,
     PADDING,
@@ -11,8 +22,12 @@ from hamt.data.tokenizer import (
     load_tokenizer,
     own_tokenizer,
     train_tokenizer,
+    vocabulary_size,
 )
+from hamt.data.tokens import tokenise
 from hamt.errors import UserError
+from hamt.training.options import TrainOptions
+from hamt.training.plan import _new_model
 
 
 def test_tokenizer_round_trips_any_text(tokenizer):
@@ -89,3 +104,72 @@ def test_a_tokenizer_of_its_own_is_learnt_once(tmp_path, monkeypatch):
     assert again(TEXT).input_ids == first(TEXT).input_ids
     with pytest.raises(TypeError):
         own_tokenizer(corpus, 301, tmp_path / "cache")
+
+
+CHARACTERS = (
+    *("what � is", "�", "��", "a\ufffe\uffff", "\ue000", "e\u0301", "👩\u200d🚀", "\u2028"),
+    *("\r\n\r", "\0", "\u202eright", "a<|endoftext|>b", "<|pad|>", "ﬁ", "İ"),
+)
+
+
+@pytest.mark.parametrize("text", CHARACTERS, ids=ascii)
+def test_ids_of_characters_leave_no_hole(text):
+    """Also of the one that stands for unknown characters."""
+    characters = character_tokenizer([text])
+    assert sorted(characters.get_vocab().values()) == list(range(len(characters)))
+    ids = characters(text).input_ids
+    assert max(ids) < len(characters) == vocabulary_size(characters)
+    assert characters.decode(ids) == text
+
+
+HOLES = [{"a": 1, "b": 9}, {"a": 5}, {"a": 70_000, "b": 1}, {"a": 3, "b": 2, "c": 1}]
+
+
+@pytest.mark.parametrize("vocabulary", HOLES)
+def test_a_model_has_a_row_for_every_id(vocabulary, tmp_path):
+    """Of a tokenizer that leaves ids out, too; and so has the cache of tokens the type for it."""
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    model = _new_model(TrainOptions(hidden_dim=8, num_layers=1), tokenizer)
+    corpus = tokenise(Corpus("x", ["a"] * 9, ["a"], "x"), tokenizer, tmp_path)
+    assert corpus.train.ids.tolist() == [vocabulary["a"]] * 9
+    model(torch.from_numpy(corpus.train.ids.astype("int64"))[None])
+
+
+WORDS = {
+    "DNA": "".join(random.Random(0).choices("ACGT", k=60_000)),
+    "digits": "".join(random.Random(0).choices("0123456789", k=60_000)),
+    "letters": "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=60_000)),
+    "Chinese": "".join(map(chr, random.Random(0).choices(range(0x4E00, 0x5000), k=20_000))),
+    "one letter": "a" * 60_000,
+    "two letters": "ab" * 30_000,
+    "spaces": " " * 60_000,
+    "lines": "\n" * 60_000,
+    "underscores": "_" * 60_000,
+    "emoji": "🚀" * 15_000,
+}
+
+
+@pytest.mark.parametrize("word", WORDS.values(), ids=WORDS)
+def test_a_long_word_is_learnt_from_in_seconds(word):
+    """A second here is a quarter of an hour without a bound: for a megabyte it is many hours."""
+    start = time.perf_counter()
+    tokenizer = train_tokenizer([word], 2048)
+    assert tokenizer.decode(tokenizer(word).input_ids) == word
+    assert time.perf_counter() - start < 5
+
+
+def test_words_that_are_not_long_give_the_same_tokenizer_with_and_without_the_bound(monkeypatch):
+    texts = [TEXT * 20, "x" * 1000, "naïve" * 100]
+    bounded = train_tokenizer(texts, 400).backend_tokenizer.to_str()
+    monkeypatch.setattr("hamt.data.tokenizer.LONGEST_WORD", 10**6)
+    assert train_tokenizer(texts, 400).backend_tokenizer.to_str() == bounded
+    assert json.loads(bounded)["pre_tokenizer"]["type"] == "ByteLevel"
+
+
+def test_the_user_can_stop_a_library():
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer([WORDS["letters"] * 4], 8192)
+    assert time.perf_counter() - start < 1

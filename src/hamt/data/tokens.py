@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hamt.data.cache import cached_folder
+from hamt.data.cache import cached
 from hamt.data.corpus import EVERY, Corpus
+from hamt.data.tokenizer import interruptible, vocabulary_size
 
 # Characters that are tokenised at a time, so that a file of any size fits into memory.
 PIECE = 1_000_000
+DTYPES = {"uint16": np.uint16, "uint32": np.uint32}  # that files of tokens are known to have
 LAYOUT = "1"  # version of the cached files' layout; with a new one texts are tokenised again
 
 
@@ -72,7 +74,7 @@ def tokenise(
     Args:
         corpus: the text.
         tokenizer: a fast one; without an end-of-text token documents run into each other.
-        cache: see ``cached_folder``.
+        cache: see ``cached``.
         max_tokens: read about so many tokens to train on, and a twentieth of that to hold out: up
             to the end of a document, or of a line in a long one. None is all.
 
@@ -89,9 +91,12 @@ def tokenise(
         _write(target / "train", corpus.train, tokenizer, max_tokens)
         _write(target / "held_out", corpus.held_out, tokenizer, fewer)
 
-    folder = cached_folder(cache, fingerprint, write)
-    train, held_out = _read(folder / "train"), _read(folder / "held_out")
-    return TokenisedCorpus(corpus.name, train, held_out, fingerprint)
+    def read(folder: Path) -> TokenisedCorpus:
+        ids = vocabulary_size(tokenizer)
+        train, held_out = (_read(folder / name, ids) for name in ("train", "held_out"))
+        return TokenisedCorpus(corpus.name, train, held_out, fingerprint)
+
+    return cached(cache, fingerprint, write, read)
 
 
 def encode(
@@ -123,7 +128,8 @@ def _encode(
     # The tokenizer's backend encodes in parallel, skips the offsets of tokens, and does not warn of
     # texts longer than some model's context.
     texts = [text for text, _ in batch]
-    encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    backend = tokenizer.backend_tokenizer
+    encoded = interruptible(lambda: backend.encode_batch_fast(texts, add_special_tokens=False))
     for (text, first), encoding in zip(batch, encoded, strict=True):
         ids = start + encoding.ids if first else encoding.ids
         yield np.asarray(ids, dtype=np.int64), first, len(text.encode())
@@ -148,7 +154,7 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int | None,
 ) -> None:
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    dtype = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32
     length, num_bytes, starts = 0, 0, []
     with open(f"{base}.bin", "wb") as file:
         # Little more than ``max_tokens`` is read, since it stops after a piece.
@@ -165,7 +171,30 @@ def _write(
     Path(f"{base}.json").write_text(json.dumps(info), encoding="utf-8")
 
 
-def _read(base: Path) -> Split:
+def _read(base: Path, vocab_size: int) -> Split:
+    """Map a split into memory.
+
+    Raises:
+        ValueError: for sizes, types or ids that ``_write`` does not write.
+    """
     info = json.loads(Path(f"{base}.json").read_text(encoding="utf-8"))
-    dtype, shape = np.dtype(info["dtype"]), (info["length"],)
-    return _open(f"{base}.bin", dtype, shape, np.load(f"{base}.starts.npy"), info["num_bytes"])
+    dtype, length, num_bytes = np.dtype(DTYPES[info["dtype"]]), info["length"], info["num_bytes"]
+    starts = np.load(f"{base}.starts.npy", allow_pickle=False)
+    if type(length) is not int or type(num_bytes) is not int or num_bytes < bool(length):
+        raise ValueError(f"{base}.json holds no sizes")
+    if length * dtype.itemsize != os.path.getsize(f"{base}.bin"):
+        raise ValueError(f"{base}.bin has another size")
+    if starts.dtype != np.int64 or starts.ndim != 1 or not _rises(starts, length):
+        raise ValueError(f"{base}.starts.npy holds no places")
+    if not length:  # an empty file cannot be mapped
+        return Split(np.empty(0, dtype), starts, num_bytes)
+    split = _open(f"{base}.bin", dtype, (length,), starts, num_bytes)
+    if split.ids.max() >= vocab_size:
+        raise ValueError(f"{base}.bin holds ids beyond the vocabulary")
+    return split
+
+
+def _rises(starts: np.ndarray, length: int) -> bool:
+    """Whether documents begin in order, and within the text."""
+    edges = np.concatenate(([0], starts, [length]))
+    return bool((np.diff(edges) >= 0).all())

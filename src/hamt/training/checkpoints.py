@@ -133,7 +133,7 @@ def _check_identity(plan: Plan, path: Path, state: dict[str, Any]) -> None:
             continue
         other, same = f"{name} {saved!r}, this one has {wanted!r}", "the same"
         if name == "text":
-            other = "another text or tokenizer"
+            other = "another text or tokenizer, or an earlier HAMT, which held out other documents"
             same = "the options it had (training_info.json, or the recipe)"
         raise UserError(
             f"the run in {path} had {other}: resume with {same}, or start in another --output_dir"

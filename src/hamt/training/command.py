@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from hamt.data.corpus import LOCAL, is_source
+from hamt.data.corpus import is_source, no_text
 from hamt.errors import UserError
 from hamt.options import parse
 from hamt.recipes import find_recipe, recipe_names
@@ -45,5 +45,5 @@ def recipe_or_text(value: str) -> tuple[str, str]:
         return "data", value
     raise UserError(
         f"no recipe or text {value}: the recipes are {', '.join(recipe_names())}; "
-        f"for a text {LOCAL}, or a dataset of the hub such as wikitext-2"
+        f"for a text {no_text(value)}, or a dataset of the hub such as wikitext-2"
     )

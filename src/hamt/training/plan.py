@@ -13,7 +13,12 @@ from hamt.checkpoint import load_checkpoint
 from hamt.config import HAMTConfig
 from hamt.data.corpus import Corpus, load_corpus
 from hamt.data.loader import Batches
-from hamt.data.tokenizer import character_tokenizer, load_tokenizer, own_tokenizer
+from hamt.data.tokenizer import (
+    character_tokenizer,
+    load_tokenizer,
+    own_tokenizer,
+    vocabulary_size,
+)
 from hamt.data.tokens import TokenisedCorpus, tokenise
 from hamt.errors import UserError, user_errors
 from hamt.files import check_writable
@@ -132,7 +137,7 @@ def _tokenizer(options: TrainOptions, text: Corpus) -> PreTrainedTokenizerBase:
 def _new_model(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> HAMTForCausalLM:
     config = _config(
         **_fields(options),
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary_size(tokenizer),
         max_position_embeddings=options.max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from hamt.baselines import catalogue
 from hamt.checkpoint import PRETRAINED
 from hamt.data.corpus import load_corpus
+from hamt.data.documents import plain_text
 from hamt.data.loader import Batches
 from hamt.data.tasks import MQAR, ModularCounting, Task
-from hamt.data.tokenizer import load_tokenizer
+from hamt.data.tokenizer import load_tokenizer, vocabulary_size
 from hamt.data.tokens import Split, tokenise
 from hamt.environment import environment
 from hamt.measure.ablate.recipe import EMBEDDED, SHAKESPEARE, all_choices
@@ -139,7 +140,7 @@ class Text(NamedTuple):
 
 def load_characters(spec: Spec, data: Path | None) -> Text:
     """nanoGPT's split: characters of the first nine tenths, and of the rest."""
-    text = _path(data, SHAKESPEARE).read_text(encoding="utf-8")
+    text = plain_text(_path(data, SHAKESPEARE))
     numbers = {character: i for i, character in enumerate(sorted(set(text)))}
 
     def split(part: str) -> Split:
@@ -165,7 +166,7 @@ def load_text(spec: Spec, data: Path | None) -> Text:
     corpus = tokenise(load_corpus(files["text"], held_out=files.get("held_out")), tokenizer)
     sample = every_for(corpus.held_out, spec["training"]["length"], 40)
     figure = (corpus.held_out, spec["training"]["every"])
-    return Text(len(tokenizer), corpus.train, (corpus.held_out, sample), figure)
+    return Text(vocabulary_size(tokenizer), corpus.train, (corpus.held_out, sample), figure)
 
 
 def _path(data: Path | None, name: str) -> Path:

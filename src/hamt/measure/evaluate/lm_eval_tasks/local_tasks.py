@@ -14,6 +14,7 @@ from torch import Tensor
 from hamt.cross_entropy import IGNORE_INDEX
 from hamt.data.copying import Passkey
 from hamt.data.corpus import join_articles
+from hamt.data.documents import plain_text, read_file
 from hamt.data.tasks import MQAR, Induction, Task
 
 EXAMPLES = 64
@@ -29,12 +30,12 @@ DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 def lambada(task_data: str, **_: Any) -> dict[str, datasets.Dataset]:
     """Passages of LAMBADA's OpenAI variant, JSON lines with a ``text`` each."""
-    return {"test": datasets.load_dataset("json", data_files=task_data, split="train")}
+    return {"test": datasets.Dataset.from_dict({"text": list(read_file(Path(task_data)))})}
 
 
 def wikitext(task_data: str, **_: Any) -> dict[str, datasets.Dataset]:
     """Pages of a WikiText file (``wiki.test.raw``)."""
-    lines = Path(task_data).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = plain_text(Path(task_data)).splitlines(keepends=True)
     pages = [page for page in join_articles(lines) if page.strip()]
     return {"test": datasets.Dataset.from_dict({"page": pages})}
 
