@@ -1,11 +1,14 @@
 """What is computed from a text once and then found on the disk: its tokens, and its tokenizer."""
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from hamt.errors import UserError, reason
 from hamt.files import new_folder, user_cache
+
+logger = logging.getLogger(__name__)
 
 
 def cached_folder(
@@ -19,7 +22,9 @@ def cached_folder(
         UserError: if the folder cannot be written.
     """
     folder = (user_cache() / "tokens" if cache is None else Path(cache)) / name
-    if not folder.is_dir():
+    there = folder.is_dir()
+    logger.debug("%s %s", "found" if there else "making", folder)
+    if not there:
         try:
             new_folder(folder, write)
         except OSError as error:

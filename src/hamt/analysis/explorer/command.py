@@ -39,9 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         from hamt.analysis.explorer.app import build_app, launch
     except ImportError as error:
         if getattr(error, "name", None) == "gradio":
-            raise UserError(
-                'hamt explore needs Gradio: pip install -e ".[explore]" in a clone'
-            ) from error
+            raise UserError("hamt explore needs Gradio: pip install 'gradio>=6'") from error
         raise UserError(f"Gradio cannot be used here: {reason(error)}") from error
     _check_address(options.host, options.port)
     checkpoint = PRETRAINED if options.checkpoint is None else options.checkpoint
