@@ -9,9 +9,8 @@ import time
 import torch
 from transformers.utils import logging
 
-from hamt import HAMTConfig, HAMTModel
+from hamt import HAMTConfig, HAMTModel, cli
 from hamt.checkpoint import PRETRAINED, load_checkpoint
-from hamt.cli import main
 from hamt.console import PlainConsole
 from hamt.generation import GenerateOptions, stream_text
 
@@ -51,4 +50,4 @@ def show() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(["demo", *sys.argv[1:]]) if sys.argv[1:] else show())
+    sys.exit(cli.main(["demo", *sys.argv[1:]]) if sys.argv[1:] else show())
