@@ -143,10 +143,8 @@ def _value(draw: random.Random, field: dataclasses.Field) -> str:
     if kind.type is bool:
         return draw.choice(ODD_BOOLS if odd else BOOLS)
     if field.name in WORK:
-        refused = [
-            text for text in (ODD_INTS if kind.type is int else ODD_FLOATS) if _refused(text)
-        ]
-        return draw.choice(refused if odd else list(SMALL))
+        odd_ones = ODD_INTS if kind.type is int else ODD_FLOATS
+        return draw.choice([text for text in odd_ones if _refused(text)] if odd else SMALL)
     if kind.type is int:
         return draw.choice((*ODD_INTS, *HUGE_INTS) if odd else INTS)
     if kind.type is float:
@@ -169,13 +167,12 @@ def line(seed: int) -> list[str]:
     given: dict[str, list[str]] = {
         name: [str(value)] for name, value in BASE[command].items() if value is not None
     }
-    declared = [field for field in dataclasses.fields(options_of(command))]
-    declared = [field for field in declared if field.name not in NEVER]
+    declared = [f for f in dataclasses.fields(options_of(command)) if f.name not in NEVER]
     for _ in range(draw.randint(0, 4)):
         field = draw.choice(declared)
         if field.name == "port":
             continue
-        several = _kind(field).several or draw.random() < 0.03
+        several = _kind(field).several or draw.random() < 0.01
         count = draw.choice((0, 1, 1, 1, 2, 3)) if several else 1
         given[field.name] = [_value(draw, field) for _ in range(count)]
         if draw.random() < 0.05:
@@ -189,15 +186,14 @@ def line(seed: int) -> list[str]:
     for name, values in given.items():
         words += _spelt(draw, name, values)
     if draw.random() < 0.06:
-        words.insert(
-            draw.randint(1, len(words)), draw.choice(("--no_such", "-x", "--", "-h", "extra"))
-        )
+        extra = draw.choice(("--no_such", "-x", "--", "-h", "extra"))
+        words.insert(draw.randint(1, len(words)), extra)
     return words
 
 
 def _spelt(draw: random.Random, name: str, values: list[str]) -> list[str]:
     flag = f"--{name.replace('_', '-') if draw.random() < 0.1 else name}"
-    if draw.random() < 0.02:
+    if draw.random() < 0.003:
         flag = flag[:-1]
     if len(values) == 1 and (draw.random() < 0.1 or values[0].startswith("-")):
         return [f"{flag}={values[0]}"]
@@ -206,15 +202,11 @@ def _spelt(draw: random.Random, name: str, values: list[str]) -> list[str]:
 
 def _written(words: list[str]) -> list[str]:
     """The paths that a line says it writes to."""
-    found = {
-        "table": None,
-        "token_cache": None,
-        "output_dir": f"{words[0].replace('-', '_')}_output",
-    }
-    if words[0] in ("train", "quick-train", "demo"):
-        found["output_dir"] = f"checkpoints/{words[0].replace('-', '_')}"
-    if words[0] in ("evaluate", "analyze"):
-        found["output_dir"] = {"evaluate": "analysis_output", "analyze": "analyze_output"}[words[0]]
+    name = words[0].replace("-", "_")
+    default = {"evaluate": "analysis_output", "analyze": "analyze_output"}
+    default |= {each: f"checkpoints/{each}" for each in ("train", "quick_train", "demo")}
+    found: dict[str, str | None] = {"table": None, "token_cache": None}
+    found["output_dir"] = default.get(name, f"{name}_output")
     for place, word in enumerate(words):
         flag, equals, value = word.partition("=")
         name = flag.lstrip("-").replace("-", "_")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from fuzz.sandbox import Case
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,8 @@ from hamt.config import CHOICES
 from hamt.memory import ALGEBRAS
 from hamt.mixers import MIXERS
 
+TOKENS = st.none() | st.integers(-1, 80)
+NAMES = st.sampled_from([*MIXERS])
 EXAMPLES = 8  # of a case
 ODD = st.sampled_from([0.0, 1.0, -1.0, 1e-40, 1e-8, 1e8, 1e30, 1e38, math.inf, math.nan, 2, -3])
 SMALL = {
@@ -26,9 +29,9 @@ SMALL = {
     "intermediate_dim": st.none() | st.integers(-1, 40),
     "max_position_embeddings": st.integers(0, 40),
     "binding_type": st.sampled_from([*ALGEBRAS, "xor"]),
-    "mixers": st.none() | st.sampled_from([*MIXERS]) | st.lists(st.sampled_from([*MIXERS]), max_size=3),
-    "bos_token_id": st.none() | st.integers(-1, 80), "pad_token_id": st.none() | st.integers(-1, 80),
-    "eos_token_id": st.none() | st.integers(-1, 80) | st.lists(st.integers(0, 80), max_size=2),
+    "mixers": st.none() | NAMES | st.lists(NAMES, max_size=3),
+    "bos_token_id": TOKENS, "pad_token_id": TOKENS,
+    "eos_token_id": TOKENS | st.lists(st.integers(0, 80), max_size=2),
     **{name: st.sampled_from([*table]) for name, table in CHOICES.items()},
 }  # fmt: skip
 FITTING = {
@@ -69,8 +72,7 @@ def survives(fields: dict) -> None:
     """
     try:
         config = HAMTConfig(**fields)
-    except Exception as error:  # of several kinds; what it says is one line, and says why
-        assert isinstance(error, ValueError) or "Validation" in str(error), repr(error)
+    except (ValueError, StrictDataclassError):
         return
     torch.manual_seed(0)
     model = HAMTModel(config)

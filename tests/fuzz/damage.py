@@ -72,26 +72,12 @@ READERS: list[tuple[str, Callable[[], int] | list[str]]] = [
     ("docs/a.md", ["analyze", *flags({**BASE["analyze"], "file": "docs/a.md"})]),
 ]
 OTHERS = (
-    *(
-        b"",
-        b"null",
-        b"[]",
-        b"{}",
-        b"0",
-        b'"x"',
-        b"\x89PNG\r\n\x1a\n" + bytes(60),
-        b"\x80\x02}q\x00.",
-    ),
-    *(
-        b"PK\x03\x04" + bytes(40),
-        b"[" * 3000,
-        b'{"a":' * 3000,
-        b"\xff\xfe" + bytes(50),
-        b"\0" * 4096,
-    ),
-    *(b"\x1f\x8b\x08" + bytes(30), b"- &a [*a]\n", b"\xef\xbb\xbf", b"\n" * 1000, b"\xff" * 200),
-    b"a: &a [x,x]\nb: &b [*a,*a]\nc: &c [*b,*b]\n",
-)
+    *(b"", b"null", b"[]", b"{}", b"0", b'"x"', b"\x89PNG\r\n\x1a\n" + bytes(60)),
+    *(b"\x80\x02}q\x00.", b"PK\x03\x04" + bytes(40), b"\x1f\x8b\x08" + bytes(30), b"- &a [*a]\n"),
+    *(b"[" * 3000, b'{"a":' * 3000, b"\xff\xfe" + bytes(50), b"\0" * 4096, b"\xff" * 200),
+    *(b"\xef\xbb\xbf", b"\n" * 1000, b"a: &a [x,x]\nb: &b [*a,*a]\nc: &c [*b,*b]\n"),
+)  # fmt: skip
+WAYS = ("cut", "bits", "bits", "other", "digits", "value", "value", "bytes", "folder")
 VALUES = (
     *(None, [], {}, "", "x", -1, 0, 1e308, 2**31, 2**63, 10**30, True, [[]], "../../x", "\ud800"),
     *(float("nan"), float("inf"), 1.5, "1" * 400, ["x"] * 3, {"a": 1}),
@@ -100,9 +86,7 @@ VALUES = (
 
 def damaged(draw: random.Random, content: bytes) -> bytes | None:
     """Another content for a file; None stands for a folder of its name."""
-    way = draw.choice(
-        ("cut", "bits", "bits", "other", "digits", "value", "value", "bytes", "folder")
-    )
+    way = draw.choice(WAYS)
     if way == "folder":
         return None if draw.random() < 0.3 else content[::-1]
     if way == "other" or not content:
