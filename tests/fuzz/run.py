@@ -10,6 +10,7 @@ wrote where it should not, or in more than one line.
 import argparse
 import os
 import random
+import re
 import sys
 import tempfile
 import time
@@ -17,6 +18,8 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from fuzz.sandbox import Outcome, Sandbox
+
 FAILURES = ("traceback", "hang", "crash", "written outside", "no line")
 SHARES = {"commands": 0.5, "damage": 0.35, "configurations": 0.15}  # of the time
 
@@ -31,14 +34,20 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hamt-fuzz-") as folder:
         failures = _run(options, Path(folder))
-    for outcome in failures:
-        print(f"\n{outcome.kind}, {outcome.seconds:.0f} s: python tests/fuzz/run.py ", end="")
-        print(f"{outcome.case.name}\n    " + outcome.said.strip().replace("\n", "\n    "))
+    alike: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in failures:  # one cause fails many cases
+        last = outcome.said.strip().rpartition("\n")[2]
+        alike.setdefault((outcome.kind, re.sub(r"\d+", "0", last)[:60]), []).append(outcome)
+    for outcomes in alike.values():
+        outcome = min(outcomes, key=lambda each: len(each.case.name))
+        times = f" ({len(outcomes)} like it)" if len(outcomes) > 1 else ""
+        print(f"\n{outcome.kind}{times}, {outcome.seconds:.0f} s:")
+        print(f"python tests/fuzz/run.py {outcome.case.name}")
+        print("    " + outcome.said.strip()[-800:].replace("\n", "\n    "))
     return 1 if failures else 0
 
 
-def _run(options: argparse.Namespace, folder: Path) -> list:
-    from fuzz.sandbox import Sandbox
+def _run(options: argparse.Namespace, folder: Path) -> list[Outcome]:
 
     sandbox = Sandbox(folder)  # sets the environment, which libraries read when they are imported
     from fuzz import commands, configurations, damage
