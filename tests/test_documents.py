@@ -40,6 +40,13 @@ def test_mixers_without_slots_leave_the_norms_of_the_others():
     assert model(torch.randint(50, (1, 4)))["hcm_state"] is None
 
 
+def test_a_configuration_may_ask_for_tuples():
+    model, ids = HAMTModel(HAMTConfig(**SIZES, return_dict=False)).eval(), torch.arange(4)[None]
+    loss, logits, _ = model(ids, labels=ids)
+    assert loss == model(ids, labels=ids, return_dict=True).loss
+    assert logits.shape == (1, 4, 50)
+
+
 @pytest.mark.parametrize("decay", [0.5, 0.0001])
 def test_decay_rate_is_the_share_that_passive_memory_loses(decay):
     config = HAMTConfig(**SIZES, write_rule="convex", decay_rate=decay)

@@ -282,6 +282,7 @@ class HAMTForCausalLM(HAMTPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,  # whatever the configuration asks of the outermost model
             **kwargs,
         )
         logits, loss, hidden_states = None, None, outputs.last_hidden_state

@@ -45,6 +45,8 @@ def strategies() -> dict[str, st.SearchStrategy]:
     """One for each field: small sizes, choices, and numbers of every magnitude."""
     found = {}
     for field in dataclasses.fields(HAMTConfig):
+        if field.name not in HAMTConfig.__annotations__:
+            continue
         if field.name in SMALL:
             found[field.name] = SMALL[field.name]
         elif isinstance(field.default, bool):
