@@ -24,7 +24,7 @@ KINDS = {
     "refused": lambda: say("a warning\nhamt: no such file", 2),
     "no line": lambda: say("Segmentation fault", 2),
     "traceback": lambda: 1 / 0,
-    "crash": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "crash": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "hang": lambda: time.sleep(30),
     "written outside": lambda: Path("elsewhere").write_text("x") and 0,
 }
