@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := venv/bin
 
-.PHONY: help setup setup-dev demo test check format clean
+.PHONY: help setup setup-dev demo test fuzz check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,6 +16,9 @@ demo: setup  ## train a small model on real text and let it write (about 5 minut
 
 test: setup-dev  ## run the tests on all cores (about 15 minutes on 2)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto
+
+fuzz: setup-dev  ## random command lines, configurations, damaged files (FUZZ_SECONDS, 600)
+	$(BIN)/python tests/fuzz/run.py
 
 check: setup-dev  ## lint, format, types
 	$(BIN)/ruff check .

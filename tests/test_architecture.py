@@ -16,7 +16,7 @@ SOURCE = Path(hamt.__file__).parent
 # Each layer may import those to its left. Packages (data, evaluation, ...) count as one layer each.
 LAYERS = (
     {"errors", "fingerprint"},
-    {"environment", "files", "recipes"},
+    {"console", "environment", "files", "recipes"},
     {"options", "visualization"},
     {"memory"},
     {"cpu"},

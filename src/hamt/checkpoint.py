@@ -5,6 +5,7 @@ plain data, readable with ``torch.load(weights_only=True)``.
 """
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from hamt.config import HAMTConfig
 from hamt.errors import UserError, reason
 from hamt.files import write_file, write_folder
 from hamt.model import HAMTForCausalLM
+
+logger = logging.getLogger(__name__)
 
 # What a fast tokenizer needs beside its backend.
 _TOKENIZER_SETTINGS = (
@@ -73,6 +76,7 @@ def load_checkpoint(
         UserError: if there is no HAMT checkpoint at ``path``.
     """
     path = Path(path)
+    logger.debug("loading %s", path)
     if path.is_file():
         return _load_pt(path)
     config = path / "config.json"

@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import importlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 
-from hamt.errors import UserError, reason
+from hamt.errors import UserError, printable, reason
 
 # Modules are named, not imported: help must not wait for torch.
 COMMANDS = {
@@ -31,40 +33,66 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errn
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``hamt COMMAND OPTIONS``; returns the exit code: 0, or 2 for a mistake of the user."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    _prepare_streams()
     with contextlib.suppress(ModuleNotFoundError):  # hamt.cpu makes commands faster, nothing else
         importlib.import_module("hamt.cpu.process").prepare_process()
-    if arguments[:1] == ["help"]:
-        arguments = [*arguments[1:2], "--help"]
     try:
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(_usage())
-            return 0
-        if arguments[0] == "--version":
-            from hamt import __version__
-
-            print(f"hamt {__version__}")
-            return 0
-        if arguments[0] not in COMMANDS:
-            raise UserError(f"no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
-        command = importlib.import_module(COMMANDS[arguments[0]][0])
-        from transformers.utils import logging  # every command has loaded it by now
-
-        logging.disable_progress_bar()  # for files of a few MB, which would drown all else
-        return command.main(arguments[1:]) or 0
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
     except UserError as error:
-        print(f"hamt: {error}", file=sys.stderr)
-        return 2
+        return _told(str(error), 2)
     except KeyboardInterrupt:
-        print("hamt: interrupted", file=sys.stderr)
-        return 130
+        return _told("interrupted", 130)
     except BrokenPipeError:  # the reader of a pipe has gone, which is its right
+        with contextlib.suppress(OSError):  # what is left for it would be tried again at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except UnicodeEncodeError as error:  # of names that no option gave, as in $HOME
+        return _told(f"a name is not UTF-8: {error.object!r}; rename the file or folder", 2)
     except OSError as error:
         if error.errno not in DISK:
             raise
         file = error.filename or "a file"
-        print(f"hamt: {file} cannot be written or read: {reason(error)}", file=sys.stderr)
-        return 2
+        return _told(f"{file} cannot be written or read: {reason(error)}", 2)
+
+
+def _prepare_streams() -> None:
+    """Let nothing that is printed fail: in no encoding, and not if there is nothing to print to."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell: `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _told(message: str, status: int) -> int:
+    """Print one line, and return the exit code."""
+    line = printable(message).replace("\n", "\\n")
+    print(f"hamt: {line}", file=sys.stderr)
+    return status
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if arguments[0] == "--version":
+        from hamt import __version__
+
+        print(f"hamt {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        raise UserError(f"no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
+    command = importlib.import_module(COMMANDS[arguments[0]][0])
+    from transformers.utils import logging  # every command has loaded it by now
+
+    logging.disable_progress_bar()  # for files of a few MB, which would drown all else
+    return command.main(arguments[1:]) or 0
 
 
 def _usage() -> str:

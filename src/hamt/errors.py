@@ -2,8 +2,13 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# What moves the cursor of a terminal or colours it, and halves of surrogate pairs: bytes of names
+# that are not UTF-8. Tabs and the ends of lines stay.
+_UNPRINTABLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|\r(?!\n)")
 
 
 class UserError(Exception):
@@ -34,3 +39,17 @@ def reason(error: BaseException) -> str:
         full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
         return os.strerror(error.errno) + full
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def printable(text: str) -> str:
+    """The text with escapes such as ``\\x1b`` for what a terminal would not show.
+
+    Example:
+        >>> printable("a [b]\\x1b[31m\\udce9")
+        'a [b]\\\\x1b[31m\\\\udce9'
+    """
+
+    def escape(found: re.Match[str]) -> str:
+        return found[0].encode("unicode_escape").decode()
+
+    return _UNPRINTABLE.sub(escape, text)

@@ -53,8 +53,9 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8."""
-    write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+    """Write ``text`` as UTF-8; what is none, such as bytes of a file name, as escapes."""
+    content = text.encode("utf-8", errors="backslashreplace")
+    write_file(path, lambda file: file.write_bytes(content))
 
 
 def new_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.data.tokenizer import start_token
-from hamt.errors import UserError
+from hamt.errors import UserError, printable
 from hamt.options import MAX_SEED, option, parse
 
 
@@ -59,10 +59,18 @@ def stream_text(
     options: GenerateOptions,
 ) -> None:
     """Print ``prompt`` and its continuation, word by word as they are written."""
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    streamer = _Streamer(tokenizer, skip_special_tokens=True)
     ids = encode_prompt(tokenizer, prompt)
     continue_tokens(model, tokenizer, ids, options, streamer=streamer)
     sys.stdout.flush()
+
+
+class _Streamer(TextStreamer):
+    """Prints words as they come; on a terminal a control character is shown as its escape."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        shown = printable(text) if sys.stdout.isatty() else text
+        super().on_finalized_text(shown, stream_end)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -5,6 +5,7 @@ Shape legend: B batch, N tokens, d hidden_dim, V vocab_size.
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,15 +35,31 @@ from hamt.layers import GatingNetwork, RetrievalHead, RMSNorm, Rotation
 from hamt.products import fuse, project, unfuse
 
 
+class _WithMemories:
+    """What outputs have beside their tensors: ``outputs["hcm_state"]``, as the memory's slots."""
+
+    past_key_values: Any
+
+    @property
+    def hcm_state(self) -> Tensor | None:
+        """The slots of all memories after the last token, (layers, B, H, S, F); None without."""
+        states = self.past_key_values.states if self.past_key_values else []
+        slots = [state["slots"] for state in states if state and "slots" in state]
+        return torch.stack(slots) if slots else None
+
+    def __getitem__(self, key):
+        return self.hcm_state if key == "hcm_state" else super().__getitem__(key)  # type: ignore[misc]
+
+
 @dataclass
-class HAMTBackboneOutput(BaseModelOutputWithPast):
+class HAMTBackboneOutput(_WithMemories, BaseModelOutputWithPast):
     """``aux_loss`` is the mean auxiliary loss of the layers, in training if asked for."""
 
     aux_loss: Tensor | None = None
 
 
 @dataclass
-class HAMTCausalLMOutput(CausalLMOutputWithPast):
+class HAMTCausalLMOutput(_WithMemories, CausalLMOutputWithPast):
     """``aux_loss`` as in ``HAMTBackboneOutput``, unweighted."""
 
     aux_loss: Tensor | None = None
@@ -267,6 +284,7 @@ class HAMTForCausalLM(HAMTPreTrainedModel, HAMTGenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,  # whatever the configuration asks of the outermost model
             **kwargs,
         )
         logits, loss, hidden_states = None, None, outputs.last_hidden_state

@@ -232,6 +232,12 @@ def _value(name: str, kind: type, text: str) -> Any:
         value = _WORDS[text.lower()] if kind is bool else kind(text)
         if kind is int and abs(value) >= 2**63:
             raise ValueError(value)
+        if kind is str and b"\0" in text.encode():  # which no path can hold
+            raise ValueError(text)
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--{name} is not UTF-8: {text!r}; type it in a UTF-8 terminal, or rename the file"
+        ) from error
     except (KeyError, ValueError) as error:
         raise UserError(f"--{name}: invalid {kind.__name__} value {text!r}") from error
     return value

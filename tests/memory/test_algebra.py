@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from memory_inputs import hrr_key_vector, natural_bind, natural_unbind
 
+from hamt.memory import circular_convolve_fft, rms_normalize
 from hamt.memory.algebra import ALGEBRAS, get_algebra, similarity, wrap_phase
 
 algebras = pytest.mark.parametrize("algebra", ALGEBRAS.values(), ids=ALGEBRAS)
@@ -288,3 +289,41 @@ def test_cosine_of_an_item_retrieved_among_n_is_one_over_root_n(algebra, items, 
     standard_error = (cosine.std() / math.sqrt(trials)).item()
     assert standard_error < 0.0015, "too few trials to tell 1/√n from 1/√(n+1)"
     assert abs(cosine.mean().item() - 1 / math.sqrt(num_pairs)) < 3 * standard_error
+
+
+def cyclic_sum(a, b):
+    """The definition: Σ_j a_j · b_(i-j)."""
+    return sum(a[..., j, None] * b.roll(j, dims=-1) for j in range(a.shape[-1]))
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 7, 16])
+def test_circular_convolution_is_its_definition_and_keeps_its_laws(dim):
+    a, b, c = (random_items(3, dim, seed=seed) for seed in range(3))
+    both = circular_convolve_fft(a, b)
+    assert both.shape == a.shape
+    assert_equal(both, cyclic_sum(a, b))
+    assert_equal(both, circular_convolve_fft(b, a))
+    assert_equal(
+        circular_convolve_fft(both, c), circular_convolve_fft(a, circular_convolve_fft(b, c))
+    )
+    assert_equal(circular_convolve_fft(a, b + 2 * c), both + 2 * circular_convolve_fft(a, c))
+    impulse = torch.eye(dim, dtype=torch.float64)[0]
+    assert_equal(circular_convolve_fft(a, impulse), a)
+
+
+def test_binding_by_circular_convolution_is_that_convolution():
+    algebra, item = get_algebra("circular_conv"), random_items(5, 16)
+    key, impulse = random_keys(algebra, 5, 8), torch.eye(16, dtype=torch.float64)[0]
+
+    def bind(x):
+        return algebra.lower(algebra.bind(algebra.lift(x), key))
+
+    assert_equal(bind(item), circular_convolve_fft(item, bind(impulse.expand(5, 16))))
+
+
+def test_rms_normalize_scales_to_a_mean_square_of_one():
+    x = random_items(4, 32)
+    assert_equal(rms_normalize(x).square().mean(dim=-1), torch.ones(4).double(), 1e-4)
+    assert_equal(rms_normalize(x), x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5))
+    assert_equal(rms_normalize(3 * x), rms_normalize(x), 1e-4)
+    assert not rms_normalize(torch.zeros(2, 3)).any()

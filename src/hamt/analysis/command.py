@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Column, Table
 
 from hamt.analysis.analyse import TRACED, Analysis, analyse, summarise
 from hamt.analysis.dashboard import dashboard
 from hamt.analysis.record import memory_layers
 from hamt.checkpoint import PRETRAINED, load_checkpoint
+from hamt.console import PlainConsole
 from hamt.data.documents import plain_text
 from hamt.environment import describe_environment, environment
 from hamt.errors import UserError
@@ -63,8 +63,8 @@ def main(arguments: Sequence[str]) -> int:
     analysis = analyse(model, tokenizer, input_ids, silence=not options.skip_silencing)
     analysis.results["tokens_of_the_text"] = len(ids)
     header = environment()
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(f"{name}: {model.num_parameters():,} parameters, {_read(analysis)}", markup=False)
+    console = PlainConsole()
+    console.print(f"{name}: {model.num_parameters():,} parameters, {_read(analysis)}")
     console.print(summary(analysis))
     slots = len(next(iter(analysis.results["layers"].values()))["write_share"][0])
     console.print(
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
         "head; fidelity, the cosine of a write that is read back at once (docs/analysis.md)"
     )
     for path in write(analysis, options, header, name):
-        console.print(f"wrote {path}", markup=False)
+        console.print(f"wrote {path}")
     return 0
 
 

@@ -133,7 +133,7 @@ def train_rival(
             mend = "copy the checkpoint to a folder of yours"
         check_writable(str(folder), make=True, mend=mend)
         told = f"training: {kind} at the learning rate {learning_rate:g} ({folder})"
-        console.print(told, markup=False)
+        console.print(told)
         plan = _plan(run, options, checkpoint, console)
         info = _train(plan, folder, described, console)
     own_rate, trouble = learning_rate == run.options.learning_rate, info["trouble"]
@@ -162,8 +162,7 @@ def _plan(run: Record, options: TrainOptions, checkpoint: Path, console: Console
         )
     console.print(
         f"{options.data} is taken for the text of {checkpoint}: it has as many tokens, and the "
-        "record of the training says no more",
-        markup=False,
+        "record of the training says no more"
     )
     return plan
 

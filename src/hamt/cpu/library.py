@@ -7,6 +7,7 @@ environment variable HAMT_FUSED=0 switches the library off.
 import atexit
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -22,6 +23,7 @@ import torch
 from hamt.files import user_cache, write_file
 
 SOURCE = Path(__file__).with_name("fused.cpp")
+logger = logging.getLogger(__name__)
 
 
 @torch.compiler.assume_constant_result  # torch.compile is not to trace the search for a compiler
@@ -78,7 +80,9 @@ def _compile(compiler: list[str], flags: list[str]) -> Path:
         run([*compiler, "-shared", str(unit), "-o", str(file)])
         unit.unlink()
 
-    if not target.exists():
+    there = target.exists()
+    logger.debug("%s %s", "found" if there else "compiling", target)
+    if not there:
         write_file(target, build)
     return target
 

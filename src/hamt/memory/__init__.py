@@ -1,6 +1,13 @@
 """The holographic memory, readable by itself: algebras, write rules, positions, forms."""
 
-from hamt.memory.algebra import ALGEBRAS, Algebra, get_algebra, similarity
+from hamt.memory.algebra import (
+    ALGEBRAS,
+    Algebra,
+    circular_convolve_fft,
+    get_algebra,
+    rms_normalize,
+    similarity,
+)
 from hamt.memory.forms import FORMS, MemoryState, Tokens
 from hamt.memory.holographic import HolographicMemory
 from hamt.memory.positions import number_documents
@@ -16,7 +23,9 @@ __all__ = [
     "MemoryState",
     "Tokens",
     "WriteRule",
+    "circular_convolve_fft",
     "get_algebra",
     "number_documents",
+    "rms_normalize",
     "similarity",
 ]

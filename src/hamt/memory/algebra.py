@@ -32,6 +32,25 @@ def similarity(x: Tensor, y: Tensor) -> Tensor:
     return F.cosine_similarity(x, y, dim=-1)
 
 
+def circular_convolve_fft(a: Tensor, b: Tensor) -> Tensor:
+    """Circular convolution along the last dimension: (..., F), (..., F) -> (..., F).
+
+    With any vector ``b`` this is how HRR binds; ``CircularConv`` is the same for vectors whose
+    Fourier coefficients have modulus 1, which can be undone exactly.
+
+    Example:
+        >>> circular_convolve_fft(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 1.0, 0.0]))
+        tensor([3., 1., 2.])
+    """
+    length = a.shape[-1]
+    return torch.fft.irfft(torch.fft.rfft(a) * torch.fft.rfft(b), n=length)
+
+
+def rms_normalize(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Scale (..., F) to a root mean square of 1 along the last dimension; zero stays zero."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
 def wrap_phase(phase: Tensor) -> Tensor:
     """Wrap angles in radians to [-π, π]; the gradient is the identity."""
     turns = torch.round(phase / (2 * math.pi))

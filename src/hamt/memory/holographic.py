@@ -14,12 +14,17 @@ turn of the loop, for decoding.
 Shape legend: B batch, N tokens, H heads, S slots, F features of an item, K key size.
 """
 
+import logging
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from hamt.memory.algebra import get_algebra
 from hamt.memory.forms import FORMS, MemoryState, Tokens, read_slots
 from hamt.memory.write_rules import WRITE_RULES, Gates
+
+logger = logging.getLogger(__name__)
 
 
 class HolographicMemory:
@@ -219,6 +224,8 @@ class HolographicMemory:
             form = next(name for name in reversed(there) if there[name].suits(tokens.items))
         if form not in there:
             raise ValueError(f"form must be one of {', '.join(there)}; got {form!r}")
+        if not torch.compiler.is_compiling():
+            _note(form, repr(self), tokens.items.device.type)
         return there[form].run(self, tokens, state)
 
     def step(
@@ -243,6 +250,12 @@ class HolographicMemory:
             initial_state=state,
         )
         return output.squeeze(1), state
+
+
+@cache
+def _note(form: str, memory: str, device: str) -> None:
+    """Log a form when it is first used; it runs once a token and layer."""
+    logger.debug("%s runs in the form %s on %s", memory, form, device)
 
 
 def _fit(name: str, x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

@@ -6,6 +6,7 @@ folder gets its name only when all of it is on the disk, and older ones are remo
 there is a whole checkpoint at every moment, whatever ends the run.
 """
 
+import logging
 import shutil
 from dataclasses import asdict
 from itertools import chain
@@ -23,6 +24,7 @@ from hamt.training.loop import Trainer, TrainingResult
 from hamt.training.plan import Plan
 
 STATE = "training_state.pt"
+logger = logging.getLogger(__name__)
 
 
 def save_state(plan: Plan, trainer: Trainer[Loss]) -> None:
@@ -58,6 +60,7 @@ def save_state(plan: Plan, trainer: Trainer[Loss]) -> None:
 
     try:
         new_folder(target, write)
+        logger.debug("wrote %s", target)
     except OSError as error:
         raise UserError(
             f"no checkpoint could be written at step {result.steps} ({reason(error)}): "
@@ -93,6 +96,7 @@ def load_state(plan: Plan, trainer: Trainer[Loss]) -> None:
         UserError: if the checkpoint cannot be read, or another run wrote it: with what differs.
     """
     *others, path = find_states(plan.checkpoints)
+    logger.debug("resuming from %s", path)
     try:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         # A second model for a moment: Transformers knows in how many files it has written the

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from rich.console import Console
-
+from hamt.console import PlainConsole, try_command
 from hamt.data.corpus import is_source, no_text
 from hamt.errors import UserError
 from hamt.options import parse
@@ -15,7 +14,7 @@ from hamt.training.run import train_model
 def main(arguments: Sequence[str]) -> int:
     """Train as the options and the configuration file say."""
     options = parse(TrainOptions, arguments, "train", positional=recipe_or_text)
-    console = Console(soft_wrap=True, highlight=False)
+    console = PlainConsole()
     run = train_model(options, console)
     if run is None or run.final is None:
         return 0 if run is None else 130
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
             "would help"
         )
     prompt = "Fellow citizens" if options.data == "sotu" else "The"
-    console.print(f'try: hamt generate "{prompt}" --checkpoint {checkpoint}')
+    console.print(f"try: {try_command(prompt, checkpoint)}")
     return 0
 
 

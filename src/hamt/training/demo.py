@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from hamt.console import PlainConsole, try_command
 from hamt.generation import GenerateOptions, stream_text
 from hamt.options import MAX_SEED, option, parse
 from hamt.training.options import TrainOptions
@@ -34,7 +34,7 @@ class DemoOptions:
 def main(arguments: Sequence[str]) -> int:
     """Train, compare with unigram and bigram models, generate, and say what to try next."""
     options = parse(DemoOptions, arguments, "demo")
-    console = Console(soft_wrap=True, highlight=False)
+    console = PlainConsole()
     settings = {name: value for name, value in vars(options).items() if name != "prompt"}
     settings |= {**SIZE, "eval_interval": max(options.num_steps // 6, 1), "overwrite": True}
     run = train_model(TrainOptions(**settings), console)
@@ -61,5 +61,5 @@ def main(arguments: Sequence[str]) -> int:
     torch.manual_seed(options.seed)
     stream_text(run.model, run.tokenizer, options.prompt, GenerateOptions(max_new_tokens=120))
     console.print(f"\nThe checkpoint is in {options.output_dir}. Try:")
-    console.print(f'  hamt generate "{options.prompt}" --checkpoint {options.output_dir}')
+    console.print(f"  {try_command(options.prompt, options.output_dir)}")
     return 0

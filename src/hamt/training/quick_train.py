@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from hamt.checkpoint import save_pt
+from hamt.console import PlainConsole, try_command
 from hamt.options import MAX_SEED, option, parse
 from hamt.training.options import TrainOptions, architecture_options
 from hamt.training.run import compare_with_ngrams, train_model
@@ -37,7 +36,7 @@ class QuickTrainOptions:
 def main(arguments: Sequence[str]) -> int:
     """Train, and write the checkpoint as a folder and as ``hamt_quick_<n>steps.pt``."""
     options = parse(QuickTrainOptions, arguments, "quick-train")
-    console = Console(soft_wrap=True, highlight=False)
+    console = PlainConsole()
     run = train_model(TrainOptions(**vars(options), overwrite=True), console)
     if run is None:
         return 0
@@ -56,5 +55,5 @@ def main(arguments: Sequence[str]) -> int:
             "(1 - cosine of stored and retrieved)"
         )
     console.print(f"{run.result.tokens_per_second:,.0f} tokens/s; wrote {path}")
-    console.print(f'try: hamt generate "Fellow citizens" --checkpoint {options.output_dir}')
+    console.print(f"try: {try_command('Fellow citizens', options.output_dir)}")
     return 0

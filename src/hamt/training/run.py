@@ -181,15 +181,17 @@ class _Saver(Listener[Loss]):
 
 def _introduce(plan: Plan, console: Console) -> None:
     corpus, mixers = plan.corpus, plan.model.model.mixer_summary()
-    console.print(
-        f"[bold]{corpus.name}[/]: {len(corpus.train):,} tokens to train on, "
-        f"{len(corpus.held_out):,} held out; vocabulary {len(plan.tokenizer):,}"
-    )
-    console.print(f"[bold]model[/]: {plan.model.num_parameters():,} parameters, {mixers}")
-    console.print(
-        f"[bold]run[/]: {plan.loop.num_steps:,} steps of {plan.tokens_per_step:,} tokens, "
-        f"{plan.loop.num_steps / plan.batches.steps_per_epoch:.2f} epochs"
-    )
+    tokens = (len(corpus.train), len(corpus.held_out), len(plan.tokenizer))
+    epochs = plan.loop.num_steps / plan.batches.steps_per_epoch
+    lines = {
+        corpus.name: "{:,} tokens to train on, {:,} held out; vocabulary {:,}".format(*tokens),
+        "model": f"{plan.model.num_parameters():,} parameters, {mixers}",
+        "run": f"{plan.loop.num_steps:,} steps of {plan.tokens_per_step:,} tokens, "
+        f"{epochs:.2f} epochs",
+    }
+    for name, text in lines.items():
+        console.print(name, style="bold", end="")
+        console.print(f": {text}")
 
 
 def _check_folder(plan: Plan) -> None:

@@ -5,11 +5,10 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from hamt.analysis.explorer.session import Explorer
 from hamt.analysis.record import memory_layers
 from hamt.checkpoint import PRETRAINED, load_checkpoint
+from hamt.console import PlainConsole
 from hamt.errors import UserError, reason
 from hamt.options import option, parse
 
@@ -40,9 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         from hamt.analysis.explorer.app import build_app, launch
     except ImportError as error:
         if getattr(error, "name", None) == "gradio":
-            raise UserError(
-                'hamt explore needs Gradio: pip install -e ".[explore]" in a clone'
-            ) from error
+            raise UserError("hamt explore needs Gradio: pip install 'gradio>=6'") from error
         raise UserError(f"Gradio cannot be used here: {reason(error)}") from error
     _check_address(options.host, options.port)
     checkpoint = PRETRAINED if options.checkpoint is None else options.checkpoint
@@ -55,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:  # whatever the libraries trip over
         where = f"{options.host}, port {options.port or 'any'}"
         raise UserError(f"cannot serve at {where}: {reason(error)}") from error
-    Console(soft_wrap=True, highlight=False).print(f"Open {address} in a browser; Ctrl-C ends it.")
+    PlainConsole().print(f"Open {address} in a browser; Ctrl-C ends it.")
     app.block_thread()
     return 0
 

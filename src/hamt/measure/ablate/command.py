@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from hamt.console import PlainConsole
 from hamt.errors import UserError
 from hamt.files import check_writable, write_text
 from hamt.measure.ablate.recipe import DEFAULT, load_recipe, names, needed_files, resolve
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     path, folder = Path(options.recipe or DEFAULT), Path(options.output_dir)
     recipe = load_recipe(path)
     _check(options, recipe)
-    console = Console(soft_wrap=True, highlight=False)
+    console = PlainConsole()
     sweep = Sweep(plan(options, recipe), folder)
 
     def told(run: AblationRun, result: dict[str, Any]) -> None:
@@ -92,7 +93,7 @@ def _report(options: AblateOptions, recipe: dict[str, Any], path: Path, console:
     kinds = {task: base["kind"] for task, base in recipe["tasks"].items() if task in tasks}
     text = page(done, kinds)
     write_text(path, text)
-    console.print(text, markup=False)
+    console.print(text)
     written, plot = [path], figure(done, kinds)
     if plot is not None:
         written.append(path.with_suffix(".png"))

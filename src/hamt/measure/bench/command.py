@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from hamt.baselines.catalogue import ARCHITECTURES, flops_per_token
+from hamt.console import PlainConsole
 from hamt.environment import environment
 from hamt.errors import UserError, user_errors
 from hamt.files import check_writable, write_json
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(BenchOptions, arguments, "bench")
     _check(options)
     check_writable(options.output_dir, make=True)
-    console = Console(soft_wrap=True, highlight=False)
+    console = PlainConsole()
     header = {**environment(), "keeps_freed_memory": keep_freed_memory()}
     torch.manual_seed(options.seed)
     result: dict[str, Any] = {"environment": header, "options": vars(options)}
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
             console.print(f"  {row.get('level', '')} {row['phase']} at {row['length']:,}")
     text = bench_page(result)
     paths = write_report(options.output_dir, "bench", result, text, bench_figures(result))
-    console.print(text, markup=False)
+    console.print(text)
     console.print(f"wrote {', '.join(str(path) for path in paths)}")
     return 0
 

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from hamt.baselines.catalogue import RIVALS
 from hamt.baselines.loading import Loaded
 from hamt.checkpoint import PRETRAINED
+from hamt.console import PlainConsole
 from hamt.data.corpus import load_documents
 from hamt.environment import environment
 from hamt.errors import UserError, reason
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measure, and write ``compare.json``, ``compare.md`` and ``compare.png``."""
     options = parse(CompareOptions, arguments, "compare")
     _check(options)
-    console = Console(soft_wrap=True, highlight=False)
+    console = PlainConsole()
     logging.set_verbosity_error()  # reference code is named in the table
     header = environment()
     torch.manual_seed(options.seed)
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     result |= {"text": name, "scored": scored, "rivals": trained, "not_available": missing}
     _measure(models, texts, options, result, console)
     text = page(result)
-    console.print(text, markup=False)  # first: a full disk cannot take what is printed
+    console.print(text)  # first: a full disk cannot take what is printed
     paths = write_report(options.output_dir, "compare", result, text, {"compare": figure(result)})
     console.print(f"wrote {', '.join(str(path) for path in paths)}")
     return 0
@@ -126,7 +127,7 @@ def _keep(result: dict[str, Any], folder: Path, console: Console) -> None:
     try:
         write_json(folder / "compare.json", result)
     except OSError as error:
-        console.print(f"what was measured so far is not in {folder}: {reason(error)}", markup=False)
+        console.print(f"what was measured so far is not in {folder}: {reason(error)}")
 
 
 def _check(options: CompareOptions) -> None:

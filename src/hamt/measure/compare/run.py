@@ -75,7 +75,7 @@ def load_models(
             loaded = load_any_model(name)
         except UserError as error:
             missing[name] = str(error)
-            console.print(f"left out: {error}", markup=False)
+            console.print(f"left out: {error}")
             continue
         models[loaded.name if loaded.name not in models else f"{loaded.name} ({name})"] = loaded
     for loaded in models.values():

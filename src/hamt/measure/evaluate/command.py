@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from hamt.baselines.loading import Loaded, load_any_model, longest_context
 from hamt.checkpoint import PRETRAINED
+from hamt.console import PlainConsole
 from hamt.data.corpus import load_documents
 from hamt.environment import environment
 from hamt.errors import UserError
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
     check_writable(options.output_dir, make=True)
     # Before an hour is spent on the text.
     manager = check_tasks(options.tasks, options.task_data) if options.tasks else None
-    console = Console(soft_wrap=True, highlight=False)
+    console = PlainConsole()
     header = environment()
     name, documents = _documents(options)
     loaded = _load(options)
@@ -104,12 +104,12 @@ def main(arguments: Sequence[str]) -> int:
     if options.tasks:  # takes longest: what is there is written before
         content |= _tasks(loaded, options, manager)
         paths = write_report(folder, "evaluation", content, page(content, scores), figures)
-    console.print(page(content, scores), markup=False)
+    console.print(page(content, scores))
     if samples := _samples(loaded, options):
         paths.append(folder / "generation_results.json")
         write_json(paths[-1], {"environment": header, "model": loaded.name, "samples": samples})
         for sample in samples:
-            console.print(f"[{sample['prompt']}]{sample['continuation']}\n", markup=False)
+            console.print(f"[{sample['prompt']}]{sample['continuation']}\n")
     console.print(f"wrote {', '.join(str(path) for path in paths)}")
     return 0
 

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from hamt.baselines.catalogue import MIXERS
+from hamt.console import PlainConsole
 from hamt.environment import environment
 from hamt.errors import UserError, user_errors
 from hamt.files import check_writable
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
             "--quick goes with --capacity; of a sweep, take fewer steps: --num_steps 200"
         )
     check_writable(options.output_dir, make=True)
-    console = Console(soft_wrap=True, highlight=False)
+    console = PlainConsole()
     header = environment()
     if options.capacity:
         return _capacity(options, header, console)
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
     content = {"environment": header, "options": vars(options), "runs": results}
     text, plot = recall_page(results), figure(results)
     paths = write_report(folder, "recall", content, text, {"recall": plot})
-    console.print(text, markup=False)
+    console.print(text)
     if plot is None:
         console.print("no plot: the state of these models grows with the text")
     console.print(f"wrote {', '.join(str(path) for path in paths)}")
@@ -98,7 +99,7 @@ def _capacity(options: RecallOptions, header: dict[str, Any], console: Console) 
     content = {"environment": header, "options": vars(options), "points": rows}
     figures = {"capacity": capacity_figure(points)}
     paths = write_report(options.output_dir, "capacity", content, text, figures)
-    console.print(text, markup=False)
+    console.print(text)
     console.print(f"wrote {', '.join(str(path) for path in paths)}")
     return 0
 
