@@ -16,7 +16,6 @@ from hamt.data.loader import Batches
 from hamt.data.tokenizer import character_tokenizer, load_tokenizer, own_tokenizer
 from hamt.data.tokens import TokenisedCorpus, tokenise
 from hamt.errors import UserError, user_errors
-from hamt.files import check_writable
 from hamt.model import HAMTForCausalLM
 from hamt.options import check
 from hamt.training.accelerator import make_accelerator
@@ -83,7 +82,6 @@ def make_plan(options: TrainOptions) -> Plan:
     with accelerator.main_process_first():
         # Now already, only to find mistakes in sizes before minutes are spent on a tokenizer.
         _config(**_fields(options), vocab_size=options.vocab_size)
-        check_writable(options.output_dir, make=not options.dry_run)
         text = load_corpus(
             options.data,
             held_out=options.held_out,
