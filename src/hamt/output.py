@@ -228,7 +228,10 @@ def read_files(folder: Path) -> dict[str, Written]:
         }
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return {}  # then nothing there is replaced
-    return found if all(isinstance(known.command, str) for known in found.values()) else {}
+    inside = all(Path(name).parts and ".." not in Path(name).parts for name in found)
+    inside = inside and not any(Path(name).is_absolute() for name in found)
+    words = all(isinstance(known.command, str) for known in found.values())
+    return found if inside and words else {}
 
 
 def written_in(folder: Path) -> set[Path]:
