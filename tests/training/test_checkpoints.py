@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from training_inputs import TINY, command, finish, flags, losses, start
 
 from hamt.cli import main
+from hamt.output import NOTES, TEMPORARY
 from hamt.training import checkpoints
 
 CONTIGUOUS = {"order": "contiguous", "tbptt_segments": 2, "dropout": 0.1}
@@ -77,10 +78,16 @@ def test_weights_are_stored_once_in_the_dtype_they_are_trained_in(text, tmp_path
     assert losses(tmp_path) == losses(tmp_path / "straight")
 
 
+def without_checksums(folder):
+    """A checkpoint as earlier versions wrote it, which may then be changed."""
+    shutil.rmtree(folder / NOTES)
+
+
 def test_a_checkpoint_that_also_has_its_weights_in_the_state_is_gone_on_with(text, tmp_path):
     """As earlier versions wrote them: the weights beside them are the same."""
     assert main(flags(text, tmp_path, num_steps=2)) == 0
     (folder,) = checkpoints.find_states(tmp_path / "checkpoints")
+    without_checksums(folder)
     state = torch.load(folder / checkpoints.STATE, weights_only=True)
     torch.save(state | {"model": load_file(folder / "model.safetensors")}, folder / "state")
     os.replace(folder / "state", folder / checkpoints.STATE)
@@ -101,6 +108,7 @@ def test_carried_states_of_another_version_are_refused_in_one_line(text, tmp_pat
     run = flags(text, tmp_path, **CONTIGUOUS, num_steps=2)
     assert main(run) == 0
     (folder,) = checkpoints.find_states(tmp_path / "checkpoints")
+    without_checksums(folder)
     state = torch.load(folder / checkpoints.STATE, weights_only=True)
     (carried,) = state["processes"][0]["carried"]
     state["processes"][0]["carried"] = [{"other": tensor} for tensor in carried.values()]
@@ -115,6 +123,7 @@ def test_a_run_on_another_text_is_not_gone_on_with(text, tmp_path, capsys):
     info = json.loads((tmp_path / "training_info.json").read_text())
     assert info["paths"] == {"data": str(Path(text).resolve())}
     state = tmp_path / "checkpoints" / "step_2" / "training_state.pt"
+    without_checksums(state.parent)
     content = torch.load(state, weights_only=True)
     content["identity"]["text"] = "another"
     torch.save(content, state)
@@ -165,6 +174,6 @@ def test_a_copy_of_a_checkpoint_is_left_alone(text, tmp_path):
     assert main(flags(text, tmp_path, num_steps=4)) == 0
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "step_4", folder / "step_4_good")
-    (folder / ".writing-abc").mkdir()
+    (folder / f"{TEMPORARY}abc").mkdir()
     assert main([*flags(text, tmp_path, num_steps=3), "--overwrite"]) == 0
     assert {path.name for path in folder.iterdir()} == {"best.pt", "step_3", "step_4_good"}

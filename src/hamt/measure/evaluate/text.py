@@ -32,7 +32,8 @@ def own_text(
         return name, documents, f"nothing tells what {checkpoint} was trained on: {name} is scored"
     record = read_record(path)
     try:
-        corpus = load_corpus(**record.texts())
+        texts = record.texts()
+        corpus = load_corpus(texts.pop("data"), **texts)
     except UserError as error:
         raise UserError(
             f"{checkpoint} was trained on {record.options.data}, which cannot be read ({error}): "
