@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from hamt.errors import reason
 
+NOTES = ".hamt"  # the folder of what is noted about an output folder
 WRITING = ".writing-"  # begins the name of a folder that is being written
 
 

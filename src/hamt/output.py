@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from hamt.errors import UserError
-from hamt.files import WRITING, fill, sync, write_json
+from hamt.files import NOTES, WRITING, fill, sync, write_json
 from hamt.locks import locked
 
-NOTES = ".hamt"  # the folder of what is noted here
 FILES, LOCK = f"{NOTES}/files.json", f"{NOTES}/lock"
 TEMPORARY = ".hamt-writing-"  # begins the name of a folder that the holder of the lock fills
 WEIGHTS = (".safetensors", ".pt")
@@ -232,11 +231,6 @@ def read_files(folder: Path) -> dict[str, Written]:
     inside = inside and not any(Path(name).is_absolute() for name in found)
     words = all(isinstance(known.command, str) for known in found.values())
     return found if inside and words else {}
-
-
-def written_in(folder: Path) -> set[Path]:
-    """The paths of all that commands have written into a folder, files and whole subfolders."""
-    return {folder / name for name in read_files(folder)}
 
 
 def verify(path: str | os.PathLike[str]) -> None:

@@ -29,7 +29,7 @@ from hamt.output import TEMPORARY
 from hamt.training.checkpoints import STATE, find_states
 
 RUN = {"order": "contiguous", "tbptt_segments": 2, "dropout": 0.1, "num_steps": 20}
-RUN |= {"save_interval": 2, "eval_interval": 10}
+RUN |= {"save_interval": 1, "eval_interval": 10}
 CLOCK = ("seconds", "wall_seconds")  # of a result, which two runs do not share
 HANGS = 300  # seconds
 

@@ -67,8 +67,7 @@ def make_plan(options: TrainOptions) -> Plan:
     Raises:
         UserError: for whatever only the user can mend: options, text, folders.
     """
-    check(options)
-    _check_together(options)
+    check_options(options)
     accelerator = make_accelerator(options.mixed_precision)
     processes = accelerator.num_processes
     parts = processes * options.micro_batches
@@ -149,8 +148,13 @@ def _config(**fields: Any) -> HAMTConfig:
         return HAMTConfig(**fields)
 
 
-def _check_together(options: TrainOptions) -> None:
-    """Refuse options that do not go with others."""
+def check_options(options: TrainOptions) -> None:
+    """Refuse values that an option does not take, and options that do not go with others.
+
+    Raises:
+        UserError: with what to change.
+    """
+    check(options)
     if options.resume and options.overwrite:
         raise UserError("--resume goes on with a run, --overwrite begins anew: leave one out")
     if options.tbptt_segments > 1 and options.order != "contiguous":

@@ -18,7 +18,6 @@ from hamt.data.tokens import TokenisedCorpus
 from hamt.errors import UserError, reason
 from hamt.files import existing, write_file
 from hamt.model import HAMTForCausalLM
-from hamt.options import check
 from hamt.output import ELSEWHERE, Output, claim
 from hamt.training.accelerator import make_accelerator
 from hamt.training.card import model_card
@@ -35,7 +34,7 @@ from hamt.training.held_out import Loss, every_for, held_out_loss
 from hamt.training.loop import Listener, Trainer, TrainingResult
 from hamt.training.ngrams import ngram_losses
 from hamt.training.options import TrainOptions
-from hamt.training.plan import Plan, make_plan
+from hamt.training.plan import Plan, check_options, make_plan
 from hamt.training.record import RECORD, training_info
 from hamt.training.tracking import check_loggers, watchers
 from hamt.visualization import save_figure, training_curves
@@ -77,7 +76,7 @@ def run_folder(
     Raises:
         UserError: see ``claim``.
     """
-    check(options)
+    check_options(options)
     folder = Path(options.output_dir)
     adopt = bool(find_states(folder / "checkpoints"))
     if options.dry_run:
