@@ -154,6 +154,19 @@ def test_the_table_of_an_ablation_does_not_replace_a_page_of_others(tmp_path, ca
     assert page.read_text() == "mine"
 
 
+@pytest.mark.parametrize("command", [["quick-train", "--overwrite"], ["demo"]], ids=" ".join)
+def test_a_run_of_an_earlier_version_which_noted_nothing_is_no_other_commands(
+    command, tmp_path, capsys
+):
+    state = tmp_path / "checkpoints" / "step_5" / "training_state.pt"
+    state.parent.mkdir(parents=True)
+    for path in (state, tmp_path / "config.json"):
+        path.touch()
+    before = contents(tmp_path)
+    assert "was not written by hamt" in fails([*command, *words(output_dir=tmp_path)], capsys)
+    assert contents(tmp_path) == before
+
+
 def test_a_command_replaces_its_own_files_only(tmp_path):
     write(tmp_path, a="first")
     write(tmp_path, a="second")

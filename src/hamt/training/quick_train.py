@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from rich.console import Console
 
@@ -14,6 +15,7 @@ from hamt.output import Output
 from hamt.training.options import TrainOptions, architecture_options
 from hamt.training.record import OWN, RECORD, read_record
 from hamt.training.run import (
+    QUICK,
     WRITTEN,
     compare_with_ngrams,
     reconstruction_loss,
@@ -54,9 +56,10 @@ def main(arguments: Sequence[str]) -> int:
     """Train, and write the checkpoint as a folder and as ``hamt_quick_<n>steps.pt``."""
     options = parse(QuickTrainOptions, arguments, "quick-train")
     console = Console(soft_wrap=True, highlight=False)
-    chosen = {**vars(options), "output_dir": folder_of(options), "overwrite": True}
-    training = TrainOptions(**chosen)
-    with run_folder(training, "quick-train", (*WRITTEN, r"hamt_quick_\d+steps\.pt")) as output:
+    folder = folder_of(options)
+    training = TrainOptions(**{**vars(options), "output_dir": folder, "overwrite": True})
+    names, known = (*WRITTEN, r"hamt_quick_\d+steps\.pt"), any(Path(folder).glob(QUICK))
+    with run_folder(training, "quick-train", names, adopt=known) as output:
         if not options.overwrite:
             _check_folder(training, output)
         run = train_model(training, console, output)

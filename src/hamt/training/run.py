@@ -48,6 +48,7 @@ WRITTEN = (
 )
 
 
+QUICK = "hamt_quick_*steps.pt"  # what hamt quick-train writes beside
 RECONSTRUCTED = 1024  # held-out tokens at most, of which the auxiliary loss is computed
 
 
@@ -67,18 +68,23 @@ class FinishedRun:
 
 @contextmanager
 def run_folder(
-    options: TrainOptions, command: str = "train", names: Collection[str] = WRITTEN
+    options: TrainOptions,
+    command: str = "train",
+    names: Collection[str] = WRITTEN,
+    adopt: bool | None = None,
 ) -> Iterator[Output]:
     """The folder of a run, claimed by the main process, which alone writes there.
 
-    A dry run only reads it.
+    A dry run only reads it. ``adopt`` is that of ``claim``; None is whether it holds checkpoints
+    that ``hamt train`` goes on from.
 
     Raises:
         UserError: see ``claim``.
     """
     check_options(options)
     folder = Path(options.output_dir)
-    adopt = bool(find_states(folder / "checkpoints"))
+    if adopt is None:
+        adopt = bool(find_states(folder / "checkpoints")) and not any(folder.glob(QUICK))
     if options.dry_run:
         if not os.access(existing(folder), os.W_OK):
             raise UserError(f"cannot write to {folder}: {ELSEWHERE}")
