@@ -16,7 +16,7 @@ from hamt.measure.ablate.runs import AblationRun
 from hamt.measure.sweep import Sweep, contents
 from hamt.measure.task_training import HELD_OUT
 from hamt.options import option, parse
-from hamt.output import Output, claim
+from hamt.output import ELSEWHERE, Output, claim
 from hamt.visualization import save_figure
 
 
@@ -53,9 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     sweep = Sweep(plan(options, recipe), folder)
     table = Path(options.table or folder / f"{path.stem}.md")
     names = [re.escape(table.stem) + r"\.(md|png)"]
-    with claim(
-        table.parent, "ablate", names, mend="name another --table or --output_dir"
-    ) as output:
+    mend = ELSEWHERE if options.table is None else "name another --table"
+    with claim(table.parent, "ablate", names, mend=mend) as output:
         if options.table is None:
             _check_texts(sweep.missing, recipe)
             _perform(sweep, options.workers, output, console)
