@@ -89,10 +89,6 @@ def kill_and_go_on(folder: Path, kills: int, seed: int) -> str:
     takes = time.monotonic() - start
     arguments, at_once, inside, finished = flags(text, folder / "killed", **RUN), 0, 0, 0
     for count in range(kills):
-        if (folder / "killed" / "model.safetensors").exists():
-            compare(folder / "straight", folder / "killed")
-            (folder / "killed").rename(folder / f"finished_{finished}")
-            finished += 1
         how = [*arguments, way(folder / "killed")]
         two = kills <= 2 or chance.random() < 0.4
         runs = [Run(how, folder / f"told_{count}_{number}") for number in range(1 + two)]
@@ -107,6 +103,10 @@ def kill_and_go_on(folder: Path, kills: int, seed: int) -> str:
                 assert run.code == 0 or "is being written by" in text_of, text_of
                 at_once += run.code == 2
         inside += any((folder / "killed").rglob(f"{TEMPORARY}*"))
+        if any(run.code == 0 for run in runs):
+            compare(folder / "straight", folder / "killed")
+            (folder / "killed").rename(folder / f"finished_{finished}")
+            finished += 1
     last = Run([*arguments, way(folder / "killed")], folder / "told")
     assert last.wait(), "the run hangs"
     last.check((0,))
