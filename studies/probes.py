@@ -20,6 +20,7 @@ from hamt.environment import describe_environment, environment
 from hamt.measure.report import write_report
 from hamt.measure.tables import markdown
 from hamt.measure.timing import Timing, interleave
+from hamt.output import claim
 
 LENGTH = 1024  # tokens that are surveyed
 ANSWERED = 512  # tokens of the text that the explorer answers
@@ -97,7 +98,8 @@ def main() -> None:
         f"all {LENGTH:,} tokens of an address: {low:.2f} to {high:.2f} (least and most of all "
         "slots).\n"
     )
-    write_report(options.output_dir, "probes", {"environment": header, **found}, written, {})
+    with claim(options.output_dir, "probes", [r"probes\.(json|md|png)"], adopt=True) as output:
+        write_report(output, "probes", {"environment": header, **found}, written, {})
     print(written)
 
 

@@ -19,6 +19,7 @@ from hamt.measure.compare import report as compare
 from hamt.measure.recall import report as recall
 from hamt.measure.recall.capacity import Point, capacity_figure, capacity_page
 from hamt.measure.report import write_report
+from hamt.output import claim
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 Shown = tuple[str, Mapping[str, Figure | None]]  # a page of Markdown, and figures by their names
@@ -60,8 +61,11 @@ def main() -> None:
         for path in sorted(RESULTS.glob(f"*/{name}.json")):
             result = json.loads(path.read_text(encoding="utf-8"))
             text, figures = show(result)
-            for written in write_report(path.parent, name, result, text, figures):
-                print(written.relative_to(RESULTS))
+            names = [rf"{each}\.(json|md|png)" for each in (name, *figures)]
+            command = "recall" if name == "capacity" else name
+            with claim(path.parent, command, names, adopt=True) as output:
+                for written in write_report(output, name, result, text, figures):
+                    print(written.relative_to(RESULTS))
 
 
 if __name__ == "__main__":

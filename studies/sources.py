@@ -20,6 +20,7 @@ from hamt.measure.report import write_report
 from hamt.measure.tables import markdown
 from hamt.measure.task_training import HELD_OUT
 from hamt.model import HAMTForCausalLM
+from hamt.output import claim
 from hamt.training.loop import seed_everything
 from hamt.visualization import COLOURS, DIVERGING, panels
 
@@ -94,7 +95,8 @@ def main() -> None:
     text = f"# From where answers come\n\n{describe_environment(header)}\n\n{table}"
     chosen = {name: str(value) for name, value in vars(options).items()}
     content = {"environment": header, "options": chosen, "tests": found}
-    write_report(options.output_dir, "sources", content, text, {"sources": picture(model, seed)})
+    with claim(options.output_dir, "sources", [r"sources\.(json|md|png)"], adopt=True) as output:
+        write_report(output, "sources", content, text, {"sources": picture(model, seed)})
     print(text)
 
 

@@ -7,6 +7,7 @@ plain data, readable with ``torch.load(weights_only=True)``.
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from hamt.config import HAMTConfig
 from hamt.errors import UserError, reason
 from hamt.files import write_file, write_folder
 from hamt.model import HAMTForCausalLM
+from hamt.output import verify
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +79,26 @@ def load_checkpoint(
     """
     path = Path(path)
     logger.debug("loading %s", path)
-    if path.is_file():
-        return _load_pt(path)
+    verify(path)
+    model, tokenizer = _load_pt(path) if path.is_file() else _load_folder(path)
+    check_finite(model.state_dict(), path)
+    return model.eval(), tokenizer
+
+
+def check_finite(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse weights that are not numbers.
+
+    Raises:
+        UserError: with the name of the first such tensor.
+    """
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{path} holds weights that are not finite ({name}): give another checkpoint"
+            )
+
+
+def _load_folder(path: Path) -> tuple[HAMTForCausalLM, PreTrainedTokenizerBase]:
     config = path / "config.json"
     if not config.is_file():
         raise UserError(f"no checkpoint at {path}: give a folder with a config.json, or a .pt file")
@@ -92,7 +112,7 @@ def load_checkpoint(
         raise UserError(f"{path} holds a {kind!r} model, not a HAMT model; give a HAMT checkpoint")
     try:
         model = HAMTForCausalLM.from_pretrained(path, local_files_only=True)
-        return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # whatever the libraries trip over
         raise UserError(
             f"{path} is not a whole checkpoint ({reason(error)}); give another"
@@ -113,4 +133,4 @@ def _load_pt(path: Path) -> tuple[HAMTForCausalLM, PreTrainedTokenizerFast]:
         raise UserError(
             f"{path} is not a HAMT checkpoint; give a .pt file or a folder that hamt wrote"
         ) from error
-    return model.eval(), tokenizer
+    return model, tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from hamt.errors import UserError, reason
+from hamt.errors import reason
 
 NOTES = ".hamt"  # the folder of what is noted about an output folder
 WRITING = ".writing-"  # begins the name of a folder that is being written
@@ -29,13 +29,15 @@ def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=WRITING) as temporary:
-            _write(write, Path(temporary))
+            fill(write, Path(temporary))
             files = sorted(Path(temporary).iterdir())
             probe = Path(temporary) / "mode-probe"
             probe.touch()
             for file in files:
                 shutil.copymode(probe, file)
+                sync(file)
                 os.replace(file, folder / file.name)
+            sync(folder)
     except OSError as error:  # it names the temporary file, or none
         error.filename, error.filename2 = str(folder), None
         raise
@@ -69,18 +71,18 @@ def new_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]) 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         fresh = Path(temporary) / "new"
         fresh.mkdir()
-        _write(write, fresh)
+        fill(write, fresh)
         for file in (*fresh.rglob("*"), fresh):
-            _sync(file)
+            sync(file)
         try:
             os.rename(fresh, folder)
         except OSError:
             if not folder.is_dir():
                 raise
-        _sync(folder.parent)
+        sync(folder.parent)
 
 
-def _write(write: Callable[[Path], object], target: Path) -> None:
+def fill(write: Callable[[Path], object], target: Path) -> None:
     """Let ``write`` fill ``target``, and turn what libraries raise on a full disk to an OSError."""
     try:
         write(target)
@@ -137,24 +139,7 @@ def existing(folder: str | os.PathLike[str]) -> Path:
     return nearest
 
 
-def check_writable(folder: str, make: bool, mend: str = "choose another --output_dir") -> None:
-    """Try to write to a folder now, before compute is spent.
-
-    Args:
-        folder: where results will go.
-        make: make it now; if not, only the nearest folder above it that exists is tried.
-        mend: what the user is told to do if nothing can be written there.
-
-    Raises:
-        UserError: if nothing can be written there.
-    """
-    try:
-        write_folder(folder if make else existing(folder), lambda target: None)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); {mend}") from error
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make the disk hold it: a rename could survive a power failure that its content does not."""
     handle = os.open(path, os.O_RDONLY)
     try:

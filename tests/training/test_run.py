@@ -17,7 +17,7 @@ def test_a_run_writes_all_that_tells_how_it_went(text, tmp_path):
     assert names == {
         "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json",
-        "training_info.json", "log.jsonl", "loss_curve.png", "README.md", "checkpoints",
+        "training_info.json", "log.jsonl", "loss_curve.png", "README.md", "checkpoints", ".hamt",
     }  # fmt: skip
     info = info_of(tmp_path)
     assert info["finished"]
@@ -47,7 +47,7 @@ def test_a_resumed_run_keeps_its_best_model(text, tmp_path, monkeypatch):
 def test_a_folder_with_files_of_others_is_left_alone(text, tmp_path, capsys):
     (tmp_path / "README.md").write_text("mine")
     error = fails(flags(text, tmp_path, num_steps=3), capsys, silent=False)
-    assert "holds README.md: begin anew by --overwrite" in error
+    assert "README.md was not written by hamt train" in error
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     assert (tmp_path / "README.md").read_text() == "mine"
 

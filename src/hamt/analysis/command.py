@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from hamt.console import PlainConsole
 from hamt.data.documents import plain_text
 from hamt.environment import describe_environment, environment
 from hamt.errors import UserError
-from hamt.files import check_writable, write_json, write_text
 from hamt.generation import encode_text
 from hamt.options import given_text, option, parse
+from hamt.output import Output, claim
 from hamt.visualization import save_figure
 
 TEXT = (
@@ -29,6 +30,10 @@ TEXT = (
     "expect it to act. Let us work together, and the state of the Union will be stronger still."
 )
 COLUMNS = ("layer", "half-lives", "slots written", "slots read", "dead", "rank", "fidelity")
+WRITTEN = (
+    *(r"analysis_results\.json", r"dashboard\.html", r"contributions_layer_\d+\.png"),
+    r"(memory_evolution|slots|retrieval|gates)\.png",
+)
 
 
 @dataclass
@@ -50,7 +55,12 @@ def main(arguments: Sequence[str]) -> int:
     """Analyse; write ``analysis_results.json``, a PNG for each picture, and ``dashboard.html``."""
     options = parse(AnalyzeOptions, arguments, "analyze")
     text = _text(options)
-    check_writable(options.output_dir, make=True)
+    with claim(options.output_dir, "analyze", WRITTEN) as output:
+        _analyze(options, text, output)
+    return 0
+
+
+def _analyze(options: AnalyzeOptions, text: str, output: Output) -> None:
     checkpoint = PRETRAINED if options.checkpoint is None else options.checkpoint
     model, tokenizer = load_checkpoint(checkpoint)
     if not memory_layers(model):
@@ -71,9 +81,8 @@ def main(arguments: Sequence[str]) -> int:
         f"half-lives in tokens; slots as good as in use, of {slots} a head; effective rank of a "
         "head; fidelity, the cosine of a write that is read back at once (docs/analysis.md)"
     )
-    for path in write(analysis, options, header, name):
+    for path in write(analysis, options, output, header, name):
         console.print(f"wrote {path}")
-    return 0
 
 
 def summary(analysis: Analysis) -> Table:
@@ -87,19 +96,24 @@ def summary(analysis: Analysis) -> Table:
 
 
 def write(
-    analysis: Analysis, options: AnalyzeOptions, header: dict[str, Any], name: str
+    analysis: Analysis,
+    options: AnalyzeOptions,
+    output: Output,
+    header: dict[str, Any],
+    name: str,
 ) -> list[Path]:
     """Write everything into the output folder; returns the paths."""
-    folder = Path(options.output_dir)
     results = {"environment": header, "options": vars(options), "model": name, **analysis.results}
-    pictures = {folder / f"{plot}.png": figure for plot, figure in analysis.figures.items()}
     shown = f"the last {TRACED} shown" if results["tokens"] > TRACED else "all shown"
     heading = f"{name}; {_read(analysis)}, {shown}. {describe_environment(header)}"
-    write_json(folder / "analysis_results.json", results)
-    for path, figure in pictures.items():
-        save_figure(path, figure)
-    write_text(folder / "dashboard.html", dashboard(analysis, heading))
-    return [folder / "analysis_results.json", *pictures, folder / "dashboard.html"]
+    return [
+        output.write_json("analysis_results.json", results),
+        *(
+            output.write_file(f"{plot}.png", partial(save_figure, figure=figure))
+            for plot, figure in analysis.figures.items()
+        ),
+        output.write_text("dashboard.html", dashboard(analysis, heading)),
+    ]
 
 
 def _read(analysis: Analysis) -> str:

@@ -5,11 +5,12 @@ Text, tokenizer, tokens, schedule and number of parameters are the same.
 
 import json
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -19,26 +20,19 @@ from hamt.checkpoint import PRETRAINED
 from hamt.data.loader import Batches
 from hamt.environment import environment
 from hamt.errors import UserError, user_errors
-from hamt.files import check_writable, user_cache, write_folder, write_json
+from hamt.files import user_cache, write_json
+from hamt.output import Output, claim
 from hamt.training.checkpoints import check_space
 from hamt.training.divergence import DivergenceError
 from hamt.training.held_out import Loss, every_for, held_out_loss
 from hamt.training.loop import Trainer, TrainingResult, seed_everything
 from hamt.training.options import TrainOptions
 from hamt.training.plan import Plan, make_plan
+from hamt.training.record import OWN, RECORD, Record, read_record
+from hamt.training.run import WRITTEN
 from hamt.training.tracking import HeldOutLines, ProgressBar
 
 INFO = "rival.json"
-
-
-class Record(NamedTuple):
-    """What ``training_info.json`` says of a run."""
-
-    options: TrainOptions
-    steps: int
-    fingerprint: str
-    tokens: tuple[int, int]  # to train on, and held out
-    paths: dict[str, str] | None  # of the files that were read; older records have none
 
 
 @dataclass(frozen=True)
@@ -62,20 +56,14 @@ def read_run(checkpoint: Path) -> Record:
     """Read the record of the run that a checkpoint comes from.
 
     Raises:
-        UserError: if there is no such record.
+        UserError: if there is none, or it is not what a run writes.
     """
-    record = checkpoint / "training_info.json"
-    try:
-        info = json.loads(record.read_text(encoding="utf-8"))
-        names = {field.name for field in fields(TrainOptions)}
-        options = {name: value for name, value in info["options"].items() if name in names}
-        tokens, paths = (int(info["train_tokens"]), int(info["held_out_tokens"])), info.get("paths")
-        steps, fingerprint = int(info["steps"]), info["data_fingerprint"]
-        return Record(TrainOptions(**options), steps, fingerprint, tokens, paths)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    record = checkpoint / RECORD
+    if not record.is_file():
         raise UserError(
             f"--rivals needs {record}, which hamt train writes beside its model: give such a folder"
-        ) from error
+        )
+    return read_record(record)
 
 
 def rivals_folder(checkpoint: Path) -> Path:
@@ -131,11 +119,12 @@ def train_rival(
         mend = "set XDG_CACHE_HOME to another"
         if folder.is_relative_to(checkpoint):
             mend = "copy the checkpoint to a folder of yours"
-        check_writable(str(folder), make=True, mend=mend)
-        told = f"training: {kind} at the learning rate {learning_rate:g} ({folder})"
-        console.print(told)
-        plan = _plan(run, options, checkpoint, console)
-        info = _train(plan, folder, described, console)
+        names, known = (*WRITTEN, re.escape(INFO)), (folder / INFO).is_file()
+        with claim(folder, "compare", names, adopt=known, mend=mend) as output:
+            told = f"training: {kind} at the learning rate {learning_rate:g} ({folder})"
+            console.print(told)
+            plan = _plan(run, options, checkpoint, console)
+            info = _train(plan, output, described, console)
     own_rate, trouble = learning_rate == run.options.learning_rate, info["trouble"]
     loss = None if trouble else info["held_out_loss"]["nats_per_token"]
     return TrainedRival(
@@ -149,7 +138,7 @@ def _plan(run: Record, options: TrainOptions, checkpoint: Path, console: Console
     Raises:
         UserError: if the text is not there any more, or has changed.
     """
-    changes: dict[str, Any] = {"resume": False, "overwrite": True}
+    changes: dict[str, Any] = {"overwrite": True}
     changes |= {name: path for name, path in (run.paths or {}).items() if Path(path).exists()}
     with TemporaryDirectory() as scratch:  # a plan asks for a folder of its own
         plan = make_plan(replace(options, output_dir=scratch, **changes))
@@ -167,11 +156,13 @@ def _plan(run: Record, options: TrainOptions, checkpoint: Path, console: Console
     return plan
 
 
-def _train(plan: Plan, folder: Path, described: dict[str, Any], console: Console) -> dict[str, Any]:
+def _train(
+    plan: Plan, output: Output, described: dict[str, Any], console: Console
+) -> dict[str, Any]:
     """Train a rival, write its folder, and return what its ``rival.json`` says."""
     held_out, length, steps = plan.corpus.held_out, plan.options.max_length, described["steps"]
     model = _build(described["kind"], plan)
-    check_space(folder, 4 * model.num_parameters(), mend="free space first")
+    check_space(output.folder, 4 * model.num_parameters(), mend="free space first")
     every = every_for(held_out, length)
     carries_none: dict[str, Any] = {"carry_state": False, "tbptt_segments": 1}
     # As many tokens of a step, read at once: no state is carried.
@@ -209,7 +200,7 @@ def _train(plan: Plan, folder: Path, described: dict[str, Any], console: Console
             plan.tokenizer.save_pretrained(target)
         write_json(target / INFO, info)
 
-    write_folder(folder, write)
+    output.write(write)
     return info
 
 
@@ -228,5 +219,12 @@ def _read_info(folder: Path, described: dict[str, Any]) -> dict[str, Any] | None
         info = json.loads((folder / INFO).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    same = {name: info.get(name) for name in described} == json.loads(json.dumps(described))
-    return info if same and "held_out_loss" in info else None
+    if not isinstance(info, dict):
+        return None
+    wanted, there = json.loads(
+        json.dumps([described, {name: info.get(name) for name in described}])
+    )
+    for each in (wanted, there):
+        if isinstance(each["options"], dict):
+            each["options"] = {k: v for k, v in each["options"].items() if k not in OWN}
+    return info if wanted == there and "held_out_loss" in info else None

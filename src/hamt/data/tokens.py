@@ -63,6 +63,16 @@ class TokenisedCorpus:
     fingerprint: str
 
 
+def fingerprint_of(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+) -> str:
+    """The name of a text and a tokenizer together: another text or tokenizer has another one."""
+    encoder = tokenizer.backend_tokenizer.to_str()
+    described = [LAYOUT, corpus.identity, encoder, str(tokenizer.eos_token_id)]
+    described += [] if max_tokens is None else [str(max_tokens)]
+    return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
+
+
 def tokenise(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
@@ -81,10 +91,7 @@ def tokenise(
     Raises:
         UserError: if the folder cannot be written.
     """
-    encoder = tokenizer.backend_tokenizer.to_str()
-    described = [LAYOUT, corpus.identity, encoder, str(tokenizer.eos_token_id)]
-    described += [] if max_tokens is None else [str(max_tokens)]
-    fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
+    fingerprint = fingerprint_of(corpus, tokenizer, max_tokens)
 
     def write(target: Path) -> None:
         fewer = None if max_tokens is None else max(max_tokens // EVERY, 1)

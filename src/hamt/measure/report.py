@@ -1,32 +1,41 @@
 """What measuring commands write: the figures as JSON, a table as Markdown, and plots."""
 
+import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from hamt.files import write_json, write_text
+from hamt.output import Output
 from hamt.visualization import save_figure
 
 
+def is_report(folder: str, name: str) -> bool:
+    """Whether ``name.json`` is of a measuring command; earlier versions noted it nowhere else."""
+    try:
+        content = json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
+        return "hamt" in content["environment"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def write_report(
-    folder: str | Path, name: str, content: Any, text: str, figures: Mapping[str, Figure | None]
+    output: Output, name: str, content: Any, text: str, figures: Mapping[str, Figure | None]
 ) -> list[Path]:
     """Write ``name.json``, ``name.md`` and a PNG file for each figure.
 
     Where a figure is None its file is removed, so that no plot of an earlier run stays beside the
     new table. The paths of what was written are returned.
     """
-    folder = Path(folder)
-    paths = [folder / f"{name}.json", folder / f"{name}.md"]
-    write_json(paths[0], content)
-    write_text(paths[1], text.rstrip() + "\n")
+    paths = [
+        output.write_json(f"{name}.json", content),
+        output.write_text(f"{name}.md", text.rstrip() + "\n"),
+    ]
     for plot, figure in figures.items():
-        path = folder / f"{plot}.png"
         if figure is None:
-            path.unlink(missing_ok=True)
+            output.remove(f"{plot}.png")
         else:
-            save_figure(path, figure)
-            paths.append(path)
+            paths.append(output.write_file(f"{plot}.png", partial(save_figure, figure=figure)))
     return paths

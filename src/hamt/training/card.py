@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from hamt.files import write_text
 from hamt.training.held_out import Loss
 from hamt.training.loop import TrainingResult
 from hamt.training.plan import Plan
@@ -40,10 +39,10 @@ model = AutoModelForCausalLM.from_pretrained("{folder}")
 """
 
 
-def write_card(plan: Plan, result: TrainingResult[Loss], final: Loss | None) -> None:
-    """Write ``README.md`` to the run's folder."""
+def model_card(plan: Plan, result: TrainingResult[Loss], final: Loss | None) -> str:
+    """What the ``README.md`` in the run's folder says."""
     folder, start = Path(plan.options.output_dir), plan.options.init_from
-    text = CARD.format(
+    return CARD.format(
         name=folder.name,
         parameters=plan.model.num_parameters(),
         mixers=plan.model.model.mixer_summary(),
@@ -59,4 +58,3 @@ def write_card(plan: Plan, result: TrainingResult[Loss], final: Loss | None) -> 
         length=plan.options.max_length,
         folder=folder,
     )
-    write_text(folder / "README.md", text)

@@ -9,25 +9,27 @@ there is a whole checkpoint at every moment, whatever ends the run.
 import logging
 import shutil
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 
 from hamt.cache import HAMTCache
 from hamt.errors import UserError, reason
-from hamt.files import WRITING, existing, new_folder
+from hamt.files import existing
+from hamt.output import Output, damaged
 from hamt.training.held_out import Loss
 from hamt.training.loop import Trainer, TrainingResult
 from hamt.training.plan import Plan
 
 STATE = "training_state.pt"
 logger = logging.getLogger(__name__)
+SAVED = {"identity", "optimizers", "scaler", "result", "recent", "losses", "processes"}
 
 
-def save_state(plan: Plan, trainer: Trainer[Loss]) -> None:
+def save_state(plan: Plan, trainer: Trainer[Loss], output: Output) -> None:
     """Write ``step_<n>``, then remove all checkpoints but the last ones, which are to be kept.
 
     All processes call this, each with its own ``trainer``; the main one writes.
@@ -59,7 +61,7 @@ def save_state(plan: Plan, trainer: Trainer[Loss]) -> None:
         torch.save(state, fresh / STATE)
 
     try:
-        new_folder(target, write)
+        output.new_folder(f"checkpoints/{target.name}", write)
         logger.debug("wrote %s", target)
     except OSError as error:
         raise UserError(
@@ -67,7 +69,7 @@ def save_state(plan: Plan, trainer: Trainer[Loss]) -> None:
             f"free space in {folder}, then --resume goes on from the one before"
         ) from error
     for stale in find_states(folder)[: -plan.options.keep_checkpoints]:
-        shutil.rmtree(stale)
+        output.remove(f"checkpoints/{stale.name}")
 
 
 def find_states(folder: Path) -> list[Path]:
@@ -77,39 +79,50 @@ def find_states(folder: Path) -> list[Path]:
     return [named[step] for step in sorted(steps, key=int)]
 
 
-def clear_remains(folder: Path, everything: bool = False) -> None:
-    """Remove what was half written when a run died; ``everything`` removes its checkpoints, too."""
-    half_written = folder.glob(f"{WRITING}*"), folder.parent.glob(f"{WRITING}*")
-    for path in chain(folder.glob(".step_*"), *half_written):
-        shutil.rmtree(path, ignore_errors=True)
-    if everything:
-        for path in find_states(folder):
-            shutil.rmtree(path)
-        for path in (folder / "best.pt", *folder.glob("epoch_*.pt")):
-            path.unlink(missing_ok=True)
+def remove_checkpoints(output: Output) -> None:
+    """Remove the checkpoints of a run that is begun anew."""
+    for pattern in ("step_*", "best.pt", "epoch_*.pt"):
+        for path in output.folder.glob(f"checkpoints/{pattern}"):
+            output.remove(f"checkpoints/{path.name}")
 
 
 def load_state(plan: Plan, trainer: Trainer[Loss]) -> None:
     """Bring a trainer to where the run was that wrote the last checkpoint.
 
     Raises:
-        UserError: if the checkpoint cannot be read, or another run wrote it: with what differs.
+        UserError: if the checkpoint is damaged or cannot be read, or another run wrote it: with
+            what differs.
     """
     *others, path = find_states(plan.checkpoints)
     logger.debug("resuming from %s", path)
+    further = "--resume takes the one before" if others else "begin anew"
     try:
+        if file := damaged(path):
+            raise ValueError(f"{file.name} is missing or damaged")
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         # A second model for a moment: Transformers knows in how many files it has written the
         # weights, and which of them are tied.
         saved_model = type(trainer.model).from_pretrained(
             path, dtype=trainer.model.dtype, local_files_only=True
         )
+        if not isinstance(state, dict) or not state.keys() >= SAVED:
+            raise ValueError(f"{STATE} holds something else")
+        if not all_finite([saved_model.state_dict(), state["optimizers"]]):
+            raise ValueError("it holds numbers that are not finite")
     except Exception as error:  # whatever it trips over
-        further = "--resume takes the one before" if others else "begin anew"
         raise UserError(
             f"{path} cannot be read ({reason(error)}): remove it and {further}"
         ) from error
     _check_identity(plan, path, state)
+    try:
+        _restore(trainer, saved_model, state)
+    except Exception as error:  # parts of it are not what this version writes
+        raise UserError(
+            f"{path} is of another version of HAMT ({reason(error)}): begin anew by --overwrite"
+        ) from error
+
+
+def _restore(trainer: Trainer[Loss], saved_model: nn.Module, state: dict[str, Any]) -> None:
     trainer.model.load_state_dict(saved_model.state_dict())
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
@@ -118,21 +131,32 @@ def load_state(plan: Plan, trainer: Trainer[Loss]) -> None:
     result = state["result"]
     result["held_out"] = [(step, Loss(*loss)) for step, loss in result["held_out"]]
     trainer.result = TrainingResult(**{**result, "interrupted": False, "out_of_time": False})
+    if not isinstance(trainer.result.steps, int):
+        raise TypeError(f"{trainer.result.steps!r} steps")
     trainer.recent = [tuple(pair) for pair in state["recent"]]
     trainer.spikes.losses.extend(state["losses"])
-    try:
-        _restore_process(trainer, state["processes"][trainer.accelerator.process_index])
-    except ValueError as error:  # the state that rows carry along has other tensors
-        raise UserError(
-            f"{path} is of another version of HAMT ({reason(error)}): begin anew by --overwrite"
-        ) from error
+    _restore_process(trainer, state["processes"][trainer.accelerator.process_index])
+
+
+def all_finite(content: Any) -> bool:
+    """Whether no tensor within dictionaries and sequences holds an infinity or a NaN."""
+    if isinstance(content, torch.Tensor):
+        return bool(content.isfinite().all())
+    if isinstance(content, dict):
+        content = content.values()
+    elif not isinstance(content, (list, tuple)):
+        return True
+    return all(map(all_finite, content))
 
 
 def _check_identity(plan: Plan, path: Path, state: dict[str, Any]) -> None:
+    identity, processes = state["identity"], state["processes"]
+    if not isinstance(identity, dict) or not isinstance(processes, list):
+        raise UserError(f"{path / STATE} holds something else: begin anew by --overwrite")
     for name, wanted in plan.identity.items():
-        if name == "text" and name not in state["identity"]:
+        if name == "text" and name not in identity:
             continue  # an older run noted path and date of its text, from which nothing can be told
-        saved = state["identity"].get(name)
+        saved = identity.get(name)
         if saved == wanted:
             continue
         other, same = f"{name} {saved!r}, this one has {wanted!r}", "the same"
@@ -142,7 +166,7 @@ def _check_identity(plan: Plan, path: Path, state: dict[str, Any]) -> None:
         raise UserError(
             f"the run in {path} had {other}: resume with {same}, or start in another --output_dir"
         )
-    before, now = len(state["processes"]), plan.accelerator.num_processes
+    before, now = len(processes), plan.accelerator.num_processes
     if before != now:
         raise UserError(
             f"the run in {path} had {before} processes, this one has {now}: resume with as many"

@@ -22,6 +22,8 @@ def main(arguments: Sequence[str]) -> int:
         f"held-out loss on all of the text {run.final}; "
         f"{run.result.tokens_per_second:,.0f} tokens/s; all is in {options.output_dir}"
     )
+    if run.result.final_aux_loss is not None:
+        console.print(f"reconstruction loss of the last step {run.result.final_aux_loss:.3f}")
     step, best = min(run.result.held_out, key=lambda measured: measured[1].nats_per_token)
     checkpoint = options.output_dir
     if 0 < step < run.result.steps:

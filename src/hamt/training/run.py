@@ -1,7 +1,10 @@
 """A whole run: from options to a trained model, with all that tells how it went."""
 
 import json
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,17 +15,17 @@ from transformers.utils import logging
 
 from hamt.checkpoint import save_checkpoint, save_pt
 from hamt.data.tokens import TokenisedCorpus
-from hamt.environment import environment
 from hamt.errors import UserError, reason
-from hamt.files import write_file, write_json
+from hamt.files import existing, write_file
 from hamt.model import HAMTForCausalLM
-from hamt.peak_memory import process_peak_memory
-from hamt.training.card import write_card
+from hamt.output import ELSEWHERE, Output, claim
+from hamt.training.accelerator import make_accelerator
+from hamt.training.card import model_card
 from hamt.training.checkpoints import (
     check_space,
-    clear_remains,
     find_states,
     load_state,
+    remove_checkpoints,
     save_state,
 )
 from hamt.training.divergence import DivergenceError
@@ -31,12 +34,22 @@ from hamt.training.held_out import Loss, every_for, held_out_loss
 from hamt.training.loop import Listener, Trainer, TrainingResult
 from hamt.training.ngrams import ngram_losses
 from hamt.training.options import TrainOptions
-from hamt.training.plan import Plan, make_plan
+from hamt.training.plan import Plan, check_options, make_plan
+from hamt.training.record import RECORD, training_info
 from hamt.training.tracking import check_loggers, watchers
 from hamt.visualization import save_figure, training_curves
 
-# What a run writes into its folder. A folder that holds one of these belongs to somebody.
-WRITTEN = ("config.json", "README.md", "training_info.json", "log.jsonl", "checkpoints")
+# What a run writes into its folder, as regular expressions.
+WRITTEN = (
+    *(r"README\.md", r"training_info\.json", r"log\.jsonl", r"loss_curve\.png"),
+    *(r"(generation_)?config\.json", r"model.*\.safetensors(\.index\.json)?"),
+    *(r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json", r"merges\.txt"),
+    *(r"checkpoints/(best|epoch_\d+)\.pt", r"checkpoints/step_\d+", r"trouble_step_\d+\.pt"),
+)
+
+
+QUICK = "hamt_quick_*steps.pt"  # what hamt quick-train writes beside
+RECONSTRUCTED = 1024  # held-out tokens at most, of which the auxiliary loss is computed
 
 
 @dataclass
@@ -53,12 +66,49 @@ class FinishedRun:
     final: Loss | None
 
 
-def train_model(options: TrainOptions, console: Console) -> FinishedRun | None:
+@contextmanager
+def run_folder(
+    options: TrainOptions,
+    command: str = "train",
+    names: Collection[str] = WRITTEN,
+    adopt: bool | None = None,
+) -> Iterator[Output]:
+    """The folder of a run, claimed by the main process, which alone writes there.
+
+    A dry run only reads it. ``adopt`` is that of ``claim``; None is whether it holds checkpoints
+    that ``hamt train`` goes on from.
+
+    Raises:
+        UserError: see ``claim``.
+    """
+    check_options(options)
+    folder = Path(options.output_dir)
+    if adopt is None:
+        adopt = bool(find_states(folder / "checkpoints")) and not any(folder.glob(QUICK))
+    if options.dry_run:
+        if not os.access(existing(folder), os.W_OK):
+            raise UserError(f"cannot write to {folder}: {ELSEWHERE}")
+        yield Output(folder, command)
+    elif make_accelerator(options.mixed_precision).is_main_process:
+        with claim(folder, command, names, adopt=adopt) as output:
+            yield output
+    else:
+        yield Output(folder, command)
+
+
+def train_model(
+    options: TrainOptions, console: Console, output: Output | None = None
+) -> FinishedRun | None:
     """Train as the options say, and write everything to ``output_dir``.
 
     The folder gets the model and its tokenizer, ``training_info.json``, ``log.jsonl`` and
     ``loss_curve.png``. Its subfolder ``checkpoints/`` gets ``best.pt``, ``epoch_<n>.pt`` and
     ``step_<n>/``, from which ``resume`` goes on.
+
+    Args:
+        options: what to train, and how.
+        console: where it says how it goes.
+        output: the folder, if it is claimed already (``run_folder``).
 
     Returns:
         The finished run. None in all processes but the main one, and None with ``dry_run``, which
@@ -68,16 +118,24 @@ def train_model(options: TrainOptions, console: Console) -> FinishedRun | None:
         UserError: for whatever only the user can mend.
     """
     logging.disable_progress_bar()  # of Transformers, for files of a few MB
-    plan = make_plan(options)
-    is_main = plan.accelerator.is_main_process
-    console = console if is_main else Console(quiet=True)
-    _introduce(plan, console)
-    _check_folder(plan)
-    check_loggers(options)
-    check_space(Path(options.output_dir), disk_bytes(plan))
-    if options.dry_run:
-        print_estimate(plan, console)
-        return None
+    with run_folder(options) if output is None else nullcontext(output) as output:
+        _check_folder(options, output, console)
+        plan = make_plan(options)
+        is_main = plan.accelerator.is_main_process
+        console = console if is_main else Console(quiet=True)
+        _introduce(plan, console)
+        check_loggers(options)
+        check_space(output.folder, disk_bytes(plan))
+        if options.dry_run:
+            print_estimate(plan, console)
+            return None
+        run = _begin(plan, output, console)
+    return run if is_main else None
+
+
+def _begin(plan: Plan, output: Output, console: Console) -> FinishedRun:
+    """Make the trainer, bring it to where the run was, and train."""
+    options, is_main = plan.options, plan.accelerator.is_main_process
     trainer = Trainer(
         plan.model,
         partial(_measure, plan),
@@ -93,11 +151,12 @@ def train_model(options: TrainOptions, console: Console) -> FinishedRun | None:
             console.print("nothing is left to do: for more, give more --epochs or --num_steps")
     try:
         if is_main:
-            for listener in watchers(plan, trainer.result.steps, console):
+            for listener in watchers(plan, trainer.result.steps, output, console):
                 trainer.listeners.append(listener)
-            clear_remains(plan.checkpoints, everything=not options.resume)
-        trainer.listeners.append(_Saver(plan, trainer.result))
-        run = _train(plan, trainer, console)
+            if not options.resume:
+                remove_checkpoints(output)
+        trainer.listeners.append(_Saver(plan, trainer.result, output))
+        return _train(plan, trainer, output, console)
     except OSError as error:
         raise UserError(
             f"{options.output_dir} cannot be written ({reason(error)}): free space, then --resume "
@@ -106,20 +165,19 @@ def train_model(options: TrainOptions, console: Console) -> FinishedRun | None:
     finally:
         for listener in trainer.listeners:
             listener.close()
-    return run if is_main else None
 
 
-def _train(plan: Plan, trainer: Trainer[Loss], console: Console) -> FinishedRun:
+def _train(plan: Plan, trainer: Trainer[Loss], output: Output, console: Console) -> FinishedRun:
     first = trainer.result.steps
     loader = plan.batches.loader(first, plan.loop.num_steps, plan.options.num_workers)
     try:
         result = trainer.train(loader, plan.batches.begins)
     except DivergenceError as trouble:
-        raise UserError(_keep_batch(trouble, plan)) from trouble
+        raise UserError(_keep_batch(trouble, plan, output)) from trouble
     if result.steps > first:
         # Also at the end: a run of more steps can go on from there.
-        save_state(plan, trainer)
-    return _finish(plan, trainer, console)
+        save_state(plan, trainer, output)
+    return _finish(plan, trainer, output, console)
 
 
 def _measure(plan: Plan, whole: bool = False) -> Loss:
@@ -135,17 +193,34 @@ def _measure(plan: Plan, whole: bool = False) -> Loss:
     )
 
 
-def compare_with_ngrams(run: FinishedRun, output_dir: str) -> tuple[float, float]:
+def compare_with_ngrams(run: FinishedRun, output: Output) -> tuple[float, float]:
     """Losses of a unigram and a bigram model on the run's text, in nats per token.
 
     They are added to ``training_info.json``, too.
     """
     corpus, vocab_size = run.corpus, run.model.config.vocab_size
     unigram, bigram = ngram_losses(corpus.train.ids, corpus.held_out.ids, vocab_size)
-    path = Path(output_dir) / "training_info.json"
-    info = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, {**info, "unigram_loss": unigram, "bigram_loss": bigram})
+    info = json.loads((output.folder / RECORD).read_text(encoding="utf-8"))
+    output.write_json(RECORD, {**info, "unigram_loss": unigram, "bigram_loss": bigram})
     return unigram, bigram
+
+
+def reconstruction_loss(run: FinishedRun) -> float | None:
+    """The auxiliary loss of held-out text, also of a model that was not trained on it.
+
+    None for a model without a memory.
+    """
+    model, held_out = run.model, run.corpus.held_out
+    ids = torch.tensor(held_out.ids[:RECONSTRUCTED].astype(int))
+    asked = model.config.use_auxiliary_loss
+    model.config.use_auxiliary_loss = True
+    try:
+        with torch.no_grad():
+            auxiliary = model.train()(ids[None].to(model.device)).aux_loss
+    finally:
+        model.config.use_auxiliary_loss = asked
+        model.eval()
+    return None if auxiliary is None else auxiliary.item()
 
 
 class _Saver(Listener[Loss]):
@@ -154,8 +229,8 @@ class _Saver(Listener[Loss]):
     ``result`` is how far the run has come already: its losses were those of models that are saved.
     """
 
-    def __init__(self, plan: Plan, result: TrainingResult[Loss]) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, result: TrainingResult[Loss], output: Output) -> None:
+        self.plan, self.output = plan, output
         losses = (loss.nats_per_token for step, loss in result.held_out if step)
         self.lowest_loss = min(losses, default=float("inf"))
         short = max(plan.loop.num_steps // 10, 1)
@@ -172,11 +247,12 @@ class _Saver(Listener[Loss]):
         if step % epoch == 0:
             self._save_model(f"epoch_{step // epoch}.pt")
         if step % self.interval == 0 and step < self.plan.loop.num_steps:
-            save_state(self.plan, trainer)
+            save_state(self.plan, trainer, self.output)
 
     def _save_model(self, name: str) -> None:
         if self.plan.accelerator.is_main_process:
-            save_pt(self.plan.checkpoints / name, self.plan.model, self.plan.tokenizer)
+            write = partial(save_pt, model=self.plan.model, tokenizer=self.plan.tokenizer)
+            self.output.write_file(f"checkpoints/{name}", write)
 
 
 def _introduce(plan: Plan, console: Console) -> None:
@@ -194,30 +270,40 @@ def _introduce(plan: Plan, console: Console) -> None:
         console.print(f": {text}")
 
 
-def _check_folder(plan: Plan) -> None:
-    """Raise a UserError where a run would be begun over another, or resumed where there is none."""
-    options, states = plan.options, find_states(plan.checkpoints)
+def _check_folder(options: TrainOptions, output: Output, console: Console) -> None:
+    """Raise a UserError where a run would be begun over another, or resumed where there is none.
+
+    Of a dry run only the latter is refused; else it says what would be in the way.
+    """
+    folder = output.folder / "checkpoints"
+    states, trouble = find_states(folder), ""
     if options.resume and not states:
         raise UserError(
-            f"nothing to resume in {plan.checkpoints}: "
-            "leave --resume out, or give the run's --output_dir"
+            f"nothing to resume in {folder}: leave --resume out, or give the run's --output_dir"
         )
-    written = [name for name in WRITTEN if (Path(options.output_dir) / name).exists()]
-    if not options.resume and not options.overwrite and (states or written):
+    if not options.resume and not options.overwrite and (states or output.holds_something):
         ways = "go on with it by --resume, begin" if states else "begin"
-        raise UserError(
-            f"{options.output_dir} holds {'a run' if states else written[0]}: "
-            f"{ways} anew by --overwrite, or choose another --output_dir"
-        )
+        trouble = f"{output.folder} holds a run: {ways} anew by --overwrite, or {ELSEWHERE}"
+    if options.dry_run:
+        try:
+            output.check_names(WRITTEN, adopt=bool(states))
+        except UserError as error:
+            trouble = str(error)
+    elif trouble:
+        raise UserError(trouble)
+    if trouble:
+        console.print(f"without --dry_run this is refused: {trouble}")
 
 
-def _keep_batch(trouble: DivergenceError, plan: Plan) -> str:
+def _keep_batch(trouble: DivergenceError, plan: Plan, output: Output) -> str:
     """Save the batch that made trouble, and say what the user can do."""
     name, accelerator = f"trouble_step_{trouble.step}", plan.accelerator
-    if accelerator.num_processes > 1:
-        name += f"_process_{accelerator.process_index}"
-    path = Path(plan.options.output_dir) / f"{name}.pt"
-    write_file(path, lambda file: torch.save(trouble.batch, file))
+    write = partial(torch.save, trouble.batch)
+    if accelerator.is_main_process:
+        path = output.write_file(f"{name}.pt", write)
+    else:
+        path = output.folder / f"{name}_process_{accelerator.process_index}.pt"
+        write_file(path, write)
     states = find_states(plan.checkpoints)
     further = f"; --resume goes on from {states[-1].name}" if states else ""
     return (
@@ -226,9 +312,9 @@ def _keep_batch(trouble: DivergenceError, plan: Plan) -> str:
     )
 
 
-def _finish(plan: Plan, trainer: Trainer[Loss], console: Console) -> FinishedRun:
+def _finish(plan: Plan, trainer: Trainer[Loss], output: Output, console: Console) -> FinishedRun:
     """Measure the model on all of the held-out text, and write the model and what tells of it."""
-    folder, result = Path(plan.options.output_dir), trainer.result
+    result = trainer.result
     dtype, final = getattr(torch, plan.options.save_dtype), None
     if not result.interrupted:
         # The model is measured with the weights that are saved, rounded to their dtype.
@@ -236,38 +322,18 @@ def _finish(plan: Plan, trainer: Trainer[Loss], console: Console) -> FinishedRun
             parameter.data.copy_(parameter.data.to(dtype))
         final = _measure(plan, whole=True)
     if plan.accelerator.is_main_process:
-        save_checkpoint(folder, plan.model, plan.tokenizer, dtype)
-        write_json(folder / "training_info.json", training_info(plan, result, final))
-        write_card(plan, result, final)
+        output.write(
+            lambda fresh: save_checkpoint(fresh, plan.model, plan.tokenizer, dtype),
+        )
+        output.write_json(RECORD, training_info(plan, result, final))
+        output.write_text("README.md", model_card(plan, result, final))
         held_out = [(step, loss.nats_per_token) for step, loss in result.held_out]
-        save_figure(folder / "loss_curve.png", training_curves(result.train_losses, held_out))
+        curves = training_curves(result.train_losses, held_out)
+        output.write_file("loss_curve.png", lambda file: save_figure(file, curves))
     if final is None:
+        further = "the same command with --resume goes on; " if output.command == "train" else ""
         console.print(
-            f"stopped after {result.steps:,} steps; the same command with --resume goes on; "
-            f"all is in {plan.options.output_dir}"
+            f"stopped after {result.steps:,} steps; {further}all is in {plan.options.output_dir}"
         )
     plan.accelerator.wait_for_everyone()
     return FinishedRun(plan.model, plan.tokenizer, plan.corpus, result, final)
-
-
-def training_info(plan: Plan, result: TrainingResult[Loss], final: Loss | None) -> dict:
-    """What ``training_info.json`` holds: what was done, with what, and what came of it."""
-    here = environment()
-    return {
-        "finished": not result.interrupted,
-        "options": asdict(plan.options),
-        "paths": plan.options.paths(),
-        "corpus": plan.corpus.name,
-        "data_fingerprint": plan.corpus.fingerprint,
-        "train_tokens": len(plan.corpus.train),
-        "held_out_tokens": len(plan.corpus.held_out),
-        "num_parameters": plan.model.num_parameters(),
-        "held_out_loss": None if final is None else final._asdict(),
-        **asdict(result),
-        "tokens_per_second": result.tokens_per_second,
-        "peak_memory_bytes": process_peak_memory(),
-        "date": here["date"],
-        "commit": here["commit"],
-        "config": plan.model.config.to_dict(),
-        "versions": {name: here[name] for name in ("hamt", "torch", "transformers", "python")},
-    }

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -18,12 +17,13 @@ from rich.console import Console
 from tqdm import tqdm
 
 from hamt.errors import UserError, reason
-from hamt.files import write_text
+from hamt.output import Output
 from hamt.training.held_out import Loss
 from hamt.training.loop import Listener, Trainer
 from hamt.training.options import TrainOptions
 from hamt.training.plan import Plan
 
+LOG = "log.jsonl"
 # What of a record goes to the loggers, which count steps and time themselves.
 LOGGED = ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "flop_utilization")
 
@@ -79,11 +79,12 @@ class _JsonLines(Listener[Loss]):
     before the run died, is removed first.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        resumed = step > 0 and path.exists()
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if resumed else []
-        write_text(path, "".join(line for line in lines if _step(line) <= step))
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    def __init__(self, output: Output, step: int) -> None:
+        path = output.folder / LOG
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        lines = text.splitlines(keepends=True) if step else []
+        output.write_text(LOG, "".join(line for line in lines if _step(line) <= step))
+        self.file = output.append(LOG)
 
     def logged(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
@@ -97,10 +98,10 @@ class _JsonLines(Listener[Loss]):
 
 
 def _step(line: str) -> float:
-    """The step of a line; infinity for one that was cut off when the run died."""
+    """The step of a line; infinity for one that was cut off when the run died, or is none."""
     try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return float("inf")
 
 
@@ -149,7 +150,7 @@ class _Loggers(Listener[Loss]):
             tracker.finish()
 
 
-def watchers(plan: Plan, step: int, console: Console) -> Iterator[Listener[Loss]]:
+def watchers(plan: Plan, step: int, output: Output, console: Console) -> Iterator[Listener[Loss]]:
     """Open all that watches a run which goes on after ``step``.
 
     They come one at a time, so that those that are open can be closed if the next one cannot begin.
@@ -157,7 +158,10 @@ def watchers(plan: Plan, step: int, console: Console) -> Iterator[Listener[Loss]
     Raises:
         UserError: if a logger cannot begin.
     """
-    yield _JsonLines(Path(plan.options.output_dir) / "log.jsonl", step)
+    yield _JsonLines(output, step)
+    for name in ("tensorboard", "wandb"):
+        if getattr(plan.options, f"use_{name}"):
+            output.note(name)
     yield _Loggers(plan.options, plan.accelerator, step)
     yield HeldOutLines(console)
     yield ProgressBar(plan.loop.num_steps, step)

@@ -16,6 +16,7 @@ from hamt.measure.compare import run
 from hamt.measure.compare.report import figure, table
 from hamt.measure.compare.run import quality
 from hamt.measure.compare.speed import prefill_memory, read, speed
+from hamt.output import Output
 
 
 def load(folders, name):
@@ -191,7 +192,7 @@ def test_a_full_disk_costs_no_measurement(folders, tmp_path, monkeypatch, capsys
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "there")
 
-    monkeypatch.setattr(compare, "write_json", full)
+    monkeypatch.setattr(Output, "write_json", full)
     monkeypatch.setattr(compare, "write_report", full)
     assert main(compare_of(folders, tmp_path)) == 2
     captured = capsys.readouterr()

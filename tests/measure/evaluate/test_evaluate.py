@@ -11,6 +11,7 @@ from evaluation_inputs import WORDS
 from hamt.checkpoint import load_checkpoint
 from hamt.cli import main
 from hamt.measure.perplexity import score_documents
+from hamt.output import claim
 
 
 def run(tmp_path, **options):
@@ -59,7 +60,8 @@ def test_a_hamt_model_is_measured_at_several_contexts(folders, tmp_path, capsys)
 
 
 def test_context_and_stride_can_be_given_and_other_models_measured(folders, tmp_path):
-    (tmp_path / "memory_analysis.png").write_bytes(b"of an earlier run")
+    with claim(tmp_path, "evaluate", []) as output:
+        output.write_text("memory_analysis.png", "of an earlier run")
     llama = {"checkpoint": folders / "llama", "test_text": WORDS}
     found = run(tmp_path, **llama, context=20, stride=5)
     assert [(row["context"], row["stride"]) for row in found["perplexity"]] == [(20, 5)]

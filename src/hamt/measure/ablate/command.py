@@ -1,7 +1,9 @@
 """``hamt ablate``: change one choice of the architecture at a time, and see what it was worth."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,13 @@ from rich.console import Console
 
 from hamt.console import PlainConsole
 from hamt.errors import UserError
-from hamt.files import check_writable, write_text
 from hamt.measure.ablate.recipe import DEFAULT, load_recipe, names, needed_files, resolve
 from hamt.measure.ablate.report import figure, page
 from hamt.measure.ablate.runs import AblationRun
 from hamt.measure.sweep import Sweep, contents
 from hamt.measure.task_training import HELD_OUT
 from hamt.options import option, parse
+from hamt.output import ELSEWHERE, Output, claim
 from hamt.visualization import save_figure
 
 
@@ -50,18 +52,25 @@ def main(arguments: Sequence[str]) -> int:
     _check(options, recipe)
     console = PlainConsole()
     sweep = Sweep(plan(options, recipe), folder)
+    table = Path(options.table or folder / f"{path.stem}.md")
+    names = [re.escape(table.stem) + r"\.(md|png)"]
+    mend = ELSEWHERE if options.table is None else "name another --table"
+    with claim(table.parent, "ablate", names, mend=mend) as output:
+        if options.table is None:
+            _check_texts(sweep.missing, recipe)
+            _perform(sweep, options.workers, output, console)
+        _report(options, recipe, output, table.stem, console)
+    return 0
 
+
+def _perform(sweep: Sweep[AblationRun], workers: int, output: Output, console: Console) -> None:
     def told(run: AblationRun, result: dict[str, Any]) -> None:
+        output.note(f"{run.name}.json")
         value = result["diverged"] or f"{result['figure']:.4f}"
         console.print(f"{run.name}: {value} in {result['wall_seconds']:.0f} s")
 
-    if options.table is None:
-        _check_texts(sweep.missing, recipe)
-        check_writable(options.output_dir, make=True)
-        console.print(f"{len(sweep.results)} of {len(sweep.runs)} runs are there")
-        sweep.perform(options.workers, told)
-    _report(options, recipe, Path(options.table or folder / f"{path.stem}.md"), console)
-    return 0
+    console.print(f"{len(sweep.results)} of {len(sweep.runs)} runs are there")
+    sweep.perform(workers, told)
 
 
 def plan(options: AblateOptions, recipe: dict[str, Any]) -> list[AblationRun]:
@@ -83,7 +92,9 @@ def plan(options: AblateOptions, recipe: dict[str, Any]) -> list[AblationRun]:
     ]
 
 
-def _report(options: AblateOptions, recipe: dict[str, Any], path: Path, console: Console) -> None:
+def _report(
+    options: AblateOptions, recipe: dict[str, Any], output: Output, name: str, console: Console
+) -> None:
     """Tabulate and draw the runs of the chosen tasks that are there, of all variants and seeds."""
     folder = Path(options.output_dir)
     seeds = {content["seed"] for content in contents(folder) if "seed" in content}
@@ -92,12 +103,10 @@ def _report(options: AblateOptions, recipe: dict[str, Any], path: Path, console:
     tasks = options.tasks or recipe["tasks"]
     kinds = {task: base["kind"] for task, base in recipe["tasks"].items() if task in tasks}
     text = page(done, kinds)
-    write_text(path, text)
+    written, plot = [output.write_text(f"{name}.md", text)], figure(done, kinds)
     console.print(text)
-    written, plot = [path], figure(done, kinds)
     if plot is not None:
-        written.append(path.with_suffix(".png"))
-        save_figure(written[-1], plot)
+        written.append(output.write_file(f"{name}.png", partial(save_figure, figure=plot)))
     console.print(f"wrote {', '.join(map(str, written))}")
 
 

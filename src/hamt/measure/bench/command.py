@@ -1,7 +1,6 @@
 """``hamt bench``: speed and memory against the length of the context."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,17 +9,18 @@ from hamt.baselines.catalogue import ARCHITECTURES, flops_per_token
 from hamt.console import PlainConsole
 from hamt.environment import environment
 from hamt.errors import UserError, user_errors
-from hamt.files import check_writable, write_json
 from hamt.measure.bench.decode import measure_decoding
 from hamt.measure.bench.memory import measure_memory
 from hamt.measure.bench.mixers import measure_mixers
 from hamt.measure.bench.models import make_models, measure_models
 from hamt.measure.bench.options import BenchOptions
 from hamt.measure.bench.report import bench_figures, bench_page
-from hamt.measure.report import write_report
+from hamt.measure.report import is_report, write_report
 from hamt.options import parse
+from hamt.output import Output, claim
 from hamt.peak_memory import keep_freed_memory
 
+WRITTEN = (r"bench\.(json|md)", r"(model_time|mixer_time|decode_time|memory)\.png")
 MEASURES = {
     "model": measure_models,
     "mixer": measure_mixers,
@@ -33,8 +33,14 @@ def main(arguments: Sequence[str]) -> int:
     """Measure, and write ``bench.json``, ``bench.md`` and log-log plots."""
     options = parse(BenchOptions, arguments, "bench")
     _check(options)
-    check_writable(options.output_dir, make=True)
     console = PlainConsole()
+    known = is_report(options.output_dir, "bench")
+    with claim(options.output_dir, "bench", WRITTEN, adopt=known) as output:
+        _measure(options, output, console)
+    return 0
+
+
+def _measure(options: BenchOptions, output: Output, console: PlainConsole) -> None:
     header = {**environment(), "keeps_freed_memory": keep_freed_memory()}
     torch.manual_seed(options.seed)
     result: dict[str, Any] = {"environment": header, "options": vars(options)}
@@ -44,14 +50,13 @@ def main(arguments: Sequence[str]) -> int:
         for measured in MEASURES[part](options):
             result[part] = measured
             # A machine may fail within hours.
-            write_json(Path(options.output_dir) / "bench.json", result)
+            output.write_json("bench.json", result)
             row = measured["rows"][-1]
             console.print(f"  {row.get('level', '')} {row['phase']} at {row['length']:,}")
     text = bench_page(result)
-    paths = write_report(options.output_dir, "bench", result, text, bench_figures(result))
+    paths = write_report(output, "bench", result, text, bench_figures(result))
     console.print(text)
     console.print(f"wrote {', '.join(str(path) for path in paths)}")
-    return 0
 
 
 def _operations(options: BenchOptions) -> dict[str, dict[str, float]]:

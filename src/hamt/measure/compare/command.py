@@ -17,12 +17,14 @@ from hamt.console import PlainConsole
 from hamt.data.corpus import load_documents
 from hamt.environment import environment
 from hamt.errors import UserError, reason
-from hamt.files import check_writable, write_json
 from hamt.measure.compare.report import figure, page
 from hamt.measure.compare.run import chosen_texts, load_hamt, load_models, score, trained_rivals
 from hamt.measure.compare.speed import prefill_memory, speed, was_read
-from hamt.measure.report import write_report
+from hamt.measure.report import is_report, write_report
 from hamt.options import MAX_SEED, option, parse
+from hamt.output import Output, claim
+
+WRITTEN = (r"compare\.(json|md|png)",)
 
 
 @dataclass
@@ -71,6 +73,13 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(CompareOptions, arguments, "compare")
     _check(options)
     console = PlainConsole()
+    known = is_report(options.output_dir, "compare")
+    with claim(options.output_dir, "compare", WRITTEN, adopt=known) as output:
+        _compare(options, output, console)
+    return 0
+
+
+def _compare(options: CompareOptions, output: Output, console: Console) -> None:
     logging.set_verbosity_error()  # reference code is named in the table
     header = environment()
     torch.manual_seed(options.seed)
@@ -88,12 +97,11 @@ def main(arguments: Sequence[str]) -> int:
     }
     result: dict[str, Any] = {"environment": header, "options": vars(options)}
     result |= {"text": name, "scored": scored, "rivals": trained, "not_available": missing}
-    _measure(models, texts, options, result, console)
+    _measure(models, texts, options, result, output, console)
     text = page(result)
     console.print(text)  # first: a full disk cannot take what is printed
-    paths = write_report(options.output_dir, "compare", result, text, {"compare": figure(result)})
+    paths = write_report(output, "compare", result, text, {"compare": figure(result)})
     console.print(f"wrote {', '.join(str(path) for path in paths)}")
-    return 0
 
 
 def _measure(
@@ -101,13 +109,13 @@ def _measure(
     texts: list[str],
     options: CompareOptions,
     result: dict[str, Any],
+    output: Output,
     console: Console,
 ) -> None:
     """Add quality, speed and memory to the result, and keep it on disk as it grows."""
-    folder = Path(options.output_dir)
     for rows in score(models, result["not_available"], texts, options.context, console):
         result["models"] = rows
-        _keep(result, folder, console)
+        _keep(result, output, console)
     scored = {label: models.pop(label).model for label in result["models"]}
     models.clear()  # those that failed do not take memory any more
     console.print("timing")
@@ -116,22 +124,21 @@ def _measure(
     sizes, steps = (options.contexts, options.batch_sizes), options.decode_tokens
     for row in speed(scored, *sizes, decode_steps=steps, **limits):
         timings.append(row)
-        _keep(result, folder, console)
+        _keep(result, output, console)
     longest = max(options.contexts)
     able = {name: model for name, model in scored.items() if was_read(timings, name, longest)}
     result["peak_bytes"] = {"context": longest, **prefill_memory(able, longest)}
 
 
-def _keep(result: dict[str, Any], folder: Path, console: Console) -> None:
+def _keep(result: dict[str, Any], output: Output, console: Console) -> None:
     """Write what has been measured so far; a disk that is full now does not end the measuring."""
     try:
-        write_json(folder / "compare.json", result)
+        output.write_json("compare.json", result)
     except OSError as error:
-        console.print(f"what was measured so far is not in {folder}: {reason(error)}")
+        console.print(f"what was measured so far is not in {output.folder}: {reason(error)}")
 
 
 def _check(options: CompareOptions) -> None:
-    check_writable(options.output_dir, make=True)
     if options.rival_learning_rates and not options.rivals:
         raise UserError("--rival_learning_rates needs --rivals: name those to train")
     if options.device != "cpu" and not torch.cuda.is_available():

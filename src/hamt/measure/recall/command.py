@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,15 +12,17 @@ from hamt.baselines.catalogue import MIXERS
 from hamt.console import PlainConsole
 from hamt.environment import environment
 from hamt.errors import UserError, user_errors
-from hamt.files import check_writable
 from hamt.measure.recall.capacity import capacity_figure, capacity_page, measure_capacity
 from hamt.measure.recall.report import figure, recall_page
 from hamt.measure.recall.runs import RecallRun, make_model
 from hamt.measure.recall.settings import SETTINGS
-from hamt.measure.report import write_report
+from hamt.measure.report import is_report, write_report
 from hamt.measure.sweep import Sweep
 from hamt.measure.task_training import HELD_OUT
 from hamt.options import check, option, parse
+from hamt.output import Output, claim
+
+WRITTEN = (r"(recall|capacity)\.(json|md|png)",)
 
 
 @dataclass
@@ -62,15 +63,19 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(
             "--quick goes with --capacity; of a sweep, take fewer steps: --num_steps 200"
         )
-    check_writable(options.output_dir, make=True)
     console = PlainConsole()
-    header = environment()
-    if options.capacity:
-        return _capacity(options, header, console)
-    runs, folder = plan(options), Path(options.output_dir)
-    sweep = Sweep(runs, folder / "runs")
+    known = is_report(options.output_dir, "capacity" if options.capacity else "recall")
+    with claim(options.output_dir, "recall", WRITTEN, adopt=known) as output:
+        (_capacity if options.capacity else _sweep)(options, output, console)
+    return 0
+
+
+def _sweep(options: RecallOptions, output: Output, console: Console) -> None:
+    runs = plan(options)
+    sweep = Sweep(runs, output.folder / "runs")
 
     def told(run: RecallRun, result: dict[str, Any]) -> None:
+        output.note(f"runs/{run.name}.json")
         share, seconds = f"{100 * result['mean_accuracy']:.1f} %", f"{result['seconds']:.0f} s"
         console.print(f"{run.name}: {share} in {seconds}")
 
@@ -80,28 +85,27 @@ def main(arguments: Sequence[str]) -> int:
     )
     sweep.perform(options.workers, told)
     results = [result for _, result in sweep.results]
-    content = {"environment": header, "options": vars(options), "runs": results}
+    content = {"environment": environment(), "options": vars(options), "runs": results}
     text, plot = recall_page(results), figure(results)
-    paths = write_report(folder, "recall", content, text, {"recall": plot})
+    paths = write_report(output, "recall", content, text, {"recall": plot})
     console.print(text)
     if plot is None:
         console.print("no plot: the state of these models grows with the text")
     console.print(f"wrote {', '.join(str(path) for path in paths)}")
-    return 0
 
 
-def _capacity(options: RecallOptions, header: dict[str, Any], console: Console) -> int:
+def _capacity(options: RecallOptions, output: Output, console: Console) -> None:
     """Write ``capacity.json``, ``capacity.md`` and ``capacity.png``."""
+    header = environment()
     console.print("measuring the capacity of the memory")
     points = measure_capacity(options.quick, options.seeds[0])
     text = capacity_page(header, points)
     rows = [{**asdict(point), "deviation": point.deviation} for point in points]
     content = {"environment": header, "options": vars(options), "points": rows}
     figures = {"capacity": capacity_figure(points)}
-    paths = write_report(options.output_dir, "capacity", content, text, figures)
+    paths = write_report(output, "capacity", content, text, figures)
     console.print(text)
     console.print(f"wrote {', '.join(str(path) for path in paths)}")
-    return 0
 
 
 def plan(options: RecallOptions) -> list[RecallRun]:

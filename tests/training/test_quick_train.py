@@ -1,0 +1,62 @@
+"""hamt quick-train: runs that differ are told apart, and each keeps its result."""
+
+import pytest
+from command_inputs import fails, read_json, words
+
+from hamt.cli import main
+from hamt.training.quick_train import FOLDER, QuickTrainOptions, folder_of
+
+LOOP = [
+    {},
+    *({"num_slots": slots} for slots in (1, 4, 8, 16)),
+    *({"binding_type": name} for name in ("elementwise", "circular_conv")),
+    *({"hcm_dim": size, "num_steps": 300} for size in (512, 2048, 4096)),
+    *({"data": name} for name in ("a/b.txt", "a_b.txt", "x" * 300 + "1", "x" * 300 + "2")),
+    {"num_steps": 300},
+    {"use_auxiliary_loss": True},
+    {"use_auxiliary_loss": True, "num_slots": 4},
+    {"learning_rate": 0.001},
+    {"seed": 1},
+]
+
+
+def test_runs_of_different_options_have_folders_of_their_own():
+    folders = [folder_of(QuickTrainOptions(**options)) for options in LOOP]
+    assert len(set(folders)) == len(LOOP)
+    assert folders[0] == FOLDER == folder_of(QuickTrainOptions(num_steps=500, batch_size=8))
+    assert folders[3] == f"{FOLDER}-num_slots_8"
+    assert all("/" not in folder.removeprefix(FOLDER) for folder in folders)
+    assert all(len(folder) < 200 for folder in folders)
+    assert folder_of(QuickTrainOptions(output_dir="mine", num_slots=8)) == "mine"
+
+
+TINY = {"hidden_dim": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 300, "max_length": 32}
+
+
+def test_each_run_of_a_loop_keeps_its_result_and_its_loss_is_printed(
+    text, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for slots in (2, 4):
+        options = words(**TINY, data=text, num_steps=1, num_slots=slots)
+        assert main(["quick-train", *options]) == 0
+        assert "reconstruction loss" in capsys.readouterr().out, "also without --use_aux_loss"
+    runs = sorted((tmp_path / "checkpoints").iterdir())
+    assert [read_json(run / "config.json")["num_slots"] for run in runs] == [2, 4]
+    # In a folder that is named, a run takes the place of the same run only.
+    named = words(**TINY, data=text, num_steps=1, output_dir=runs[0])
+    error = fails(["quick-train", *named, "--num_slots", "4"], capsys)
+    assert "holds a run with another num_slots: begin anew by --overwrite" in error
+    assert main(["quick-train", *named, "--num_slots", "2"]) == 0
+    assert main(["quick-train", *named, "--num_slots", "4", "--overwrite"]) == 0
+    capsys.readouterr()
+    error = fails(["train", *words(data=text, output_dir=runs[0]), "--overwrite"], capsys)
+    assert "was written by hamt quick-train, not by hamt train" in error
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_hamt_train_prints_the_auxiliary_loss_where_it_is_computed(text, tmp_path, capsys, asked):
+    options = {**TINY, "data": text, "num_steps": 1, "output_dir": tmp_path}
+    options |= {"use_aux_loss": True} if asked else {}
+    assert main(["train", *words(**options)]) == 0
+    assert ("reconstruction loss of the last step" in capsys.readouterr().out) == asked
