@@ -16,7 +16,7 @@ SOURCE = Path(hamt.__file__).parent
 # Each layer may import those to its left. Packages (data, evaluation, ...) count as one layer each.
 LAYERS = (
     {"errors"},
-    {"environment", "files", "recipes"},
+    {"environment", "files", "loading", "recipes"},
     {"options", "visualization"},
     {"memory"},
     {"cpu"},
@@ -26,6 +26,7 @@ LAYERS = (
     {"convolution"},
     {"layers", "utils"},
     {"attention", "block", "cache"},
+    {"base_model"},
     {"model"},
     {"checkpoint"},
     {"data"},

@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from hamt.cache import HAMTCache
 from hamt.errors import UserError, reason
 from hamt.files import WRITING, existing, new_folder
+from hamt.loading import pretrained_model
 from hamt.training.held_out import Loss
 from hamt.training.loop import Trainer, TrainingResult
 from hamt.training.plan import Plan
@@ -97,8 +98,8 @@ def load_state(plan: Plan, trainer: Trainer[Loss]) -> None:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         # A second model for a moment: Transformers knows in how many files it has written the
         # weights, and which of them are tied.
-        saved_model = type(trainer.model).from_pretrained(
-            path, dtype=trainer.model.dtype, local_files_only=True
+        saved_model = pretrained_model(
+            type(trainer.model), str(path), dtype=trainer.model.dtype, local_files_only=True
         )
     except Exception as error:  # whatever it trips over
         further = "--resume takes the one before" if others else "begin anew"
