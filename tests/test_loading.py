@@ -113,7 +113,6 @@ COMMANDS = (
     "evaluate --checkpoint {} --data none --prompts Hello --output_dir {}/out",
     "compare --checkpoint {} --output_dir {}/out",
     "analyze --checkpoint {} --output_dir {}/out",
-    "explore --checkpoint {}",
     "train --init_from {} --data sotu --output_dir {}/out",
 )
 
@@ -149,7 +148,7 @@ def test_weights_that_are_pickled_are_not_read(copy):
     folder = copy("llama")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="model.safetensors"):
+    with pytest.raises(UserError, match=r"model\.safetensors"):
         load_any_model(str(folder))
 
 
@@ -174,11 +173,11 @@ def test_a_head_may_be_new_where_the_checkpoint_is_of_another_class(tmp_path, ti
     classifier.save_pretrained(tmp_path / "classifier")
     HAMTForCausalLM.from_pretrained(tmp_path / "classifier")
     change_weights(tmp_path / "classifier", lambda weights: weights.pop("score.weight"))
-    with pytest.raises(ValueError, match="weights are missing: score.weight"):
+    with pytest.raises(ValueError, match=r"weights are missing: score\.weight"):
         HAMTForSequenceClassification.from_pretrained(tmp_path / "classifier")
     if not tied:
         change_weights(tmp_path / "lm", lambda weights: weights.pop("lm_head.weight"))
-        with pytest.raises(ValueError, match="weights are missing: lm_head.weight"):
+        with pytest.raises(ValueError, match=r"weights are missing: lm_head\.weight"):
             HAMTForCausalLM.from_pretrained(tmp_path / "lm")
 
 
@@ -210,8 +209,6 @@ def test_sizes_are_compared_with_the_weights_before_memory_is_taken(written, cop
         with pytest.raises(UserError) as refused:
             load_checkpoint(path)
         assert "\n" not in str(refused.value)
-    change_json(folder / "config.json", **json.loads((written / "ours/config.json").read_text()))
-    load_checkpoint(folder)
 
 
 CONFIGS = ["", "[]", "3", "{", "[" * 100_000, '{"model_type": 3}', '{"model_type": "hamt"}']
@@ -238,7 +235,7 @@ def test_weights_in_several_files_are_loaded_and_stay_in_their_folder(copy, tmp_
     for name, weight in load_checkpoint(folder)[0].state_dict().items():
         assert torch.equal(weight, whole.state_dict()[name])
     places = json.loads(index.read_text())["weight_map"]
-    shutil.move(folder / places[ITEM], tmp_path / places[ITEM])
+    shutil.copy(folder / places[ITEM], tmp_path / places[ITEM])
     change_json(index, weight_map=places | {ITEM: f"../{places[ITEM]}"})
     with pytest.raises(UserError, match="is no file of this folder"):
         load_checkpoint(folder)
@@ -305,7 +302,7 @@ def test_code_beside_a_checkpoint_never_runs(with_code, tmp_path, name, file, fu
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("command", COMMANDS[:-2])
+@pytest.mark.parametrize("command", COMMANDS[:-1])
 def test_no_command_asks_whether_to_run_it(with_code, tmp_path, command, capsys):
     """Where it can only be refused: a kind of tokenizer that nobody knows."""
     folder = with_code("ours", "tokenizer_config.json", tokenizer_class="Evil", alone=True)
