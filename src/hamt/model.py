@@ -3,6 +3,7 @@
 Shape legend: B batch, N tokens, d hidden_dim, V vocab_size.
 """
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -266,4 +267,6 @@ AutoModelForSequenceClassification.register(HAMTConfig, HAMTForSequenceClassific
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hamt"] = "HAMTForCausalLM"
 MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["hamt"] = "HAMTForSequenceClassification"
 for _class in (HAMTBackbone, HAMTForCausalLM, HAMTForSequenceClassification):
-    setattr(transformers, _class.__name__, _class)
+    # Transformers makes its module anew while it is imported: some hold the first, some the last.
+    for _home in (transformers, sys.modules["transformers"]):
+        setattr(_home, _class.__name__, _class)
