@@ -1,5 +1,6 @@
 """``hamt train --dry_run``."""
 
+from command_inputs import fails
 from training_inputs import flags
 
 from hamt.cli import main
@@ -11,3 +12,13 @@ def test_a_dry_run_costs_nothing_and_leaves_nothing(text, tmp_path, capsys):
     for word in ("parameters", "steps", "operations", "GiB", "time on this machine"):
         assert word in out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_too_large_takes_no_memory(text, tmp_path, capsys):
+    """8 TiB of weights: what they would need is said, and a run is refused before it begins."""
+    command = flags(text, tmp_path / "run", hidden_dim=200_000, hcm_dim=400_000)
+    assert main([*command, "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "none: it has" in out
+    assert "GiB for parameters" in out
+    assert "GiB to be trained, this machine has" in fails(command, capsys)
