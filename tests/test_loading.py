@@ -1,5 +1,6 @@
 """What others wrote is loaded whole or not at all, and never runs code or takes memory first."""
 
+import io
 import json
 import shutil
 import sys
@@ -263,19 +264,13 @@ NAMED = {
 }
 
 
-class Closed:
-    """Stands where standard input is, and must not be asked."""
-
-    def readline(self, *_):
-        raise AssertionError("a question was asked")
-
-    read = fileno = readline
-
-
 @pytest.fixture
 def with_code(copy, tmp_path, monkeypatch):
-    """Make a folder that asks to run code, which leaves a file behind; and nobody to answer."""
-    monkeypatch.setattr(sys, "stdin", Closed())
+    """Make a folder that asks to run code, which leaves a file behind, and answer every question.
+
+    With yes, as ``yes | hamt generate`` would.
+    """
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 99))
 
     def make(name, file, **further):
         folder = copy(name)
@@ -292,7 +287,7 @@ def with_code(copy, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "further", [{}, {"tokenizer_class": "Evil"}, {"model_type": "evil"}, {"alone": True}], ids=str
 )
-def test_code_beside_a_checkpoint_never_runs(with_code, tmp_path, name, file, further):
+def test_code_beside_a_checkpoint_never_runs(with_code, tmp_path, name, file, further, capsys):
     folder = with_code(name, file, **further)
     for load in (load_any_model, load_tokenizer, load_checkpoint):
         try:
@@ -300,6 +295,7 @@ def test_code_beside_a_checkpoint_never_runs(with_code, tmp_path, name, file, fu
         except UserError as error:
             assert "\n" not in str(error)  # noqa: PT017
     assert not (tmp_path / "ran").exists()
+    assert "[y/N]" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", COMMANDS[:-1])
