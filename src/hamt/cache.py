@@ -188,8 +188,9 @@ class HAMTCache(Cache):
             raise ValueError("not a whole HAMT state: save it again")
         num_layers, seen_tokens = counts.tolist()
         rows = {len(x) if x.ndim else 0 for name, x in tensors.items() if name != "counts"}
-        in_place = all(0 <= index < num_layers <= _MAX_LAYERS for index in kept)
-        if num_tokens is None or not kept or not in_place or seen_tokens < 1 or len(rows) != 1:
+        in_place = all(0 <= index < num_layers for index in kept)  # some mixers keep no state
+        sound = in_place and 0 < num_layers <= _MAX_LAYERS and seen_tokens > 0 and len(rows) == 1
+        if num_tokens is None or not sound:
             raise ValueError("not a whole HAMT state: save it again")
         cache = cls(num_layers)
         states = [kept.get(index, {}) for index in range(num_layers)]
