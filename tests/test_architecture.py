@@ -16,7 +16,7 @@ SOURCE = Path(hamt.__file__).parent
 # Each layer may import those to its left. Packages (data, evaluation, ...) count as one layer each.
 LAYERS = (
     {"errors", "fingerprint"},
-    {"console", "environment", "files", "locks", "recipes"},
+    {"console", "environment", "files", "loading", "locks", "recipes"},
     {"options", "output", "visualization"},
     {"memory"},
     {"cpu"},
@@ -26,7 +26,7 @@ LAYERS = (
     {"convolution"},
     {"layers", "utils"},
     {"attention", "block", "cache"},
-    {"continuation"},
+    {"base_model", "continuation"},
     {"model"},
     {"checkpoint"},
     {"data"},
@@ -137,6 +137,26 @@ def test_exported_names():
         assert name in dir(hamt)
     with pytest.raises(AttributeError, match="'hamt' has no attribute 'Nothing'"):
         _ = hamt.Nothing
+
+
+def test_type_checkers_know_the_exported_names_and_where_they_come_from():
+    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in ast.walk(tree) if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    seen = {alias.asname: (node.module, alias.name) for node in block.body for alias in node.names}
+    assert seen == {name: (home, name) for name, home in hamt._HOME.items()}
+    assert (SOURCE / "py.typed").is_file()
+
+
+def test_models_and_tokenizers_are_loaded_in_one_place():
+    """Which never runs code of theirs; a model's class and a configuration bring none along."""
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained"):
+                told = {keyword.arg for keyword in node.keywords}
+                known = {"HAMTConfig.from_pretrained", "super().from_pretrained"}
+                allowed = "trust_remote_code" in told and file.name == "loading.py"
+                assert ast.unparse(node.func) in known or allowed, f"{file}: {ast.unparse(node)}"
 
 
 DOCUMENTED = [

@@ -257,6 +257,28 @@ def test_a_file_with_missing_parts_is_refused(tmp_path):
     refused(tmp_path / "part", "part is not a whole HAMT state")
 
 
+COUNTS = [
+    [10**12, 12], [-1, 12], [0, 12], [1, 12], [2, 0], [2, -5], [2], [2, 12, 1], [[2, 12]], 2,
+    [2.0, 12.0], [float("nan"), 12],
+]  # fmt: skip
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_counts_that_are_not_those_of_the_tensors_are_refused(tmp_path, counts):
+    tensors = read(tiny_model()).to_tensors() | {"counts": torch.tensor(counts)}
+    save_file(tensors, tmp_path / "state", {"format": "hamt-state-3"})
+    refused(tmp_path / "state", "not a whole HAMT state")
+
+
+@pytest.mark.parametrize("name", ["num_tokens", "layers.1.slots", "layers.1.conv"])
+def test_tensors_with_other_rows_are_refused(tmp_path, name):
+    tensors = read(tiny_model()).to_tensors()
+    for wrong in (tensors[name].repeat_interleave(2, dim=0), torch.tensor(1)):
+        save_file({**tensors, name: wrong}, tmp_path / "state", {"format": "hamt-state-3"})
+        refused(tmp_path / "state", "not a whole HAMT state")
+
+
 def test_a_state_of_an_earlier_version_is_refused_in_one_line(tmp_path):
     save_file({"layers.0.memory": torch.zeros(1)}, tmp_path / "old", {"format": "hamt-state-3"})
     refused(tmp_path / "old", "old is a state of an earlier version of HAMT: read the")

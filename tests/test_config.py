@@ -76,8 +76,10 @@ REFUSED = [
         {"binding_type": "elementwise", "rotation": "constant"},
         "use rotation='none' or 'data_dependent', or binding_type phasor or circular_conv",
     ),
-    ({"rotation_base": 0}, "rotation_base must be positive"),
-    ({"rotation_base": -10.0}, "rotation_base must be positive"),
+    ({"rotation_base": 0}, "rotation_base must be at least 1; got 0"),
+    ({"rotation_base": -10.0}, "rotation_base must be at least 1"),
+    ({"rotation_base": 1e-40}, "rotation_base must be at least 1"),
+    ({"rotation_base": 1e38}, r"rotation_base must be at most 1e\+30"),
     ({"decay_rate": 1.0}, r"decay_rate must lie in \[0, 1\); got 1.0"),
     ({"decay_rate": -0.1}, r"decay_rate must lie in \[0, 1\)"),
     ({"decay_rate": float("nan")}, r"decay_rate must lie in \[0, 1\)"),
@@ -88,8 +90,25 @@ REFUSED = [
     ({"conv_kernel_size": -1}, "conv_kernel_size must not be negative; got -1"),
     ({"intermediate_dim": -1}, "intermediate_dim must not be negative; got -1"),
     ({"aux_loss_weight": -0.1}, "aux_loss_weight must not be negative"),
-    ({"initializer_range": -1.0}, "initializer_range must not be negative"),
-    ({"rms_norm_eps": -1e-6}, "rms_norm_eps must not be negative"),
+    ({"initializer_range": -1.0}, "initializer_range must be at least 1e-06; got -1.0"),
+    ({"initializer_range": 0}, "initializer_range must be at least 1e-06"),
+    ({"initializer_range": float("inf")}, "initializer_range must be at most 1000; got inf"),
+    ({"initializer_range": float("nan")}, "initializer_range must be at least"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps must be at least 1e-12; got -1e-06"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps must be at least 1e-12"),
+    ({"aux_loss_weight": float("inf")}, "aux_loss_weight must be at most"),
+    ({"aux_loss_weight": 1e300}, "aux_loss_weight must be at most"),
+    ({"min_half_life": 1e-40}, "min_half_life must be at least 0.01; got 1e-40"),
+    ({"max_half_life": 1e308}, r"max_half_life must be at most 1e\+12"),
+    ({"num_layers": 10**9}, "num_layers must be at most 10000; got 1000000000"),
+    ({"vocab_size": 10**12}, "vocab_size must be at most"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings must be at least 1; got 0"),
+    ({"vocab_size": 9, "pad_token_id": 9}, "pad_token_id must be a token, from 0 to 8; got 9"),
+    ({"vocab_size": 9, "eos_token_id": [1, -1]}, "eos_token_id must be a token"),
+    (
+        {"mixers": "full_attention", "hidden_dim": 48},
+        "attention_head_dim must be even and divide hidden_dim = 48; got 32",
+    ),
     *(({name: 0}, f"{name} must be at least 1; got 0") for name in COUNTS),
 ]
 
@@ -102,10 +121,14 @@ def test_the_impossible_is_refused_with_advice(options, advice):
         HAMTConfig(**options)
 
 
-@pytest.mark.parametrize("name", ["hidden_dim", "use_gating", "decay_rate", "binding_type"])
-def test_a_value_of_the_wrong_type_is_refused_by_name(name):
-    with pytest.raises(StrictDataclassError, match=f"'{name}' expected"):
-        HAMTConfig(**{name: [1]})
+@pytest.mark.parametrize("value", [[1], "64", {}, None])
+@pytest.mark.parametrize("name", ["hidden_dim", "use_gating", "decay_rate", "num_layers"])
+def test_a_value_of_the_wrong_type_is_refused_by_name(name, value):
+    with pytest.raises(StrictDataclassError, match=f"Field '{name}'"):
+        HAMTConfig(**{name: value})
+    if name != "use_gating":
+        with pytest.raises(StrictDataclassError, match=f"Field '{name}'"):
+            HAMTConfig(**{name: True})
 
 
 def test_a_configuration_spoilt_later_is_not_saved(tmp_path):

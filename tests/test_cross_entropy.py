@@ -5,6 +5,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from model_inputs import random_ids, tiny_model
+from torch import nn
+from torch.nn.utils import prune  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
 from hamt.cross_entropy import IGNORE_INDEX, TOKENS, next_token_loss
@@ -106,3 +109,83 @@ def test_float64_is_summed_in_float64():
     leaves = hidden[:, :4].clone().requires_grad_(), weight[:20, :].clone().requires_grad_()
     few = targets[:, -4:] % 20
     assert torch.autograd.gradcheck(lambda h, w: next_token_loss(h, w, few), leaves)
+
+
+def lora(model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)
+    return peft.inject_adapter_in_model(config, model)
+
+
+def biased(model):
+    model.lm_head.bias = nn.Parameter(torch.randn(97))
+
+
+def doubled(model):
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def shifted(model):
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+
+
+def halved_gradients(model):
+    model.lm_head.register_full_backward_hook(lambda module, grad, _: (grad[0] / 2,))
+
+
+def normed(model):
+    nn.utils.parametrizations.weight_norm(model.lm_head)
+
+
+def pruned(model):
+    nn.utils.prune.l1_unstructured(model.lm_head, "weight", 0.5)
+
+
+def own_forward(model):
+    model.lm_head.forward = lambda inputs: F.linear(inputs, model.lm_head.weight).tanh()
+
+
+class Capped(nn.Linear):
+    def forward(self, input):
+        return super().forward(input).clamp(-1, 1)
+
+
+def of_a_subclass(model):
+    model.lm_head.__class__ = Capped
+
+
+def a_module(model):
+    model.lm_head = nn.Sequential(nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 97))
+
+
+@pytest.mark.parametrize("change", [
+    None, lora, biased, doubled, shifted, halved_gradients, normed, pruned, own_forward,
+    of_a_subclass, a_module,
+], ids=lambda change: getattr(change, "__name__", "plain"))  # fmt: skip
+@pytest.mark.parametrize("aux_loss", [False, True])
+def test_a_head_that_does_more_has_the_same_loss_without_logits(change, aux_loss):
+    model = tiny_model(tie_word_embeddings=False, use_auxiliary_loss=aux_loss)
+    torch.manual_seed(1)
+    if change is not None:
+        change(model)
+    model.train()
+    ids, found = random_ids(2, 13), []
+    for return_logits in (True, False):
+        torch.manual_seed(2)
+        outputs = model(ids, labels=ids, num_items_in_batch=20, return_logits=return_logits)
+        assert (outputs.logits is not None) == return_logits
+        outputs.loss.backward()
+        found.append((outputs.loss.item(), gradients_of(model)))
+    (loss, expected), (other, gradients) = found
+    assert other == pytest.approx(loss, rel=1e-5)
+    assert gradients.keys() == expected.keys()
+    assert any(name.startswith("lm_head") for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def gradients_of(model):
+    """Those that there are, taken off the model."""
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found

@@ -1,11 +1,15 @@
 """The tools around Transformers: Trainer, collators, adapters, and each private hook HAMT uses."""
 
-import json
+import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers
 from model_inputs import random_ids, tiny_config, tiny_model
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
     Trainer,
@@ -14,10 +18,9 @@ from transformers import (
 )
 from transformers.generation import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hamt import HAMTCache, HAMTForSequenceClassification, HAMTModel
-from hamt.checkpoint import load_checkpoint, save_checkpoint, save_pt
-from hamt.errors import UserError
+from hamt import HAMTBackbone, HAMTCache, HAMTForSequenceClassification, HAMTModel
 from hamt.model import HAMTBlock
 
 
@@ -71,14 +74,55 @@ def test_trainer_packs_documents_without_padding(tmp_path):
     assert not torch.allclose(found[0]["lm_head.weight"], tiny_model().lm_head.weight, atol=1e-3)
 
 
+def test_trainer_smooths_labels_of_the_tokens_that_follow(tmp_path):
+    """It knows by the name of the class whose labels are shifted."""
+    model, data = tiny_model(), rows(16, 16)
+    trainer = trainer_for(model, tmp_path, data, label_smoothing_factor=0.1)
+    ids = torch.tensor([row["input_ids"] for row in data])
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    wanted = F.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_the_classes_are_found_by_their_names(tmp_path):
+    """As TRL, ``transformers serve`` and pipelines look them up."""
+    for kind in (HAMTBackbone, HAMTModel, HAMTForSequenceClassification):
+        kind(tiny_config()).save_pretrained(tmp_path)
+        config = AutoConfig.from_pretrained(tmp_path)
+        assert getattr(transformers, config.architectures[0]) is kind
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hamt"] == "HAMTForCausalLM"
+    # The tables of classes go on without it.
+    assert all(isinstance(kind, type) for kind in AutoModelForCausalLM._model_mapping)
+    assert AutoModelForCausalLM.from_config(tiny_config()).config.model_type == "hamt"
+
+
+def test_quantisers_find_every_linear_map():
+    """They replace what is of the type nn.Linear, and no subclass of it."""
+    model, ids = tiny_model(hidden_dim=64, mixers=["memory", "full_attention"]), random_ids(2, 9)
+    before = model(ids, labels=ids)
+    maps = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is deprecated
+        small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+        after = small(ids, labels=ids)
+        without_logits = small(ids, labels=ids, return_logits=False)
+        small.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    replaced = {name for name, module in small.named_modules() if "quantized" in str(type(module))}
+    assert maps <= replaced
+    assert after.loss.item() == pytest.approx(before.loss.item(), rel=0.1)
+    assert without_logits.loss.item() == pytest.approx(after.loss.item(), rel=1e-5)
+
+
 # peft 0.21 still asks for the old name of a property of Transformers.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_lora_adapters_train(tmp_path):
     import peft
 
-    targets = ["item_proj", "output_proj"]
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=2)
-    model = peft.get_peft_model(tiny_model(), config)
+    options = {"hidden_dim": 64, "mixers": ["memory", "full_attention"]}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2)  # PEFT is told which maps a HAMT has
+    model = peft.get_peft_model(tiny_model(**options), config)
+    adapted = {name for name, _ in model.named_parameters() if "lora_A" in name}
+    assert len(adapted) == 4 + 3
     ids = random_ids(2, 9)
     model(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -175,42 +219,3 @@ def assert_initialised(block: HAMTBlock, num_layers: int) -> None:
     for linear in (*inner, *last):
         variance = 1 / linear.in_features / (1 if linear in inner else 2 * num_layers)
         assert linear.weight.std().item() == pytest.approx(variance**0.5, rel=0.1)
-
-
-@pytest.mark.parametrize("save", [save_checkpoint, save_pt])
-def test_a_checkpoint_holds_all_that_is_needed(tmp_path, tokenizer, save):
-    model = tiny_model(vocab_size=len(tokenizer), write_rule="convex", binding_type="circular_conv")
-    path = tmp_path / "checkpoint"
-    save(path, model, tokenizer)
-    loaded, loaded_tokenizer = load_checkpoint(path)
-    assert not loaded.training
-    sizes = ("vocab_size", "hidden_dim", "num_slots", "max_half_life")
-    for name in (*sizes, "write_rule", "binding_type"):
-        assert getattr(loaded.config, name) == getattr(model.config, name)
-    text = "The state of Ünion — strange. "
-    ids = tokenizer(text, return_tensors="pt").input_ids
-    assert loaded_tokenizer(text).input_ids == ids[0].tolist()
-    assert loaded_tokenizer.decode(ids[0]) == text
-    for token in ("bos_token_id", "eos_token_id", "pad_token_id", "padding_side"):
-        assert getattr(loaded_tokenizer, token) == getattr(tokenizer, token)
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
-
-
-def test_a_path_without_a_checkpoint_is_the_users_mistake(tmp_path, tokenizer):
-    for name, config in (("gpt2", json.dumps({"model_type": "gpt2"})), ("broken", "{")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(config)
-    tiny_config().save_pretrained(tmp_path / "half")
-    (tmp_path / "text.pt").write_text("nothing")
-    torch.save({"weights": 1}, tmp_path / "other.pt")
-    for name, advice in (
-        ("nowhere", "no checkpoint at .*nowhere: give a folder with a config.json, or a .pt file"),
-        ("gpt2", "holds a 'gpt2' model, not a HAMT model"),
-        ("broken", "not a model configuration"),
-        ("half", "not a whole checkpoint"),
-        ("text.pt", "not a HAMT checkpoint"),
-        ("other.pt", "not a HAMT checkpoint"),
-    ):
-        with pytest.raises(UserError, match=advice) as raised:
-            load_checkpoint(tmp_path / name)
-        assert "\n" not in str(raised.value)

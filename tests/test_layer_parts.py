@@ -5,11 +5,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from model_inputs import BINDINGS, assert_close, random_inputs, tiny_layer, tiny_model
+from model_inputs import (
+    BINDINGS,
+    assert_close,
+    random_inputs,
+    tiny_config,
+    tiny_layer,
+    tiny_model,
+)
 
+from hamt.attention import FullAttention
+from hamt.block import HAMTMLP, HAMTBlock
 from hamt.convolution import ShortConvolution
-from hamt.layers import GatingNetwork, RetrievalHead
-from hamt.memory import WRITE_RULES
+from hamt.layers import GatingNetwork, HAMTLayer, RetrievalHead, RMSNorm, Rotation
+from hamt.memory import WRITE_RULES, get_algebra
 
 WIDTH = 32
 write_rules = pytest.mark.parametrize("write_rule", WRITE_RULES)
@@ -26,6 +35,41 @@ def test_the_convolution_is_causal_and_depthwise():
     assert torch.equal(tail, inputs[:, -3:])
     short = convolution(inputs[:, :2])[1]
     assert torch.equal(short, F.pad(inputs[:, :2], (0, 0, 1, 0)))
+
+
+PARTS = {
+    "layer": lambda config: HAMTLayer(config),
+    "attention": lambda config: FullAttention(config),
+    "block": lambda config: HAMTBlock(config),
+    "block of attention": lambda config: HAMTBlock(config, "full_attention"),
+    "MLP": lambda config: HAMTMLP(config),
+    "convolution": lambda config: ShortConvolution(32, 4),
+    "gates": lambda config: GatingNetwork(config),
+    "retrieval head": lambda config: RetrievalHead(config, get_algebra("phasor"), 16),
+    "rotation": lambda config: Rotation(config, get_algebra("phasor"), 16),
+    "norm": lambda config: RMSNorm(32),
+}
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"use_gating": False}, {"write_rule": "convex"}, {"write_rule": "delta"},
+    {"rotation": "data_dependent"}, {"binding_type": "elementwise", "rotation": "data_dependent"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_by_itself_is_initialised_by_its_constructor(part, options, monkeypatch):
+    """Whatever was in the memory that it gets; and the random numbers of a model stay its own."""
+
+    def spoilt(*sizes, **told):
+        return torch.full(sizes[0] if isinstance(sizes[0], tuple) else sizes, torch.nan, **told)
+
+    monkeypatch.setattr(torch, "empty", spoilt)
+    module = PARTS[part](tiny_config(**{"attention_head_dim": 16, **options}))
+    for name, weight in module.state_dict().items():
+        assert weight.isfinite().all(), name
+    outputs = module(torch.randn(2, 8, 32))
+    for tensor in outputs if isinstance(outputs, tuple) else [outputs]:
+        if isinstance(tensor, torch.Tensor):
+            assert tensor.isfinite().all()
 
 
 def gating(**options) -> GatingNetwork:

@@ -3,7 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -22,11 +22,24 @@ _HOME = {
 }
 __all__ = sorted(_HOME)
 
+if TYPE_CHECKING:  # what type checkers and editors see
+    from hamt.cache import HAMTCache as HAMTCache
+    from hamt.config import HAMTConfig as HAMTConfig
+    from hamt.layers import HAMTLayer as HAMTLayer
+    from hamt.memory.algebra import get_algebra as get_algebra
+    from hamt.memory.algebra import similarity as similarity
+    from hamt.memory.holographic import HolographicMemory as HolographicMemory
+    from hamt.memory.holographic import MemoryState as MemoryState
+    from hamt.model import HAMTBackbone as HAMTBackbone
+    from hamt.model import HAMTForCausalLM as HAMTForCausalLM
+    from hamt.model import HAMTForSequenceClassification as HAMTForSequenceClassification
+    from hamt.model import HAMTModel as HAMTModel
+else:
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'hamt' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            return getattr(importlib.import_module(_HOME[name]), name)
+        raise AttributeError(f"module 'hamt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

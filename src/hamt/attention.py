@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hamt.batch import Batch
-from hamt.config import HAMTConfig, check_head_dim
+from hamt.config import HAMTConfig, usual_head_dim
 from hamt.convolution import ConvolvedMixer
 from hamt.layers import residual_linear
 from hamt.mixers import State
@@ -161,20 +161,9 @@ class FullAttention(ConvolvedMixer):
         }
 
 
-def usual_head_dim(hidden_dim: int) -> int:
-    """F: 64 as is usual, 32 in small models so that they have several heads."""
-    return 64 if hidden_dim >= 256 else 32
-
-
 def head_dim_of(config: HAMTConfig) -> int:
-    """F as the configuration has it.
-
-    Raises:
-        ValueError: if it does not divide the width.
-    """
-    size = config.attention_head_dim or usual_head_dim(config.hidden_dim)
-    check_head_dim(size, config.hidden_dim)
-    return size
+    """F as the configuration has it."""
+    return config.attention_head_dim or usual_head_dim(config.hidden_dim)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from hamt.files import write_file
 from hamt.mixers import State
 
 _FORMAT = "hamt-state-4"
+_MAX_LAYERS = 10_000  # as of a model
 
 
 class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
@@ -180,19 +181,24 @@ class HAMTCache(Cache):
         """The state that ``to_tensors`` took apart.
 
         Raises:
-            ValueError: if a part is missing.
+            ValueError: if a part is missing, or the counts are not those of these tensors.
         """
-        num_layers, seen_tokens = tensors["counts"].tolist() if "counts" in tensors else (1, 0)
-        cache, states = cls(num_layers), []
-        for index in range(num_layers):
-            prefix = f"layers.{index}."
-            states.append(
-                {
-                    name.removeprefix(prefix): x.to(device)
-                    for name, x in tensors.items()
-                    if name.startswith(prefix)
-                }
-            )
+        counts = tensors.get("counts")
+        kept: dict[int, State] = {}
+        for name, x in tensors.items():
+            if name.startswith("layers."):
+                _, index, part = name.split(".", 2)
+                kept.setdefault(int(index), {})[part] = x.to(device)
+        if counts is None or counts.dtype != torch.int64 or counts.shape != (2,):
+            raise ValueError("not a whole HAMT state: save it again")
+        num_layers, seen_tokens = counts.tolist()
+        rows = {len(x) if x.ndim else 0 for name, x in tensors.items() if name != "counts"}
+        in_place = all(0 <= index < num_layers for index in kept)  # some mixers keep no state
+        sound = in_place and 0 < num_layers <= _MAX_LAYERS and seen_tokens > 0 and len(rows) == 1
+        if not sound:
+            raise ValueError("not a whole HAMT state: save it again")
+        cache = cls(num_layers)
+        states = [kept.get(index, {}) for index in range(num_layers)]
         past = Past.of({name: x.to(device) for name, x in tensors.items()})
         cache.advance(states, past, seen_tokens)
         return cache

@@ -7,16 +7,22 @@ plain data, readable with ``torch.load(weights_only=True)``.
 import json
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hamt.config import HAMTConfig
 from hamt.errors import UserError, reason
 from hamt.files import write_file, write_folder
+from hamt.loading import (
+    pretrained_model,
+    pretrained_tokenizer,
+    refuse_non_finite,
+    refuse_other_shapes,
+    shapes_in,
+)
 from hamt.model import HAMTForCausalLM
 from hamt.output import verify
 
@@ -75,62 +81,76 @@ def load_checkpoint(
     """Load a folder or a ``.pt`` file; the model is in evaluation mode.
 
     Raises:
-        UserError: if there is no HAMT checkpoint at ``path``.
+        UserError: if there is no HAMT checkpoint at ``path``, or it is not whole: weights are
+            missing, too many, of other shapes, or no numbers.
     """
     path = Path(path)
     logger.debug("loading %s", path)
     verify(path)
-    model, tokenizer = _load_pt(path) if path.is_file() else _load_folder(path)
-    check_finite(model.state_dict(), path)
-    return model.eval(), tokenizer
-
-
-def check_finite(weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Refuse weights that are not numbers.
-
-    Raises:
-        UserError: with the name of the first such tensor.
-    """
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise UserError(
-                f"{path} holds weights that are not finite ({name}): give another checkpoint"
-            )
-
-
-def _load_folder(path: Path) -> tuple[HAMTForCausalLM, PreTrainedTokenizerBase]:
-    config = path / "config.json"
-    if not config.is_file():
+    if path.is_file():
+        return _load_pt(path)
+    if not (path / "config.json").is_file():
         raise UserError(f"no checkpoint at {path}: give a folder with a config.json, or a .pt file")
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise UserError(
-            f"{config} is not a model configuration ({error}); give another checkpoint"
-        ) from error
+    kind = model_type(path)
     if kind != HAMTConfig.model_type:
         raise UserError(f"{path} holds a {kind!r} model, not a HAMT model; give a HAMT checkpoint")
     try:
-        model = HAMTForCausalLM.from_pretrained(path, local_files_only=True)
-        return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
+        config = HAMTConfig.from_pretrained(path, local_files_only=True)
+        refuse_other_shapes(HAMTForCausalLM, config, shapes_in(path))
+        model = pretrained_model(HAMTForCausalLM, str(path), local_files_only=True)
+        tokenizer = pretrained_tokenizer(str(path), local_files_only=True)
+        _check_vocabulary(tokenizer, config)
     except Exception as error:  # whatever the libraries trip over
+        raise _not_whole(path, error) from error
+    return model.eval(), tokenizer
+
+
+def model_type(folder: Path) -> str | None:
+    """The kind of model that the ``config.json`` of a folder is of.
+
+    Raises:
+        UserError: if the file is no configuration.
+    """
+    config = folder / "config.json"
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, RecursionError, AttributeError) as error:
         raise UserError(
-            f"{path} is not a whole checkpoint ({reason(error)}); give another"
+            f"{config} is not a model configuration ({reason(error)}); give another checkpoint"
         ) from error
 
 
 def _load_pt(path: Path) -> tuple[HAMTForCausalLM, PreTrainedTokenizerFast]:
     try:
+        # Numbers, texts and tensors are all that it may hold: no code runs.
         content = torch.load(path, weights_only=True, map_location="cpu")
-        model = HAMTForCausalLM(HAMTConfig(**content["config"]))
-        model.load_state_dict(content["state_dict"])
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(content["tokenizer"]),
-            **content["tokenizer_settings"],
-        )
-    # Whatever torch.load trips over, the file is not one of ours.
-    except Exception as error:
+        weights = content["state_dict"]
+        config, text = HAMTConfig(**content["config"]), content["tokenizer"]
+        settings = {name: content["tokenizer_settings"][name] for name in _TOKENIZER_SETTINGS}
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    except Exception as error:  # whatever torch.load trips over, the file is not one of ours
         raise UserError(
             f"{path} is not a HAMT checkpoint; give a .pt file or a folder that hamt wrote"
         ) from error
-    return model, tokenizer
+    try:
+        refuse_other_shapes(HAMTForCausalLM, config, shapes)
+        refuse_non_finite(weights)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), **settings)
+        _check_vocabulary(tokenizer, config)
+        model = HAMTForCausalLM(config)
+        model.load_state_dict(weights)
+    except Exception as error:
+        raise _not_whole(path, error) from error
+    return model.eval(), tokenizer
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: HAMTConfig) -> None:
+    """Refuse a tokenizer with tokens that the model has no embedding for."""
+    if (largest := max(tokenizer.get_vocab().values(), default=-1)) >= config.vocab_size:
+        raise ValueError(
+            f"its tokenizer has a token {largest}, the model is one of {config.vocab_size} tokens"
+        )
+
+
+def _not_whole(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a whole checkpoint ({reason(error)}); give another")

@@ -17,6 +17,23 @@ CHOICES = {
     "retrieval_head": RETRIEVAL_HEADS,
 }
 
+_SIZE = 2**31 - 1
+# What a model survives: beyond, it overflows within a few steps, or a size is a mistake.
+_RANGES = {
+    **dict.fromkeys(("vocab_size", "hidden_dim", "num_slots", "num_heads"), (1, _SIZE)),
+    "num_layers": (1, 10_000),
+    "chunk_size": (1, _SIZE),
+    "intermediate_dim": (0, _SIZE),
+    "conv_kernel_size": (0, _SIZE),
+    "max_position_embeddings": (1, _SIZE),
+    "rotation_base": (1, 1e30),
+    "min_half_life": (0.01, 1e12),
+    "max_half_life": (0.01, 1e12),
+    "aux_loss_weight": (0, 1e6),
+    "rms_norm_eps": (1e-12, 1),
+    "initializer_range": (1e-6, 1e3),
+}
+
 
 @strict
 class HAMTConfig(PreTrainedConfig):
@@ -150,23 +167,17 @@ class HAMTConfig(PreTrainedConfig):
         self._check_parts()
 
     def _check_sizes(self) -> None:
-        sizes = ("vocab_size", "hidden_dim", "num_layers", "num_slots", "num_heads", "chunk_size")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in (
-            "intermediate_dim",
-            "conv_kernel_size",
-            "aux_loss_weight",
-            "rms_norm_eps",
-            "initializer_range",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
-        if not 0 < self.rotation_base < math.inf:
+        if not 0 < self.min_half_life <= self.max_half_life < math.inf:
             raise ValueError(
-                f"rotation_base must be positive, 10000 is usual; got {self.rotation_base}"
+                f"half-lives must satisfy 0 < min_half_life <= max_half_life < inf; got "
+                f"{self.min_half_life} and {self.max_half_life}"
             )
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if not least <= value <= most:  # as NaN is not
+                low = "must not be negative" if least == 0 else f"must be at least {least:g}"
+                told = f"must be at most {most:g}" if value > most else low
+                raise ValueError(f"{name} {told}; got {value}")
         assert self.hcm_dim is not None  # filled in above
         step = 2 * self.num_heads
         if self.hcm_dim < step or self.hcm_dim % step:
@@ -176,15 +187,16 @@ class HAMTConfig(PreTrainedConfig):
                 f"hcm_dim must be a multiple of 2 * num_heads = {step}; "
                 f"got {self.hcm_dim}, try {near}"
             )
-        if not 0 <= self.decay_rate < 1:
-            raise ValueError(f"decay_rate must lie in [0, 1); got {self.decay_rate}")
-        if not 0 < self.min_half_life <= self.max_half_life < math.inf:
-            raise ValueError(
-                f"half-lives must satisfy 0 < min_half_life <= max_half_life < inf; got "
-                f"{self.min_half_life} and {self.max_half_life}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
+        for name in ("decay_rate", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(
+                        f"{name} must be a token, from 0 to {self.vocab_size - 1}; got {token}"
+                    )
 
     def _check_parts(self) -> None:
         get_algebra(self.binding_type)  # refuses what there is not
@@ -198,11 +210,13 @@ class HAMTConfig(PreTrainedConfig):
                 f"mixers must name one mixer for each of the {self.num_layers} layers, "
                 f"or one for all; got {len(self.mixers)}"
             )
-        if self.attention_head_dim is not None:
-            check_head_dim(self.attention_head_dim, self.hidden_dim)
-        for mixer in self.layer_mixers:
+        for mixer in {*self.layer_mixers}:
             if mixer not in MIXERS:
                 raise ValueError(f"mixers must be among {', '.join(MIXERS)}; got {mixer!r}")
+        if self.attention_head_dim is not None or "full_attention" in self.layer_types:
+            size = self.attention_head_dim
+            size = usual_head_dim(self.hidden_dim) if size is None else size
+            check_head_dim(size, self.hidden_dim)
         if self.rotation == "constant" and not get_algebra(self.binding_type).has_phase:
             raise ValueError(
                 "rotation='constant' needs a binding with phases: use rotation='none' or "
@@ -219,6 +233,11 @@ class HAMTConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
+
+
+def usual_head_dim(hidden_dim: int) -> int:
+    """Features of a head of attention: 64 as is usual, 32 in small models, to have several."""
+    return 64 if hidden_dim >= 256 else 32
 
 
 def check_head_dim(size: int, hidden_dim: int) -> None:

@@ -21,7 +21,9 @@ class ShortConvolution(nn.Module):
     def __init__(self, hidden_dim: int, kernel_size: int) -> None:
         super().__init__()
         self.kernel_size = kernel_size
-        self.weight = nn.Parameter(torch.empty(kernel_size, hidden_dim))
+        # The token itself; in a model a little of its past is added.
+        self.weight = nn.Parameter(torch.zeros(kernel_size, hidden_dim))
+        nn.init.ones_(self.weight[-1])
 
     def forward(
         self,

@@ -4,14 +4,31 @@ Shape legend: B batch, N tokens, d hidden size, V vocabulary, T = B · N.
 """
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hamt.products import linear
+from hamt.products import linear, plain_weights
 
 IGNORE_INDEX = -100  # the target where no loss is wanted, as everywhere in PyTorch and Transformers
 # Tokens whose logits exist at a time, and whose logits are worked on at a time.
 TOKENS, ROWS = 512, 16
+
+
+def head_loss(
+    head: nn.Module, hidden_states: Tensor, targets: Tensor, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Cross-entropy of what a head makes of hidden states; the rest is as in ``next_token_loss``.
+
+    Only a head that does nothing but multiply can do without all its logits: one with a bias, an
+    adapter or a hook is called.
+    """
+    if weights := plain_weights(head):
+        return next_token_loss(hidden_states, weights[0], targets, num_items)
+    logits = head(hidden_states).flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (targets.ne(IGNORE_INDEX).sum() if num_items is None else num_items)
 
 
 def next_token_loss(

@@ -56,10 +56,11 @@ class GatingNetwork(nn.Module):
         self.config = config
         self.rule = WRITE_RULES[config.write_rule](config.decay_rate)
         size = sum(self.rule.logit_sizes(config.num_heads, config.num_slots))
+        # In a model the weights are drawn anew, here and below (``HAMTPreTrainedModel``).
         self.weight = (
-            nn.Parameter(torch.empty(size, config.hidden_dim)) if config.use_gating else None
+            nn.Parameter(torch.zeros(size, config.hidden_dim)) if config.use_gating else None
         )
-        self.bias = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(self.initial_bias())
 
     def forward(self, conditioned: Tensor, product: Tensor | None = None) -> Gates:
         """Gates in float32 at least, from c (B, N, d); its ``product`` may be there already."""
@@ -98,7 +99,7 @@ class RetrievalHead(nn.Module):
         self.read_proj = nn.Linear(
             config.hidden_dim, config.num_heads * config.num_slots, bias=False
         )
-        self.read_bias = nn.Parameter(torch.empty(config.num_heads * config.num_slots))
+        self.read_bias = nn.Parameter(torch.ones(config.num_heads * config.num_slots))
 
     def forward(
         self, conditioned: Tensor, products: tuple[Tensor, Tensor] | None = None
@@ -126,7 +127,7 @@ class Rotation(nn.Module):
         self.config, self.algebra, self.key_size = config, algebra, key_size
         size = config.num_heads * key_size
         data_dependent = config.rotation == "data_dependent"
-        self.weight = nn.Parameter(torch.empty(size, config.hidden_dim)) if data_dependent else None
+        self.weight = nn.Parameter(torch.zeros(size, config.hidden_dim)) if data_dependent else None
 
     def forward(self, conditioned: Tensor) -> Tensor:
         """Return keys of the algebra, in float32 at least."""

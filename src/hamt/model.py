@@ -3,12 +3,14 @@
 Shape legend: B batch, N tokens, d hidden_dim, V vocab_size.
 """
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -16,23 +18,25 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
 )
-from transformers import initialization as init
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hamt.base_model import HAMTPreTrainedModel
 from hamt.batch import Batch, names_of_documents, padding_mask
 from hamt.block import HAMTBlock
 from hamt.cache import HAMTCache
 from hamt.config import HAMTConfig
 from hamt.continuation import HAMTGenerationMixin
-from hamt.convolution import ShortConvolution
-from hamt.cross_entropy import IGNORE_INDEX, next_token_loss
+from hamt.cross_entropy import IGNORE_INDEX, head_loss
 from hamt.fingerprint import embedded
-from hamt.layers import GatingNetwork, RetrievalHead, RMSNorm, Rotation
-from hamt.products import fuse, project, unfuse
+from hamt.layers import RMSNorm
+from hamt.products import project
 
 
 class _WithMemories:
@@ -63,75 +67,6 @@ class HAMTCausalLMOutput(_WithMemories, CausalLMOutputWithPast):
     """``aux_loss`` as in ``HAMTBackboneOutput``, unweighted."""
 
     aux_loss: Tensor | None = None
-
-
-class HAMTPreTrainedModel(PreTrainedModel):
-    """Initialisation, loading and saving shared by all HAMT models."""
-
-    config_class = HAMTConfig
-    config: HAMTConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _is_stateful = True
-    _no_split_modules = ["HAMTBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _can_record_outputs = {"hidden_states": HAMTBlock}  # noqa: RUF012
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        # Only modules with parameters of their own come here: Transformers skips others in code not
-        # its own.
-        if isinstance(module, nn.Linear):
-            # Variance-preserving at any width, where the usual 0.02 would make small models deaf;
-            # into the residual stream so that its scale stays constant (Radford et al. 2019).
-            depth = 2 * self.config.num_layers if getattr(module, "into_residual", False) else 1
-            init.normal_(module.weight, std=(depth * module.in_features) ** -0.5)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, RetrievalHead):
-            # Reading all slots from the start; without it training starts far more slowly.
-            init.ones_(module.read_bias)
-        elif isinstance(module, GatingNetwork):
-            init.copy_(module.bias, module.initial_bias())
-            if module.weight is not None:
-                init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
-        elif isinstance(module, Rotation):
-            if module.weight is not None:
-                init.zeros_(module.weight)
-        elif isinstance(module, ShortConvolution):
-            # The token itself, with a little of its past.
-            init.normal_(module.weight, std=0.1)
-            init.ones_(module.weight[-1])
-        else:
-            super()._init_weights(module)
-
-    def fuse_projections(self) -> int:
-        """Decode faster on a CPU, at the price of a second copy of the weights; returns its bytes.
-
-        Maps with the same input become one product (``hamt.products.fuse``). Until
-        ``unfuse_projections`` the model computes with the weights as they are now: call it again if
-        you change them. Training and a change of dtype or device undo it.
-        """
-        return fuse(self)
-
-    def unfuse_projections(self) -> None:
-        """Undo ``fuse_projections``."""
-        unfuse(self)
-
-    def train(self, mode: bool = True):
-        """As ``nn.Module.train``; weights that are about to change are not fused any more."""
-        if mode:
-            unfuse(self)
-        return super().train(mode)
-
-    def load_state_dict(self, *arguments, **options):
-        """As ``nn.Module.load_state_dict``; what was fused of the old weights is dropped."""
-        unfuse(self)
-        return super().load_state_dict(*arguments, **options)
-
-    def _apply(self, *arguments, **options):
-        unfuse(self)
-        return super()._apply(*arguments, **options)
 
 
 class HAMTBackbone(HAMTPreTrainedModel):
@@ -299,8 +234,7 @@ class HAMTForCausalLM(HAMTPreTrainedModel, HAMTGenerationMixin):
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         if targets is not None:
             if logits is None:
-                weight = self.lm_head.weight
-                loss = next_token_loss(hidden_states, weight, targets, num_items_in_batch)
+                loss = head_loss(self.lm_head, hidden_states, targets, num_items_in_batch)
             else:
                 loss = self.loss_function(
                     logits,
@@ -335,3 +269,11 @@ AutoConfig.register("hamt", HAMTConfig)
 AutoModel.register(HAMTConfig, HAMTBackbone)
 AutoModelForCausalLM.register(HAMTConfig, HAMTForCausalLM)
 AutoModelForSequenceClassification.register(HAMTConfig, HAMTForSequenceClassification)
+# Where Trainer looks up by a class's name how its labels are shifted, and pipelines whether they
+# know it; TRL and ``transformers serve`` look the class itself up in ``transformers``.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hamt"] = "HAMTForCausalLM"
+MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["hamt"] = "HAMTForSequenceClassification"
+for _class in (HAMTBackbone, HAMTForCausalLM, HAMTForSequenceClassification):
+    # Transformers makes its module anew while it is imported: some hold the first, some the last.
+    for _home in (transformers, sys.modules["transformers"]):
+        setattr(_home, _class.__name__, _class)

@@ -80,6 +80,11 @@ def test_a_recording_is_the_memory_and_changes_nothing():
     assert [block.mixer.memory for block in model.model.layers] == memories
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     seen = []
+    recording = record(model, text())
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match="does more than multiply"):
+        logit_directions(model, recording, 0, [3], text()[:, [4]])
+    hook.remove()
     with observe(model, lambda index, trace: seen.append((index, trace)), layers=[1]):
         assert torch.equal(model(text()).logits, before)
     assert [index for index, _ in seen] == [1]

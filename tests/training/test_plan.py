@@ -20,7 +20,7 @@ from hamt.cli import main
     ({"mixed_precision": "fp16"}, "fp16 needs a GPU: bf16 also works on a CPU"),
     ({"save_interval": 0}, "--save_interval must be at least 1"),
     ({"keep_checkpoints": 0}, "--keep_checkpoints must be at least 1"),
-    ({"learning_rate": -1}, "--learning_rate must be positive"),
+    ({"learning_rate": -1}, "--learning_rate must lie in (0, 10]"),
     ({"max_norm": 0}, "--max_norm must be positive"),
     ({"num_epochs": "inf"}, "--num_epochs must be positive; got inf"),
     ({"seed": -1}, "--seed must lie in [0, 4294967295]; got -1"),

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hamt.analysis.record import Recording, Trace
 from hamt.model import HAMTForCausalLM
+from hamt.products import plain_weights
 
 
 class Contributions(NamedTuple):
@@ -111,13 +112,22 @@ def logit_directions(
     Mathematical Framework for Transformer Circuits). What later layers make of it is not counted.
 
     Of the model that was recorded; ``queries`` are Q positions that predict ``targets`` (B, Q).
+
+    Raises:
+        ValueError: if the head or the map out of the mixer does more than multiply.
     """
     trace, mixer = recording.traces[layer], model.model.layers[layer].mixer
     at = _positions(queries, trace.items.shape[1])
     wide, heads = trace.items.dtype, trace.items.shape[2]
     scale = _scale(model.model.norm, recording.final[:, at])
-    direction = model.lm_head.weight[targets].to(wide) * scale
-    direction = direction @ mixer.output_proj.weight.to(wide)
+    matrices = plain_weights(model.lm_head, mixer.output_proj)
+    if not matrices:
+        raise ValueError(
+            "the head or output_proj does more than multiply (an adapter, a hook or a bias): "
+            "merge it into the weights first"
+        )
+    direction = matrices[0][targets].to(wide) * scale
+    direction = direction @ matrices[1].to(wide)
     if trace.gate is not None:
         direction = direction * trace.gate[:, at].to(wide)
     return direction.unflatten(-1, (heads, -1)) * _scale(mixer.norm, trace.output[:, at])

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hamt.analysis.record import memory_layers, rerouted
-from hamt.cross_entropy import next_token_loss
+from hamt.cross_entropy import head_loss
 from hamt.memory.holographic import HolographicMemory, MemoryState
 from hamt.model import HAMTForCausalLM
 
@@ -73,6 +73,6 @@ def _reading(memory: HolographicMemory, kept: Tensor) -> Callable[..., tuple[Ten
 def _losses(model: HAMTForCausalLM, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
     """Mean losses (B,) of a text (N,), from what leaves the last block, (B, N, d)."""
     hidden_states = model.model.norm(hidden_states)[:, :-1]
-    weight, targets = model.lm_head.weight, input_ids[None, 1:]
+    head, targets = model.lm_head, input_ids[None, 1:]
     # Row by row: all logits at once would take gigabytes with a large vocabulary.
-    return torch.stack([next_token_loss(row[None], weight, targets) for row in hidden_states])
+    return torch.stack([head_loss(head, row[None], targets) for row in hidden_states])

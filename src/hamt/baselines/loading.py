@@ -3,23 +3,18 @@
 A name is a checkpoint of HAMT, a folder of Transformers, a name on the hub, or a GGUF file.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hamt.baselines.products import use_onednn_linear
-from hamt.checkpoint import load_checkpoint
+from hamt.checkpoint import load_checkpoint, model_type
 from hamt.config import HAMTConfig
 from hamt.data.hub import no_network
-from hamt.errors import UserError
+from hamt.errors import UserError, reason
+from hamt.loading import pretrained_model, pretrained_tokenizer
 from hamt.model import HAMTForCausalLM
 
 # Model types that Transformers runs as reference code on a CPU: their speed there says nothing.
@@ -34,8 +29,10 @@ class Loaded(NamedTuple):
     name: str
 
 
-def load_any_model(name: str) -> Loaded:
+def load_any_model(name: str, trust_remote_code: bool = False) -> Loaded:
     """Load a model: a name on the hub, or the path of a folder or of a .pt or .gguf file.
+
+    Code that comes with a foreign model runs only with ``trust_remote_code``.
 
     Raises:
         UserError: if it cannot be had.
@@ -46,17 +43,18 @@ def load_any_model(name: str) -> Loaded:
         return Loaded(*load_checkpoint(path), label)
     # The local cache answers at once; only then is the network worth a wait.
     where, options = name, dict[str, Any](local_files_only=path.exists() or no_network())
+    options["trust_remote_code"] = trust_remote_code
     if path.suffix == ".gguf":
         where, options["gguf_file"] = str(path.parent), path.name
         if not path.exists():
             raise UserError(f"no file {name}: give the path of a .gguf file")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
+        tokenizer = pretrained_tokenizer(where, **options)
+        model = pretrained_model(AutoModelForCausalLM, where, dtype=torch.float32, **options)
     except Exception as error:  # of many kinds, by format
-        why = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"no model {name!r} ({why}): give a folder, a .pt or .gguf file, or a name on the hub"
+            f"no model {name!r} ({reason(error)}): "
+            "give a folder, a .pt or .gguf file, or a name on the hub"
         ) from error
     use_onednn_linear(model)
     return Loaded(model.eval(), tokenizer, label)
@@ -75,8 +73,4 @@ def longest_context(model: PreTrainedModel) -> int | None:
 
 
 def _is_hamt(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == HAMTConfig.model_type
+    return (folder / "config.json").is_file() and model_type(folder) == HAMTConfig.model_type

@@ -25,8 +25,8 @@ from transformers import (
 )
 from transformers import initialization as init
 
-from hamt.attention import usual_head_dim
 from hamt.baselines.products import use_onednn_linear
+from hamt.config import usual_head_dim
 
 M = TypeVar("M", bound=PreTrainedModel)
 

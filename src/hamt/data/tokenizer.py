@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hamt.data.cache import cached
 from hamt.data.corpus import Corpus
 from hamt.data.hub import no_network
-from hamt.errors import UserError
+from hamt.errors import UserError, reason
+from hamt.loading import pretrained_tokenizer
 
 # Characters that a tokenizer is learnt from: more would take hours and change little.
 MAX_CHARACTERS = 100_000_000
@@ -84,24 +85,28 @@ def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     return _fast(tokenizer)
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder, or by its name from the hub.
 
     A folder may also hold the ``vocab.bpe`` and ``encoder.json`` in which OpenAI published GPT-2's.
+    Code that comes with a tokenizer runs only with ``trust_remote_code``.
 
     Raises:
         UserError: if there is no such tokenizer, or it has no fast form.
     """
     folder = Path(name_or_path)
     if (folder / "vocab.bpe").is_file() and (folder / "encoder.json").is_file():
-        bpe = models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
-        return _fast(_byte_level(bpe))
+        return _fast(_byte_level(_published_bpe(folder)))
     try:
         # Without a network the hub's cache on this disk answers at once; tries to download do not.
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path, local_files_only=folder.exists() or no_network()
+        tokenizer = pretrained_tokenizer(
+            name_or_path, trust_remote_code, local_files_only=folder.exists() or no_network()
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds, by what is wrong with it
+        if folder.is_dir():
+            raise UserError(
+                f"{folder} holds no tokenizer that can be loaded ({reason(error)}): give another"
+            ) from error
         raise UserError(
             f"no tokenizer {name_or_path!r} in a local folder, and none could be downloaded: "
             "give a folder with a tokenizer, or leave the option out to train one on your text"
@@ -109,6 +114,15 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer {name_or_path!r} has no fast form: give another")
     return tokenizer
+
+
+def _published_bpe(folder: Path) -> models.BPE:
+    try:
+        return models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+    except Exception as error:  # the library raises nothing more special
+        raise UserError(
+            f"encoder.json and vocab.bpe in {folder} are no tokenizer ({reason(error)})"
+        ) from error
 
 
 def _first(texts: Iterable[str], size: int) -> Iterator[str]:

@@ -19,6 +19,7 @@ from torch import nn
 from hamt.cache import HAMTCache
 from hamt.errors import UserError, reason
 from hamt.files import existing
+from hamt.loading import pretrained_model
 from hamt.output import Output, damaged
 from hamt.training.held_out import Loss
 from hamt.training.loop import Trainer, TrainingResult
@@ -102,8 +103,8 @@ def load_state(plan: Plan, trainer: Trainer[Loss]) -> None:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         # A second model for a moment: Transformers knows in how many files it has written the
         # weights, and which of them are tied.
-        saved_model = type(trainer.model).from_pretrained(
-            path, dtype=trainer.model.dtype, local_files_only=True
+        saved_model = pretrained_model(
+            type(trainer.model), str(path), dtype=trainer.model.dtype, local_files_only=True
         )
         if not isinstance(state, dict) or not state.keys() >= SAVED:
             raise ValueError(f"{STATE} holds something else")

@@ -10,15 +10,13 @@ from rich.table import Table
 from hamt.model import HAMTForCausalLM
 from hamt.peak_memory import process_peak_memory
 from hamt.products import linear
+from hamt.training.memory import OPTIMIZER, WEIGHT, free_bytes, training_bytes
 from hamt.training.plan import Plan
 from hamt.utils import model_flops
 
 # Parts of a forward pass whose operations count.
 PRODUCTS = ("projections", "memory", "attention", "mlp", "head")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Bytes for a parameter in float32: its weight, its gradient, and the states of its optimiser.
-# AdamW has two, Muon, which trains the matrices, has one; two is the upper bound.
-WEIGHT, GRADIENT, OPTIMIZER = 4, 4, 8
 
 
 def training_flops(model: HAMTForCausalLM) -> float:
@@ -56,11 +54,18 @@ def peak_tokens_per_second(plan: Plan) -> float:
     return flops / training_flops(plan.model)
 
 
-def step_seconds(plan: Plan, repeats: int = 2) -> float:
-    """Seconds of one step on this machine, measured on random tokens; no weight is changed."""
+def step_seconds(plan: Plan, repeats: int = 2) -> float | None:
+    """Seconds of one step on this machine, measured on random tokens.
+
+    None where there is not enough memory for the model, which is made for this.
+    """
     options, accelerator = plan.options, plan.accelerator
     rows = options.batch_size // (options.micro_batches * accelerator.num_processes)
-    model = plan.model.to(accelerator.device)
+    if training_bytes(plan.model) > free_bytes(accelerator.device):
+        return None
+    model = HAMTForCausalLM(plan.model.config).to(accelerator.device)
+    if options.gradient_checkpointing:
+        model.activation_checkpointing_enable()
     shape = (rows, plan.batches.length)
     ids = torch.randint(model.config.vocab_size, shape, device=accelerator.device)
     times = []
@@ -78,18 +83,22 @@ def step_seconds(plan: Plan, repeats: int = 2) -> float:
 def print_estimate(plan: Plan, console: Console) -> None:
     """A table of parameters, tokens, steps, operations, memory, disk and time."""
     parameters, steps = plan.model.num_parameters(), plan.loop.num_steps
-    seconds, memory = step_seconds(plan), parameters * (WEIGHT + GRADIENT + OPTIMIZER)
+    seconds, memory = step_seconds(plan), training_bytes(plan.model)
+    if seconds is None:
+        free = free_bytes(plan.accelerator.device)
+        step, time = "", f"none: it has {free / 2**30:.1f} GiB free, which are too few"
+    else:
+        step = f", {(process_peak_memory() or 0) / 2**30:.2f} GiB at most in one step"
+        time = f"{_duration(seconds * steps)} ({seconds:.2f} s a step, without evaluations)"
     rows = {
         "parameters": f"{parameters:,}",
         "tokens to train on": f"{len(plan.corpus.train):,}",
         "steps": f"{steps:,} of {plan.tokens_per_step:,} tokens",
         "epochs": f"{steps / plan.batches.steps_per_epoch:.2f}",
         "operations": f"{training_flops(plan.model) * steps * plan.tokens_per_step:.2e}",
-        "memory": f"{memory / 2**30:.2f} GiB for parameters, "
-        f"{(process_peak_memory() or 0) / 2**30:.2f} GiB at most in one step",
+        "memory": f"{memory / 2**30:.2f} GiB for parameters{step}",
         "disk": f"{disk_bytes(plan) / 2**30:.2f} GiB",
-        "time on this machine": f"{_duration(seconds * steps)} "
-        f"({seconds:.2f} s a step, without evaluations)",
+        "time on this machine": time,
     }
     table = Table(show_header=False)
     for name, value in rows.items():

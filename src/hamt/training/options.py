@@ -91,7 +91,12 @@ class TrainOptions:
     tokenizer: str | None = option(
         None, "a tokenizer by name or folder (gpt2), or characters; none learns one from the text"
     )
-    vocab_size: int = option(8192, "tokens of a tokenizer that is learnt from the text")
+    trust_remote_code: bool = option(
+        False, "run the code that comes with a --tokenizer of somebody else; it can do anything"
+    )
+    vocab_size: int = option(
+        8192, "tokens of a tokenizer that is learnt from the text", at_least=1, at_most=2**31 - 1
+    )
     token_cache: str | None = option(
         None, "folder that keeps tokenised text; none is ~/.cache/hamt/tokens"
     )
@@ -130,7 +135,7 @@ class TrainOptions:
     optimizer: str = option(
         "muon", "muon trains the matrices, AdamW all else; adamw trains all", choices=OPTIMIZERS
     )
-    learning_rate: float = option(1e-2, "peak learning rate", above=0)
+    learning_rate: float = option(1e-2, "peak learning rate", above=0, at_most=10)
     schedule: str = option(
         "cosine", "of the learning rate; wsd is constant, with a linear end", choices=SCHEDULES
     )
@@ -138,7 +143,9 @@ class TrainOptions:
     final_learning_rate: float = option(
         0.1, "last learning rate, as a share of the peak", at_least=0, at_most=1
     )
-    weight_decay: float = option(0.1, "weight decay of all parameters but vectors", at_least=0)
+    weight_decay: float = option(
+        0.1, "weight decay of all parameters but vectors", at_least=0, at_most=10
+    )
     max_norm: float = option(1.0, "norm that gradients are clipped to", above=0)
     seed: int = option(0, "seed of weights and data order", at_least=0, at_most=MAX_SEED)
     spike: float = option(

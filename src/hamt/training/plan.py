@@ -25,6 +25,7 @@ from hamt.model import HAMTForCausalLM
 from hamt.options import check
 from hamt.training.accelerator import make_accelerator
 from hamt.training.loop import LoopOptions
+from hamt.training.memory import check_memory
 from hamt.training.options import SIZES, TrainOptions
 
 # The options that a resumed run must share with the run that it goes on with.
@@ -110,12 +111,12 @@ def make_plan(options: TrainOptions) -> Plan:
         seed=options.seed,
         rows=slice(first, first + rows),
     )
-    torch.manual_seed(options.seed)
-    if trained:
-        model = HAMTForCausalLM(_config(**trained[0].config.to_dict() | options.architecture()))
-        model.load_state_dict(trained[0].state_dict())
-    else:
-        model = _new_model(options, tokenizer)
+    with torch.device("meta"):  # no memory is taken before it is known that there is enough
+        model = _model(options, tokenizer, trained)
+    if not options.dry_run:
+        check_memory(model, accelerator.device)
+        torch.manual_seed(options.seed)
+        model = _model(options, tokenizer, trained)
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if processes > 1:  # all have made the same model, but each drops other features
@@ -127,8 +128,21 @@ def _tokenizer(options: TrainOptions, text: Corpus) -> PreTrainedTokenizerBase:
     if options.tokenizer == "characters":
         return character_tokenizer(text.train)
     if options.tokenizer not in (None, "none"):
-        return load_tokenizer(options.tokenizer)
+        return load_tokenizer(options.tokenizer, options.trust_remote_code)
     return own_tokenizer(text, options.vocab_size, options.token_cache)
+
+
+def _model(
+    options: TrainOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: tuple[HAMTForCausalLM, PreTrainedTokenizerBase] | None,
+) -> HAMTForCausalLM:
+    if trained is None:
+        return _new_model(options, tokenizer)
+    model = HAMTForCausalLM(_config(**trained[0].config.to_dict() | options.architecture()))
+    if model.device.type != "meta":
+        model.load_state_dict(trained[0].state_dict())
+    return model
 
 
 def _new_model(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> HAMTForCausalLM:

@@ -44,9 +44,11 @@ class QuickTrainOptions:
     tokenizer: str | None = option(
         None, "a tokenizer by name or folder (gpt2); none learns one from the text"
     )
-    vocab_size: int = option(4096, "tokens of the tokenizer that is learnt")
+    vocab_size: int = option(
+        4096, "tokens of the tokenizer that is learnt", at_least=1, at_most=2**31 - 1
+    )
     max_length: int = option(256, "tokens of a block", at_least=1)
-    learning_rate: float = option(1e-2, "peak learning rate", above=0)
+    learning_rate: float = option(1e-2, "peak learning rate", above=0, at_most=10)
     eval_interval: int = option(100, "steps from one held-out loss to the next", at_least=1)
     seed: int = option(0, "seed of weights and data order", at_least=0, at_most=MAX_SEED)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from itertools import product
 from statistics import median
 
@@ -10,9 +11,10 @@ import torch
 from command_inputs import fails, read_json, words
 
 from hamt.cli import main
+from hamt.config import HAMTConfig
 from hamt.measure.bench import command as bench_command
 from hamt.measure.bench import models as bench_models
-from hamt.measure.bench.cases import Predictor, eager_bytes, measure
+from hamt.measure.bench.cases import Predictor, compiled, eager_bytes, measure
 from hamt.measure.bench.command import BenchOptions
 from hamt.measure.bench.decode import filled, make_decoders, measure_decoding
 from hamt.measure.bench.memory import measure_memory
@@ -20,6 +22,7 @@ from hamt.measure.bench.mixers import measure_mixers
 from hamt.measure.bench.options import QUICK
 from hamt.measure.bench.report import bench_figures, bench_tables, crossover, slopes
 from hamt.measure.timing import timing
+from hamt.model import HAMTForCausalLM
 from hamt.visualization import fitted_slope
 
 TINY = {
@@ -234,6 +237,18 @@ def test_bfloat16_is_measured_in_all_parts():
     rows = {dtype: measured("memory", dtype=dtype)["rows"][1] for dtype in ("float32", "bfloat16")}
     sizes = {dtype: row["cache_bytes"]["transformer"] for dtype, row in rows.items()}
     assert sizes["float32"] == 2 * sizes["bfloat16"]
+
+
+@pytest.mark.filterwarnings("default")  # of the compiler's own
+def test_a_compiled_model_can_be_measured(monkeypatch):
+    compile = partial(torch.compile, backend="eager")  # the graphs are what can fail
+    monkeypatch.setattr(torch, "compile", compile)
+    options = BenchOptions(**{**TINY, "compile": True})
+    model, ids = HAMTForCausalLM(HAMTConfig(**options.sizes())), torch.randint(64, (1, 16))
+    before = model.lm_head.weight.detach().clone()
+    optimizer, run = bench_models.make_optimizer(model), compiled(model, options)
+    bench_models.call("train", model, run, optimizer, ids, options)()
+    assert not torch.equal(model.lm_head.weight, before)
 
 
 def test_batches_can_be_chosen_and_stand_apart():

@@ -229,7 +229,7 @@ WRONG = [
     (["--hamt_checkpoint", "nowhere"], "no model 'nowhere'"),
     (["--rounds", "0"], "at least 1"),
     (["--rival_learning_rates", "0.1"], "needs --rivals"),
-    (["--rivals", "llama", "--rival_learning_rates", "0"], "must be positive"),
+    (["--rivals", "llama", "--rival_learning_rates", "0"], "must lie in"),
     (["--device", "cuda"], "no device cuda here"),
 ]
 

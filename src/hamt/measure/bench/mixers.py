@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hamt.attention import usual_head_dim
 from hamt.baselines.catalogue import ARCHITECTURES
 from hamt.baselines.transformer import attend
-from hamt.config import HAMTConfig
+from hamt.config import HAMTConfig, usual_head_dim
 from hamt.layers import HAMTLayer
 from hamt.measure.bench.cases import Predictor, compiled, eager_bytes, measure, too_large
 from hamt.measure.bench.options import BenchOptions

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamt.attention import usual_head_dim
 from hamt.baselines.catalogue import ARCHITECTURES, non_embedding_parameters, with_parameters
+from hamt.config import usual_head_dim
 from hamt.measure.bench.cases import (
     Predictor,
     compiled,

@@ -48,6 +48,10 @@ class CompareOptions:
         "train each rival at these peak learning rates and compare the best; none: the "
         "checkpoint's own",
         above=0,
+        at_most=10,
+    )
+    trust_remote_code: bool = option(
+        False, "run the code that comes with a model of somebody else; it can do anything"
     )
     data: str = option(
         "sotu", "text to score, as for hamt train; of sotu and the hub what is held out"
@@ -90,7 +94,8 @@ def _compare(options: CompareOptions, output: Output, console: Console) -> None:
     rates = options.rival_learning_rates
     rivals, missing = trained_rivals(options.rivals, Path(checkpoint), rates, console)
     folders = [str(tried[0].folder) for tried in rivals.values() if not tried[0].trouble]
-    models = load_models(ours, [*folders, *options.baselines], options.device, missing, console)
+    names, trusted = [*folders, *options.baselines], options.trust_remote_code
+    models = load_models(ours, names, options.device, missing, console, trusted)
     trained = {
         kind: [asdict(each) | {"folder": str(each.folder)} for each in tried]
         for kind, tried in rivals.items()

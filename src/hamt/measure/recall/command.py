@@ -39,7 +39,7 @@ class RecallOptions:
         [1280], "floats that a layer carries: state, convolution tails, phases", at_least=1
     )
     learning_rates: list[float] = option(
-        [0.01], "the best of them counts, for each model and state size", above=0
+        [0.01], "the best of them counts, for each model and state size", above=0, at_most=10
     )
     # Above are the seeds of the tests.
     seeds: list[int] = option([0], "one run for each", at_least=0, at_most=HELD_OUT - 1)

@@ -1,0 +1,125 @@
+"""What all HAMT models share: initialisation, loading, and what adapters are told of them."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
+
+from hamt.block import HAMTBlock
+from hamt.config import HAMTConfig
+from hamt.convolution import ShortConvolution
+from hamt.layers import GatingNetwork, RetrievalHead, Rotation
+from hamt.loading import refuse_incomplete
+from hamt.products import fuse, unfuse
+
+_BODY = ("embed_tokens.", "layers.", "norm.")  # what a backbone is made of
+# The maps that an adapter of PEFT trains if it is not told which: into and out of a mixer.
+ADAPTED = ["item_proj", "key_proj", "value_proj", "output_proj"]
+
+
+class HAMTPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and saving shared by all HAMT models."""
+
+    config_class = HAMTConfig
+    config: HAMTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _is_stateful = True
+    _no_split_modules = ["HAMTBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": HAMTBlock}  # noqa: RUF012
+
+    def __init__(self, config: HAMTConfig, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, *arguments, **options)
+        if peft := sys.modules.get("peft"):  # to import it would take seconds
+            table = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            table.setdefault(config.model_type, ADAPTED)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Only modules with parameters of their own come here: Transformers skips others in code not
+        # its own.
+        if isinstance(module, nn.Linear):
+            # Variance-preserving at any width, where the usual 0.02 would make small models deaf;
+            # into the residual stream so that its scale stays constant (Radford et al. 2019).
+            depth = 2 * self.config.num_layers if getattr(module, "into_residual", False) else 1
+            init.normal_(module.weight, std=(depth * module.in_features) ** -0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RetrievalHead):
+            # Reading all slots from the start; without it training starts far more slowly.
+            init.ones_(module.read_bias)
+        elif isinstance(module, GatingNetwork):
+            init.copy_(module.bias, module.initial_bias())
+            if module.weight is not None:
+                init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+        elif isinstance(module, Rotation):
+            if module.weight is not None:
+                init.zeros_(module.weight)
+        elif isinstance(module, ShortConvolution):
+            # The token itself, with a little of its past.
+            init.normal_(module.weight, std=0.1)
+            init.ones_(module.weight[-1])
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *arguments, output_loading_info: bool = False, **options):
+        """As in Transformers, but weights that are missing, or too many, are an error.
+
+        ``ignore_mismatched_sizes=True`` initialises what is missing instead, and so does
+        ``output_loading_info=True``, which returns what it was. A checkpoint of another class may
+        have a head that this class has not, and lack the one that it has.
+
+        Raises:
+            ValueError: with the names of the weights.
+        """
+        found: Any = super().from_pretrained(*arguments, output_loading_info=True, **options)
+        model, report = found
+        if output_loading_info:
+            return model, report
+        if not options.get("ignore_mismatched_sizes"):
+            missing, unexpected = report["missing_keys"], report["unexpected_keys"]
+            if cls.__name__ not in (model.config.architectures or [cls.__name__]):
+                body = (f"{cls.base_model_prefix}.", *_BODY)
+                missing = {name for name in missing if name.startswith(body)}
+                unexpected = {name for name in unexpected if name.startswith(body)}
+            try:
+                refuse_incomplete(missing, unexpected)
+            except ValueError as error:
+                raise ValueError(
+                    f"not a whole checkpoint of a {cls.__name__}: {error} "
+                    "(ignore_mismatched_sizes=True initialises what is missing)"
+                ) from None
+        return model
+
+    def fuse_projections(self) -> int:
+        """Decode faster on a CPU, at the price of a second copy of the weights; returns its bytes.
+
+        Maps with the same input become one product (``hamt.products.fuse``). Until
+        ``unfuse_projections`` the model computes with the weights as they are now: call it again if
+        you change them. Training and a change of dtype or device undo it.
+        """
+        return fuse(self)
+
+    def unfuse_projections(self) -> None:
+        """Undo ``fuse_projections``."""
+        unfuse(self)
+
+    def train(self, mode: bool = True):
+        """As ``nn.Module.train``; weights that are about to change are not fused any more."""
+        if mode:
+            unfuse(self)
+        return super().train(mode)
+
+    def load_state_dict(self, *arguments, **options):
+        """As ``nn.Module.load_state_dict``; what was fused of the old weights is dropped."""
+        unfuse(self)
+        return super().load_state_dict(*arguments, **options)
+
+    def _apply(self, *arguments, **options):
+        unfuse(self)
+        return super()._apply(*arguments, **options)
