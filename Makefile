@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := venv/bin
 
-.PHONY: help setup setup-dev demo test fuzz check format clean
+.PHONY: help setup setup-dev demo test fuzz sanitize check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ check: setup-dev  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+sanitize: setup-dev  ## run the tests of the compiled operator under sanitizers (minutes)
+	tests/sanitize.sh
 
 format: setup-dev  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff check --fix .

@@ -62,7 +62,7 @@ def reconstruction_loss(
         )
         if rotation is not None:
             positions, _ = accumulate_positions(
-                memory.algebra, rotation, None, documents, mask, batch, end
+                memory.algebra, memory.algebra.reduce(rotation), None, documents, mask, batch, end
             )
             keys = memory.algebra.compose(keys, positions)
         if documents is not None:

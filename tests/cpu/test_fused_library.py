@@ -1,8 +1,10 @@
 """The library of the fused operator is found, compiled, or done without."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,9 @@ def compiler(monkeypatch, cache) -> Callable[..., list[list[str]]]:
         def run(command, **options):
             commands.append(command)
             if refuses in command:
-                raise subprocess.CalledProcessError(1, command, stderr="no such option")
+                raise subprocess.CalledProcessError(
+                    1, command, stderr="in line 3:\nerror: no such option\n^"
+                )
             if "--version" not in command:
                 shutil.copy(library._name, command[command.index("-o") + 1])
             return subprocess.CompletedProcess(command, 0, stdout="version 1")
@@ -137,6 +141,117 @@ def test_another_source_or_processor_is_compiled_anew(monkeypatch, cache, compil
     assert len(list(cache.glob("*.so"))) == 3
 
 
+def cut_short(library):
+    with library.open("r+b") as file:
+        file.truncate(library.stat().st_size // 3)
+
+
+def emptied(library):
+    library.write_bytes(b"")
+
+
+def altered_by_a_bit(library):
+    content = bytearray(library.read_bytes())
+    content[len(content) // 2] ^= 1
+    library.write_bytes(content)
+
+
+def longer(library):
+    library.write_bytes(library.read_bytes() + b"\0")
+
+
+def another_file(library):
+    library.write_text("not a library", encoding="utf-8")
+
+
+def writable_by_others(library):
+    library.chmod(0o777)
+
+
+def writable_by_a_group(library):
+    library.chmod(0o770)
+
+
+def unreadable(library):
+    library.unlink()
+    library.symlink_to("nowhere")
+
+
+def renamed(library):
+    library.rename(library.with_name(library.name[:-4] + "0.so"))
+
+
+def gone(library):
+    library.unlink()
+
+
+DAMAGES = [cut_short, emptied, altered_by_a_bit, longer, another_file]
+DAMAGES += [writable_by_others, writable_by_a_group, unreadable, renamed, gone]
+
+
+@needs_fused
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_library_is_not_loaded_but_built_anew(damage, cache, compiler):
+    commands = compiler()
+    assert fused_available(torch.empty(0))
+    (library,) = cache.glob("*.so")
+    # This process has mapped it: damage a copy in its place.
+    copy = library.with_suffix(".copy")
+    shutil.copy(library, copy)
+    copy.replace(library)
+    damage(library)
+    commands.clear()
+    build.fused_library.cache_clear()
+    assert fused_available(torch.empty(0))
+    assert any("-c" in command for command in commands), "it was compiled"
+    whole(CASE.memory(), "fused")(random_inputs(CASE, 20))
+    commands.clear()
+    build.fused_library.cache_clear()
+    assert fused_available(torch.empty(0))
+    assert ["--version" in command for command in commands] == [True], "and is sound now"
+
+
+@needs_fused
+@pytest.mark.parametrize("words", ["g++ -O0", "g++ -fsanitize=address", "g++ -march=x86-64"])
+def test_what_other_words_built_is_left_to_them(words, monkeypatch, cache, compiler):
+    commands = compiler()
+    monkeypatch.setenv("CXX", words)
+    assert fused_available(torch.empty(0))
+    monkeypatch.delenv("CXX")
+    build.fused_library.cache_clear()
+    commands.clear()
+    assert fused_available(torch.empty(0))
+    assert any("-c" in command for command in commands)
+    assert len(list(cache.glob("*.so"))) == 2
+
+
+@needs_fused
+@pytest.mark.parametrize("made_by", ["this", "another part of HAMT"])
+def test_a_umask_that_opens_files_to_a_group_compiles_once(made_by, cache, compiler):
+    commands, before = compiler(), os.umask(0o002)
+    try:
+        if made_by != "this":
+            (cache / "tokens").mkdir(parents=True)
+        for compiled in (True, False):
+            build.fused_library.cache_clear()
+            commands.clear()
+            assert fused_available(torch.empty(0))
+            assert any("-c" in command for command in commands) == compiled
+    finally:
+        os.umask(before)
+    (library,) = cache.glob("*.so")
+    assert not (library.stat().st_mode | cache.stat().st_mode) & 0o022
+
+
+@needs_fused
+def test_two_builds_at_once_both_have_their_library(cache, compiler):
+    compiler()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda flag: build._compile(["g++"], [flag]), ["-fopenmp"] * 4))
+    assert all(build._sound(library) for library in found)
+    assert sorted(cache.iterdir()) == sorted(set(found))
+
+
 @needs_fused
 def test_a_compiler_without_openmp_compiles_for_one_thread(compiler):
     commands = compiler(refuses="-fopenmp")
@@ -187,8 +302,9 @@ def test_a_cache_that_cannot_be_used_is_replaced_by_a_folder_for_the_process(
 @needs_fused
 def test_a_failing_compiler_is_quoted(compiler):
     compiler(refuses="-c")
-    with pytest.warns(UserWarning, match="no such option"):
+    with pytest.warns(UserWarning, match="no such option") as warned:
         assert not fused_available(torch.empty(0))
+    assert "\n" not in str(warned[0].message)
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,33 @@ template <typename T> inline T sum(const Vec<T>& v) {
   return total;
 }
 
+// Whether any phase is too large for the reduction below, or no number.
+inline bool any_beyond(const Vec<float>& x) {
+  typedef Lanes<float>::ivec ivec;
+  constexpr int32_t MAGNITUDE = 0x7fffffff, LIMIT = 0x46000000;  // 8192, as bits; of NaN they are larger
+  const ivec beyond = ((ivec)x & MAGNITUDE) > LIMIT;
+  int64_t words[BYTES / 8], found = 0;
+  std::memcpy(words, &beyond, BYTES);
+  for (int64_t word : words) found |= word;
+  return found;
+}
+__attribute__((noinline, cold)) void sincos_of_any(const Vec<float>& x, Vec<float>& sine, Vec<float>& cosine) {
+  for (int i = 0; i < L<float>; i++) {
+    sine[i] = float(std::sin(double(x[i])));
+    cosine[i] = float(std::cos(double(x[i])));
+  }
+}
+
 // Cody-Waite reduction to [-pi/4, pi/4] and the minimax polynomials of Cephes (Moshier 1992).
 inline void sincos(const Vec<float>& x, Vec<float>& sine, Vec<float>& cosine) {
   typedef Lanes<float>::ivec ivec;
+  if (__builtin_expect(any_beyond(x), 0)) {
+    Vec<float> both[2];  // what has an address is not kept in registers
+    sincos_of_any(x, both[0], both[1]);
+    sine = both[0];
+    cosine = both[1];
+    return;
+  }
   const Vec<float> turns = (x * 0.636619772f + 12582912.f) - 12582912.f;
   Vec<float> a = x - turns * 1.5703125f;
   a = a - turns * 4.837512969970703125e-4f;

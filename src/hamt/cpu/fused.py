@@ -16,9 +16,19 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from hamt.cpu.checks import check_devices, check_fit
 from hamt.cpu.library import fused_library, library_found
 from hamt.memory.algebra import Algebra
-from hamt.memory.forms import FORMS, Form, Memory, MemoryState, Tokens, positions_of
+from hamt.memory.forms import (
+    FORMS,
+    Form,
+    Memory,
+    MemoryState,
+    Tokens,
+    positions_of,
+    recurrent,
+    spoiled,
+)
 from hamt.memory.write_rules import Convex, Delta, Gated
 
 # Tokens between the states that the backward pass starts from: its workspace stays in the second
@@ -69,6 +79,9 @@ def fused(memory: Memory, tokens: Tokens, state: MemoryState) -> tuple[Tensor, M
     algebra = memory.algebra
     positions, last = positions_of(algebra, tokens, state)
     output, slots = fused_scan(algebra, tokens, positions, state.slots)
+    # The operator multiplies by no zeros; sums of rotations over several documents may.
+    if tokens.documents is not None and tokens.rotation is not None and spoiled(output):
+        return recurrent(memory, tokens, state)
     return output, MemoryState(slots, last)
 
 
@@ -102,10 +115,11 @@ def fused_scan(
     if positions is not None and not algebra.has_phase:
         keys, unbinding_keys = (algebra.compose(key, positions) for key in (keys, unbinding_keys))
         positions = None
-    # The operator trusts its shapes: what does not broadcast to them is refused here.
     shape, count, key_size = lifted.shape[:3], slots.shape[2], algebra.key_size(lifted.shape[3])
     keys, unbinding_keys = (a.expand(*shape, key_size) for a in (keys, unbinding_keys))
-    positions = None if positions is None else positions.expand(-1, -1, -1, key_size)
+    if positions is not None:  # shared by rows and heads, or not
+        rows, heads = (1 if positions.shape[dim] == 1 else shape[dim] for dim in (0, 2))
+        positions = positions.expand(rows, shape[1], heads, key_size)
     assert gates.log_forget is not None
     write, read, log_forget = (
         a.expand(*shape, count) for a in (gates.write, read, gates.log_forget)
@@ -114,18 +128,23 @@ def fused_scan(
     slots = slots.expand(shape[0], shape[2], count, lifted.shape[3])
     reset = None
     if tokens.documents is not None:
-        first = tokens.documents.new_zeros(len(tokens.documents), 1)
-        reset = tokens.documents.diff(dim=1, prepend=first).ne(0)
+        documents = tokens.documents.expand(shape[:2])
+        reset = documents.diff(dim=1, prepend=documents.new_zeros(shape[0], 1)).ne(0)
     tensors = (lifted, keys, unbinding_keys, write, read, log_forget, beta, positions)
     inputs = [None if x is None else x.to(wide) for x in tensors]
     keep = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (*inputs, slots)
     )
-    # A decoding step spends more time on its way through the dispatcher than in the operator.
+    # A decoding step spends more time on its way through the dispatcher than in the operator. Its
+    # tensors have been given all that ``check_fit`` asks for.
     step = (
-        shape[1] == 1 and not keep and type(lifted) is Tensor and not torch.compiler.is_compiling()
+        shape[1] == 1
+        and not keep
+        and type(lifted) is Tensor
+        and not torch.compiler.is_compiling()
+        and all(x.is_cpu for x in (*inputs, reset, slots) if x is not None)
     )
-    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = _forward if step else _scan
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = _run_forward if step else _scan
     output, slots, _ = run(*inputs, reset, slots, algebra.has_phase, keep)
     return output.to(lifted.dtype), slots
 
@@ -145,6 +164,12 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, M after the last token and, if ``keep``, the states for the backward pass."""
+    told = {"k": k, "u": u, "r": r, "log_forget": log_forget, "beta": beta, "p": p, "reset": reset}
+    check_fit(x, w, phases, CHUNK, **told, memory=memory)
+    return _run_forward(x, k, u, w, r, log_forget, beta, p, reset, memory, phases, keep)
+
+
+def _run_forward(x, k, u, w, r, log_forget, beta, p, reset, memory, phases, keep):
     inputs, sizes = _prepare(x, k, u, w, r, log_forget, beta, p, reset, phases)
     final, output = memory.clone(memory_format=torch.contiguous_format), x.new_empty(x.shape)
     checkpoints = _checkpoints(x, memory, keep)
@@ -157,6 +182,7 @@ _scan = torch.library.custom_op("hamt::scan", _forward, mutates_args=(), device_
 
 @_scan.register_fake
 def _(x, k, u, w, r, log_forget, beta, p, reset, memory, phases, keep):
+    check_devices(x, k, u, w, r, log_forget, beta, p, reset, memory)
     return x.new_empty(x.shape), memory.new_empty(memory.shape), _checkpoints(x, memory, keep)
 
 
@@ -177,13 +203,27 @@ def _scan_backward(
     phases: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, k, u, w, r, log α, β (empty without) and the first state."""
+    told = {"k": k, "u": u, "r": r, "log_forget": log_forget, "beta": beta, "p": p, "reset": reset}
+    states = {"memory": grad_memory, "y": grad_y, "checkpoints": checkpoints}
+    check_fit(x, w, phases, CHUNK, **told, **states)
     inputs, sizes = _prepare(x, k, u, w, r, log_forget, beta, p, reset, phases)
     parts = sizes.parts
     dx, dk, du = (a.new_empty(a.shape) for a in (x, k, u))
     gates = (w, r, log_forget, x.new_empty(0) if beta is None else beta)
     dw, dr, dlog, dbeta = (x.new_empty(parts, *gate.shape) for gate in gates)
     state = grad_memory.clone(memory_format=torch.contiguous_format)
-    outputs = [grad_y.contiguous(), checkpoints, state, dx, dk, du, dw, dr, dlog, dbeta]
+    outputs = [
+        grad_y.contiguous(),
+        checkpoints.contiguous(),
+        state,
+        dx,
+        dk,
+        du,
+        dw,
+        dr,
+        dlog,
+        dbeta,
+    ]
     _call("backward", x.dtype, sizes, inputs, outputs)
     dw, dr, dlog, dbeta = (a[0] if parts == 1 else a.sum(0) for a in (dw, dr, dlog, dbeta))
     return dx, dk, du, dw, dr, dlog, dbeta, state
@@ -191,6 +231,7 @@ def _scan_backward(
 
 @_scan_backward.register_fake
 def _(x, k, u, w, r, log_forget, beta, p, reset, checkpoints, grad_y, grad_memory, phases):
+    check_devices(x, k, u, w, r, log_forget, beta, p, reset, checkpoints, grad_y, grad_memory)
     shapes = [a.shape for a in (x, k, u, w, r, log_forget)] + [(0,) if beta is None else beta.shape]
     return *(x.new_empty(shape) for shape in shapes), grad_memory.new_empty(grad_memory.shape)
 

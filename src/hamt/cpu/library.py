@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from hamt.files import user_cache, write_file
+from hamt.files import WRITING, user_cache
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 logger = logging.getLogger(__name__)
@@ -46,8 +47,9 @@ def fused_library() -> ctypes.CDLL | None:
         try:
             return ctypes.CDLL(str(_compile(compiler, flags)))
         except (OSError, subprocess.SubprocessError) as error:
-            said = getattr(error, "stderr", None)
-            reason = f"{shlex.join(compiler)} could not build it: {said.strip() if said else error}"
+            said = str(getattr(error, "stderr", None) or error).strip().splitlines()
+            complaints = [line for line in said if "error" in line] or said
+            reason = f"{shlex.join(compiler)} could not build it: {complaints[0]}"
     warnings.warn(
         f"HAMT runs without its fused operator for CPUs, several times slower: {reason}. "
         "HAMT_FUSED=0 says that this is meant",
@@ -57,7 +59,11 @@ def fused_library() -> ctypes.CDLL | None:
 
 
 def _compile(compiler: list[str], flags: list[str]) -> Path:
-    """Path of the library for this source, compiler and processor; compiled if it is missing."""
+    """Path of a library as it was built, from this source, with these words, on such a machine.
+
+    Its name tells what it was built from, and what it holds: one that a crash or a disk has cut
+    short or altered would end the process when it is loaded. It is built anew.
+    """
     flags = [
         "-O3",
         "-march=native",
@@ -69,37 +75,63 @@ def _compile(compiler: list[str], flags: list[str]) -> Path:
     ]
     run = partial(subprocess.run, capture_output=True, text=True, check=True, timeout=300)
     version = run([*compiler, "--version"]).stdout
-    tag = "\n".join([SOURCE.read_text(encoding="utf-8"), *flags, version, _processor()])
-    target = _folder() / f"fused-{hashlib.sha256(tag.encode()).hexdigest()[:16]}.so"
-
-    def build(file: Path) -> None:
+    systems = [*platform.libc_ver(), torch.__version__, platform.python_version()]
+    words = [SOURCE.read_text(encoding="utf-8"), *compiler, *flags, version, *systems, _processor()]
+    folder, name = _folder(), f"fused-{_digest(chr(10).join(words).encode())}"
+    for library in folder.glob(f"{name}-*.so"):
+        if _sound(library):
+            logger.debug("found %s", library)
+            return library
+    logger.debug("compiling %s", name)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=WRITING) as temporary:
         # Linked without -fopenmp: the calls then go to the thread pool that PyTorch has brought
         # along, where a second one would compete with it for the cores.
-        unit = file.with_suffix(".o")
+        unit, built = Path(temporary) / "fused.o", Path(temporary) / "fused.so"
         run([*compiler, *flags, "-c", str(SOURCE), "-o", str(unit)])
-        run([*compiler, "-shared", str(unit), "-o", str(file)])
-        unit.unlink()
-
-    there = target.exists()
-    logger.debug("%s %s", "found" if there else "compiling", target)
-    if not there:
-        write_file(target, build)
+        run([*compiler, "-shared", str(unit), "-o", str(built)])
+        built.chmod(0o700)  # whatever the umask is
+        with built.open("rb") as content:
+            target = folder / f"{name}-{_digest(content.read())}.so"
+            os.fsync(content.fileno())
+        # Two processes that build at once both have their library, under one name or two.
+        os.replace(built, target)
     return target
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _sound(library: Path) -> bool:
+    """Whether it is this user's, and holds what its name says."""
+    try:
+        found = _own(library.stat()) and _digest(library.read_bytes())
+    except OSError:
+        return False
+    return bool(found) and library.stem.endswith(f"-{found}")
+
+
+def _own(status: os.stat_result) -> bool:
+    """Whether it is this user's, and nobody else may write to it."""
+    return not hasattr(os, "getuid") or (
+        status.st_uid == os.getuid() and not status.st_mode & 0o022
+    )
 
 
 def _folder() -> Path:
     """Where libraries are kept: the user's cache, or else a folder for this process alone.
 
-    A library is code: a folder that others may write to is not trusted.
+    A library is code: a folder that others may write to is not trusted. One that a umask of 002
+    has opened to the user's group is closed.
     """
     try:
         folder = user_cache()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-        own = not hasattr(os, "getuid") or (
-            status.st_uid == os.getuid() and not status.st_mode & 0o022
-        )
-        if own and os.access(folder, os.W_OK):
+        mode = stat.S_IMODE(status.st_mode)
+        if hasattr(os, "getuid") and status.st_uid == os.getuid() and mode & 0o022 == 0o020:
+            folder.chmod(mode & ~0o020)
+        if _own(folder.stat()) and os.access(folder, os.W_OK):
             return folder
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         pass

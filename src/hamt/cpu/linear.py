@@ -148,12 +148,30 @@ def _padded(rows: Tensor) -> Tensor:
     return rows if count % step == 0 else F.pad(rows, (0, 0, 0, -count % step))
 
 
+def _checked_product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``_product`` of what fits together: oneDNN would read beyond the end of anything else."""
+    fits = (
+        weight.ndim == 2
+        and inputs.ndim > 0
+        and inputs.shape[-1] == weight.shape[1]
+        and inputs.numel() > 0
+        and weight.numel() > 0
+        and all(x is None or _plain(x) for x in (inputs, weight, bias))
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
+    return _product(inputs, weight, bias) if fits else F.linear(inputs, weight, bias)
+
+
 # The operator has no gradient of its own.
-_linear = torch.library.custom_op("hamt::linear", _product, mutates_args=(), device_types="cpu")
+_linear = torch.library.custom_op(
+    "hamt::linear", _checked_product, mutates_args=(), device_types="cpu"
+)
 
 
 @_linear.register_fake
 def _(inputs, weight, bias):
+    if weight.device != inputs.device or (bias is not None and bias.device != inputs.device):
+        raise RuntimeError("all tensors must be on one device")
     return inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
 
 

@@ -59,6 +59,15 @@ def wrap_phase(phase: Tensor) -> Tensor:
     return phase - turns * 6.28125 - turns * (2 * math.pi - 6.28125)
 
 
+def reduce_phase(phase: Tensor) -> Tensor:
+    """Angles in radians of any size to (-2π, 2π); smaller ones stay as they are.
+
+    Sums of large angles round: each form of the memory, adding in its own order, would find others.
+    """
+    wide = phase if phase.device.type == "mps" else phase.double()  # mps has no float64
+    return wide.fmod(2 * math.pi).to(phase.dtype)
+
+
 def wrapped_cumsum(phase: Tensor) -> Tensor:
     """Cumulative sum of angles over dim 1 of (B, N, ...), modulo 2π.
 
@@ -127,6 +136,10 @@ class Elementwise:
         """The same key at its smallest; signs do not grow."""
         return key
 
+    def reduce(self, key: Tensor) -> Tensor:
+        """The same key, small enough to be added up; signs are."""
+        return key
+
     def invert(self, key: Tensor) -> Tensor:
         """The key that undoes ``key``; a bipolar key undoes itself."""
         return key
@@ -183,6 +196,10 @@ class Phasor:
     def wrap(self, key: Tensor) -> Tensor:
         """The same key at its smallest: phases in [-π, π]."""
         return wrap_phase(key)
+
+    def reduce(self, key: Tensor) -> Tensor:
+        """The same key, small enough to be added up: phases in (-2π, 2π), exactly."""
+        return reduce_phase(key)
 
     def invert(self, key: Tensor) -> Tensor:
         """The key that undoes ``key``: the opposite phases."""

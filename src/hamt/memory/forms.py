@@ -119,7 +119,10 @@ def chunked(memory: Memory, tokens: Tokens, state: MemoryState) -> tuple[Tensor,
         tokens.documents,
         memory.chunk_size,
     )
-    return algebra.unbind(mixtures, unbinding_keys), MemoryState(slots, last)
+    output = algebra.unbind(mixtures, unbinding_keys)
+    return (
+        recurrent(memory, tokens, state) if spoiled(output) else (output, MemoryState(slots, last))
+    )
 
 
 # By name, the fastest last.
@@ -127,6 +130,22 @@ FORMS: dict[str, Form] = {
     "recurrent": Form(recurrent, lambda rule: True, lambda items: True),
     "chunked": Form(chunked, WriteRule.has_tiles, lambda items: items.shape[1] > 1),
 }
+
+
+def spoiled(output: Tensor) -> bool:
+    """Whether there are infinities or NaN in what a form gave that multiplies by zeros.
+
+    Sums that leave a token out by a weight of zero do not leave a NaN out. The loop does: a form
+    that finds itself spoiled gives way to it. It is looked for on CPUs in eager mode alone, where
+    that costs one sum.
+    """
+    return (
+        type(output) is Tensor
+        and output.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not output.detach().sum().isfinite()
+    )
 
 
 def positions_of(

@@ -182,6 +182,11 @@ class HolographicMemory:
         Returns:
             y (B, N, H, F) in the dtype of ``items``, and the state after the last token.
 
+        What is no number (infinite or NaN) stays in its document, and reaches no token before its
+        own; padding may hold it. So do gradients, where outputs or the state tell of it. Not so in
+        the chunked form on a GPU, compiled or under ``torch.func``, nor, in that form and for a
+        data-dependent ``rotation``, where only the gradient that comes in is no number.
+
         Raises:
             ValueError: if there is no such form here, a gate is missing or not the write rule's, or
                 ``documents``, ``mask`` or ``rotation`` does not fit the items.
@@ -195,6 +200,9 @@ class HolographicMemory:
         with torch.autocast(items.device.type, enabled=False):
             gates = self.rule.complete(gates, state.slots.dtype)
             if mask is not None:
+                # Also what is no number: a gate of zero would not keep it out.
+                real = mask.bool()[..., None, None]
+                items, keys = items.where(real, 0), keys.where(real, self.algebra.identity)
                 gates = gates.masked(mask)
             tokens = Tokens(
                 self.algebra.lift(items),
@@ -226,6 +234,10 @@ class HolographicMemory:
             raise ValueError(f"form must be one of {', '.join(there)}; got {form!r}")
         if not torch.compiler.is_compiling():
             _note(form, repr(self), tokens.items.device.type)
+        if tokens.rotation is not None:
+            tokens = tokens._replace(rotation=self.algebra.reduce(tokens.rotation))
+        if state.position_key is not None:
+            state = state._replace(position_key=self.algebra.reduce(state.position_key))
         return there[form].run(self, tokens, state)
 
     def step(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from hamt.analysis.explorer import session
 from hamt.analysis.explorer.render import retrieved_lists, slot_grid
 from hamt.analysis.explorer.session import MAX_CHARACTERS, MAX_TOKENS, TIMES, Explorer, Retrieved
 from hamt.analysis.reading import largest_by_chance, permuted_keys
@@ -95,6 +96,19 @@ def test_a_text_of_a_megabyte_is_cut_before_it_is_tokenised(explorer):
     visitor.tokenizer = tokenizer
     tokenizer.decode = explorer.tokenizer.decode
     assert visitor.read("·" * 10**6 + "End").left_out
+    assert lengths == [MAX_CHARACTERS]
+
+
+def test_a_prompt_of_a_megabyte_is_cut_before_it_is_tokenised(explorer, monkeypatch):
+    lengths = []
+
+    def note(tokenizer, prompt):
+        lengths.append(len(prompt))
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(session, "encode_prompt", note)
+    with pytest.raises(UserError, match="enough"):
+        next(explorer.write("word " * 200_000, 1, 0, 1))
     assert lengths == [MAX_CHARACTERS]
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import gradio as gr
 import numpy as np
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from hamt.analysis.explorer.guard import Guard
 from hamt.analysis.explorer.render import BLUE, STYLE, retrieved_lists, slot_grid
 from hamt.analysis.explorer.session import MAX_CHARACTERS, MAX_TOKENS, TIMES, Explorer, View
 from hamt.errors import UserError
@@ -22,7 +22,6 @@ EXAMPLES = (
 WIDTH = 340  # pixels that a column needs; in a narrow window one goes below the other
 KEPT = 3600.0  # seconds that a text is kept for a page that asks nothing more
 SESSIONS = 8  # pages whose texts are kept, some 30 MB each; the one asked longest ago is dropped
-LOCAL = ("127.0.0.1", "localhost")
 SHADES = 10  # of blue, from the weakest write gate to the strongest
 NOTHING = (
     "<p class='note'>Click a token of the text to see what it read from the memory, and from "
@@ -157,10 +156,8 @@ class _Page:
 def launch(app: gr.Blocks, host: str, port: int | None) -> Any:
     """Serve the page without waiting for its end; fonts are the reader's own.
 
-    It takes no files. On this machine's own addresses it answers only to their names: else a page
-    of somebody else, whose name is made to point here, could ask it, too.
+    It takes no files, and answers its own page alone (``Guard``).
     """
-    names = LOCAL if host in LOCAL else ("*",)
     text, code = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     return app.queue(default_concurrency_limit=1).launch(
         server_name=host,
@@ -173,7 +170,7 @@ def launch(app: gr.Blocks, host: str, port: int | None) -> Any:
         css=STYLE,
         max_file_size=0,
         state_session_capacity=SESSIONS,
-        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names)]},
+        app_kwargs={"middleware": [Middleware(Guard, host=host)]},
         prevent_thread_lock=True,
     )
 

@@ -122,9 +122,10 @@ class Explorer:
     ) -> Iterator[Written]:
         """Continue a prompt token by token, and show the slots after each.
 
-        At a temperature of 0 the likeliest token is taken; an empty prompt begins a text.
+        At a temperature of 0 the likeliest token is taken; an empty prompt begins a text. Of a long
+        prompt the last ``MAX_CHARACTERS`` are read.
         """
-        ids = encode_prompt(self.tokenizer, prompt)
+        ids = encode_prompt(self.tokenizer, prompt[-MAX_CHARACTERS:])
         length, cache = len(ids), HAMTCache(len(self.model.model.layers))
         # One token at a time, to look at the cache, and so that others can ask in between.
         options = GenerateOptions(max_new_tokens=1, temperature=temperature, top_p=top_p)

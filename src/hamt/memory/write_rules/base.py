@@ -38,7 +38,7 @@ class Gates(NamedTuple):
     def masked(self, mask: Tensor) -> "Gates":
         """Gates of zero where ``mask`` (B, N) is false: these tokens neither write nor forget."""
         return self.map(
-            lambda gate: gate * mask.to(gate.dtype).view(*mask.shape, *[1] * (gate.ndim - 2))
+            lambda gate: gate.where(mask.bool().view(*mask.shape, *[1] * (gate.ndim - 2)), 0)
         )
 
 
