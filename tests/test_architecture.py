@@ -16,8 +16,8 @@ SOURCE = Path(hamt.__file__).parent
 # Each layer may import those to its left. Packages (data, evaluation, ...) count as one layer each.
 LAYERS = (
     {"errors", "fingerprint"},
-    {"console", "environment", "files", "loading", "locks", "recipes"},
-    {"options", "output", "visualization"},
+    {"console", "environment", "files", "locks", "recipes"},
+    {"loading", "options", "output", "visualization"},
     {"memory"},
     {"cpu"},
     {"batch", "peak_memory", "products"},

@@ -23,7 +23,8 @@ from hamt.memory import WRITE_RULES
 from hamt.mixers import MIXERS, RETRIEVAL_HEADS
 
 ROOT = Path(__file__).parents[1]
-PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+PATHS += sorted((ROOT / "docs").glob("*.md"))
 PATHS.append(ROOT / "docs" / "results" / "README.md")
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
 # A block of Python that cannot run everywhere has this comment, with the reason, above it.

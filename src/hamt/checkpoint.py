@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hamt.config import HAMTConfig
 from hamt.errors import UserError, reason
-from hamt.files import write_file, write_folder
+from hamt.files import parse_json, write_file, write_folder
 from hamt.loading import (
     pretrained_model,
     pretrained_tokenizer,
@@ -113,8 +113,8 @@ def model_type(folder: Path) -> str | None:
     """
     config = folder / "config.json"
     try:
-        return json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, RecursionError, AttributeError) as error:
+        return parse_json(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
         raise UserError(
             f"{config} is not a model configuration ({reason(error)}); give another checkpoint"
         ) from error

@@ -13,10 +13,7 @@ from safetensors import SafetensorError
 
 from hamt.errors import reason
 
-NOTES = ".hamt"  # the folder of what is noted about an output folder
 WRITING = ".writing-"  # begins the name of a folder that is being written
-# What runs of earlier versions wrote to their folders and could be taken for text.
-RUN_FILES = ("*.json", "README.md", "log.jsonl", "checkpoints", "tensorboard", "wandb")
 
 
 def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
@@ -91,32 +88,24 @@ def fill(write: Callable[[Path], object], target: Path) -> None:
         raise OSError(errno.ENOSPC if full else errno.EIO, reason(error)) from error
 
 
-def written_names(folder: Path) -> set[str]:
-    """Names of what commands of HAMT have written to a folder: files, and whole subfolders.
+def parse_json(text: str) -> Any:
+    """``json.loads``; what is nested too deeply is refused as anything else that is no JSON.
 
-    They stand in ``.hamt/files.json``; of runs of earlier versions they are known by their form.
+    Raises:
+        ValueError: if the text is no JSON.
     """
-    content = _json_object(folder / NOTES / "files.json")
-    if content or not _is_earlier_run(folder):
-        return set(content)
-    return {path.name for pattern in RUN_FILES for path in folder.glob(pattern)}
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
-def _is_earlier_run(folder: Path) -> bool:
-    if (folder / "training_info.json").is_file():
-        return True
-    if _json_object(folder / "config.json").get("model_type") == "hamt":
-        return True
-    # A run that did not come to its end has only this.
-    return {"step", "held_out"} <= _json_object(folder / "log.jsonl", first_line=True).keys()
-
-
-def _json_object(file: Path, first_line: bool = False) -> dict[str, Any]:
-    """The object in a file, or in its first line; empty if there is none."""
+def json_object(file: Path, first_line: bool = False) -> dict[str, Any]:
+    """The object in a file of JSON, or in its first line; empty if there is none."""
     try:
         with open(file, encoding="utf-8") as text:
-            content = json.loads(text.readline() if first_line else text.read())
-    except (OSError, ValueError, RecursionError):
+            content = parse_json(text.readline() if first_line else text.read())
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -3,7 +3,6 @@
 No code of a checkpoint runs, weights are safetensors files, and a model comes whole or not at all.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from hamt.files import parse_json
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
@@ -89,7 +90,7 @@ def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     files = {WEIGHTS}
     if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = parse_json((folder / INDEX).read_text(encoding="utf-8"))
         files = set(index["weight_map"].values())
     shapes: dict[str, tuple[int, ...]] = {}
     for name in files:

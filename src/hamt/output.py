@@ -7,7 +7,6 @@ written over and never deleted.
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -19,13 +18,16 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from hamt.errors import UserError
-from hamt.files import NOTES, WRITING, fill, sync, write_json
+from hamt.files import WRITING, fill, json_object, sync, write_json
 from hamt.locks import locked
 
+NOTES = ".hamt"  # the folder of what is noted about an output folder
 FILES, LOCK = f"{NOTES}/files.json", f"{NOTES}/lock"
 TEMPORARY = ".hamt-writing-"  # begins the name of a folder that the holder of the lock fills
 WEIGHTS = (".safetensors", ".pt")
 ELSEWHERE = "choose another --output_dir"
+# What runs of earlier versions wrote to their folders and could be taken for text.
+RUN_FILES = ("*.json", "README.md", "log.jsonl", "checkpoints", "tensorboard", "wandb")
 
 
 class Written(NamedTuple):
@@ -221,16 +223,36 @@ class Output:
 def read_files(folder: Path) -> dict[str, Written]:
     """What commands have written into a folder, by names relative to it; none if nothing tells."""
     try:
-        content = json.loads((folder / FILES).read_text(encoding="utf-8"))
         found = {
-            name: Written(known["command"], known["sha256"]) for name, known in content.items()
+            name: Written(known["command"], known["sha256"])
+            for name, known in json_object(folder / FILES).items()
         }
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return {}  # then nothing there is replaced
     inside = all(Path(name).parts and ".." not in Path(name).parts for name in found)
     inside = inside and not any(Path(name).is_absolute() for name in found)
     words = all(isinstance(known.command, str) for known in found.values())
     return found if inside and words else {}
+
+
+def written_names(folder: Path) -> set[str]:
+    """Names of what commands of HAMT have written to a folder: files, and whole subfolders.
+
+    They stand in ``.hamt/files.json``; of runs of earlier versions they are known by their form.
+    """
+    noted = set(read_files(folder))
+    if noted or not _is_earlier_run(folder):
+        return noted
+    return {path.name for pattern in RUN_FILES for path in folder.glob(pattern)}
+
+
+def _is_earlier_run(folder: Path) -> bool:
+    if (folder / "training_info.json").is_file():
+        return True
+    if json_object(folder / "config.json").get("model_type") == "hamt":
+        return True
+    # A run that did not come to its end has only this.
+    return {"step", "held_out"} <= json_object(folder / "log.jsonl", first_line=True).keys()
 
 
 def verify(path: str | os.PathLike[str]) -> None:

@@ -203,7 +203,9 @@ def test_a_hidden_folder_that_is_named_is_read(tmp_path, caplog):
     assert caplog.messages == []
 
 
-NOTED = json.dumps({"b.txt": {}, "sub": {}, "deep/step_1": {}})
+NOTED = json.dumps(
+    dict.fromkeys(("b.txt", "sub", "deep/step_1"), {"command": "train", "sha256": None})
+)
 RUNS = {
     "an earlier run": {"training_info.json": "{}", "README.md": "card", "log.jsonl": rows("x")},
     "a checkpoint": {"config.json": '{"model_type": "hamt"}', "tokenizer.json": "{}"},

@@ -20,7 +20,7 @@ from hamt.checkpoint import PRETRAINED
 from hamt.data.loader import Batches
 from hamt.environment import environment
 from hamt.errors import UserError, user_errors
-from hamt.files import user_cache, write_json
+from hamt.files import json_object, user_cache, write_json
 from hamt.output import Output, claim
 from hamt.training.checkpoints import check_space
 from hamt.training.divergence import DivergenceError
@@ -215,12 +215,7 @@ def _build(kind: str, plan: Plan) -> PreTrainedModel:
 
 def _read_info(folder: Path, described: dict[str, Any]) -> dict[str, Any] | None:
     """What ``rival.json`` says, if it is of the described training and has its result."""
-    try:
-        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(info, dict):
-        return None
+    info = json_object(folder / INFO)
     wanted, there = json.loads(
         json.dumps([described, {name: info.get(name) for name in described}])
     )

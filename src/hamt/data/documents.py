@@ -6,7 +6,6 @@ bytes that are no text, cells of another kind and lines of another shape are ref
 
 import csv
 import hashlib
-import json
 import logging
 import os
 import re
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hamt.errors import UserError, reason
-from hamt.files import NOTES, written_names
+from hamt.files import parse_json
+from hamt.output import NOTES, written_names
 
 Row = Mapping[str, Any]
 
@@ -205,7 +205,7 @@ def _json_rows(file: Path) -> Iterator[Row]:
         lines.seek(0)
         rows: Iterable[Any]
         if whole:
-            content = json.load(lines)
+            content = parse_json(lines.read())
             rows = content if isinstance(content, list) else [content]
         else:
             rows = _json_lines(lines)
@@ -217,7 +217,7 @@ def _begins_with_an_object(line: str) -> bool:
     if not line.startswith("{"):
         return False
     try:
-        json.loads(line)
+        parse_json(line)
     except ValueError:
         return False
     return True
@@ -228,8 +228,8 @@ def _json_lines(lines: Iterable[str]) -> Iterator[Any]:
         if line.isspace():
             continue
         try:
-            yield json.loads(line)
-        except (ValueError, RecursionError) as error:
+            yield parse_json(line)
+        except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
 
 

@@ -1,6 +1,5 @@
 """What measuring commands write: the figures as JSON, a table as Markdown, and plots."""
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -8,17 +7,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from hamt.files import json_object
 from hamt.output import Output
 from hamt.visualization import save_figure
 
 
 def is_report(folder: str, name: str) -> bool:
     """Whether ``name.json`` is of a measuring command; earlier versions noted it nowhere else."""
-    try:
-        content = json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
-        return "hamt" in content["environment"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    measured_with = json_object(Path(folder) / f"{name}.json").get("environment")
+    return isinstance(measured_with, dict) and "hamt" in measured_with
 
 
 def write_report(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from hamt.errors import UserError
-from hamt.files import write_json
+from hamt.files import json_object, write_json
 from hamt.measure.workers import in_processes
 
 Content = dict[str, Any]  # of a file
@@ -100,7 +100,7 @@ class Sweep(Generic[AnyRun]):
                 raise UserError(f"two runs would be written to {file}: {mend}")
             names.add(run.name)
             if file.exists():
-                differ = _differing(run.describe(), run.read_description(_read(file)))
+                differ = _differing(run.describe(), run.read_description(json_object(file)))
                 raise UserError(
                     f"{file} is of a run with other settings ({', '.join(differ)}): "
                     "choose another --output_dir"
@@ -109,7 +109,7 @@ class Sweep(Generic[AnyRun]):
 
 def contents(folder: Path) -> list[Content]:
     """What the JSON files of a folder hold, in the order of their names."""
-    return [_read(file) for file in sorted(folder.glob("*.json"))]
+    return [json_object(file) for file in sorted(folder.glob("*.json"))]
 
 
 def _perform(run: Run) -> Content:
@@ -125,12 +125,3 @@ def _differing(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]
     """Names of what differs between two descriptions."""
     wanted, there = json.loads(json.dumps([wanted, there]))
     return [name for name in {**wanted, **there} if there.get(name) != wanted.get(name)]
-
-
-def _read(file: Path) -> Content:
-    """The content of a file; nothing, where it is not JSON."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        return {}
-    return content if isinstance(content, dict) else {}

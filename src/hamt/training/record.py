@@ -3,7 +3,6 @@
 Whoever got a checkpoint from somebody else also got a record: it is checked like any input.
 """
 
-import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from hamt.environment import environment
 from hamt.errors import UserError, reason
+from hamt.files import parse_json
 from hamt.options import check
 from hamt.peak_memory import process_peak_memory
 from hamt.training.held_out import Loss
@@ -60,7 +60,7 @@ def read_record(path: Path) -> Record:
         UserError: if it cannot be read, or something in it is not what a run writes.
     """
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = parse_json(path.read_text(encoding="utf-8"))
         names = {field.name for field in fields(TrainOptions)} - set(OWN)
         options = TrainOptions(**{k: v for k, v in info["options"].items() if k in names})
         check(options)

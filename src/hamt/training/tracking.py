@@ -17,6 +17,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from hamt.errors import UserError, reason
+from hamt.files import parse_json
 from hamt.output import Output
 from hamt.training.held_out import Loss
 from hamt.training.loop import Listener, Trainer
@@ -100,7 +101,7 @@ class _JsonLines(Listener[Loss]):
 def _step(line: str) -> float:
     """The step of a line; infinity for one that was cut off when the run died, or is none."""
     try:
-        return float(json.loads(line)["step"])
+        return float(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
 
