@@ -204,7 +204,7 @@ def test_a_hidden_folder_that_is_named_is_read(tmp_path, caplog):
 
 
 NOTED = json.dumps(
-    dict.fromkeys(("b.txt", "sub", "deep/step_1"), {"command": "train", "sha256": None})
+    {key: {"command": "train", "sha256": None} for key in ("b.txt", "sub", "deep/step_1")}
 )
 RUNS = {
     "an earlier run": {"training_info.json": "{}", "README.md": "card", "log.jsonl": rows("x")},
