@@ -121,6 +121,12 @@ def test_a_folder_is_not_claimed_twice_in_one_process(tmp_path):
     write(tmp_path, a="mine")
 
 
+def test_a_command_that_was_refused_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["analyze", "--checkpoint", "none"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_claim_that_wrote_nothing_leaves_nothing(tmp_path):
     with claim(tmp_path, "train", []):
         pass

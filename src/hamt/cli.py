@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from hamt.errors import UserError, printable, reason
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``hamt COMMAND OPTIONS``; returns the exit code: 0, or 2 for a mistake of the user."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     _prepare_streams()
+    warnings.formatwarning = _one_line  # type: ignore[assignment]
     with contextlib.suppress(ModuleNotFoundError):  # hamt.cpu makes commands faster, nothing else
         importlib.import_module("hamt.cpu.process").prepare_process()
     try:
@@ -70,9 +72,14 @@ def _prepare_streams() -> None:
 
 def _told(message: str, status: int) -> int:
     """Print one line, and return the exit code."""
-    line = printable(message).replace("\n", "\\n")
-    print(f"hamt: {line}", file=sys.stderr)
+    print(_one_line(message), end="", file=sys.stderr)
     return status
+
+
+def _one_line(message: Warning | str, *_) -> str:
+    """An error or a warning as the command prints it, without the line of code that gave it."""
+    line = printable(str(message)).replace("\n", "\\n")
+    return f"hamt: {line}\n"
 
 
 def _run(arguments: list[str]) -> int:

@@ -61,11 +61,17 @@ def claim(
             file of these names is somebody else's.
     """
     folder = Path(folder)
-    with locked(folder, folder / LOCK, command, mend):
-        output = Output(folder, command)
-        output.check_names(names, adopt, mend)
-        output._clear(names)
-        yield output
+    there = folder.exists()
+    try:
+        with locked(folder, folder / LOCK, command, mend):
+            output = Output(folder, command)
+            output.check_names(names, adopt, mend)
+            output._clear(names)
+            yield output
+    finally:
+        if not there:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
 
 
 class Output:

@@ -17,9 +17,14 @@ from torch.nn.modules import module as hooks_of_all
 
 try:
     import hamt.cpu.fused  # noqa: F401  (the memory has its form from here on)
+    from hamt.cpu.library import library_found
     from hamt.cpu.linear import linear, pack, packed_linear
 except ModuleNotFoundError:  # hamt/cpu was deleted
     linear = F.linear  # type: ignore[assignment]
+
+    def library_found() -> bool:
+        """Nothing is compiled."""
+        return False
 
     def pack(weights: Sequence[Tensor]) -> Tensor | None:
         """Nothing is packed."""
@@ -126,6 +131,7 @@ def fuse(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) ->
         Bytes that it takes.
     """
     unfuse(model)
+    library_found()  # compiles it, or says that there is none: now, not amid a text
     grouped = [(module, module.fusable_weights()) for module in _fusable(model)]
     alone = [(module, [module.weight]) for module in model.modules() if type(module) in kinds]
     seen: set[int] = set()

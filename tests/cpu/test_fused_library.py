@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -315,3 +316,20 @@ def test_the_processor_is_told_by_every_architecture(line, monkeypatch):
     told = f"processor : 0\n{line}\nbogomips : 5"
     monkeypatch.setattr(Path, "read_text", lambda path, encoding: told)
     assert build._processor().splitlines()[1:] == [line]
+
+
+def test_the_command_says_once_and_before_the_text_that_there_is_no_library(tmp_path):
+    """In one line, not amid the words that are streamed."""
+    paths = {
+        "HOME": str(tmp_path),
+        "PATH": str(tmp_path),
+        "PYTHONPATH": str(build.SOURCE.parents[2]),
+    }
+    words = ["-m", "hamt", "generate", "Fellow", "--max_new_tokens", "2", "--seed", "0"]
+    ran = subprocess.run(
+        [sys.executable, *words], env=paths, stdout=-1, stderr=subprocess.STDOUT, text=True
+    )
+    first, *others = ran.stdout.splitlines()
+    assert first.startswith("hamt: HAMT runs without its fused operator for CPUs")
+    assert others[0].startswith("Fellow")
+    assert ran.returncode == 0
