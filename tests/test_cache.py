@@ -267,7 +267,7 @@ COUNTS = [
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_counts_that_are_not_those_of_the_tensors_are_refused(tmp_path, counts):
     tensors = read(tiny_model()).to_tensors() | {"counts": torch.tensor(counts)}
-    save_file(tensors, tmp_path / "state", {"format": "hamt-state-3"})
+    save_file(tensors, tmp_path / "state", {"format": "hamt-state-4"})
     refused(tmp_path / "state", "not a whole HAMT state")
 
 
@@ -275,7 +275,7 @@ def test_counts_that_are_not_those_of_the_tensors_are_refused(tmp_path, counts):
 def test_tensors_with_other_rows_are_refused(tmp_path, name):
     tensors = read(tiny_model()).to_tensors()
     for wrong in (tensors[name].repeat_interleave(2, dim=0), torch.tensor(1)):
-        save_file({**tensors, name: wrong}, tmp_path / "state", {"format": "hamt-state-3"})
+        save_file({**tensors, name: wrong}, tmp_path / "state", {"format": "hamt-state-4"})
         refused(tmp_path / "state", "not a whole HAMT state")
 
 

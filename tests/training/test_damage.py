@@ -126,21 +126,21 @@ def test_numbers_that_are_not_finite_are_refused(resume, value, capsys):
     path, go_on = resume
     shutil.rmtree(path / NOTES)
     state, weights = torch.load(path / STATE, weights_only=True), load_file(path / WEIGHTS)
-    name = next(iter(weights))
-    weights[name].flatten()[3] = value
+    sound = (path / WEIGHTS).read_bytes()
+    weights[next(iter(weights))].flatten()[3] = value
     save_file(weights, path / WEIGHTS, {"format": "pt"})
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="weights hold NaN or infinity"):
         go_on()
     folder = path.parents[1]
     shutil.rmtree(folder / NOTES)
     shutil.copy(path / WEIGHTS, folder / WEIGHTS)
     arguments = ["generate", "a", "--checkpoint", str(folder)]
-    error = fails(arguments, capsys)
-    assert "not finite" in error or "NaN" in error
+    assert "NaN" in fails(arguments, capsys)
+    (path / WEIGHTS).write_bytes(sound)
     moment = next(iter(state["optimizers"][0]["state"].values()))
     next(x for x in moment.values() if x.is_floating_point()).fill_(value)
     torch.save(state, path / STATE)
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="its optimiser holds NaN or infinity"):
         go_on()
 
 

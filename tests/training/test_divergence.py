@@ -70,8 +70,9 @@ def test_trouble_that_is_left_out_does_not_spoil_the_state_that_is_carried(model
     assert train(model, broken_batches(3), **options).skipped == 1
 
 
-def test_trouble_ends_the_run_with_its_batch_saved(text, tmp_path, capsys):
-    assert main(flags(text, tmp_path, learning_rate=1e25)) == 2
+def test_trouble_ends_the_run_with_its_batch_saved(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(LossSpikes, "trouble", lambda *_: "the loss is nan")
+    assert main(flags(text, tmp_path)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     batch = torch.load(re.search(r"its batch is in (\S+\.pt)", error).group(1), weights_only=True)
     assert batch["input_ids"].shape == (4, 32)

@@ -108,8 +108,8 @@ def load_state(plan: Plan, trainer: Trainer[Loss]) -> None:
         )
         if not isinstance(state, dict) or not state.keys() >= SAVED:
             raise ValueError(f"{STATE} holds something else")
-        if not all_finite([saved_model.state_dict(), state["optimizers"]]):
-            raise ValueError("it holds numbers that are not finite")
+        if not all_finite(state["optimizers"]):
+            raise ValueError("its optimiser holds NaN or infinity")
     except Exception as error:  # whatever it trips over
         raise UserError(
             f"{path} cannot be read ({reason(error)}): remove it and {further}"

@@ -158,7 +158,7 @@ WRONG = [
     (["--limit", "0"], "--limit must be at least 1"),
     (["--context", "8", "--stride", "0"], "--stride must be at least 1"),
     (["--temperature", "-1"], "--temperature must be at least 0; got -1"),
-    (["--test_text", "a\udce9"], "must be UTF-8"),
+    (["--test_text", "a\udce9"], "is not UTF-8"),
 ]
 
 
