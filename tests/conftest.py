@@ -1,5 +1,7 @@
 """Settings of the test run, and fixtures of several files."""
 
+import signal
+
 import pytest
 import torch
 from command_inputs import TEXT
@@ -46,6 +48,14 @@ def folders(tokenizer, tmp_path_factory):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return root
+
+
+@pytest.fixture
+def hears_ctrl_c():
+    """This process, which a shell may have started in the background, to ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -167,7 +167,7 @@ def test_words_that_are_not_long_give_the_same_tokenizer_with_and_without_the_bo
     assert json.loads(bounded)["pre_tokenizer"]["type"] == "ByteLevel"
 
 
-def test_the_user_can_stop_a_library():
+def test_the_user_can_stop_a_library(hears_ctrl_c):
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     start = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):

@@ -92,7 +92,7 @@ def test_the_file_of_another_run_is_never_overwritten(tmp_path):
     assert file.read_text(encoding="utf-8") == "half a res"
 
 
-def test_a_sweep_that_is_stopped_ends_after_the_step_and_keeps_what_is_done(tmp_path):
+def test_a_sweep_that_is_stopped_ends_after_the_step_and_keeps_what_is_done(tmp_path, hears_ctrl_c):
     endless = [changed(num_steps=10**6, seed=seed) for seed in (1, 2, 3)]
     stopped: list[float] = []
 
