@@ -232,7 +232,7 @@ class HolographicMemory:
             form = next(name for name in reversed(there) if there[name].suits(tokens.items))
         if form not in there:
             raise ValueError(f"form must be one of {', '.join(there)}; got {form!r}")
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
             _note(form, repr(self), tokens.items.device.type)
         if tokens.rotation is not None:
             tokens = tokens._replace(rotation=self.algebra.reduce(tokens.rotation))
