@@ -19,6 +19,10 @@ class Squared:
     def read_description(content):
         return {"number": content.get("number", 1)}  # older files do not say that it is 1
 
+    @staticmethod
+    def is_result(content):
+        return type(content.get("square")) is int
+
     def perform(self):
         return {"number": self.number, "square": self.number**2}
 

@@ -105,6 +105,7 @@ REFUSED = [
     ({"max_position_embeddings": 0}, "max_position_embeddings must be at least 1; got 0"),
     ({"vocab_size": 9, "pad_token_id": 9}, "pad_token_id must be a token, from 0 to 8; got 9"),
     ({"vocab_size": 9, "eos_token_id": [1, -1]}, "eos_token_id must be a token"),
+    ({"vocab_size": 9, "eos_token_id": []}, "eos_token_id must be a token, several, or None"),
     (
         {"mixers": "full_attention", "hidden_dim": 48},
         "attention_head_dim must be even and divide hidden_dim = 48; got 32",

@@ -109,6 +109,15 @@ def test_a_checkpoint_that_is_not_whole_is_refused_with_the_names(written, copy,
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("value", [10**30, -1, 10**6, "2", 1.5, [1, 10**30], []])
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "pad_token_id"])
+def test_tokens_that_are_none_end_no_text(copy, name, value):
+    folder = copy()
+    change_json(folder / "generation_config.json", **{name: value})
+    with pytest.raises(UserError, match="is not a whole checkpoint"):
+        load_checkpoint(folder)
+
+
 COMMANDS = (
     "generate Hello --checkpoint {}",
     "evaluate --checkpoint {} --data none --prompts Hello --output_dir {}/out",

@@ -127,6 +127,15 @@ def test_a_command_that_was_refused_leaves_no_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_name_that_is_too_long_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for command in (["analyze"], ["bench"], ["evaluate", "--data", "none", "--prompts", "a"]):
+        assert main([*command, "--output_dir", "x" * 300]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("hamt: cannot write to xxx")
+        assert error.count("\n") == 1
+
+
 def test_a_claim_that_wrote_nothing_leaves_nothing(tmp_path):
     with claim(tmp_path, "train", []):
         pass

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hamt.config import HAMTConfig
 from hamt.errors import UserError, reason
@@ -100,6 +100,7 @@ def load_checkpoint(
         model = pretrained_model(HAMTForCausalLM, str(path), local_files_only=True)
         tokenizer = pretrained_tokenizer(str(path), local_files_only=True)
         _check_vocabulary(tokenizer, config)
+        _check_ends(model)
     except Exception as error:  # whatever the libraries trip over
         raise _not_whole(path, error) from error
     return model.eval(), tokenizer
@@ -150,6 +151,17 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: HAMTConfig) ->
         raise ValueError(
             f"its tokenizer has a token {largest}, the model is one of {config.vocab_size} tokens"
         )
+
+
+def _check_ends(model: PreTrainedModel) -> None:
+    """Refuse a ``generation_config.json`` with tokens that begin or end a text and are none."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(model.generation_config, name)
+        for token in value if isinstance(value, list) and value else [value]:
+            if token is not None and not (
+                type(token) is int and 0 <= token < model.config.vocab_size
+            ):
+                raise ValueError(f"{name} of its generation_config.json is no token: {token!r}")
 
 
 def _not_whole(path: Path, error: Exception) -> UserError:

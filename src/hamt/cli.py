@@ -29,6 +29,7 @@ COMMANDS = {
 # What disks and their owners refuse; any other error of the system is a mistake in here, and keeps
 # its trace.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+DISK |= {errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

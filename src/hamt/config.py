@@ -192,6 +192,8 @@ class HAMTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
+            if value == []:
+                raise ValueError(f"{name} must be a token, several, or None; got none of several")
             for token in value if isinstance(value, list) else [value]:
                 if token is not None and not 0 <= token < self.vocab_size:
                     raise ValueError(

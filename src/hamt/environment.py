@@ -36,6 +36,20 @@ def environment() -> dict[str, Any]:
     }
 
 
+def is_environment(header: Any) -> bool:
+    """Whether ``describe_environment`` can say something of this, which a file holds."""
+    words = ("hamt", "torch", "transformers", "python", "processor", "date")
+    loads = header.get("load_average") if isinstance(header, dict) else None
+    return (
+        isinstance(loads, list)
+        and bool(loads)
+        and all(type(load) in (int, float) for load in loads)
+        and all(isinstance(header.get(word), str) for word in words)
+        and all(type(header.get(count)) is int for count in ("cores", "threads"))
+        and isinstance(header.get("commit"), str | None)
+    )
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -61,7 +61,7 @@ def claim(
             file of these names is somebody else's.
     """
     folder = Path(folder)
-    there = folder.exists()
+    there = os.path.exists(folder)
     try:
         with locked(folder, folder / LOCK, command, mend):
             output = Output(folder, command)

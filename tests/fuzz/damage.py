@@ -19,6 +19,7 @@ RESUME = ["train", *flags({**RUN_OPTIONS, "num_steps": 3}), "--resume"]
 TRAIN = ["train", *flags({**RUN_OPTIONS, "output_dir": "out"})]
 QUICK = ["quick-train", *flags({**TINY, "num_steps": 1, "output_dir": "out"})]
 MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+RECIPE = {"output_dir": "out", "token_cache": "tokens", "num_steps": 1}
 STEP = "run/checkpoints/step_*"
 
 
@@ -59,7 +60,7 @@ READERS: list[tuple[str, Callable[[], int] | list[str]]] = [
     ("tokens/*/*.json", TRAIN),
     ("tokens/*/*.bin", TRAIN),
     ("tokens/*/*.npy", TRAIN),
-    ("recipe.yaml", ["train", "recipe.yaml", "--output_dir", "out", "--num_steps", "1"]),
+    ("recipe.yaml", ["train", "recipe.yaml", *flags(RECIPE)]),
     ("ablation.yaml", ["ablate", *flags(BASE["ablate"]), "--table", "out/table.md"]),
     ("ablate/*.json", ["ablate", *flags(BASE["ablate"]), "--table", "out/table.md"]),
     ("recall/runs/*.json", ["recall", *flags(BASE["recall"])]),

@@ -1,13 +1,17 @@
 """The engine of sweeps: runs that are done once each, in processes that one Ctrl-C ends."""
 
 import json
+import math
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 from sweep_inputs import Squared, two_seconds
 
 from hamt.errors import UserError
+from hamt.measure.ablate.runs import AblationRun
+from hamt.measure.recall.runs import RecallRun
 from hamt.measure.sweep import Sweep, contents
 from hamt.measure.workers import in_processes
 
@@ -31,13 +35,41 @@ def test_a_file_counts_for_every_run_that_it_describes(tmp_path):
 
 def test_no_file_is_overwritten(tmp_path):
     file = tmp_path / "two.json"
-    for content in (json.dumps({"number": 3}), "half a res", "[]"):
+    other = json.dumps({"number": 3, "square": 9})
+    for content in (other, "half a res", "[]", "{}", '{"square": null}', '{"number": []}'):
         file.write_text(content, encoding="utf-8")
-        with pytest.raises(UserError, match=rf"{file} .* \(number\): choose another --output_dir"):
+        told = r"\(number\): choose" if content == other else "damaged: move it away, or choose"
+        with pytest.raises(UserError, match=rf"{file} .*{told} another --output_dir"):
             Sweep([Squared("two", 2)], tmp_path).perform(1, pytest.fail)
         assert file.read_text(encoding="utf-8") == content
     with pytest.raises(UserError, match="two runs would be written to"):
         Sweep([Squared("five", 5), Squared("five", 6)], tmp_path).perform(1, pytest.fail)
+
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+FILES = {
+    RecallRun: "recall/runs/mqar-gated-deltanet-1280-0.003-0.json",
+    AblationRun: "ablation/mqar-base-0.json",
+}
+ENVIRONMENT = ("date", "load_average", "threads", "commit", "torch")
+USED = [
+    *((kind, f"environment.{name}") for kind in FILES for name in ENVIRONMENT),
+    *((RecallRun, name) for name in ("accuracy", "mean_accuracy", "parameters", "state_floats")),
+    *((AblationRun, name) for name in ("figure", "num_parameters", "steps_to_99", "seed")),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), USED)
+def test_a_result_that_no_report_can_use_is_none(kind, name):
+    content = json.loads((RESULTS / FILES[kind]).read_text(encoding="utf-8"))
+    assert kind.is_result(content)
+    *parents, last = name.split(".")
+    part = content
+    for parent in parents:
+        part = part[parent]
+    for value in ({}, math.nan, [None]):
+        part[last] = value
+        assert not kind.is_result(content)
 
 
 def test_no_run_begins_after_an_interrupt_and_none_that_is_finished_is_lost(tmp_path):

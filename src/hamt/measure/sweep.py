@@ -5,6 +5,7 @@ here knows what is run: a run has a name, says what it consists of, and can be p
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -37,6 +38,10 @@ class Run(Protocol):
     def read_description(content: Content) -> Content:
         """What ``describe`` would say today of the run that left this content."""
 
+    @staticmethod
+    def is_result(content: Content) -> bool:
+        """Whether this has what reports take from a file, of the types that ``perform`` gives."""
+
 
 AnyRun = TypeVar("AnyRun", bound=Run)
 
@@ -52,7 +57,8 @@ class Sweep(Generic[AnyRun]):
         self.runs, self.folder = list(runs), folder
         self._keys = [_key(run.describe()) for run in self.runs]
         there = contents(folder) if self.runs else []
-        self._done = {_key(self.runs[0].read_description(content)): content for content in there}
+        described = ((self._described(content), content) for content in there)
+        self._done = {_key(run): content for run, content in described if run is not None}
 
     @property
     def missing(self) -> list[AnyRun]:
@@ -88,6 +94,14 @@ class Sweep(Generic[AnyRun]):
 
         in_processes(_perform, missing, max(min(workers, len(missing)), 1), done)
 
+    def _described(self, content: Content) -> Content | None:
+        """What a file says of its run; None if it is damaged, or something else."""
+        try:
+            described = self.runs[0].read_description(content)
+            return described if self.runs[0].is_result(content) else None
+        except Exception:  # whatever a damaged file leads to
+            return None
+
     def _file(self, run: AnyRun) -> Path:
         return self.folder / f"{run.name}.json"
 
@@ -100,7 +114,13 @@ class Sweep(Generic[AnyRun]):
                 raise UserError(f"two runs would be written to {file}: {mend}")
             names.add(run.name)
             if file.exists():
-                differ = _differing(run.describe(), run.read_description(json_object(file)))
+                there = self._described(json_object(file))
+                if there is None:
+                    raise UserError(
+                        f"{file} is not the file of such a run, or damaged: "
+                        "move it away, or choose another --output_dir"
+                    )
+                differ = _differing(run.describe(), there)
                 raise UserError(
                     f"{file} is of a run with other settings ({', '.join(differ)}): "
                     "choose another --output_dir"
@@ -110,6 +130,11 @@ class Sweep(Generic[AnyRun]):
 def contents(folder: Path) -> list[Content]:
     """What the JSON files of a folder hold, in the order of their names."""
     return [json_object(file) for file in sorted(folder.glob("*.json"))]
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a number that can be averaged."""
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _perform(run: Run) -> Content:

@@ -296,6 +296,7 @@ WRONG = [
 
 RECALL = "kind: recall, training: {batch_size: 2, num_steps: 2, learning_rate: 0.01}"
 NO_RECIPES = [
+    ("a: " + "[" * 3000, "nested too deeply"),
     ("[1, 2]", "must have `tasks:` and `variants:`"),
     ("tasks: {a: 3}\nvariants: {b: {}}", "a (in "),
     ("tasks: {a: {kind: chess}}\nvariants: {b: {}}", "must be one of characters"),

@@ -97,7 +97,7 @@ def _report(
 ) -> None:
     """Tabulate and draw the runs of the chosen tasks that are there, of all variants and seeds."""
     folder = Path(options.output_dir)
-    seeds = {content["seed"] for content in contents(folder) if "seed" in content}
+    seeds = {content["seed"] for content in contents(folder) if type(content.get("seed")) is int}
     everything = replace(options, variants=[], seeds=sorted(seeds))
     done = Sweep(plan(everything, recipe), folder).results
     tasks = options.tasks or recipe["tasks"]

@@ -81,6 +81,8 @@ def load_recipe(path: Path) -> dict[str, Any]:
         raise UserError(f"no recipe {path} ({error.strerror})") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is no recipe: it is nested too deeply") from error
     parts = [recipe.get(part) for part in ("tasks", "variants")] if isinstance(recipe, dict) else []
     if not parts or not all(part and isinstance(part, dict) for part in parts):
         raise UserError(f"{path} must have `tasks:` and `variants:`, each with names below")

@@ -18,8 +18,9 @@ from hamt.data.loader import Batches
 from hamt.data.tasks import MQAR, ModularCounting, Task
 from hamt.data.tokenizer import load_tokenizer, vocabulary_size
 from hamt.data.tokens import Split, tokenise
-from hamt.environment import environment
+from hamt.environment import environment, is_environment
 from hamt.measure.ablate.recipe import EMBEDDED, SHAKESPEARE, all_choices
+from hamt.measure.sweep import is_number
 from hamt.measure.task_training import HELD_OUT, accuracy, train_on_task
 from hamt.measure.workers import Stopper, whole
 from hamt.training.accelerator import make_accelerator
@@ -61,6 +62,18 @@ class AblationRun:
         if isinstance(spec := described["spec"], dict):
             described["spec"] = {**spec, "config": all_choices(spec["config"])}
         return described
+
+    @staticmethod
+    def is_result(content: dict[str, Any]) -> bool:
+        """Whether ``hamt.measure.ablate.report`` can make a cell of this."""
+        counts = ("num_parameters", "non_embedding_parameters", "tokens", "steps_to_99", "seed")
+        figures = ("figure", "bits_per_byte")
+        return (
+            {"figure", "num_parameters"} <= content.keys()
+            and all(type(content.get(name)) in (int, type(None)) for name in counts)
+            and all(content.get(name) is None or is_number(content[name]) for name in figures)
+            and is_environment(content.get("environment"))
+        )
 
     def perform(self) -> dict[str, Any]:
         """Train and measure; the ``figure`` of a run that diverges is None.

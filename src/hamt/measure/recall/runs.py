@@ -9,8 +9,9 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hamt.baselines.catalogue import state_floats, with_state
-from hamt.environment import environment
+from hamt.environment import environment, is_environment
 from hamt.measure.recall.settings import SETTINGS
+from hamt.measure.sweep import is_number
 from hamt.measure.task_training import HELD_OUT, TaskResult, accuracy, train_on_task
 from hamt.measure.workers import Stopper, check_stop, whole
 from hamt.training.divergence import DivergenceError
@@ -60,6 +61,20 @@ class RecallRun:
             run["config"] = AutoConfig.for_model(**run["config"]).to_dict()
             run["config"].pop("transformers_version", None)
         return run
+
+    @staticmethod
+    def is_result(content: dict[str, Any]) -> bool:
+        """Whether ``hamt.measure.recall.report`` can make a row of this."""
+        tests, floats = content.get("accuracy"), content.get("state_floats")
+        return (
+            isinstance(tests, dict)
+            and tests.keys() == SETTINGS[content["run"]["task"]].tests.keys()
+            and all(map(is_number, tests.values()))
+            and is_number(content.get("mean_accuracy"))
+            and type(content.get("parameters")) is int
+            and (floats is None or (type(floats) is int and is_number(content.get("state_bytes"))))
+            and is_environment(content.get("environment"))
+        )
 
     def perform(self) -> dict[str, Any]:
         """Train and test.
