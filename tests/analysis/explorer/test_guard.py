@@ -1,5 +1,6 @@
 """The page answers itself, and keeps little for long: a real server, asked over HTTP."""
 
+import asyncio
 import contextlib
 import gc
 import http.client
@@ -24,6 +25,10 @@ def server():
     _, address, _ = launch(app, "127.0.0.1", None)
     yield address.split("//")[1].rstrip("/"), app
     app.close()
+    loop = asyncio.get_event_loop()  # Gradio leaves one in this thread
+    if not loop.is_running():
+        loop.close()
+        asyncio.set_event_loop(None)
 
 
 def ask(host, method, path, headers=(), body=None):
