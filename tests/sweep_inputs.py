@@ -19,8 +19,7 @@ class Squared:
     def read_description(content):
         return {"number": content.get("number", 1)}  # older files do not say that it is 1
 
-    @staticmethod
-    def is_result(content):
+    def is_result(self, content):
         return type(content.get("square")) is int
 
     def perform(self):

@@ -19,7 +19,7 @@ RESUME = ["train", *flags({**RUN_OPTIONS, "num_steps": 3}), "--resume"]
 TRAIN = ["train", *flags({**RUN_OPTIONS, "output_dir": "out"})]
 QUICK = ["quick-train", *flags({**TINY, "num_steps": 1, "output_dir": "out"})]
 MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-RECIPE = {"output_dir": "out", "token_cache": "tokens", "num_steps": 1}
+RECIPE = {**RUN_OPTIONS, "output_dir": "out", "num_steps": 1}  # a damaged one may ask for more
 STEP = "run/checkpoints/step_*"
 
 

@@ -38,8 +38,7 @@ class Run(Protocol):
     def read_description(content: Content) -> Content:
         """What ``describe`` would say today of the run that left this content."""
 
-    @staticmethod
-    def is_result(content: Content) -> bool:
+    def is_result(self, content: Content) -> bool:
         """Whether this has what reports take from a file, of the types that ``perform`` gives."""
 
 
@@ -57,8 +56,13 @@ class Sweep(Generic[AnyRun]):
         self.runs, self.folder = list(runs), folder
         self._keys = [_key(run.describe()) for run in self.runs]
         there = contents(folder) if self.runs else []
-        described = ((self._described(content), content) for content in there)
-        self._done = {_key(run): content for run, content in described if run is not None}
+        known = dict(zip(self._keys, self.runs, strict=True))
+        self._done: dict[str, Content] = {}
+        for content in there:
+            described = _described(self.runs[0], content)
+            run = None if described is None else known.get(_key(described))
+            if run is not None and run.is_result(content):
+                self._done[_key(run.describe())] = content
 
     @property
     def missing(self) -> list[AnyRun]:
@@ -94,14 +98,6 @@ class Sweep(Generic[AnyRun]):
 
         in_processes(_perform, missing, max(min(workers, len(missing)), 1), done)
 
-    def _described(self, content: Content) -> Content | None:
-        """What a file says of its run; None if it is damaged, or something else."""
-        try:
-            described = self.runs[0].read_description(content)
-            return described if self.runs[0].is_result(content) else None
-        except Exception:  # whatever a damaged file leads to
-            return None
-
     def _file(self, run: AnyRun) -> Path:
         return self.folder / f"{run.name}.json"
 
@@ -114,22 +110,24 @@ class Sweep(Generic[AnyRun]):
                 raise UserError(f"two runs would be written to {file}: {mend}")
             names.add(run.name)
             if file.exists():
-                there = self._described(json_object(file))
-                if there is None:
-                    raise UserError(
-                        f"{file} is not the file of such a run, or damaged: "
-                        "move it away, or choose another --output_dir"
-                    )
-                differ = _differing(run.describe(), there)
+                differ = _differing(run.describe(), _described(run, json_object(file)) or {})
+                what = f"with other settings ({', '.join(differ)})" if differ else "that is damaged"
                 raise UserError(
-                    f"{file} is of a run with other settings ({', '.join(differ)}): "
-                    "choose another --output_dir"
+                    f"{file} is of a run {what}: move it away, or choose another --output_dir"
                 )
 
 
 def contents(folder: Path) -> list[Content]:
     """What the JSON files of a folder hold, in the order of their names."""
     return [json_object(file) for file in sorted(folder.glob("*.json"))]
+
+
+def _described(run: Run, content: Content) -> Content | None:
+    """What a file says of its run; None if it is damaged, or something else."""
+    try:
+        return run.read_description(content)
+    except Exception:  # whatever a damaged file leads to
+        return None
 
 
 def is_number(value: Any) -> bool:

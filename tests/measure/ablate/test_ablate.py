@@ -278,7 +278,10 @@ def test_the_file_of_a_run_of_another_recipe_is_not_overwritten(recipe, tmp_path
     file.write_text(json.dumps(entry), encoding="utf-8")
     options = words(recipe=recipe, data=tmp_path, tasks="text", output_dir=tmp_path / "out")
     assert main(["ablate", *options]) == 2
-    assert "of a run with other settings (spec): choose another" in capsys.readouterr().err
+    assert (
+        "of a run with other settings (spec): move it away, or choose another"
+        in capsys.readouterr().err
+    )
     assert read_json(file) == entry
 
 

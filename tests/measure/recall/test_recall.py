@@ -78,7 +78,7 @@ def test_the_file_of_another_run_is_never_overwritten(tmp_path):
     before = file.read_bytes()
     longer = changed(num_steps=3, batch_size=4)  # of the same name
     other = changed(seed=1)
-    message = rf"{file} .* \(num_steps, batch_size\): choose another --output_dir"
+    message = rf"{file} .* \(num_steps, batch_size\): move it away, or choose another --output_dir"
     with pytest.raises(UserError, match=message):
         sweep([other, longer], tmp_path, 1, lambda run, result: told.append(run))
     assert told == [TINY]

@@ -63,13 +63,17 @@ class AblationRun:
             described["spec"] = {**spec, "config": all_choices(spec["config"])}
         return described
 
-    @staticmethod
-    def is_result(content: dict[str, Any]) -> bool:
+    def is_result(self, content: dict[str, Any]) -> bool:
         """Whether ``hamt.measure.ablate.report`` can make a cell of this."""
         counts = ("num_parameters", "non_embedding_parameters", "tokens", "steps_to_99", "seed")
         figures = ("figure", "bits_per_byte")
+        needed = {"figure", "num_parameters"}
+        if content.get("figure") is not None:  # it came to its end
+            needed |= {"text": {"bits_per_byte", "tokens"}, "recall": {"steps_to_99"}}.get(
+                self.kind, set()
+            )
         return (
-            {"figure", "num_parameters"} <= content.keys()
+            needed <= content.keys()
             and all(type(content.get(name)) in (int, type(None)) for name in counts)
             and all(content.get(name) is None or is_number(content[name]) for name in figures)
             and is_environment(content.get("environment"))

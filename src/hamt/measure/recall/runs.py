@@ -62,13 +62,12 @@ class RecallRun:
             run["config"].pop("transformers_version", None)
         return run
 
-    @staticmethod
-    def is_result(content: dict[str, Any]) -> bool:
+    def is_result(self, content: dict[str, Any]) -> bool:
         """Whether ``hamt.measure.recall.report`` can make a row of this."""
         tests, floats = content.get("accuracy"), content.get("state_floats")
         return (
             isinstance(tests, dict)
-            and tests.keys() == SETTINGS[content["run"]["task"]].tests.keys()
+            and tests.keys() == SETTINGS[self.task].tests.keys()
             and all(map(is_number, tests.values()))
             and is_number(content.get("mean_accuracy"))
             and type(content.get("parameters")) is int
