@@ -29,6 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=list(SHARES))
     parser.add_argument("--seed", type=int, help="run this case alone")
+    parser.add_argument("--first", type=int, default=os.environ.get("FUZZ_FIRST"))
     parser.add_argument("--seconds", type=float, default=os.environ.get("FUZZ_SECONDS", 600))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
@@ -58,7 +59,9 @@ def _run(options: argparse.Namespace, folder: Path) -> list[Outcome]:
     prepare(sandbox)
     parts = {"commands": commands, "damage": damage, "configurations": configurations}
     failures = []
-    first = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
+    first = options.first if options.seed is None else options.seed
+    if first is None:
+        first = random.SystemRandom().randrange(10**6)
     print(f"seeds from {first}")
     for name, part in parts.items():
         if options.part not in (None, name):
