@@ -23,6 +23,11 @@ def fingerprint(ids: Tensor, mask: Tensor | None = None, before: Tensor | None =
         mask: (B, N), false for what counts for nothing, as padding; None if all count.
         before: (B,) fingerprint of what was read before; None is nothing.
     """
+    if ids.shape[1] == 1:  # a decoding step, of which all below would be a few per cent
+        token = ids[:, 0].long() + 1
+        known = torch.zeros_like(token) if before is None else before
+        longer = known * _MULTIPLIER + token
+        return longer if mask is None else longer.where(mask[:, 0].bool(), known)
     real = torch.ones_like(ids) if mask is None else mask.long()
     powers = torch.full((ids.shape[1] + 1,), _MULTIPLIER, device=ids.device)
     powers[0] = 1
