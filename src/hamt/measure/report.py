@@ -1,6 +1,7 @@
 """What measuring commands write: the figures as JSON, a table as Markdown, and plots."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,21 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from hamt.files import json_object
-from hamt.output import Output
+from hamt.output import Output, claim
 from hamt.visualization import save_figure
 
 
-def is_report(folder: str, name: str) -> bool:
-    """Whether ``name.json`` is of a measuring command; earlier versions noted it nowhere else."""
+@contextmanager
+def claim_report(folder: str, command: str, name: str, names: Collection[str]) -> Iterator[Output]:
+    """``hamt.output.claim`` for a report, with its arguments ``folder``, ``command``, ``names``.
+
+    A folder whose ``name.json`` is of a measuring command is its own: earlier versions noted that
+    nowhere else.
+    """
     measured_with = json_object(Path(folder) / f"{name}.json").get("environment")
-    return isinstance(measured_with, dict) and "hamt" in measured_with
+    known = isinstance(measured_with, dict) and "hamt" in measured_with
+    with claim(folder, command, names, adopt=known) as output:
+        yield output
 
 
 def write_report(

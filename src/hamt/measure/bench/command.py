@@ -15,9 +15,9 @@ from hamt.measure.bench.mixers import measure_mixers
 from hamt.measure.bench.models import make_models, measure_models
 from hamt.measure.bench.options import BenchOptions
 from hamt.measure.bench.report import bench_figures, bench_page
-from hamt.measure.report import is_report, write_report
+from hamt.measure.report import claim_report, write_report
 from hamt.options import parse
-from hamt.output import Output, claim
+from hamt.output import Output
 from hamt.peak_memory import keep_freed_memory
 
 WRITTEN = (r"bench\.(json|md)", r"(model_time|mixer_time|decode_time|memory)\.png")
@@ -34,8 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(BenchOptions, arguments, "bench")
     _check(options)
     console = PlainConsole()
-    known = is_report(options.output_dir, "bench")
-    with claim(options.output_dir, "bench", WRITTEN, adopt=known) as output:
+    with claim_report(options.output_dir, "bench", "bench", WRITTEN) as output:
         _measure(options, output, console)
     return 0
 

@@ -20,9 +20,9 @@ from hamt.errors import UserError, reason
 from hamt.measure.compare.report import figure, page
 from hamt.measure.compare.run import chosen_texts, load_hamt, load_models, score, trained_rivals
 from hamt.measure.compare.speed import prefill_memory, speed, was_read
-from hamt.measure.report import is_report, write_report
+from hamt.measure.report import claim_report, write_report
 from hamt.options import MAX_SEED, option, parse
-from hamt.output import Output, claim
+from hamt.output import Output
 
 WRITTEN = (r"compare\.(json|md|png)",)
 
@@ -77,8 +77,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(CompareOptions, arguments, "compare")
     _check(options)
     console = PlainConsole()
-    known = is_report(options.output_dir, "compare")
-    with claim(options.output_dir, "compare", WRITTEN, adopt=known) as output:
+    with claim_report(options.output_dir, "compare", "compare", WRITTEN) as output:
         _compare(options, output, console)
     return 0
 

@@ -22,10 +22,10 @@ from hamt.measure.evaluate.run import (
     trained_context,
 )
 from hamt.measure.evaluate.text import note_training, own_text
-from hamt.measure.report import is_report, write_report
+from hamt.measure.report import claim_report, write_report
 from hamt.model import HAMTForCausalLM
 from hamt.options import MAX_SEED, given_text, option, parse
-from hamt.output import Output, claim
+from hamt.output import Output
 
 WRITTEN = (
     *(r"evaluation\.(json|md)", r"generation_results\.json"),
@@ -85,8 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(EvaluateOptions, arguments, "evaluate")
     _check(options)
     console = PlainConsole()
-    known = is_report(options.output_dir, "evaluation")
-    with claim(options.output_dir, "evaluate", WRITTEN, adopt=known) as output:
+    with claim_report(options.output_dir, "evaluate", "evaluation", WRITTEN) as output:
         _evaluate(options, output, console)
     return 0
 

@@ -16,11 +16,11 @@ from hamt.measure.recall.capacity import capacity_figure, capacity_page, measure
 from hamt.measure.recall.report import figure, recall_page
 from hamt.measure.recall.runs import RecallRun, make_model
 from hamt.measure.recall.settings import SETTINGS
-from hamt.measure.report import is_report, write_report
+from hamt.measure.report import claim_report, write_report
 from hamt.measure.sweep import Sweep
 from hamt.measure.task_training import HELD_OUT
 from hamt.options import check, option, parse
-from hamt.output import Output, claim
+from hamt.output import Output
 
 WRITTEN = (r"(recall|capacity)\.(json|md|png)",)
 
@@ -64,8 +64,8 @@ def main(arguments: Sequence[str]) -> int:
             "--quick goes with --capacity; of a sweep, take fewer steps: --num_steps 200"
         )
     console = PlainConsole()
-    known = is_report(options.output_dir, "capacity" if options.capacity else "recall")
-    with claim(options.output_dir, "recall", WRITTEN, adopt=known) as output:
+    name = "capacity" if options.capacity else "recall"
+    with claim_report(options.output_dir, "recall", name, WRITTEN) as output:
         (_capacity if options.capacity else _sweep)(options, output, console)
     return 0
 
