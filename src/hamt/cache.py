@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from hamt.batch import Past
+from hamt.config import MAX_LAYERS
 from hamt.files import write_file
 from hamt.mixers import State
 
 _FORMAT = "hamt-state-4"
-_MAX_LAYERS = 10_000  # as of a model
 
 
 class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
@@ -194,7 +194,7 @@ class HAMTCache(Cache):
         num_layers, seen_tokens = counts.tolist()
         rows = {len(x) if x.ndim else 0 for name, x in tensors.items() if name != "counts"}
         in_place = all(0 <= index < num_layers for index in kept)  # some mixers keep no state
-        sound = in_place and 0 < num_layers <= _MAX_LAYERS and seen_tokens > 0 and len(rows) == 1
+        sound = in_place and 0 < num_layers <= MAX_LAYERS and seen_tokens > 0 and len(rows) == 1
         if not sound:
             raise ValueError("not a whole HAMT state: save it again")
         cache = cls(num_layers)

@@ -18,10 +18,11 @@ CHOICES = {
 }
 
 _SIZE = 2**31 - 1
+MAX_LAYERS = 10_000
 # What a model survives: beyond, it overflows within a few steps, or a size is a mistake.
 _RANGES = {
     **dict.fromkeys(("vocab_size", "hidden_dim", "num_slots", "num_heads"), (1, _SIZE)),
-    "num_layers": (1, 10_000),
+    "num_layers": (1, MAX_LAYERS),
     "chunk_size": (1, _SIZE),
     "intermediate_dim": (0, _SIZE),
     "conv_kernel_size": (0, _SIZE),

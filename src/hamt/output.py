@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from hamt.errors import UserError
-from hamt.files import WRITING, fill, json_object, sync, write_json
+from hamt.files import WRITING, fill, json_object, sync, write_json, write_text
 from hamt.locks import locked
 
 NOTES = ".hamt"  # the folder of what is noted about an output folder
@@ -116,8 +116,7 @@ class Output:
 
     def write_text(self, name: str, text: str) -> Path:
         """Write ``text`` as UTF-8."""
-        content = text.encode("utf-8", errors="backslashreplace")
-        return self.write_file(name, lambda file: file.write_bytes(content))
+        return self.write_file(name, lambda file: write_text(file, text))
 
     def new_folder(self, name: str, write: Callable[[Path], object]) -> None:
         """Let ``write`` fill a temporary folder; rename it once the disk has all of it.
