@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 
 from fuzz.inputs import DOCUMENT, RUN_OPTIONS, TINY
-from fuzz.sandbox import Case
+from fuzz.sandbox import LIMIT, Case
 
 from hamt.cli import COMMANDS, main
 from hamt.options import _kind
@@ -90,7 +90,8 @@ WORK = {
 }
 NEVER = {"compile_model", "compile", "tasks", "capacity", "quick", "use_wandb", "use_tensorboard"}
 WRITTEN = {"output_dir", "token_cache", "table"}  # options that say where something is written
-SLOW = {"recall", "ablate", "compare", "demo"}  # they start processes, or train
+# They start processes, train, or read the 12 MB of text in the package.
+SLOW = {"recall", "ablate", "compare", "demo", "quick-train"}
 
 SMALL = ("1", "2", "3")
 INTS = ("0", "1", "2", "3", "5", "7", "8", "16", "33", "64", "300")
@@ -237,7 +238,7 @@ def case(seed: int) -> Case:
         run = lambda: main(words)  # noqa: E731
     replace = any(word.startswith(("--overwrite", "--resume", "--token")) for word in words)
     replace |= words[0] in ("recall", "ablate")
-    limit = 60.0 if words[0] in SLOW or process else 20.0
+    limit = max(60.0 if words[0] in SLOW or process else 20.0, LIMIT)
     return Case(name, run, may_write=_written(words), may_replace=replace, limit=limit)
 
 

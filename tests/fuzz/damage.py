@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fuzz.commands import BASE
 from fuzz.inputs import DOCUMENT, RUN_OPTIONS, TINY, flags
-from fuzz.sandbox import Case
+from fuzz.sandbox import LIMIT, Case
 
 from hamt.cli import main
 
@@ -163,7 +163,7 @@ def case(seed: int) -> Case:
         damage,
         places if words[:1] != ["evaluate"] else ["out"],
         may_replace=True,
-        limit=60.0 if slow else 20.0,
+        limit=max(60.0 if slow else 20.0, LIMIT),
     )
 
 

@@ -14,6 +14,7 @@ from hamt.data.tokens import Split
 
 # While training so many blocks are scored, or a few more; at the end all of them are.
 SAMPLE = 16
+BATCH_TOKENS = 4096  # scored at a time: short blocks go by the hundred
 
 
 class Loss(NamedTuple):
@@ -38,7 +39,7 @@ def held_out_loss(
     length: int,
     *,
     every: int = 1,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     documents_flow: bool = True,
     accelerator: Accelerator | None = None,
 ) -> Loss:
@@ -48,7 +49,7 @@ def held_out_loss(
 
     Args:
         every: score every n-th whole block only, a sample from all parts of the text; 1 is all.
-        batch_size: blocks at a time.
+        batch_size: blocks at a time; by default about 4,096 tokens' worth.
         documents_flow: a document sees those before it in its block.
         accelerator: each of its processes scores a share of the blocks, and all get the same loss.
     """
@@ -56,6 +57,7 @@ def held_out_loss(
     model.eval()
     num_blocks = (len(split) - 1) // length
     starts = np.arange(0, num_blocks * length, length)[::every]
+    batch_size = batch_size or max(BATCH_TOKENS // length, 1)
     batches = [(starts[i : i + batch_size], length) for i in range(0, len(starts), batch_size)]
     rest = len(split) - 1 - num_blocks * length
     if rest and (every == 1 or not num_blocks):

@@ -320,6 +320,7 @@ def _finish(plan: Plan, trainer: Trainer[Loss], output: Output, console: Console
         # The model is measured with the weights that are saved, rounded to their dtype.
         for parameter in plan.model.parameters():
             parameter.data.copy_(parameter.data.to(dtype))
+        console.print("measuring the loss on all of the held-out text")
         final = _measure(plan, whole=True)
     if plan.accelerator.is_main_process:
         output.write(
