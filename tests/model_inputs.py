@@ -21,9 +21,35 @@ VARIANTS = [
     for binding_type in BINDINGS
     for write_rule in WRITE_RULES
 ]
-variants = pytest.mark.parametrize(
-    "options", VARIANTS, ids=lambda options: "-".join(options.values())
-)
+# And what happens at boundaries, of which there are several in every test.
+BOUNDED = [
+    {"write_rule": "gated", "gate_feedback": True, "boundary_every": 3},
+    {
+        "write_rule": "convex",
+        "gate_feedback": True,
+        "key_feedback": True,
+        "read_before_write": True,
+        "normalize_state": True,
+        "boundary_every": 1,
+    },
+    {"write_rule": "delta", "binding_type": "elementwise", "gate_feedback": True}
+    | {"boundary_every": 4, "rotation": "data_dependent"},
+    {"read_before_write": True, "rotation": "data_dependent"},
+    {"mixers": "hierarchical_memory", "num_slots": 4, "boundary_every": 3},
+    {"mixers": "hierarchical_memory", "num_slots": 4, "boundary_every": 5, "write_rule": "delta"}
+    | {"binding_type": "circular_conv", "normalize_state": True},
+    {"mixers": "hierarchical_memory", "num_slots": 4, "boundary_every": 2, "write_rule": "convex"}
+    | {"gate_feedback": True, "slow_decay_rate": 0.01},
+]
+VARIANTS += BOUNDED
+
+
+def name_of(options: dict) -> str:
+    """The id of a test with these options."""
+    return "-".join(name if value is True else str(value) for name, value in options.items())
+
+
+variants = pytest.mark.parametrize("options", VARIANTS, ids=name_of)
 
 
 def tiny_config(**options) -> HAMTConfig:
@@ -58,6 +84,9 @@ def tiny_model(seed: int = 0, **options) -> HAMTModel:
                     block.mixer.conv.weight.normal_(std=0.5)
                 if block.mixer.config.rotation == "data_dependent":
                     block.mixer.rotation.weight.normal_(std=0.3)
+                for part in (block.mixer.feedback, block.mixer.boundary):
+                    for weight in () if part is None else part.parameters():
+                        weight.normal_(std=0.2)
     return model.eval()
 
 

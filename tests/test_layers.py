@@ -69,21 +69,16 @@ def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
         kernel = layer.conv.weight.T[:, None]
         past = F.pad(inputs.T[None], (config.conv_kernel_size - 1, 0))
         conditioned = F.conv1d(past, kernel, groups=WIDTH)[0].T
+    tiers = 2 if config.mixers == "hierarchical_memory" else 1
+    slots = config.num_slots // tiers  # that tokens write to
     outputs, position = [], algebra.identity
     memory = torch.zeros(heads, config.num_slots, head_dim, dtype=inputs.dtype)
-    for x, c in zip(inputs, conditioned, strict=True):
+    at_boundary = memory  # what feedback sees
+    for n, (x, c) in enumerate(zip(inputs, conditioned, strict=True), 1):
         item = layer.item_proj(c).view(heads, head_dim)
         key = algebra.key(layer.key_proj(c).view(heads, -1))
         unbinding_key = algebra.key(layer.retrieval.key_proj(c).view(heads, -1))
         read = (layer.retrieval.read_proj(c) + layer.retrieval.read_bias).view(heads, -1)
-        logits, strength = layer.gating.weight @ c + layer.gating.bias, torch.zeros(heads)
-        if config.write_rule == "delta":
-            logits, strength = logits.split((2 * heads * config.num_slots, heads))
-        logits = logits.view(-1, heads, config.num_slots)
-        write = torch.sigmoid(logits[-1])
-        forget = torch.sigmoid(logits[0])
-        if config.write_rule == "convex":
-            forget = (1 - write) * (1 - config.decay_rate)
         if config.rotation != "none":
             size = key.shape[-1]
             powers = [config.rotation_base ** (-i / size) for i in range(size)]
@@ -92,21 +87,68 @@ def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
                 turn = turn + (layer.rotation.weight @ c).view(heads, size)
             position = algebra.compose(algebra.key(turn), position)
             key, unbinding_key = (algebra.compose(x, position) for x in (key, unbinding_key))
-        bound = algebra.bind(algebra.lift(item), key)
-        memory = forget[..., None] * memory
+        logits = layer.gating.weight @ c + layer.gating.bias
+        glance = torch.einsum("hs,hsf->hf", read, at_boundary)
+        if config.key_feedback:
+            raw = torch.einsum("hf,hfk->hk", unit_size(glance), layer.feedback.key_weight)
+            unbinding_key = algebra.compose(unbinding_key, algebra.key(raw))
+        if config.gate_feedback:
+            found = unit_size(algebra.lower(algebra.unbind(glance, unbinding_key)))
+            told = torch.einsum("hf,hfg->hg", found, layer.feedback.gate_weight)
+            parts = [told[:, s : s + slots] for s in range(0, told.shape[1], slots)]
+            logits = logits + torch.cat([part.flatten() for part in parts])
+        strength = torch.zeros(heads)
+        if config.write_rule == "delta":
+            logits, strength = logits.split((2 * heads * slots, heads))
+        logits = logits.view(-1, heads, slots)
+        write = torch.sigmoid(logits[-1])
         if config.write_rule == "delta":
             write = logits[-1] / logits[-1].norm(dim=-1, keepdim=True)
+        forget = torch.sigmoid(logits[0])
+        if config.write_rule == "convex":
+            forget = (1 - write) * (1 - config.decay_rate)
+        if tiers == 2:
+            if config.write_rule != "convex":
+                forget = forget * (1 - config.decay_rate)
+            forget = torch.cat((forget, torch.ones_like(write) - config.slow_decay_rate), dim=1)
+            write = torch.cat((write, torch.zeros_like(write)), dim=1)
+        bound = algebra.bind(algebra.lift(item), key)
+        before, memory = memory, forget[..., None] * memory
+        if config.write_rule == "delta":
             held = torch.einsum("hs,hsf->hf", write, memory)
             bound = torch.sigmoid(strength)[:, None] * (bound - held)
         memory = memory + write[..., None] * bound[:, None]
-        mixed = torch.einsum("hs,hsf->hf", read, memory)
+        mixed = torch.einsum("hs,hsf->hf", read, before if config.read_before_write else memory)
         retrieved = algebra.lower(algebra.unbind(mixed, unbinding_key))
+        if n % config.boundary_every == 0:
+            if tiers == 2:
+                fast, slow = memory.chunk(2, dim=1)
+                gate = consolidation_gate(layer.boundary, fast, slow)[..., None]
+                memory = torch.cat((fast, (1 - gate) * slow + gate * fast), dim=1)
+            if config.normalize_state:
+                memory = memory / (memory.square().mean(-1, True) + config.rms_norm_eps).sqrt()
+            at_boundary = memory
         mean_square = retrieved.square().mean(dim=-1, keepdim=True)
         output = retrieved / (mean_square + config.rms_norm_eps).sqrt() * layer.norm.weight
         if layer.gate_proj is not None:
             output = output * F.silu(layer.gate_proj(x)).view(heads, head_dim)
         outputs.append(layer.output_proj(output.flatten()))
     return torch.stack(outputs)
+
+
+def unit_size(x: Tensor) -> Tensor:
+    """Of root mean square 1 along the last dimension."""
+    return x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+
+
+def consolidation_gate(boundary, fast: Tensor, slow: Tensor) -> Tensor:
+    """σ(MLP(summary(fast), summary(slow))), slot by slot: (H, S / 2, F) -> (H, S / 2)."""
+    summaries = []
+    for slots in (fast, slow):
+        size = (slots.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt().log()
+        summaries += [size, unit_size(slots) @ boundary.summary]
+    hidden = F.silu(torch.cat(summaries, dim=-1) @ boundary.hidden)
+    return torch.sigmoid(hidden @ boundary.output + boundary.bias)[..., 0]
 
 
 @pytest.mark.parametrize(

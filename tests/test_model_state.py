@@ -233,7 +233,8 @@ def test_the_fused_form_changes_nothing(options, monkeypatch):
     noted = form._replace(run=lambda *args: calls.append(1) or form.run(*args))
     monkeypatch.setitem(FORMS, "fused", noted)
     fused_logits, fused_cache = continue_twice(model, ids, mask, more)
-    assert len(calls) == 6, "the fused form was not used in every call of every layer"
+    several = len(calls) > 6 and "boundary_every" in options  # segments of each call
+    assert len(calls) == 6 or several, "the fused form was not used in every call of every layer"
     expected = gradients(model)
     without_fused(monkeypatch)
     logits, cache = continue_twice(model, ids, mask, more)

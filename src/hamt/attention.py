@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from hamt.batch import Batch
 from hamt.config import HAMTConfig, usual_head_dim
 from hamt.convolution import ConvolvedMixer
-from hamt.layers import residual_linear
 from hamt.mixers import State
+from hamt.parts import residual_linear
 from hamt.products import MAX_FUSED_ROWS, FusedLinear, linear, plain_weights, project
 
 

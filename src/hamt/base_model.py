@@ -9,10 +9,12 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 
 from hamt.block import HAMTBlock
+from hamt.boundaries import Feedback
 from hamt.config import HAMTConfig
 from hamt.convolution import ShortConvolution
-from hamt.layers import GatingNetwork, RetrievalHead, Rotation
+from hamt.hierarchical_memory import Consolidation
 from hamt.loading import refuse_incomplete
+from hamt.parts import GatingNetwork, RetrievalHead, Rotation
 from hamt.products import fuse, unfuse
 
 _BODY = ("embed_tokens.", "layers.", "norm.")  # what a backbone is made of
@@ -56,9 +58,12 @@ class HAMTPreTrainedModel(PreTrainedModel):
             init.copy_(module.bias, module.initial_bias())
             if module.weight is not None:
                 init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
-        elif isinstance(module, Rotation):
-            if module.weight is not None:
-                init.zeros_(module.weight)
+        elif isinstance(module, Rotation | Feedback):
+            for weight in module.parameters():
+                init.zeros_(weight)
+        elif isinstance(module, Consolidation):
+            for name, initial in module.initial_weights().items():
+                init.copy_(getattr(module, name), initial)
         elif isinstance(module, ShortConvolution):
             # The token itself, with a little of its past.
             init.normal_(module.weight, std=0.1)

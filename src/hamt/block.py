@@ -9,8 +9,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hamt.batch import Batch
 from hamt.config import HAMTConfig
-from hamt.layers import RMSNorm, residual_linear
 from hamt.mixers import MIXERS, State, look_up
+from hamt.parts import RMSNorm, residual_linear
 from hamt.products import FusedLinear, plain_weights, project
 
 

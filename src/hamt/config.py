@@ -10,8 +10,10 @@ from hamt.memory import WRITE_RULES, get_algebra
 from hamt.mixers import GATING_NETWORKS, MIXERS, RETRIEVAL_HEADS, look_up
 
 ROTATIONS = ("none", "constant", "data_dependent")
+PRECISIONS = ("float32", "bfloat16", "int8")
 CHOICES = {
     "write_rule": WRITE_RULES,
+    "state_precision": PRECISIONS,
     "rotation": ROTATIONS,
     "gating_network": GATING_NETWORKS,
     "retrieval_head": RETRIEVAL_HEADS,
@@ -24,6 +26,7 @@ _RANGES = {
     **dict.fromkeys(("vocab_size", "hidden_dim", "num_slots", "num_heads"), (1, _SIZE)),
     "num_layers": (1, MAX_LAYERS),
     "chunk_size": (1, _SIZE),
+    "boundary_every": (1, _SIZE),
     "intermediate_dim": (0, _SIZE),
     "conv_kernel_size": (0, _SIZE),
     "max_position_embeddings": (1, _SIZE),
@@ -50,7 +53,8 @@ class HAMTConfig(PreTrainedConfig):
         hcm_dim: D, width of the holographic memory over all heads; None is 2 · hidden_dim.
         num_layers: blocks of mixer and MLP.
         mixers: the token mixer of each layer, one name for all or a list of ``num_layers`` names:
-            ``memory`` or ``full_attention`` (see ``hamt.mixers.MIXERS``); None is ``memory``.
+            ``memory``, ``hierarchical_memory`` or ``full_attention`` (see ``hamt.mixers.MIXERS``);
+            None is ``memory``.
         num_slots: S, slots per head.
         num_heads: H, heads; an item of a head has hcm_dim / num_heads features.
         binding_type: ``phasor``, ``circular_conv`` or ``elementwise`` (see
@@ -63,7 +67,17 @@ class HAMTConfig(PreTrainedConfig):
             turn fast.
         rotation_base: the slowest phase turns by 1 / rotation_base radians a token, the fastest by
             1.
-        decay_rate: λ of the convex rule, the share forgotten at every token.
+        decay_rate: λ of the convex rule, the share forgotten at every token; and what the fast
+            slots of a hierarchical memory forget beside what their gates let go.
+        slow_decay_rate: the share that slow slots of a hierarchical memory forget at every token.
+        boundary_every: tokens from one boundary to the next, at which the slots of a hierarchical
+            memory are consolidated, and the options below act (see ``hamt.boundaries``).
+        gate_feedback: the gates also see what the token reads from the memory of the last boundary.
+        key_feedback: so do the unbinding keys.
+        read_before_write: a token reads the memory as it was before its own item was written.
+        normalize_state: divide each slot by its root mean square at boundaries.
+        state_precision: round the slots at boundaries to what ``bfloat16`` holds, or ``int8`` with
+            a scale for each slot; ``float32`` does not round.
         min_half_life: half-life in tokens of the fastest slot at initialisation.
         max_half_life: half-life in tokens of the slowest slot at initialisation.
         chunk_size: tile of the chunked form in tokens; changes speed, never a result.
@@ -110,6 +124,13 @@ class HAMTConfig(PreTrainedConfig):
     rotation: str = "none"
     rotation_base: float | int = 10_000.0
     decay_rate: float | int = 0.001
+    slow_decay_rate: float | int = 0.0001
+    boundary_every: int = 64
+    gate_feedback: bool = False
+    key_feedback: bool = False
+    read_before_write: bool = False
+    normalize_state: bool = False
+    state_precision: str = "float32"
     min_half_life: float | int = 4.0
     max_half_life: float | int = 4096.0
     chunk_size: int = 16
@@ -188,7 +209,7 @@ class HAMTConfig(PreTrainedConfig):
                 f"hcm_dim must be a multiple of 2 * num_heads = {step}; "
                 f"got {self.hcm_dim}, try {near}"
             )
-        for name in ("decay_rate", "dropout"):
+        for name in ("decay_rate", "slow_decay_rate", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -216,6 +237,11 @@ class HAMTConfig(PreTrainedConfig):
         for mixer in {*self.layer_mixers}:
             if mixer not in MIXERS:
                 raise ValueError(f"mixers must be among {', '.join(MIXERS)}; got {mixer!r}")
+        if "hierarchical_memory" in self.layer_mixers and self.num_slots % 2:
+            raise ValueError(
+                "half of the slots of a hierarchical memory are fast, half are slow: num_slots "
+                f"must be even; got {self.num_slots}"
+            )
         if self.attention_head_dim is not None or "full_attention" in self.layer_types:
             size = self.attention_head_dim
             size = usual_head_dim(self.hidden_dim) if size is None else size

@@ -14,135 +14,23 @@ Shape legend: B batch, N tokens, d hidden_dim, H heads, S slots, F features of a
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hamt.batch import Batch
+from hamt.boundaries import Boundary, Feedback, Segment, boundary_options, cut, run_segments
 from hamt.config import HAMTConfig
 from hamt.convolution import ConvolvedMixer
 from hamt.losses import reconstruction_loss
-from hamt.memory import WRITE_RULES, Algebra, Gates, HolographicMemory, MemoryState, get_algebra
+from hamt.memory import WRITE_RULES, Gates, HolographicMemory, MemoryState, get_algebra
 from hamt.mixers import GATING_NETWORKS, RETRIEVAL_HEADS, State, look_up
-from hamt.products import FusedLinear, has_extra_behaviour, linear, plain_weights, project
+from hamt.parts import GatingNetwork, RetrievalHead, RMSNorm, Rotation, as_keys, residual_linear
+from hamt.products import FusedLinear, has_extra_behaviour, plain_weights, project
 
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm (Zhang and Sennrich 2019) that stays in the dtype of its input, as under autocast."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Normalise the last dimension; the mean square is taken in float32 at least."""
-        return F.rms_norm(inputs, self.normalized_shape, self.weight.to(inputs.dtype), self.eps)
-
-
-def residual_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A map into the residual stream, which is initialised the smaller the deeper the model."""
-    module = nn.Linear(inputs, outputs, bias=False)
-    module.into_residual = True  # type: ignore[assignment]
-    return module
-
-
-class GatingNetwork(nn.Module):
-    """The gates of every slot from the token alone.
-
-    Gates that read the memory would make it nonlinear and sequential. The biases spread the
-    half-lives of a head's slots from ``min_half_life`` to ``max_half_life`` tokens.
-    """
-
-    def __init__(self, config: HAMTConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.rule = WRITE_RULES[config.write_rule](config.decay_rate)
-        size = sum(self.rule.logit_sizes(config.num_heads, config.num_slots))
-        # In a model the weights are drawn anew, here and below (``HAMTPreTrainedModel``).
-        self.weight = (
-            nn.Parameter(torch.zeros(size, config.hidden_dim)) if config.use_gating else None
-        )
-        self.bias = nn.Parameter(self.initial_bias())
-
-    def forward(self, conditioned: Tensor, product: Tensor | None = None) -> Gates:
-        """Gates in float32 at least, from c (B, N, d); its ``product`` may be there already."""
-        # A bfloat16 logit cannot tell a half-life of 1,000 tokens from one of 1,060.
-        with torch.autocast(conditioned.device.type, enabled=False):
-            wide = torch.promote_types(conditioned.dtype, torch.float32)
-            bias = self.bias.to(wide)
-            if self.weight is None:
-                logits = bias.expand(*conditioned.shape[:-1], -1)
-            elif product is not None:
-                logits = product + bias
-            else:
-                logits = linear(conditioned.to(wide), self.weight.to(wide), bias)
-            return self.rule.gates(logits, self.config.num_heads)
-
-    def initial_bias(self) -> Tensor:
-        """Logits at which the slots have their initial half-lives, and writes start gently."""
-        slots, heads = self.config.num_slots, self.config.num_heads
-        # Slot s of head h: interleaved, so that every head spans the whole range.
-        rank = torch.arange(slots) * heads + torch.arange(heads)[:, None]
-        low, high = math.log(self.config.min_half_life), math.log(self.config.max_half_life)
-        half_life = torch.exp(low + (high - low) * rank / max(slots * heads - 1, 1))
-        pace = math.log(2) / half_life
-        forget = (pace + torch.log(-torch.expm1(-pace))).flatten()  # logit of 1 - α
-        return self.rule.initial_logits(forget, heads, constant=not self.config.use_gating)
-
-
-class RetrievalHead(nn.Module):
-    """What to read and how to unbind it: c (B, N, d) -> u (B, N, H, K), r (B, N, H, S)."""
-
-    def __init__(self, config: HAMTConfig, algebra: Algebra, key_size: int) -> None:
-        super().__init__()
-        self.algebra = algebra
-        self.num_heads = config.num_heads
-        self.key_proj = nn.Linear(config.hidden_dim, config.num_heads * key_size, bias=False)
-        self.read_proj = nn.Linear(
-            config.hidden_dim, config.num_heads * config.num_slots, bias=False
-        )
-        self.read_bias = nn.Parameter(torch.ones(config.num_heads * config.num_slots))
-
-    def forward(
-        self, conditioned: Tensor, products: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Unbinding keys and read weights, in float32 at least; both ``products`` may be there."""
-        raw, read = products or (
-            project(self.key_proj, conditioned),
-            project(self.read_proj, conditioned),
-        )
-        keys = as_keys(raw, self.num_heads, self.algebra)
-        read = read.to(keys.dtype) + self.read_bias
-        return keys, read.unflatten(-1, (self.num_heads, -1))
-
-
-class Rotation(nn.Module):
-    """The turn of the position at each token: c (B, N, d) -> ρ (B, N, H, K) or (1, 1, 1, K).
-
-    Phases start as the frequencies of rotary position embeddings (Su et al. 2021, arXiv
-    2104.09864): one turn takes from 2π to 2π · rotation_base tokens. Signs start at +1. A
-    data-dependent rotation adds a linear map of the token, initially zero.
-    """
-
-    def __init__(self, config: HAMTConfig, algebra: Algebra, key_size: int) -> None:
-        super().__init__()
-        self.config, self.algebra, self.key_size = config, algebra, key_size
-        size = config.num_heads * key_size
-        data_dependent = config.rotation == "data_dependent"
-        self.weight = nn.Parameter(torch.zeros(size, config.hidden_dim)) if data_dependent else None
-
-    def forward(self, conditioned: Tensor) -> Tensor:
-        """Return keys of the algebra, in float32 at least."""
-        wide = torch.promote_types(conditioned.dtype, torch.float32)
-        # Not a buffer: casting the model to bfloat16 must not cast the frequencies.
-        power = torch.arange(self.key_size, device=conditioned.device, dtype=wide) / self.key_size
-        base = (
-            self.config.rotation_base**-power if self.algebra.has_phase else torch.ones_like(power)
-        )
-        if self.weight is None:
-            return self.algebra.key(base)[None, None, None]
-        # As for the gates: errors of a bfloat16 angle would add up from token to token.
-        with torch.autocast(conditioned.device.type, enabled=False):
-            turn = linear(conditioned.to(wide), self.weight.to(wide))
-        return self.algebra.key(turn.unflatten(-1, (self.config.num_heads, -1)) + base)
+__all__ = ["GatingNetwork", "HAMTLayer", "RetrievalHead", "Rotation", "as_keys"]
 
 
 class HAMTLayer(ConvolvedMixer):
@@ -159,11 +47,13 @@ class HAMTLayer(ConvolvedMixer):
             write_rule=config.write_rule,
             decay_rate=config.decay_rate,
             chunk_size=config.chunk_size,
+            read_before_write=config.read_before_write,
         )
         width, algebra, key_size = config.hidden_dim, self.memory.algebra, self.memory.key_size
         self.item_proj = nn.Linear(width, config.hcm_dim, bias=False)
         self.key_proj = nn.Linear(width, config.num_heads * key_size, bias=False)
-        self.gating = look_up(GATING_NETWORKS, config.gating_network)(config)
+        writing = self.writing_config(config)
+        self.gating = look_up(GATING_NETWORKS, config.gating_network)(writing)
         self.retrieval = look_up(RETRIEVAL_HEADS, config.retrieval_head)(config, algebra, key_size)
         rotates = config.rotation != "none"
         self.rotation = Rotation(config, algebra, key_size) if rotates else None
@@ -172,7 +62,18 @@ class HAMTLayer(ConvolvedMixer):
             nn.Linear(width, config.hcm_dim, bias=False) if config.use_output_gate else None
         )
         self.output_proj = residual_linear(config.hcm_dim, width)
+        feeds_back = config.gate_feedback or config.key_feedback
+        acts = config.normalize_state or config.state_precision != "float32" or feeds_back
+        self.boundary = Boundary(*boundary_options(config)) if acts else None
+        self.feedback = Feedback(writing, self.memory) if feeds_back else None
+        # Else the slots that are carried are those of the last boundary, or nothing looks at them.
+        self.holds = feeds_back and config.boundary_every > 1
         self.fused: FusedLinear | None = None
+
+    @staticmethod
+    def writing_config(config: HAMTConfig) -> HAMTConfig:
+        """The configuration with as many slots as tokens write to."""
+        return config
 
     def fusable_weights(self) -> list[Tensor]:
         """Matrices for what the short convolution gives, the gates' last."""
@@ -183,11 +84,16 @@ class HAMTLayer(ConvolvedMixer):
         return [*weights, gating.weight] if weights and gating.weight is not None else weights
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``slots`` (H, S, F), ``position_key`` (H, K), and ``conv``, the convolution's tail."""
+        """``slots`` (H, S, F), ``position_key`` (H, K), and ``conv``, the convolution's tail.
+
+        Feedback adds ``held`` (H, S, F), the slots as they were at the last boundary.
+        """
         memory = self.memory
         shapes: dict[str, tuple[int, ...]] = {
             "slots": (memory.num_heads, memory.num_slots, memory.head_dim)
         }
+        if self.holds:
+            shapes["held"] = shapes["slots"]
         if self.rotation is not None:
             shapes["position_key"] = (memory.num_heads, memory.key_size)
         return {**shapes, **super().state_shapes()}
@@ -211,21 +117,24 @@ class HAMTLayer(ConvolvedMixer):
         if state is not None:
             self.check_state(state)
         conditioned, new_state = self.convolve(hidden_states, batch, before)
-        items, keys, gates, (unbinding_keys, read) = self._project(conditioned)
-        told: dict[str, Any] = {
-            "rotation": None if self.rotation is None else self.rotation(conditioned),
-            "documents": batch.documents,
-            "mask": batch.mask,
-        }
-        aux_loss = None
-        if self.training and self.config.use_auxiliary_loss:
-            aux_loss = reconstruction_loss(self.memory, items, keys, gates, **told).loss
+        tokens = self._project(conditioned)
         carried = (
             MemoryState(before["slots"], before.get("position_key")) if "slots" in before else None
         )
-        output, carried = self.memory(
-            items, keys, unbinding_keys, gates, read, initial_state=carried, **told
-        )
+        if self.boundary is None:
+            output, gates, carried = self._run(tokens, carried, batch.documents, batch.mask)
+        else:
+            output, gates, carried, held = self._run_segments(
+                tokens, batch, carried, before.get("held")
+            )
+            if self.holds:
+                new_state["held"] = held
+        aux_loss = None
+        if self.training and self.config.use_auxiliary_loss:
+            told = tokens.rotation, batch.documents, batch.mask
+            aux_loss = reconstruction_loss(
+                self.memory, tokens.items, tokens.keys, gates, *told
+            ).loss
         new_state["slots"] = carried.slots
         if carried.position_key is not None:
             new_state["position_key"] = carried.position_key
@@ -234,20 +143,80 @@ class HAMTLayer(ConvolvedMixer):
             output = output * F.silu(project(self.gate_proj, hidden_states))
         return project(self.output_proj, output), new_state, aux_loss
 
-    def _project(self, conditioned: Tensor) -> tuple[Tensor, Tensor, Gates, tuple[Tensor, Tensor]]:
-        """Items (B, N, H, F), keys (B, N, H, K), the gates, and what to read, from c (B, N, d)."""
-        products = None
+    def _run(
+        self,
+        tokens: "_Projected",
+        state: MemoryState | None,
+        documents: Tensor | None,
+        mask: Tensor | None,
+        held: Tensor | None = None,
+    ) -> tuple[Tensor, Gates, MemoryState]:
+        """Tokens without a boundary among them: read-outs (B, N, H, F), gates, and the state.
+
+        ``held`` are the slots at the last boundary, which feedback looks at.
+        """
+        keys, read, given = tokens.unbinding_keys, tokens.read, {}
+        told: dict[str, Any] = {"rotation": tokens.rotation, "documents": documents, "mask": mask}
+        if self.feedback is not None and state is not None and held is not None:
+            seen = state._replace(slots=held)
+            keys, feedback = self.feedback(self.memory, seen, keys, read, **told)
+            given = {} if feedback is None else {"feedback": feedback}
+        gates = self.gates(tokens.conditioned, *tokens.logits, **given)
+        output, state = self.memory(
+            tokens.items, tokens.keys, keys, gates, read, initial_state=state, **told
+        )
+        return output, gates, state
+
+    def _run_segments(
+        self, tokens: "_Projected", batch: Batch, state: MemoryState | None, held: Tensor | None
+    ) -> tuple[Tensor, Gates, MemoryState, Tensor]:
+        """As ``_run``, from boundary to boundary; and the slots at the last boundary."""
+        assert self.boundary is not None
+        items = tokens.items
+        if state is None:
+            state = self.memory.initial_state(len(items), tokens.keys.dtype, items.device)
+
+        def run(segment: Segment, state: MemoryState, held: Tensor) -> tuple[tuple, MemoryState]:
+            output, gates, state = self._run(
+                tokens.map(segment.take), state, segment.documents, segment.mask, held
+            )
+            return (output, *gates), state
+
+        (output, *gates), state, held = run_segments(
+            cut(batch, items, self.config.boundary_every),
+            run,
+            self.boundary,
+            state,
+            state.slots if held is None else held,
+        )
+        return output, Gates(*gates), state, held
+
+    def gates(self, conditioned: Tensor, *products: Tensor, **given: Tensor) -> Gates:
+        """The gates of all slots, from c (B, N, d); see ``GatingNetwork.forward``."""
+        return self.gating(conditioned, *products, **given)
+
+    def _project(self, conditioned: Tensor) -> "_Projected":
+        """What tokens c (B, N, d) give the memory."""
+        products, logits = None, []
         if self.fused is not None:
             products = self.fused(conditioned, self.fusable_weights())
         if products is None:
             items, keys = project(self.item_proj, conditioned), project(self.key_proj, conditioned)
-            gates, reading = self.gating(conditioned), self.retrieval(conditioned)
+            reading = self.retrieval(conditioned)
         else:
             items, keys, unbinding_keys, read, *logits = products
-            gates = self.gating(conditioned, *logits)
             reading = self.retrieval(conditioned, (unbinding_keys, read))
         heads, algebra = self.config.num_heads, self.memory.algebra
-        return items.unflatten(-1, (heads, -1)), as_keys(keys, heads, algebra), gates, reading
+        unbinding_keys, read = reading
+        return _Projected(
+            items.unflatten(-1, (heads, -1)),
+            as_keys(keys, heads, algebra),
+            unbinding_keys,
+            read,
+            None if self.rotation is None else self.rotation(conditioned),
+            conditioned,
+            tuple(logits),
+        )
 
     @classmethod
     def operations(cls, config: HAMTConfig, length: int) -> dict[str, float]:
@@ -280,7 +249,24 @@ class HAMTLayer(ConvolvedMixer):
         }
 
 
-def as_keys(raw: Tensor, num_heads: int, algebra: Algebra) -> Tensor:
-    """Projections (B, N, H · K) -> keys of the algebra (B, N, H, K), in float32 at least."""
-    wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    return algebra.key(wide.unflatten(-1, (num_heads, -1)))
+class _Projected(NamedTuple):
+    """What tokens give the memory; their gates are still to be made of c."""
+
+    items: Tensor  # v, (B, N, H, F)
+    keys: Tensor  # k, (B, N, H, K)
+    unbinding_keys: Tensor  # u, (B, N, H, K)
+    read: Tensor  # r, (B, N, H, S)
+    rotation: Tensor | None  # ρ, (B, N, H, K) or (1, 1, 1, K)
+    conditioned: Tensor  # c, (B, N, d)
+    logits: tuple[Tensor, ...]  # products of c with the gates' matrix, (B, N, n), or none
+
+    def map(self, take: Callable[[Tensor], Tensor]) -> "_Projected":
+        """The same of those tokens that ``take`` takes."""
+        rotation = self.rotation
+        if rotation is not None and rotation.shape[1] == self.items.shape[1]:
+            rotation = take(rotation)
+        items, keys, unbinding_keys, read, conditioned = map(
+            take, (self.items, self.keys, self.unbinding_keys, self.read, self.conditioned)
+        )
+        logits = tuple(map(take, self.logits))
+        return _Projected(items, keys, unbinding_keys, read, rotation, conditioned, logits)

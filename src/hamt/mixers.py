@@ -20,10 +20,11 @@ from hamt.batch import Batch
 # Classes, or where they are: those of HAMT are imported when a configuration names them.
 MIXERS: dict[str, type | str] = {
     "memory": "hamt.layers:HAMTLayer",
+    "hierarchical_memory": "hamt.hierarchical_memory:HierarchicalHAMTLayer",
     "full_attention": "hamt.attention:FullAttention",
 }
-RETRIEVAL_HEADS: dict[str, type | str] = {"linear": "hamt.layers:RetrievalHead"}
-GATING_NETWORKS: dict[str, type | str] = {"linear": "hamt.layers:GatingNetwork"}
+RETRIEVAL_HEADS: dict[str, type | str] = {"linear": "hamt.parts:RetrievalHead"}
+GATING_NETWORKS: dict[str, type | str] = {"linear": "hamt.parts:GatingNetwork"}
 
 State = dict[str, Tensor]
 

@@ -35,7 +35,7 @@ from hamt.config import HAMTConfig
 from hamt.continuation import HAMTGenerationMixin
 from hamt.cross_entropy import IGNORE_INDEX, head_loss
 from hamt.fingerprint import embedded
-from hamt.layers import RMSNorm
+from hamt.parts import RMSNorm
 from hamt.products import project
 
 

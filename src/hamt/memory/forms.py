@@ -168,3 +168,44 @@ def positions_of(
 def read_slots(slots: Tensor, read: Tensor) -> Tensor:
     """Σ_s r[s] M[s]: (B, H, S, F), (B, H, S) -> (B, H, F)."""
     return (read.to(slots.dtype)[..., None, :] @ slots).squeeze(-2)
+
+
+def reading_first(algebra: Algebra, tokens: Tokens) -> Tokens:
+    """N + 1 tokens, each of which reads for the one behind it, before that one writes.
+
+    The one in front of all neither writes nor forgets. ``without_own`` takes the read-outs.
+    """
+    keys, rotation, mask = tokens.unbinding_keys, tokens.rotation, tokens.mask
+    if rotation is not None:  # a read is made one turn earlier than its key is for
+        keys = algebra.compose(keys, rotation)
+        if mask is None:
+            mask = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+        if rotation.shape[1] > 1:
+            rotation = _one_in_front(rotation, algebra.identity)
+    return Tokens(
+        _one_in_front(tokens.items),
+        _one_in_front(tokens.keys, algebra.identity),
+        torch.cat((keys, keys[:, -1:]), dim=1),
+        torch.cat((tokens.read, tokens.read[:, -1:]), dim=1),
+        tokens.gates.map(_one_in_front),
+        rotation,
+        None if tokens.documents is None else _one_in_front(tokens.documents),
+        None if mask is None else _one_in_front(mask),
+    )
+
+
+def without_own(output: Tensor, documents: Tensor | None) -> Tensor:
+    """Read-outs (B, N + 1, H, F) of ``reading_first`` -> those of its N tokens.
+
+    The first token of a document finds an empty memory.
+    """
+    output = output[:, :-1]
+    if documents is None:
+        return output
+    goes_on = documents.eq(_one_in_front(documents)[:, :-1])
+    return output.where(goes_on[..., None, None], 0)
+
+
+def _one_in_front(x: Tensor, fill: float = 0) -> Tensor:
+    """(B, N, ...) with a token of ``fill`` in front."""
+    return torch.cat((torch.full_like(x[:, :1], fill), x), dim=1)

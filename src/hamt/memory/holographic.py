@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from hamt.memory.algebra import get_algebra
-from hamt.memory.forms import FORMS, MemoryState, Tokens, read_slots
+from hamt.memory.forms import (
+    FORMS,
+    MemoryState,
+    Tokens,
+    positions_of,
+    read_slots,
+    reading_first,
+    without_own,
+)
 from hamt.memory.write_rules import WRITE_RULES, Gates
 
 logger = logging.getLogger(__name__)
@@ -42,6 +50,7 @@ class HolographicMemory:
             ``hamt.memory.write_rules.WRITE_RULES``.
         decay_rate: λ of the convex rule, the share forgotten at every token.
         chunk_size: tokens in a tile of the chunked form; never changes a result.
+        read_before_write: (4) reads M_{t-1} in the place of M_t: a token does not see its own item.
 
     Raises:
         ValueError: if the sizes do not fit together or an option has no such value.
@@ -62,6 +71,7 @@ class HolographicMemory:
         write_rule: str = "gated",
         decay_rate: float = 0.001,
         chunk_size: int = 16,
+        read_before_write: bool = False,
     ) -> None:
         if min(hcm_dim, num_slots, num_heads, chunk_size) < 1:
             raise ValueError("hcm_dim, num_slots, num_heads and chunk_size must be at least 1")
@@ -79,7 +89,7 @@ class HolographicMemory:
         self.num_heads, self.num_slots = num_heads, num_slots
         self.head_dim = hcm_dim // num_heads
         self.key_size = self.algebra.key_size(self.head_dim)
-        self.chunk_size = chunk_size
+        self.chunk_size, self.read_before_write = chunk_size, read_before_write
 
     def __repr__(self) -> str:
         return (
@@ -214,7 +224,11 @@ class HolographicMemory:
                 documents,
                 mask,
             )
-            output, state = self.run(tokens, state, form)
+            if self.read_before_write:
+                output, state = self.run(reading_first(self.algebra, tokens), state, form)
+                output = without_own(output, documents)
+            else:
+                output, state = self.run(tokens, state, form)
             return self.algebra.lower(output), state
 
     def run(
@@ -239,6 +253,32 @@ class HolographicMemory:
         if state.position_key is not None:
             state = state._replace(position_key=self.algebra.reduce(state.position_key))
         return there[form].run(self, tokens, state)
+
+    def glance(
+        self,
+        state: MemoryState,
+        read: Tensor,
+        *,
+        rotation: Tensor | None = None,
+        documents: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What N tokens would read from ``state`` if none of them wrote, before unbinding.
+
+        The arguments are those of ``__call__``. Returns Σ_s r[s] M[s], lifted, (B, N, H, F), zero
+        in other documents than that of the state; and the positions p (1 or B, N, 1 or H, K) of
+        the tokens, or None without rotation.
+        """
+        wide = state.slots.dtype
+        mixture = torch.einsum("bnhs,bhsf->bnhf", read.to(wide), state.slots)
+        if documents is not None:
+            mixture = mixture.where(documents.eq(0)[..., None, None], 0)
+        if rotation is None:
+            return mixture, None
+        rotation = self.algebra.reduce(rotation)
+        tokens = Tokens(mixture, read, read, read, Gates(read), rotation, documents, mask)
+        positions, _ = positions_of(self.algebra, tokens, state)
+        return mixture, positions
 
     def step(
         self,

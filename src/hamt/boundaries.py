@@ -1,0 +1,261 @@
+"""Boundaries: places in a text at which something is done to the memory as a whole.
+
+Whatever reads the slots in order to change them, or to set the gates, would make the recurrence
+sequential if it happened at every token. It happens every ``boundary_every`` tokens instead: after
+the read of a token with n ≡ 0 (mod ``boundary_every``), n counting the real tokens of its document.
+Between two boundaries the memory runs in parallel as ever. So a boundary is part of the model, and
+not of how it is computed: padding, packing and cuts of the text do not move it.
+
+Shape legend: B batch, N tokens, L tokens of a segment, H heads, S slots, F features of an item,
+K key size.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hamt.batch import Batch
+from hamt.config import HAMTConfig
+from hamt.memory import HolographicMemory, MemoryState, rms_normalize
+from hamt.memory.write_rules import WRITE_RULES
+
+
+class Segment(NamedTuple):
+    """The tokens of each row up to its next boundary, or up to the last.
+
+    ``tokens`` are a slice where they are the same in all rows, else indices (B, L), with filler
+    behind in shorter rows. ``mask`` (B, L) is false for padding and filler; ``documents`` (B, L)
+    are numbers, 0 for the one of the state that the segment begins with. ``boundary`` tells whether
+    one follows: in all rows, in none, or in each, (B,).
+    """
+
+    tokens: slice | Tensor
+    mask: Tensor | None = None
+    documents: Tensor | None = None
+    boundary: Tensor | bool = False
+
+    def take(self, x: Tensor) -> Tensor:
+        """The segment's part of (1 or B, N, ...)."""
+        if isinstance(self.tokens, slice):
+            return x[:, self.tokens]
+        return _take(x, self.tokens)
+
+
+class Segments(NamedTuple):
+    """All segments in order. ``back`` (B, N) is where each token stands among all of theirs."""
+
+    parts: list[Segment]
+    back: Tensor | None = None
+
+    def join(self, parts: Sequence[Any]) -> Any:
+        """What the segments gave, (B, L, ...) each -> (B, N, ...); of None, None."""
+        if parts[0] is None:
+            return None
+        joined = torch.cat(tuple(parts), dim=1) if len(parts) > 1 else parts[0]
+        return joined if self.back is None else _take(joined, self.back)
+
+
+def cut(batch: Batch, inputs: Tensor, every: int) -> Segments:
+    """Cut the tokens of (B, N, ...) at their boundaries; once for all layers."""
+    key = (cut, every)
+    if key not in batch.shared:
+        before = batch.num_tokens
+        ragged = batch.mask is not None or batch.documents is not None
+        if ragged or (before is not None and bool(before.ne(before[0]).any())):
+            batch.shared[key] = _cut_each(batch, inputs, every)
+        else:
+            read, length = 0 if before is None else int(before[0]), inputs.shape[1]
+            ends = [0, *range(every - read % every, length, every), length]
+            batch.shared[key] = Segments(
+                [Segment(slice(a, b), boundary=not (read + b) % every) for a, b in pairwise(ends)]
+            )
+    return batch.shared[key]
+
+
+def _cut_each(batch: Batch, inputs: Tensor, every: int) -> Segments:
+    """Rows whose boundaries differ: each segment is as long as in the row where it is longest."""
+    rows, length = inputs.shape[:2]
+    real = batch.mask
+    if real is None:
+        real = torch.ones(rows, length, dtype=torch.bool, device=inputs.device)
+    last = real & (batch.positions(inputs) + 1).remainder(every).eq(0)
+    number = last.long().cumsum(dim=1) - last.long()  # of the segment of each token, (B, N)
+    count = int(number.max()) + 1
+    sizes = real.new_zeros(rows, count, dtype=torch.long)
+    sizes.scatter_add_(1, number, torch.ones_like(number))
+    starts = sizes.cumsum(dim=1) - sizes
+    widths = sizes.max(dim=0).values
+    begins = widths.cumsum(dim=0) - widths
+    index = torch.arange(length, device=inputs.device)
+    back = begins[number] + index - starts.gather(1, number)
+    ends = last.sum(dim=1, keepdim=True) > torch.arange(count, device=inputs.device)
+    everywhere, somewhere = ends.all(dim=0).tolist(), ends.any(dim=0).tolist()
+    parts = []
+    for i, width in enumerate(widths.tolist()):
+        rank = torch.arange(width, device=inputs.device)
+        there = rank < sizes[:, i, None]
+        # Filler stands for the last token of the segment, or the one before it: their document.
+        place = starts[:, i, None] + rank.minimum(sizes[:, i, None] - 1)
+        tokens = place.clamp(min=0)
+        documents = batch.documents
+        if documents is not None:
+            before = starts[:, i, None] - 1
+            first = documents.gather(1, before.clamp(min=0)).where(before >= 0, 0)
+            documents = documents.gather(1, tokens).where(place >= 0, 0) - first
+        boundary = ends[:, i] if somewhere[i] and not everywhere[i] else everywhere[i]
+        parts.append(Segment(tokens, there & real.gather(1, tokens), documents, boundary))
+    return Segments(parts, back)
+
+
+def run_segments(
+    segments: Segments,
+    run: Callable[[Segment, MemoryState, Tensor], tuple[Sequence[Tensor | None], MemoryState]],
+    act: Callable[[Tensor], Tensor],
+    state: MemoryState,
+    held: Tensor,
+) -> tuple[list[Any], MemoryState, Tensor]:
+    """The loop over boundaries.
+
+    Args:
+        segments: where the boundaries are.
+        run: takes a segment, the state before it, and the slots (B, H, S, F) as they were at the
+            last boundary before it; gives parts of outputs (B, L, ...), and the state after it.
+        act: what happens to the slots at a boundary.
+        state: before the first token.
+        held: the slots as they were at the last boundary before the first token.
+
+    Returns:
+        The outputs, the state after the last token, and the slots at the last boundary before it.
+    """
+    outputs = []
+    for segment in segments.parts:
+        output, state = run(segment, state, held)
+        outputs.append(output)
+        if segment.documents is not None:  # a document begins with an empty memory
+            goes_on = segment.documents[:, -1].eq(0)
+            held = held.where(goes_on[:, None, None, None], 0)
+        if segment.boundary is False:
+            continue
+        slots = act(state.slots)
+        if isinstance(segment.boundary, Tensor):
+            here = segment.boundary[:, None, None, None]
+            state, held = (
+                state._replace(slots=slots.where(here, state.slots)),
+                slots.where(here, held),
+            )
+        else:
+            state, held = state._replace(slots=slots), slots
+    return [segments.join(parts) for parts in zip(*outputs, strict=True)], state, held
+
+
+class Boundary(nn.Module):
+    """What is done to the slots at a boundary: they are mixed, and rounded.
+
+    ``normalize_state`` divides each slot by its root mean square; ``state_precision`` rounds the
+    slots to what ``bfloat16`` can hold, or ``int8`` with a scale for each slot. The gradient takes
+    rounding for the identity (Bengio et al. 2013).
+    """
+
+    def __init__(
+        self, normalize_state: bool = False, state_precision: str = "float32", eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        self.normalize_state, self.state_precision, self.eps = normalize_state, state_precision, eps
+
+    def mixing(self, slots: Tensor) -> Tensor | None:
+        """What the slots (B, H, S, F) are multiplied with, (B, H, S, S); None is the identity."""
+        if not self.normalize_state:
+            return None
+        return torch.diag_embed(torch.rsqrt(slots.square().mean(dim=-1) + self.eps))
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Slots (B, H, S, F) -> slots after the boundary."""
+        mixing = self.mixing(slots)
+        mixed = slots if mixing is None else mixing @ slots
+        if self.state_precision == "float32":
+            return mixed
+        return mixed + (rounded(mixed, self.state_precision) - mixed).detach()
+
+
+def boundary_options(config: HAMTConfig) -> tuple[bool, str, float]:
+    """What ``Boundary`` takes, from a configuration."""
+    return config.normalize_state, config.state_precision, float(config.rms_norm_eps)
+
+
+def rounded(slots: Tensor, precision: str) -> Tensor:
+    """Slots (..., F) as ``precision`` would hold them, in their own dtype.
+
+    ``int8`` has 255 steps from the largest feature of a slot to its opposite.
+    """
+    if precision == "int8":
+        scale = slots.abs().amax(dim=-1, keepdim=True) / 127
+        return torch.round(slots / scale.clamp(min=torch.finfo(slots.dtype).tiny)) * scale
+    return slots.to(getattr(torch, precision)).to(slots.dtype)
+
+
+class Feedback(nn.Module):
+    """Gates and unbinding keys that depend on what the memory held at the last boundary.
+
+    Each token t reads the slots M of the last boundary with its own weights and key:
+
+        m_t = Σ_s r_t[s] M[s],   u_t ← u_t ⊛ key(V m̂_t),   z_t = (u_t ⊛ p_t)⁻¹ ⊛ m_t
+
+    and the logits of its gates get G ẑ_t added, with m̂ and ẑ of root mean square 1. Both maps are
+    block diagonal, one block for a head, and start at zero: a model starts as if without feedback.
+    With ``boundary_every=1`` M is M_{t-1}, and gates read the memory at every token.
+    """
+
+    def __init__(self, config: HAMTConfig, memory: HolographicMemory) -> None:
+        super().__init__()
+        heads, size = memory.num_heads, memory.head_dim
+        sizes = WRITE_RULES[config.write_rule](config.decay_rate).logit_sizes(
+            heads, config.num_slots
+        )
+        self.sizes = [each // heads for each in sizes]  # logits of one head, for each gate
+        self.key_weight = self.gate_weight = None
+        if config.key_feedback:
+            self.key_weight = nn.Parameter(torch.zeros(heads, size, memory.key_size))
+        if config.gate_feedback:
+            self.gate_weight = nn.Parameter(torch.zeros(heads, size, sum(self.sizes)))
+
+    def forward(
+        self,
+        memory: HolographicMemory,
+        state: MemoryState,
+        unbinding_keys: Tensor,
+        read: Tensor,
+        **told: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Unbinding keys u (B, L, H, K), and what is added to the logits of the gates, or None.
+
+        ``state`` has the slots of the last boundary, and the position before the first token; the
+        other arguments are those of ``HolographicMemory.__call__``.
+        """
+        wide = state.slots.dtype
+        with torch.autocast(read.device.type, enabled=False):
+            mixture, positions = memory.glance(state, read, **told)
+            if self.key_weight is not None:
+                raw = _by_head(mixture, self.key_weight.to(wide))
+                unbinding_keys = memory.algebra.compose(unbinding_keys, memory.algebra.key(raw))
+            if self.gate_weight is None:
+                return unbinding_keys, None
+            keys = unbinding_keys
+            if positions is not None:
+                keys = memory.algebra.compose(keys, positions)
+            retrieved = memory.algebra.lower(memory.algebra.unbind(mixture, keys))
+            logits = _by_head(retrieved, self.gate_weight.to(wide)).split(self.sizes, dim=-1)
+            return unbinding_keys, torch.cat([part.flatten(-2) for part in logits], dim=-1)
+
+
+def _by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """A map for each head of x (B, L, H, F) scaled to 1: weight (H, F, n) -> (B, L, H, n)."""
+    return torch.einsum("blhf,hfn->blhn", rms_normalize(x), weight)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens ``index`` (B, n) of (1 or B, N, ...): -> (B, n, ...)."""
+    rows = torch.arange(len(index), device=index.device)[:, None]
+    return x.expand(len(index), *x.shape[1:])[rows, index]

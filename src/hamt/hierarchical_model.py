@@ -1,0 +1,26 @@
+"""The language model with a hierarchical memory in every layer."""
+
+from typing import Any
+
+from hamt.config import HAMTConfig
+from hamt.model import HAMTForCausalLM
+
+
+class HierarchicalHAMTModel(HAMTForCausalLM):
+    """Makes a ``HAMTForCausalLM`` whose ``mixers`` are ``hierarchical_memory`` if left out.
+
+    It is of that class itself, since Transformers looks classes up by their names.
+
+    Example:
+        >>> config = HAMTConfig(hidden_dim=64, num_layers=2, vocab_size=100)
+        >>> HierarchicalHAMTModel(config).config.mixers
+        'hierarchical_memory'
+    """
+
+    def __new__(cls, config: HAMTConfig, *arguments: Any, **options: Any) -> HAMTForCausalLM:  # type: ignore[misc]
+        """The model."""
+        if config.mixers is None:
+            config.mixers = "hierarchical_memory"
+        return HAMTForCausalLM(config, *arguments, **options)
+
+    from_pretrained = HAMTForCausalLM.from_pretrained  # bound to that class

@@ -1,0 +1,143 @@
+"""The parts of the memory as a mixer: gates, what to read, positions; and what all layers share.
+
+Shape legend: B batch, N tokens, d hidden_dim, H heads, S slots, F features of an item, K key size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hamt.config import HAMTConfig
+from hamt.memory import WRITE_RULES, Algebra, Gates
+from hamt.products import linear, project
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm (Zhang and Sennrich 2019) that stays in the dtype of its input, as under autocast."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalise the last dimension; the mean square is taken in float32 at least."""
+        return F.rms_norm(inputs, self.normalized_shape, self.weight.to(inputs.dtype), self.eps)
+
+
+def residual_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A map into the residual stream, which is initialised the smaller the deeper the model."""
+    module = nn.Linear(inputs, outputs, bias=False)
+    module.into_residual = True  # type: ignore[assignment]
+    return module
+
+
+class GatingNetwork(nn.Module):
+    """The gates of every slot from the token, and from what it read at the last boundary, if asked.
+
+    The biases spread the half-lives of a head's slots from ``min_half_life`` to ``max_half_life``
+    tokens.
+    """
+
+    def __init__(self, config: HAMTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rule = WRITE_RULES[config.write_rule](config.decay_rate)
+        size = sum(self.rule.logit_sizes(config.num_heads, config.num_slots))
+        # In a model the weights are drawn anew, here and below (``HAMTPreTrainedModel``).
+        self.weight = (
+            nn.Parameter(torch.zeros(size, config.hidden_dim)) if config.use_gating else None
+        )
+        self.bias = nn.Parameter(self.initial_bias())
+
+    def forward(
+        self, conditioned: Tensor, product: Tensor | None = None, feedback: Tensor | None = None
+    ) -> Gates:
+        """Gates in float32 at least, from c (B, N, d); its ``product`` may be there already.
+
+        ``feedback`` (B, N, logits) is added to the logits (``hamt.boundaries.Feedback``).
+        """
+        # A bfloat16 logit cannot tell a half-life of 1,000 tokens from one of 1,060.
+        with torch.autocast(conditioned.device.type, enabled=False):
+            wide = torch.promote_types(conditioned.dtype, torch.float32)
+            bias = self.bias.to(wide)
+            if self.weight is None:
+                logits = bias.expand(*conditioned.shape[:-1], -1)
+            elif product is not None:
+                logits = product + bias
+            else:
+                logits = linear(conditioned.to(wide), self.weight.to(wide), bias)
+            if feedback is not None:
+                logits = logits + feedback
+            return self.rule.gates(logits, self.config.num_heads)
+
+    def initial_bias(self) -> Tensor:
+        """Logits at which the slots have their initial half-lives, and writes start gently."""
+        slots, heads = self.config.num_slots, self.config.num_heads
+        # Slot s of head h: interleaved, so that every head spans the whole range.
+        rank = torch.arange(slots) * heads + torch.arange(heads)[:, None]
+        low, high = math.log(self.config.min_half_life), math.log(self.config.max_half_life)
+        half_life = torch.exp(low + (high - low) * rank / max(slots * heads - 1, 1))
+        pace = math.log(2) / half_life
+        forget = (pace + torch.log(-torch.expm1(-pace))).flatten()  # logit of 1 - α
+        return self.rule.initial_logits(forget, heads, constant=not self.config.use_gating)
+
+
+class RetrievalHead(nn.Module):
+    """What to read and how to unbind it: c (B, N, d) -> u (B, N, H, K), r (B, N, H, S)."""
+
+    def __init__(self, config: HAMTConfig, algebra: Algebra, key_size: int) -> None:
+        super().__init__()
+        self.algebra = algebra
+        self.num_heads = config.num_heads
+        self.key_proj = nn.Linear(config.hidden_dim, config.num_heads * key_size, bias=False)
+        self.read_proj = nn.Linear(
+            config.hidden_dim, config.num_heads * config.num_slots, bias=False
+        )
+        self.read_bias = nn.Parameter(torch.ones(config.num_heads * config.num_slots))
+
+    def forward(
+        self, conditioned: Tensor, products: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Unbinding keys and read weights, in float32 at least; both ``products`` may be there."""
+        raw, read = products or (
+            project(self.key_proj, conditioned),
+            project(self.read_proj, conditioned),
+        )
+        keys = as_keys(raw, self.num_heads, self.algebra)
+        read = read.to(keys.dtype) + self.read_bias
+        return keys, read.unflatten(-1, (self.num_heads, -1))
+
+
+class Rotation(nn.Module):
+    """The turn of the position at each token: c (B, N, d) -> ρ (B, N, H, K) or (1, 1, 1, K).
+
+    Phases start as the frequencies of rotary position embeddings (Su et al. 2021, arXiv
+    2104.09864): one turn takes from 2π to 2π · rotation_base tokens. Signs start at +1. A
+    data-dependent rotation adds a linear map of the token, initially zero.
+    """
+
+    def __init__(self, config: HAMTConfig, algebra: Algebra, key_size: int) -> None:
+        super().__init__()
+        self.config, self.algebra, self.key_size = config, algebra, key_size
+        size = config.num_heads * key_size
+        data_dependent = config.rotation == "data_dependent"
+        self.weight = nn.Parameter(torch.zeros(size, config.hidden_dim)) if data_dependent else None
+
+    def forward(self, conditioned: Tensor) -> Tensor:
+        """Return keys of the algebra, in float32 at least."""
+        wide = torch.promote_types(conditioned.dtype, torch.float32)
+        # Not a buffer: casting the model to bfloat16 must not cast the frequencies.
+        power = torch.arange(self.key_size, device=conditioned.device, dtype=wide) / self.key_size
+        base = (
+            self.config.rotation_base**-power if self.algebra.has_phase else torch.ones_like(power)
+        )
+        if self.weight is None:
+            return self.algebra.key(base)[None, None, None]
+        # As for the gates: errors of a bfloat16 angle would add up from token to token.
+        with torch.autocast(conditioned.device.type, enabled=False):
+            turn = linear(conditioned.to(wide), self.weight.to(wide))
+        return self.algebra.key(turn.unflatten(-1, (self.config.num_heads, -1)) + base)
+
+
+def as_keys(raw: Tensor, num_heads: int, algebra: Algebra) -> Tensor:
+    """Projections (B, N, H · K) -> keys of the algebra (B, N, H, K), in float32 at least."""
+    wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    return algebra.key(wide.unflatten(-1, (num_heads, -1)))
