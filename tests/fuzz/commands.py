@@ -181,6 +181,8 @@ def line(seed: int) -> list[str]:
     if command == "demo":
         given.setdefault("data", ["my_text.txt"])
         given["num_steps"] = given.get("num_steps", ["1"])
+    if command == "ablate":  # the default one is a day's work
+        given.setdefault("recipe", ["ablation.yaml"])
     if command == "explore":
         given["port"] = ["0"]
     words = [command]
