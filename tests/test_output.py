@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -273,6 +273,17 @@ def test_a_flipped_bit_is_noticed_in_weights_and_in_a_lone_file(tmp_path):
     lone.write_bytes((tmp_path / "run" / "model.pt").read_bytes())
     verify(lone)
     flip(lone, lone.read_bytes().index(tensors["weight"].numpy().tobytes()) + 3)
+    with pytest.raises(UserError, match=r"lone\.pt is damaged"):
+        verify(lone)
+    content = (tmp_path / "run" / "model.pt").read_bytes()
+    for part in (b"PK\x01\x02", b"PK\x05\x06"):  # in the archive's directory, and where it is
+        for place in range(4, 20):
+            lone.write_bytes(content)
+            flip(lone, content.rindex(part) + place)
+            with suppress(UserError):
+                verify(lone)
+    lone.write_bytes(content)
+    flip(lone, content.rindex(b"PK\x01\x02") + 2)
     with pytest.raises(UserError, match=r"lone\.pt is damaged"):
         verify(lone)
     flip(tmp_path / "run" / "model.pt")

@@ -20,6 +20,7 @@ from hamt.recipes import read_recipe
 T = TypeVar("T")
 
 MAX_SEED = 2**32 - 1  # NumPy takes none above
+_WRITTEN = ("output_dir", "table", "token_cache")  # where a command writes
 _TINY, _HUGE = 1e-37, 1e37  # well within float32, which models compute in
 _WORDS = {
     **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
@@ -256,6 +257,8 @@ def _check(field: Field, value: Any) -> None:
             raise UserError(f"{flag}: invalid {kind.type.__name__} value {each!r}")
         if choices and each not in choices:
             raise UserError(f"{flag} must be one of {', '.join(choices)}; got {each!r}")
+        if field.name in _WRITTEN and not each:  # as of a shell variable that is not set
+            raise UserError(f"{flag} must name a path; got an empty one")
         if kind.type in (int, float) and each not in field.metadata["range"]:
             raise UserError(f"{flag} must {field.metadata['range']}; got {each}")
         if kind.type is float and each and each < math.inf and not _TINY < abs(each) < _HUGE:

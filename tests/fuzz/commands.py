@@ -90,8 +90,8 @@ WORK = {
 }
 NEVER = {"compile_model", "compile", "tasks", "capacity", "quick", "use_wandb", "use_tensorboard"}
 WRITTEN = {"output_dir", "token_cache", "table"}  # options that say where something is written
-# They start processes, train, or read the 12 MB of text in the package.
-SLOW = {"recall", "ablate", "compare", "demo", "quick-train"}
+# They start processes, train, read the 12 MB of text in the package, or read a token at a time.
+SLOW = {"recall", "ablate", "compare", "demo", "quick-train", "evaluate"}
 
 SMALL = ("1", "2", "3")
 INTS = ("0", "1", "2", "3", "5", "7", "8", "16", "33", "64", "300")
@@ -181,6 +181,8 @@ def line(seed: int) -> list[str]:
     if command == "demo":
         given.setdefault("data", ["my_text.txt"])
         given["num_steps"] = given.get("num_steps", ["1"])
+    if command == "ablate":  # the default one is a day's work
+        given.setdefault("recipe", ["ablation.yaml"])
     if command == "explore":
         given["port"] = ["0"]
     words = [command]

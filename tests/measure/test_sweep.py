@@ -74,7 +74,7 @@ def test_a_result_that_no_report_can_use_is_none(kind, name):
         part[last] = value
         assert not is_result(content)
     del part[last]
-    assert not is_result(content) or last in ("commit", "state_floats", "seed")
+    assert not is_result(content) or last in ("state_floats", "seed")
 
 
 def test_no_run_begins_after_an_interrupt_and_none_that_is_finished_is_lost(tmp_path):
