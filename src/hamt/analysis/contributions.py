@@ -14,6 +14,10 @@ The coefficients follow from the adjoint of the recurrence, from t backwards:
 until b_t = λ. Under the delta rule this is what the triangular solve of
 ``hamt.memory.write_rules.delta`` gives, one row at a time.
 
+A boundary between two tokens (``hamt.boundaries``) multiplies the slots by a matrix T, and so
+backwards λ ← Tᵀ λ; where the model rounds its slots, what rounding added is nobody's share. With
+``read_before_write`` a read-out has no share of its own token: λ = r_t is met by token t - 1 first.
+
 With a short convolution an item is a mixture of its token and the few before it: a position is then
 not exactly a token.
 
@@ -60,8 +64,13 @@ def coefficients(trace: Trace, queries: Sequence[int]) -> tuple[Tensor, Tensor]:
     order = at.argsort(descending=True)
     weight = trace.read[:, at[order]]
     tokens = trace.write.new_zeros(batch, len(at), heads, length)
+    first = at - 1 if trace.memory.read_before_write else at  # the last token that a read sees
     for j in range(int(at.max()), -1, -1):
-        under_way = int((at >= j).sum())
+        crossing = trace.crossings.get(j + 1)
+        if crossing is not None and crossing.mixing is not None:
+            begun = int((at > j).sum())
+            weight[:, :begun] = torch.einsum("bhst,bqhs->bqht", crossing.mixing, weight[:, :begun])
+        under_way = int((first >= j).sum())
         tokens[:, :under_way, :, j], weight[:, :under_way] = trace.memory.rule.adjoint(
             weight[:, :under_way], trace.gates.tokens([j])
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,17 @@ from hamt.memory.forms import positions_of
 from hamt.model import HAMTForCausalLM
 
 SEGMENT = 1024  # tokens of a long text that are read at a time
+
+
+class Crossing(NamedTuple):
+    """What happened at a boundary (``hamt.boundaries``): slots were ``mixing`` times the slots.
+
+    ``mixing`` (B, H, S, S), None if they were only rounded; ``after`` (B, H, S, F), the slots
+    then, rounded if the model rounds.
+    """
+
+    mixing: Tensor | None
+    after: Tensor
 
 
 class Trace(NamedTuple):
@@ -41,6 +53,7 @@ class Trace(NamedTuple):
     # Mean size of the rotation over the tokens, (H, K): radians, or the share of signs that flip.
     turn: Tensor | None = None
     gate: Tensor | None = None  # the output gate SiLU(W_g x), (B, N, D)
+    crossings: dict[int, Crossing] = {}  # noqa: RUF012 by the number of tokens before the boundary
 
     @property
     def write(self) -> Tensor:
@@ -52,12 +65,15 @@ class Trace(NamedTuple):
         state, begin = MemoryState(self.before.slots), 0  # positions are in the keys
         sequences = (self.items, self.keys, self.unbinding_keys, self.read)
         for end in ends:
-            if end > begin:
-                part = slice(begin, end)
-                items, keys, unbinding_keys, read = (x[:, part] for x in sequences)
-                tokens = Tokens(items, keys, unbinding_keys, read, self.gates.tokens(part))
-                _, state = self.memory.run(tokens, state)
-                begin = end
+            for stop in (*(n for n in sorted(self.crossings) if begin < n < end), end):
+                if stop > begin:
+                    part = slice(begin, stop)
+                    items, keys, unbinding_keys, read = (x[:, part] for x in sequences)
+                    tokens = Tokens(items, keys, unbinding_keys, read, self.gates.tokens(part))
+                    _, state = self.memory.run(tokens, state)
+                    begin = stop
+                    if stop in self.crossings:
+                        state = MemoryState(self.crossings[stop].after)
             yield state.slots
 
 
@@ -96,19 +112,30 @@ def memory_layers(model: HAMTForCausalLM) -> list[int]:
 
 
 def _observe(mixer: HAMTLayer, observer: Callable[[Trace], None], stack: ExitStack) -> None:
-    memory, pending = mixer.memory, []
+    memory, pending = mixer.memory, []  # traces of segments, from boundary to boundary
+    gates: list[Tensor] = []
 
     def run(*tensors: Any, **options: Any) -> tuple[Tensor, MemoryState]:
         output, state = memory(*tensors, **options)
         pending.append(_trace(memory, tensors, options, output, state))
         return output, state
 
+    def crossed(module: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        crossing = Crossing(module.mixing(*inputs), output)
+        length = pending[-1].items.shape[1]
+        after = pending[-1].after._replace(slots=output)
+        pending[-1] = pending[-1]._replace(crossings={length: crossing}, after=after)
+
     def gated(module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
-        pending[-1] = pending[-1]._replace(gate=F.silu(output))
+        gates.append(F.silu(output))
 
     def done(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        observer(pending.pop())
+        trace = _joined(pending)
+        observer(trace._replace(gate=gates.pop()) if gates else trace)
+        pending.clear()
 
+    if mixer.boundary is not None:
+        stack.enter_context(mixer.boundary.register_forward_hook(crossed))
     stack.enter_context(rerouted(mixer, run))
     stack.enter_context(mixer.register_forward_hook(done))
     if mixer.gate_proj is not None:
@@ -229,10 +256,16 @@ def _joined(parts: Sequence[Trace]) -> Trace:
     def joined(tensors: Sequence[Tensor | None]) -> Any:
         return None if tensors[0] is None else torch.cat(tensors, dim=1)  # type: ignore[arg-type]
 
+    starts = accumulate((part.items.shape[1] for part in parts), initial=0)
     sequences = ("items", "keys", "unbinding_keys", "read", "output", "gate")
     return parts[0]._replace(
         gates=Gates(*map(joined, zip(*(part.gates for part in parts), strict=True))),
         after=parts[-1].after,
+        crossings={
+            start + n: crossing
+            for start, part in zip(starts, parts, strict=False)
+            for n, crossing in part.crossings.items()
+        },
         turn=mean_turn([part.turn for part in parts], [part.items.shape[1] for part in parts]),
         **{name: joined([getattr(part, name) for part in parts]) for name in sequences},
     )
