@@ -148,7 +148,7 @@ def consolidation_gate(boundary, fast: Tensor, slow: Tensor) -> Tensor:
         size = (slots.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt().log()
         summaries += [size, unit_size(slots) @ boundary.summary]
     hidden = F.silu(torch.cat(summaries, dim=-1) @ boundary.hidden)
-    return torch.sigmoid(hidden @ boundary.output + boundary.bias)[..., 0]
+    return torch.sigmoid(hidden @ boundary.output + boundary.bias)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ The slots of a head are two tiers of equal size. Tokens write to the fast slots,
 their gates say, and a share ``fast_decay`` at every token beside. Nothing writes to the slow slots:
 at every boundary (``hamt.boundaries``) each takes over a part of the fast slot of its number,
 
-    slow ← (1 - c) · slow + c · fast,    c = σ(MLP(summary(fast), summary(slow))),
+    slow ← (1 - c) · slow + c · fast,    c = σ(MLP(summary(fast), summary(slow)) + b),
 
 and between boundaries it forgets a share ``slow_decay`` at every token. A summary is the logarithm
-of a slot's root mean square and a learned projection of its direction. The fast slot is not
+of a slot's root mean square and a learned projection of its direction. What a slow slot takes over
+displaces what it held, so c is how long it remembers: the biases b of a head's slots start at gates
+of which 4 boundaries up to ``max_half_life`` tokens displace one half. The fast slot is not
 cleared, and reads see both tiers. So one ``HolographicMemory`` of all slots, in any of its forms,
 computes everything between two boundaries.
 
@@ -30,28 +32,39 @@ from hamt.config import HAMTConfig
 from hamt.layers import HAMTLayer
 from hamt.memory import Algebra, Gates, HolographicMemory, MemoryState, rms_normalize
 from hamt.memory.write_rules import Convex, Gated, WriteRule
+from hamt.parts import forget_logits
 
 SUMMARY = 16  # numbers that a slot's direction is projected to
 HIDDEN = 32
-INITIAL_LOGIT = -2.0  # of the consolidation gate: 0.12
+SHORTEST = 4  # boundaries
 _EPS = 1e-6  # an empty slot has a summary, too
 
 
 class Consolidation(Boundary):
-    """At a boundary slow slots take over from fast ones; then what ``Boundary`` does happens."""
+    """At a boundary slow slots take over from fast ones; then what ``Boundary`` does happens.
 
-    def __init__(self, head_dim: int, *options: Any) -> None:
+    Args:
+        memory: of both tiers.
+        every: tokens from one boundary to the next.
+        longest: tokens after which the slowest slot has taken over one half, before training.
+        options: those of ``Boundary``.
+    """
+
+    def __init__(
+        self, memory: HolographicMemory, every: int, longest: float, *options: Any
+    ) -> None:
         super().__init__(*options)
-        self.head_dim = head_dim
+        self.heads, self.pairs = memory.num_heads, memory.num_slots // 2
+        self.head_dim, self.half_lives = memory.head_dim, (SHORTEST, max(longest / every, SHORTEST))
         for name, weight in self.initial_weights().items():
             self.register_parameter(name, nn.Parameter(weight))
 
     def initial_weights(self) -> dict[str, Tensor]:
         """Each parameter as it is before training; matrices keep the variance of their inputs."""
         sizes = {"summary": (self.head_dim, SUMMARY), "hidden": (2 * SUMMARY + 2, HIDDEN)}
-        sizes["output"] = (HIDDEN, 1)
         weights = {name: torch.randn(size) * size[0] ** -0.5 for name, size in sizes.items()}
-        return {**weights, "bias": torch.tensor([INITIAL_LOGIT])}
+        bias = forget_logits(self.heads, self.pairs, *self.half_lives).view(self.heads, self.pairs)
+        return {**weights, "output": torch.zeros(HIDDEN), "bias": bias}
 
     def gate(self, slots: Tensor) -> Tensor:
         """c for each pair of slots of (B, H, S, F): (B, H, S/2), in the dtype of the slots."""
@@ -63,7 +76,7 @@ class Consolidation(Boundary):
             size = (slots.square().mean(dim=-1, keepdim=True) + _EPS).log() / 2
             told = torch.cat((size, rms_normalize(slots) @ summary), dim=-1)
             pairs = torch.cat(told.chunk(2, dim=2), dim=-1)
-            return (F.silu(pairs @ hidden) @ output + bias).sigmoid().squeeze(-1)
+            return (F.silu(pairs @ hidden) @ output + bias).sigmoid()
 
     def mixing(self, slots: Tensor) -> Tensor:
         """Fast slots stay, slow ones take over: (B, H, S, F) -> (B, H, S, S)."""
@@ -108,6 +121,7 @@ class HierarchicalMemory(nn.Module):
         fast_decay: share that a fast slot forgets at every token.
         slow_decay: share that a slow slot forgets at every token.
         boundary_every: tokens from one consolidation to the next.
+        max_half_life: tokens after which the slowest slot has taken over one half.
 
     Raises:
         ValueError: if the sizes do not fit together, or a share does not lie in [0, 1).
@@ -131,6 +145,7 @@ class HierarchicalMemory(nn.Module):
         fast_decay: float = 0.001,
         slow_decay: float = 0.0001,
         boundary_every: int = 64,
+        max_half_life: float = 4096,
     ) -> None:
         super().__init__()
         if boundary_every < 1 or not (0 <= fast_decay < 1 and 0 <= slow_decay < 1):
@@ -139,7 +154,7 @@ class HierarchicalMemory(nn.Module):
                 f"{boundary_every}, {fast_decay} and {slow_decay}"
             )
         self.memory = HolographicMemory(hcm_dim, 2 * num_slots, num_heads, binding_type)
-        self.consolidation = Consolidation(self.memory.head_dim)
+        self.consolidation = Consolidation(self.memory, boundary_every, max_half_life)
         self.fast_decay, self.slow_decay = fast_decay, slow_decay
         self.boundary_every = boundary_every
 
@@ -192,7 +207,9 @@ class HierarchicalHAMTLayer(HAMTLayer):
         self.token_rule = self.memory.rule
         if isinstance(self.token_rule, Convex):  # it has one gate, which slow slots have not
             self.memory.rule = Gated()
-        self.boundary = Consolidation(self.memory.head_dim, *boundary_options(config))
+        self.boundary = Consolidation(
+            self.memory, config.boundary_every, config.max_half_life, *boundary_options(config)
+        )
 
     @staticmethod
     def writing_config(config: HAMTConfig) -> HAMTConfig:

@@ -71,13 +71,19 @@ class GatingNetwork(nn.Module):
     def initial_bias(self) -> Tensor:
         """Logits at which the slots have their initial half-lives, and writes start gently."""
         slots, heads = self.config.num_slots, self.config.num_heads
-        # Slot s of head h: interleaved, so that every head spans the whole range.
-        rank = torch.arange(slots) * heads + torch.arange(heads)[:, None]
-        low, high = math.log(self.config.min_half_life), math.log(self.config.max_half_life)
-        half_life = torch.exp(low + (high - low) * rank / max(slots * heads - 1, 1))
-        pace = math.log(2) / half_life
-        forget = (pace + torch.log(-torch.expm1(-pace))).flatten()  # logit of 1 - α
+        half_lives = float(self.config.min_half_life), float(self.config.max_half_life)
+        forget = forget_logits(heads, slots, *half_lives)
         return self.rule.initial_logits(forget, heads, constant=not self.config.use_gating)
+
+
+def forget_logits(heads: int, slots: int, shortest: float, longest: float) -> Tensor:
+    """Logits (H · S) of 1 - α at half-lives from ``shortest`` to ``longest`` in every head."""
+    # Slot s of head h: interleaved, so that every head spans the whole range.
+    rank = torch.arange(slots) * heads + torch.arange(heads)[:, None]
+    low, high = math.log(shortest), math.log(longest)
+    half_life = torch.exp(low + (high - low) * rank / max(slots * heads - 1, 1))
+    pace = math.log(2) / half_life
+    return (pace + torch.log(-torch.expm1(-pace))).flatten()
 
 
 class RetrievalHead(nn.Module):

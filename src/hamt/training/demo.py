@@ -1,6 +1,7 @@
 """``hamt demo``: train a small model on real text in minutes, and let it write."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from rich.table import Table
 from hamt.console import PlainConsole, try_command
 from hamt.generation import GenerateOptions, stream_text
 from hamt.options import MAX_SEED, option, parse
+from hamt.output import claim
+from hamt.training.hierarchical_demo import PICTURE, show_hierarchical
 from hamt.training.options import TrainOptions
 from hamt.training.run import compare_with_ngrams, run_folder, train_model
 
@@ -31,15 +34,23 @@ class DemoOptions:
     )
     prompt: str = option("Fellow citizens", "what the model continues at the end")
     seed: int = option(0, "seed of weights, data order and sampling", at_least=0, at_most=MAX_SEED)
+    hierarchical: bool = option(
+        False, "show instead, in seconds, what fast and slow slots of a hierarchical memory hold"
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
     """Train, compare with unigram and bigram models, generate, and say what to try next."""
     options = parse(DemoOptions, arguments, "demo")
     console = PlainConsole()
-    settings = {name: value for name, value in vars(options).items() if name != "prompt"}
-    settings |= {**SIZE, "eval_interval": max(options.num_steps // 6, 1), "overwrite": True}
     known = options.output_dir == DemoOptions.output_dir  # where earlier versions noted nothing
+    if options.hierarchical:
+        with claim(options.output_dir, "demo", [re.escape(PICTURE)]) as output:
+            show_hierarchical(console, output, options.seed)
+        return 0
+    unlike = ("prompt", "hierarchical")
+    settings = {name: value for name, value in vars(options).items() if name not in unlike}
+    settings |= {**SIZE, "eval_interval": max(options.num_steps // 6, 1), "overwrite": True}
     with run_folder(training := TrainOptions(**settings), "demo", adopt=known) as output:
         run = train_model(training, console, output)
         if run is None or run.final is None:
