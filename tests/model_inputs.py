@@ -84,8 +84,8 @@ def tiny_model(seed: int = 0, **options) -> HAMTModel:
                     block.mixer.conv.weight.normal_(std=0.5)
                 if block.mixer.config.rotation == "data_dependent":
                     block.mixer.rotation.weight.normal_(std=0.3)
-                for part in (block.mixer.feedback, block.mixer.boundary):
-                    for weight in () if part is None else part.parameters():
+                for name, weight in block.mixer.named_parameters():
+                    if name.startswith(("feedback.", "boundary.")):
                         weight.normal_(std=0.2)
     return model.eval()
 

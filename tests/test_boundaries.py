@@ -133,3 +133,13 @@ def test_feedback_starts_as_if_there_were_none():
     assert {name.rpartition(".")[2] for name in missing} == {"gate_weight", "key_weight"}
     ids = random_ids(2, 30)
     assert_close(fed.eval()(ids).logits, plain(ids).logits)
+
+
+def test_a_document_that_goes_on_does_not_remember_the_boundary_of_the_one_before():
+    layer, inputs = tiny_layer(gate_feedback=True, boundary_every=8), random_inputs(1, 17)
+    names = torch.tensor([[0] * 10 + [1] * 7])
+    first = Batch.of(seq_idx=names[:, :13])
+    _, state, _ = layer(inputs[:, :13], first)
+    second = Batch.of(seq_idx=names[:, 13:], past=first.after(inputs[:, :13]))
+    alone = layer(inputs[:, 10:])[0]
+    assert_close(layer(inputs[:, 13:], second, state)[0], alone[:, 3:], 1e-9)

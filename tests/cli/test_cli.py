@@ -42,7 +42,7 @@ def test_names_and_flags_are_pinned():
         "ablate", "analyze", "explore",
     ]  # fmt: skip
     assert list(DemoOptions.__dataclass_fields__) == [
-        "output_dir", "data", "num_steps", "max_minutes", "prompt", "seed"
+        "output_dir", "data", "num_steps", "max_minutes", "prompt", "seed", "hierarchical"
     ]  # fmt: skip
     assert list(GenerateOptions.__dataclass_fields__) == [
         "prompt", "checkpoint", "max_new_tokens", "temperature", "top_p", "top_k",
