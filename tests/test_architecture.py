@@ -26,7 +26,7 @@ LAYERS = (
     {"convolution"},
     {"layers", "utils"},
     {"attention", "block", "cache"},
-    {"base_model", "continuation"},
+    {"base_model", "continuation", "sliding_attention"},
     {"model"},
     {"checkpoint"},
     {"data"},

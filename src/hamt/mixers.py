@@ -21,6 +21,7 @@ from hamt.batch import Batch
 MIXERS: dict[str, type | str] = {
     "memory": "hamt.layers:HAMTLayer",
     "full_attention": "hamt.attention:FullAttention",
+    "sliding_attention": "hamt.sliding_attention:SlidingAttention",
 }
 RETRIEVAL_HEADS: dict[str, type | str] = {"linear": "hamt.layers:RetrievalHead"}
 GATING_NETWORKS: dict[str, type | str] = {"linear": "hamt.layers:GatingNetwork"}
