@@ -155,6 +155,7 @@ def test_json_keeps_every_field(tmp_path):
         "vocab_size": 300, "hidden_dim": 48, "hcm_dim": 120, "num_layers": 3, "num_slots": 5,
         "num_heads": 6, "binding_type": "circular_conv", "write_rule": "convex", "rotation": "none",
         "rotation_base": 500.0, "mixers": ["memory", "full_attention", "memory"],
+        "sliding_window": 9, "num_sinks": 2,
         "gating_network": "linear", "retrieval_head": "linear", "attention_head_dim": 24,
         "decay_rate": 0.01, "min_half_life": 2.0, "max_half_life": 99.0, "chunk_size": 8,
         "conv_kernel_size": 3, "use_gating": False, "use_output_gate": False,
