@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.table import Column, Table
 
-from hamt.analysis.analyse import TRACED, Analysis, analyse, summarise
+from hamt.analysis.analyse import TRACED, Analysis, analyse, name_of_attention, summarise
 from hamt.analysis.dashboard import dashboard
 from hamt.analysis.record import memory_layers
 from hamt.checkpoint import PRETRAINED, load_checkpoint
