@@ -146,7 +146,7 @@ class SlidingAttention(Attention):
         new_state: State = {}
         queries, keys, values = self.project_tokens(inputs)
         cos, sin = layout.cos.to(queries.dtype), layout.sin.to(queries.dtype)
-        turned, seen = rotate(queries, cos, sin), []
+        asked, seen = layout.blocks_of_queries(rotate(queries, cos, sin)), []
         for name, tokens in (("keys", rotate(keys, cos, sin)), ("values", values)):
             known = _behind(before.get(name), tokens, self.window - 1)
             if self.window > 1:
@@ -160,14 +160,9 @@ class SlidingAttention(Attention):
                 if layout.sinks is not None:
                     first.append(_take_blocks(known, layout.sinks))
             if first:
-                # One product gives both scores: R(q) with the window's keys, q with the sinks'.
-                width = self.head_dim
-                turned = torch.cat((turned, queries), dim=-1)
-                wide = F.pad(seen[0], (0, width)), F.pad(first[0], (width, 0))
-                # Fused kernels want values as wide as keys.
-                told = torch.cat((seen[1], first[1]), dim=3)
-                seen = [torch.cat(wide, dim=3), F.pad(told, (0, width))]
-        mixed = self.attend_blocks(layout.blocks_of_queries(turned), seen[0], seen[1], layout.mask)
+                scores = layout.blocks_of_queries(queries) @ first[0].mT
+                asked, *seen = _with_sinks(asked, seen[0], seen[1], scores, first[1])
+        mixed = self.attend_blocks(asked, seen[0], seen[1], layout.mask)
         mixed = mixed[..., : self.head_dim].transpose(2, 3).flatten(1, 2)
         return mixed[:, : inputs.shape[1]].flatten(-2), new_state
 
@@ -248,6 +243,26 @@ def _behind(before: Tensor | None, tokens: Tensor, count: int) -> Tensor:
 def _blocks(tokens: Tensor, size: int, step: int | None = None) -> Tensor:
     """(B, n, H, F) -> (B, M, H, size, F), blocks that begin at every ``step``-th token."""
     return tokens.unfold(1, size, step or size).transpose(-1, -2)
+
+
+def _with_sinks(
+    queries: Tensor, keys: Tensor, values: Tensor, scores: Tensor, sink_values: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sinks (..., Z, F) as further keys, whose products with queries are ``scores`` (..., C, Z).
+
+    So that one softmax, of a fused kernel, takes rotated and other products: a query has its scores
+    with the sinks as further features, and a sink has a one there, of which it is the number. All
+    get the same width, a multiple of 8, as kernels want it.
+    """
+    width, count = queries.shape[-1], scores.shape[-1]
+    more = -(width + count) % 8
+    numbers = torch.eye(count, dtype=keys.dtype, device=keys.device)
+    numbers = F.pad(numbers, (width, more)).expand(*keys.shape[:-2], -1, -1)
+    return (
+        F.pad(torch.cat((queries, scores), dim=-1), (0, more)),
+        torch.cat((F.pad(keys, (0, count + more)), numbers), dim=-2),
+        F.pad(torch.cat((values, sink_values), dim=-2), (0, count + more)),
+    )
 
 
 def _places(begin: Tensor, num_sinks: int, length: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A headless Chromium for the pages of ``hamt analyze`` and ``hamt explore``; a hybrid to look at."""
+"""A headless Chromium for the pages of ``hamt analyze`` and ``hamt explore``, and a hybrid."""
 
 import os
 import shutil
