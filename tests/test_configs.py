@@ -49,7 +49,7 @@ def test_recipes_for_gpus_have_the_parameters_that_they_say(name, millions):
 
 def test_the_hybrid_has_two_windows_that_its_rows_leave():
     options = parse(TrainOptions, ["--config", str(ROOT / "configs" / "hybrid.yaml")], "train")
-    config = HAMTConfig(**options.architecture())
+    config = HAMTConfig(**options.architecture(), vocab_size=options.vocab_size)
     assert config.layer_mixers.count("sliding_attention") == 2
     assert config.layer_mixers.count("memory") == 4
     assert config.sliding_window == 256 < options.max_length

@@ -136,7 +136,7 @@ def make_model(spec: Spec, vocab_size: int) -> PreTrainedModel:
             parameters = _hamt(parameters, **fields).num_parameters()
         return catalogue.with_parameters(kind, parameters, **fields, **choices)
     if kind != "hamt":
-        return catalogue.with_parameters(kind, parameters, **fields, **choices)
+        return catalogue.with_parameters(kind, parameters, **{**fields, **choices})
     return _hamt(parameters, **fields, keys=spec["keys"], common_direction=spec["common_direction"])
 
 
