@@ -17,7 +17,7 @@ from hamt.data.tokenizer import load_tokenizer, train_tokenizer
 from hamt.environment import environment
 from hamt.files import write_json
 from hamt.measure.ablate.command import AblateOptions, plan
-from hamt.measure.ablate.recipe import DEFAULT, all_choices, load_recipe, names, resolve
+from hamt.measure.ablate.recipe import DEFAULT, load_recipe, names, resolve
 from hamt.measure.ablate.report import figure, page
 from hamt.measure.ablate.runs import AblationRun, make_model
 from hamt.measure.sweep import Sweep, contents
@@ -116,19 +116,6 @@ def test_a_variant_changes_what_it_names_for_the_task_it_names():
     assert rival["rival"] == {}
     assert rival["training"] == {**base["training"], "learning_rate": 0.02}
     assert rival["config"] == base["config"]
-
-
-def test_a_hybrid_keeps_the_fields_of_its_variant():
-    """It is of HAMT's parts, and matched in parameters as other architectures are."""
-    config = {"hidden_dim": 64, "num_layers": 3, "num_slots": 5, "sliding_window": 9}
-    spec = {"config": all_choices(config), "rival": {"kind": "hybrid", "num_sinks": 1}}
-    spec["parameters"] = 200_000
-    model = make_model(spec, 50)
-    assert model.config.layer_mixers == ["memory", "memory", "sliding_attention"]
-    found = {name: getattr(model.config, name) for name in config}
-    assert found == config
-    assert model.config.num_sinks == 1
-    assert model.num_parameters() == pytest.approx(200_000, rel=0.01)
 
 
 def test_without_keys_nothing_is_bound():
