@@ -27,7 +27,7 @@ LAYERS = (
     {"parts"},
     {"layers", "utils"},
     {"attention", "block", "cache", "hierarchical_memory"},
-    {"base_model", "continuation"},
+    {"base_model", "continuation", "sliding_attention"},
     {"model"},
     {"hierarchical_model"},
     {"checkpoint"},

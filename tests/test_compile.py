@@ -37,6 +37,7 @@ def test_a_compiled_model_equals_the_eager_one():
 
 LEFT_PADDED = {"attention_mask": padded(ragged_rows(9, 6), "left")[1]}
 PAIRS = {"seq_idx": torch.arange(9).expand(2, -1) // 4}
+WINDOW = {"mixers": "sliding_attention", "sliding_window": 3, "num_sinks": 1}
 CORRECTING = {"write_rule": "delta", "rotation": "data_dependent"}
 
 
@@ -45,7 +46,9 @@ CORRECTING = {"write_rule": "delta", "rotation": "data_dependent"}
     ({}, LEFT_PADDED | PAIRS, False),
     (CORRECTING, LEFT_PADDED | PAIRS, True),
     (CORRECTING, {}, False),
-], ids=["plain", "packed-chunked", "delta-packed", "delta-chunked"])  # fmt: skip
+    (WINDOW, {}, True),
+    (WINDOW, LEFT_PADDED | PAIRS, True),
+], ids=["plain", "chunked", "delta", "delta-chunked", "window", "window-packed"])  # fmt: skip
 def test_a_model_compiles_to_one_graph(options, arguments, fused, monkeypatch):
     """Traced and differentiated as by Inductor, but run by eager kernels: seconds, not a minute."""
     if not fused:
@@ -53,9 +56,10 @@ def test_a_model_compiles_to_one_graph(options, arguments, fused, monkeypatch):
     assert_compiled_equals_eager("aot_eager", options, **arguments)
 
 
-def test_a_compiled_model_continues_a_state():
+@pytest.mark.parametrize("options", [{}, WINDOW], ids=["memory", "window"])
+def test_a_compiled_model_continues_a_state(options):
     torch._dynamo.reset()
-    model, ids = tiny_model(num_layers=1), random_ids(2, 9)
+    model, ids = tiny_model(num_layers=1, **options), random_ids(2, 9)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     with torch.no_grad():
         cache = model(ids[:, :6]).past_key_values

@@ -159,6 +159,7 @@ def test_json_keeps_every_field(tmp_path):
         "vocab_size": 300, "hidden_dim": 48, "hcm_dim": 120, "num_layers": 3, "num_slots": 5,
         "num_heads": 6, "binding_type": "circular_conv", "write_rule": "convex", "rotation": "none",
         "rotation_base": 500.0, "mixers": ["memory", "full_attention", "memory"],
+        "sliding_window": 9, "num_sinks": 2,
         "gating_network": "linear", "retrieval_head": "linear", "attention_head_dim": 24,
         "slow_decay_rate": 0.002, "boundary_every": 9, "gate_feedback": True,
         "key_feedback": True, "read_before_write": True, "normalize_state": True,

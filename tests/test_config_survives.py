@@ -16,6 +16,7 @@ SIZES = {"vocab_size": 97, "hidden_dim": 32, "num_layers": 2, "num_slots": 3, "n
 WHOLE = (
     *("hidden_dim", "hcm_dim", "num_layers", "num_slots", "num_heads", "chunk_size"),
     *("conv_kernel_size", "intermediate_dim", "attention_head_dim", "max_position_embeddings"),
+    *("sliding_window", "num_sinks"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
 REAL = (
@@ -33,7 +34,7 @@ kinds = st.fixed_dictionaries(
         "binding_type": st.sampled_from(BINDINGS),
         "write_rule": st.sampled_from(list(WRITE_RULES)),
         "rotation": st.sampled_from(ROTATIONS),
-        "mixers": st.sampled_from(["memory", "full_attention"]),
+        "mixers": st.sampled_from(["memory", "full_attention", "sliding_attention"]),
         **{name: st.booleans() for name in ("use_gating", "use_auxiliary_loss")},
     }
 )

@@ -47,6 +47,17 @@ def test_recipes_for_gpus_have_the_parameters_that_they_say(name, millions):
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=tolerance)
 
 
+def test_the_hybrid_has_two_windows_that_its_rows_leave():
+    options = parse(TrainOptions, ["--config", str(ROOT / "configs" / "hybrid.yaml")], "train")
+    config = HAMTConfig(**options.architecture(), vocab_size=options.vocab_size)
+    assert config.layer_mixers.count("sliding_attention") == 2
+    assert config.layer_mixers.count("memory") == 4
+    assert config.sliding_window == 256 < options.max_length
+    with torch.device("meta"):
+        model = HAMTForCausalLM(config)
+    assert model.num_parameters() / 1e6 == pytest.approx(1.83, rel=0.01)
+
+
 @pytest.mark.parametrize(("name", "millions"), [("tiny", 0.7), ("small", 5.3), ("medium", 22)])
 def test_sizes_for_a_cpu(name, millions):
     with torch.device("meta"):

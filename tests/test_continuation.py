@@ -10,8 +10,13 @@ from transformers.generation.streamers import BaseStreamer
 from hamt import HAMTCache, HAMTModel
 from hamt.fingerprint import fingerprint
 
-MIXERS = [{"mixers": "full_attention"}, {"mixers": ["memory", "full_attention"]}]
-mixers = pytest.mark.parametrize("options", [{}, *MIXERS], ids=["memory", "attention", "hybrid"])
+MIXERS = {
+    "memory": {},
+    "attention": {"mixers": "full_attention"},
+    "hybrid": {"mixers": ["memory", "full_attention"]},
+    "window": {"mixers": ["memory", "sliding_attention"], "sliding_window": 6, "num_sinks": 2},
+}
+mixers = pytest.mark.parametrize("options", MIXERS.values(), ids=MIXERS)
 FIRST, SECOND = ragged_rows(20, 7, 11), ragged_rows(2, 5, 3, seed=7)
 OLD, OLD_MASK = padded(FIRST, "left")
 NEW, NEW_MASK = padded(SECOND, "left")

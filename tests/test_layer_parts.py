@@ -19,6 +19,7 @@ from hamt.block import HAMTMLP, HAMTBlock
 from hamt.convolution import ShortConvolution
 from hamt.layers import GatingNetwork, HAMTLayer, RetrievalHead, RMSNorm, Rotation
 from hamt.memory import WRITE_RULES, get_algebra
+from hamt.sliding_attention import SlidingAttention
 
 WIDTH = 32
 write_rules = pytest.mark.parametrize("write_rule", WRITE_RULES)
@@ -40,6 +41,7 @@ def test_the_convolution_is_causal_and_depthwise():
 PARTS = {
     "layer": lambda config: HAMTLayer(config),
     "attention": lambda config: FullAttention(config),
+    "window": lambda config: SlidingAttention(config),
     "block": lambda config: HAMTBlock(config),
     "block of attention": lambda config: HAMTBlock(config, "full_attention"),
     "MLP": lambda config: HAMTMLP(config),

@@ -242,7 +242,9 @@ IDS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
     # In each layer two groups, gate and output of the mixer, and the MLP's last map, five times.
     [
         *((options, 5 * 2 * 5) for options in (*VARIANTS, {"use_gating": False})),
-        ({"mixers": "full_attention"}, 5 * 2 * 3),  # its output map is too small
+        # Their output map is too small.
+        ({"mixers": "full_attention"}, 5 * 2 * 3),
+        ({"mixers": "sliding_attention", "sliding_window": 4}, 5 * 2 * 3),
     ],
     ids=str,
 )

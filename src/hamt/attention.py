@@ -1,5 +1,8 @@
 """Causal softmax attention as a token mixer: the transformer that HAMT is compared with.
 
+``Attention`` is what all mixers of softmax attention share, ``FullAttention`` the one that sees all
+earlier tokens; ``hamt.sliding_attention`` has the one that sees a window.
+
 Shape legend: B batch, N new tokens, n tokens read before, d hidden_dim, H heads, F features of a
 head.
 """
@@ -16,16 +19,8 @@ from hamt.parts import residual_linear
 from hamt.products import MAX_FUSED_ROWS, FusedLinear, linear, plain_weights, project
 
 
-class FullAttention(ConvolvedMixer):
-    """Attention over all earlier tokens (Vaswani et al. 2017), rotary positions (Su et al. 2021,
-    arXiv 2104.09864), and the short convolution of the memory in front, if ``conv_kernel_size`` is
-    above 1.
-
-    Its state has the ``keys`` and ``values`` of all tokens read, and grows with them; ``visible``
-    says which of them belong to the document at hand, if not all do.
-    """
-
-    layer_type = "full_attention"
+class Attention(ConvolvedMixer):
+    """Projections to queries, keys and values, and one out of what is mixed, without biases."""
 
     def __init__(self, config: HAMTConfig) -> None:
         super().__init__(config)
@@ -42,6 +37,72 @@ class FullAttention(ConvolvedMixer):
         """Matrices for what the short convolution gives."""
         return plain_weights(self.query_proj, self.key_proj, self.value_proj)
 
+    def summary(self) -> str:
+        """Its heads."""
+        return f"{type(self).__name__}({self.num_heads} heads × {self.head_dim})"
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, H, N, F), twice (B, H, n + N, F), (B or 1, 1, N, n + N) or None -> (B, H, N, F).
+
+        Scores are divided by the root of ``head_dim``, however wide the queries are. Without a mask
+        there are as many queries as keys, each sees those up to its own, or there is one query,
+        which sees all.
+        """
+        causal = mask is None and queries.shape[2] > 1
+        scale = self.head_dim**-0.5
+        return F.scaled_dot_product_attention(
+            queries, keys, values, mask, is_causal=causal, scale=scale
+        )
+
+    def project_tokens(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (B, N, H, F) each."""
+        products, weights = None, self.fusable_weights()
+        if self.fused is not None:
+            products = self.fused(hidden_states, weights)
+        many = hidden_states.numel() > MAX_FUSED_ROWS * hidden_states.shape[-1]
+        if products is None and weights and many:
+            # One product instead of three; the copy of the matrices is small beside it.
+            products = linear(hidden_states, torch.cat(weights)).chunk(3, dim=-1)
+        if products is None:
+            maps = (self.query_proj, self.key_proj, self.value_proj)
+            products = tuple(project(each, hidden_states) for each in maps)
+        return tuple(x.unflatten(-1, (self.num_heads, -1)) for x in products)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and signed sin (1 or B, N, 1, F) of the angles at ``positions`` (1 or B, N).
+
+        Angles are float64: in float32 they would be off by 0.03 rad at a million tokens.
+        """
+        base, half = float(self.config.rotation_base), self.head_dim // 2
+        power = torch.arange(half, device=positions.device, dtype=torch.float64) / half
+        angle = positions[..., None, None] * base**-power
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+    @classmethod
+    def operations_seeing(cls, config: HAMTConfig, seen: float) -> dict[str, float]:
+        """Operations of a token that sees ``seen`` tokens: projections 8 d², attention 4 d seen."""
+        d = config.hidden_dim
+        convolution = 2 * d * config.conv_kernel_size * (config.conv_kernel_size > 1)
+        softmax = 4 * (d // head_dim_of(config)) * seen
+        return {
+            "projections": 8.0 * d * d,
+            "attention": 4.0 * d * seen,
+            "elementwise": float(6 * d + softmax + convolution),
+        }
+
+
+class FullAttention(Attention):
+    """Attention over all earlier tokens (Vaswani et al. 2017), rotary positions (Su et al. 2021,
+    arXiv 2104.09864), and the short convolution of the memory in front, if ``conv_kernel_size`` is
+    above 1.
+
+    Its state has the ``keys`` and ``values`` of all tokens read, and grows with them; ``visible``
+    says which of them belong to the document at hand, if not all do.
+    """
+
+    layer_type = "full_attention"
+
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """``keys`` and ``values`` (n, H, F), ``visible`` (n,), ``conv`` the convolution's tail."""
         return {
@@ -50,10 +111,6 @@ class FullAttention(ConvolvedMixer):
             "visible": (0,),
             **super().state_shapes(),
         }
-
-    def summary(self) -> str:
-        """Its heads."""
-        return f"FullAttention({self.num_heads} heads × {self.head_dim})"
 
     def forward(
         self, hidden_states: Tensor, batch: Batch | None = None, state: State | None = None
@@ -68,8 +125,8 @@ class FullAttention(ConvolvedMixer):
         if state is not None:
             self.check_state(state)
         hidden_states, new_state = self.convolve(hidden_states, batch, before)
-        queries, keys, values = self._project(hidden_states)
-        cos, sin = (x.to(queries.dtype) for x in self._rotary(batch, hidden_states))
+        queries, keys, values = self.project_tokens(hidden_states)
+        cos, sin = (x.to(queries.dtype) for x in self._tables(batch, hidden_states))
         queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
         if "keys" in before:
             keys = torch.cat((before["keys"], keys), dim=1)
@@ -82,39 +139,11 @@ class FullAttention(ConvolvedMixer):
         mixed = self.attend(queries, keys, values, mask)
         return project(self.output_proj, mixed.transpose(1, 2).flatten(-2)), new_state, None
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, H, N, F), twice (B, H, n + N, F), (B, 1, N, n + N) or None -> (B, H, N, F).
-
-        Without a mask there are as many queries as keys, each sees those up to its own, or there
-        is one query, which sees all.
-        """
-        causal = mask is None and queries.shape[2] > 1
-        return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal)
-
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values, (B, N, H, F) each."""
-        products, weights = None, self.fusable_weights()
-        if self.fused is not None:
-            products = self.fused(hidden_states, weights)
-        many = hidden_states.numel() > MAX_FUSED_ROWS * hidden_states.shape[-1]
-        if products is None and weights and many:
-            # One product instead of three; the copy of the matrices is small beside it.
-            products = linear(hidden_states, torch.cat(weights)).chunk(3, dim=-1)
-        if products is None:
-            maps = (self.query_proj, self.key_proj, self.value_proj)
-            products = tuple(project(each, hidden_states) for each in maps)
-        return tuple(x.unflatten(-1, (self.num_heads, -1)) for x in products)
-
-    def _rotary(self, batch: Batch, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and signed sin of all positions, (1 or B, N, 1, F) each, the same in all layers."""
+    def _tables(self, batch: Batch, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and signed sin of all positions, the same in all layers."""
         tables = batch.shared.get(FullAttention)
         if tables is None:
-            base, half = float(self.config.rotation_base), self.head_dim // 2
-            power = torch.arange(half, device=inputs.device, dtype=torch.float32) / half
-            angle = batch.positions(inputs)[..., None, None] * base**-power
-            cos, sin = angle.cos(), angle.sin()
-            tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-            batch.shared[FullAttention] = tables
+            tables = batch.shared[FullAttention] = self.rotary(batch.positions(inputs))
         return tables
 
     def _mask(
@@ -150,15 +179,8 @@ class FullAttention(ConvolvedMixer):
 
     @classmethod
     def operations(cls, config: HAMTConfig, length: int) -> dict[str, float]:
-        """8 d² for four projections, and for scores and mixing the causal half, 4 d (N + 1) / 2."""
-        d, seen = config.hidden_dim, (length + 1) / 2
-        convolution = 2 * d * config.conv_kernel_size * (config.conv_kernel_size > 1)
-        softmax = 4 * (d // head_dim_of(config)) * seen
-        return {
-            "projections": 8.0 * d * d,
-            "attention": 4.0 * d * seen,
-            "elementwise": float(6 * d + softmax + convolution),
-        }
+        """As ``operations_seeing`` the causal half, (N + 1) / 2 tokens."""
+        return cls.operations_seeing(config, (length + 1) / 2)
 
 
 def head_dim_of(config: HAMTConfig) -> int:

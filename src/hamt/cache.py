@@ -86,9 +86,9 @@ class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
 class HAMTCache(Cache):
     """The state of all layers after the tokens seen so far.
 
-    Pass it as ``past_key_values``. If all layers are memories, its size does not depend on the
-    number of tokens. ``past`` is what holds for all layers: how many tokens of its document each
-    row has read, and which.
+    Pass it as ``past_key_values``. If no layer is ``full_attention``, its size does not depend on
+    the number of tokens. ``past`` is what holds for all layers: how many tokens of its document
+    each row has read, and which.
     """
 
     layers: list[HAMTCacheLayer]  # type: ignore[assignment]

@@ -29,6 +29,8 @@ _RANGES = {
     "boundary_every": (1, _SIZE),
     "intermediate_dim": (0, _SIZE),
     "conv_kernel_size": (0, _SIZE),
+    "sliding_window": (1, _SIZE),
+    "num_sinks": (0, _SIZE),
     "max_position_embeddings": (1, _SIZE),
     "rotation_base": (1, 1e30),
     "min_half_life": (0.01, 1e12),
@@ -53,8 +55,8 @@ class HAMTConfig(PreTrainedConfig):
         hcm_dim: D, width of the holographic memory over all heads; None is 2 · hidden_dim.
         num_layers: blocks of mixer and MLP.
         mixers: the token mixer of each layer, one name for all or a list of ``num_layers`` names:
-            ``memory``, ``hierarchical_memory`` or ``full_attention`` (see ``hamt.mixers.MIXERS``);
-            None is ``memory``.
+            ``memory``, ``hierarchical_memory``, ``sliding_attention`` or ``full_attention`` (see
+            ``hamt.mixers.MIXERS``); None is ``memory``.
         num_slots: S, slots per head.
         num_heads: H, heads; an item of a head has hcm_dim / num_heads features.
         binding_type: ``phasor``, ``circular_conv`` or ``elementwise`` (see
@@ -89,6 +91,9 @@ class HAMTConfig(PreTrainedConfig):
             ``hamt.mixers.RETRIEVAL_HEADS``.
         attention_head_dim: features of a head of attention layers; None is 64 from a width of 256
             on, below it 32.
+        sliding_window: W, tokens that a query of a ``sliding_attention`` layer sees: itself and the
+            W - 1 before it.
+        num_sinks: first tokens of a document that stay visible to those layers for ever.
         intermediate_dim: width of the SwiGLU MLP; None is 8/3 · hidden_dim, rounded up to 32; 0
             leaves the MLP out.
         max_position_embeddings: advisory, the context trained on; the memory has no length limit.
@@ -140,6 +145,8 @@ class HAMTConfig(PreTrainedConfig):
     gating_network: str = "linear"
     retrieval_head: str = "linear"
     attention_head_dim: int | None = None
+    sliding_window: int = 256
+    num_sinks: int = 0
     intermediate_dim: int | None = None
     max_position_embeddings: int = 1024
     dropout: float | int = 0.0
@@ -242,7 +249,8 @@ class HAMTConfig(PreTrainedConfig):
                 "half of the slots of a hierarchical memory are fast, half are slow: num_slots "
                 f"must be even; got {self.num_slots}"
             )
-        if self.attention_head_dim is not None or "full_attention" in self.layer_types:
+        attention = not {"full_attention", "sliding_attention"}.isdisjoint(self.layer_types)
+        if self.attention_head_dim is not None or attention:
             size = self.attention_head_dim
             size = usual_head_dim(self.hidden_dim) if size is None else size
             check_head_dim(size, self.hidden_dim)

@@ -22,6 +22,7 @@ MIXERS: dict[str, type | str] = {
     "memory": "hamt.layers:HAMTLayer",
     "hierarchical_memory": "hamt.hierarchical_memory:HierarchicalHAMTLayer",
     "full_attention": "hamt.attention:FullAttention",
+    "sliding_attention": "hamt.sliding_attention:SlidingAttention",
 }
 RETRIEVAL_HEADS: dict[str, type | str] = {"linear": "hamt.parts:RetrievalHead"}
 GATING_NETWORKS: dict[str, type | str] = {"linear": "hamt.parts:GatingNetwork"}

@@ -34,6 +34,7 @@ TICK_DISTANCE = 0.06  # of the length of an axis, at least, between two ticks th
 # What models of the tables are called in plots.
 LABELS = {
     "hamt": "HAMT",
+    "hybrid": "HAMT, hybrid",
     "transformer": "transformer",
     "llama": "Llama",
     "mamba2": "Mamba-2",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hamt.analysis.analyse import TRACED, analyse
-from hamt.analysis.contributions import contributions
+from hamt.analysis.contributions import contributions, logits_added
 from hamt.analysis.pictures import contribution_matrix, gates_over_text
 from hamt.analysis.record import record
 from hamt.analysis.tokens import token_texts
@@ -64,6 +64,53 @@ def test_pages_show_the_end_of_a_long_text():
     drawn = picture.images[0].get_array()
     assert drawn[-1, -1] == pytest.approx(shares[-1].item(), abs=1e-3)
     assert picture.get_xticklabels()[-1].get_text() == tokens[-1]
+
+
+def test_a_window_is_told_apart_from_memories(hybrid):
+    """Its contributions are those of its own layer, and what each layer adds to logits is said."""
+    model, tokenizer = load_checkpoint(hybrid)
+    text = "The people of the United States expect the Congress to act. " * 30
+    ids = torch.tensor(tokenizer(text).input_ids)
+    found = analyse(model, tokenizer, ids, silence=False)
+    results = found.results
+    assert list(results["layers"]) == ["0", "2"]
+    ((index, window),) = results["attention"].items()
+    assert index == "1"
+    assert (window["heads"], window["window"], window["sinks"]) == (1, 6, 1)
+    assert set(found.sources) == {0, 1, 2}
+    assert window["sources"] == found.sources[1]
+    assert results["layers"]["2"]["sources"] == found.sources[2]
+    last = TRACED - 1
+    named = {position for position, _ in window["sources"][last]}
+    assert named == {*range(last - 5, last + 1), -1} & named
+    assert len(named) > 2
+    early = {position for position, _ in window["sources"][2]}
+    assert early <= {0, 1, 2, -1}, "what came before is one source"
+    picture = found.figures["contributions_layer_1"].axes[0]
+    assert "layer 1 (window of 6 and 1 first tokens)" in picture.get_title()
+    drawn = picture.images[0].get_array()
+    assert drawn[-1, -6:].all()
+    assert not drawn[-1, :-6].any()
+    recording = record(model, ids[None, -TRACED:])
+    queries, targets = range(last), ids[None, -last:]
+    added = logits_added(model, recording, queries, targets)
+    alone = record(model, ids[None, -TRACED:], layers=[1])
+    torch.testing.assert_close(logits_added(model, alone, queries, targets)[1], added[1])
+    assert alone.layers() == [1]
+
+
+def test_the_command_says_what_a_window_adds(hybrid, tmp_path, capsys):
+    words = ["--checkpoint", str(hybrid), "--text", "Fellow citizens, the state is strong." * 3]
+    assert main(["analyze", *words, "--output_dir", str(tmp_path / "out")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "layer 0 (memory)" in said
+    assert "layer 1 (window of 6 and 1 first tokens)" in said
+    results = json.loads((tmp_path / "out" / "analysis_results.json").read_text())
+    added = results["attention"]["1"]["added_to_next_logit"]
+    assert f"tokens) {added:+.3f}" in said
+    assert (tmp_path / "out" / "contributions_layer_1.png").exists()
+    data = re.search(r'id="data">(.*?)</script>', (tmp_path / "out" / "dashboard.html").read_text())
+    assert json.loads(data[1])["attention"] == {"1": "window of 6 and 1 first tokens"}
 
 
 def test_tokens_are_words_and_no_formulas(tmp_path):

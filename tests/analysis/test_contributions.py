@@ -7,13 +7,16 @@ import torch
 from model_inputs import BOUNDED, name_of
 
 from hamt import HAMTCache, HAMTConfig, HAMTForCausalLM
+from hamt.analysis.attention import observe_attention
 from hamt.analysis.contributions import (
     coefficients,
     contributions,
     logit_contributions,
     logit_directions,
+    logits_added,
 )
 from hamt.analysis.record import observe, record
+from hamt.batch import Batch
 from hamt.memory import ALGEBRAS, WRITE_RULES
 from hamt.memory.scan import decays
 
@@ -96,6 +99,78 @@ def test_a_recording_is_the_memory_and_changes_nothing():
     torch.testing.assert_close(model.lm_head(model.model.norm(recording.final)), before)
 
 
+WINDOWS = [
+    {"sliding_window": 4},
+    {"sliding_window": 5, "num_sinks": 2},
+    {"sliding_window": 1, "num_sinks": 1},
+    {"sliding_window": 99, "num_sinks": 2},
+    {"mixers": ["memory", "full_attention"]},
+]
+
+
+def hybrid(**options) -> HAMTForCausalLM:
+    """Of a memory and attention, in this order."""
+    mixers = {"mixers": ["memory", "sliding_attention"], "attention_head_dim": 8}
+    return build(**{**mixers, **options})
+
+
+@pytest.mark.parametrize("segment", [37, 10, 1])
+@pytest.mark.parametrize("options", WINDOWS, ids=str)
+def test_contributions_of_a_window_sum_to_its_read_out(options, segment):
+    """From the start of a text and from its middle; they are values by weights, as a loop has them.
+
+    Read in pieces, each token keeps its own part.
+    """
+    model, queries = hybrid(**options), [36, 0, 5, 17]
+    mixer = model.model.layers[1].mixer
+    window, sinks = options.get("sliding_window", 99), options.get("num_sinks", 0)
+    cache, first = HAMTCache(2), text(9, seed=1)
+    model(first, past_key_values=cache)
+    for state in (None, cache):
+        recording = record(model, text(), cache=state, segment=segment)
+        assert recording.layers() == [0, 1]
+        trace = recording.attention[1]
+        shares = contributions(trace, queries)
+        torch.testing.assert_close(shares.sum(), torch.ones(2, 4, 2).double())
+        directions = torch.randn(2, 4, 2, 8, dtype=torch.float64)
+        found = contributions(trace, queries, directions)
+        wanted = (trace.output[:, queries] * directions).sum(dim=-1)
+        torch.testing.assert_close(found.sum(), wanted)
+        before = 0 if state is None else 9
+        for query, row in zip(queries, found.tokens.unbind(1), strict=True):
+            at = before + query
+            seen = [j - before for j in range(at + 1) if at - j < window or j < sinks]
+            own = [j for j in seen if j >= 0]
+            assert row[..., own].all(), "each token that is seen has a part"
+            others = [j for j in range(37) if j not in own]
+            assert not row[..., others].any(), "and no other has one"
+            held = found.initial[:, queries.index(query)]
+            assert held.any() == (len(own) < len(seen))
+    assert "attend_blocks" not in vars(mixer)
+    assert "attend" not in vars(mixer)
+
+
+def test_a_part_of_a_window_is_a_value_times_its_weight():
+    """Through the map out of the mixer they are what the layer gives."""
+    model = hybrid(sliding_window=6, num_sinks=1, conv_kernel_size=0)
+    seen = []
+    mixer = model.model.layers[1].mixer
+    hook = mixer.register_forward_hook(
+        lambda module, given, output: seen.append((given[0], output[0]))
+    )
+    recording = record(model, text())
+    hook.remove()
+    ((inputs, outputs),) = seen
+    values = mixer.project_tokens(inputs)[2]
+    weights = contributions(recording.attention[1], [30], torch.ones(2, 1, 2, 8).double()).tokens[
+        :, 0
+    ] / values.sum(dim=-1).transpose(1, 2)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 2).double())
+    assert weights.min() >= 0
+    mixed = torch.einsum("bhn,bnhf->bhf", weights, values).flatten(1)
+    torch.testing.assert_close(mixer.output_proj(mixed), outputs[:, 30])
+
+
 @kinds
 def test_states_in_between_are_those_of_a_shorter_text(kind):
     model = build(**kind)
@@ -106,6 +181,8 @@ def test_states_in_between_are_those_of_a_shorter_text(kind):
 
 
 OTHERS = [{}, {"use_output_gate": False}, {"conv_kernel_size": 1}]
+OTHERS += [{"mixers": ["memory", "sliding_attention"], "attention_head_dim": 8, "sliding_window": w}
+           for w in (6, 99)]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OTHERS, ids=str)
@@ -124,9 +201,11 @@ def test_directions_of_a_logit_give_what_a_layer_adds_to_it(options):
     square = recording.final[:, queries].square().mean(dim=-1, keepdim=True)
     rows = norm.weight / (square + norm.eps).sqrt() * model.lm_head.weight[targets]
     added = [(output[:, queries] * rows).sum(dim=-1) for output in outputs]
-    for index, trace in recording.traces.items():
+    whole = logits_added(model, recording, queries, targets)
+    for index in (0, 1):
         directions = logit_directions(model, recording, index, queries, targets)
-        found = contributions(trace, queries, directions).sum().sum(dim=-1)
+        found = contributions(recording.trace(index), queries, directions).sum().sum(dim=-1)
+        torch.testing.assert_close(whole[index], found, rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(found, added[index], rtol=1e-7, atol=1e-9)
     total = logit_contributions(model, recording, queries, targets)
     torch.testing.assert_close(total.sum(dim=-1), sum(added), rtol=1e-7, atol=1e-9)
@@ -138,6 +217,13 @@ def test_what_cannot_be_recorded_is_refused():
         record(model, torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="positions from 0 to 36"):
         coefficients(record(model, text()).traces[0], [37])
+    attending = hybrid()
+    part = attending.model.layers[1].mixer
+    with (
+        observe_attention(attending, lambda *found: None, [1]),
+        pytest.raises(ValueError, match="without padding"),
+    ):
+        part(torch.zeros(1, 3, 16).double(), Batch(mask=torch.tensor([[True, True, False]])))
     with observe(model, lambda *found: None), pytest.raises(ValueError, match="without padding"):
         model(text(), attention_mask=torch.ones(2, 37).index_fill(1, torch.tensor([0]), 0))
     assert torch.isfinite(model(text()).logits).all()

@@ -44,3 +44,25 @@ def test_rows_stay_low_in_a_narrow_window(page):
     )
     assert len(heights) > 12
     assert max(heights) < 80
+
+
+def test_a_layer_of_attention_has_sources_and_no_slots(hybrid, tmp_path, chromium):
+    arguments = ["--checkpoint", str(hybrid), "--text", TEXT, "--skip_silencing"]
+    assert main(["analyze", *arguments, "--output_dir", str(tmp_path)]) == 0
+    errors: list[str] = []
+    view = chromium.new_page()
+    view.on("pageerror", lambda error: errors.append(str(error)))
+    view.goto(f"file://{tmp_path / 'dashboard.html'}")
+    assert view.locator("#layer").input_value() == "2"
+    assert view.locator("#slots").is_visible()
+    assert view.locator("#layer option").nth(1).inner_text() == "1 (window of 6 and 1 first tokens)"
+    view.locator("#layer").select_option("1")
+    assert not view.locator("#slots").is_visible()
+    assert not view.locator("#held").is_visible()
+    view.locator("#text button").nth(9).click()
+    assert "came from: " in view.locator("#sources").inner_text()
+    sources = view.locator("#text button.source")
+    assert 1 <= sources.count() <= 6
+    view.locator("#layer").select_option("0")
+    assert view.locator("#slots").is_visible()
+    assert errors == []

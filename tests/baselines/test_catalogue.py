@@ -8,6 +8,7 @@ from hamt.baselines.catalogue import (
     MIXERS,
     RIVALS,
     full_name,
+    hybrid_mixers,
     state_floats,
     with_parameters,
     with_state,
@@ -26,6 +27,23 @@ def test_the_state_of_hamt_is_what_its_cache_holds(options):
     cache = model(torch.zeros(1, 9, dtype=torch.long), use_cache=True).past_key_values
     count = 24  # bytes; how many tokens were read, and which, is not counted
     assert 4 * state_floats(model) == cache.nbytes - count == cache_bytes(cache)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "hybrid:sliding_window=6,num_sinks=2"])
+def test_the_state_of_a_hybrid_has_the_keys_and_values_of_its_window(name):
+    model = with_state(name, 1280, **SIZES).eval()
+    assert model.config.layer_mixers == ["memory", "sliding_attention"]
+    kept = {"hybrid": 3}.get(name, 5 + 2)
+    assert model.model.layers[1].mixer.state_size() == kept * 2 * 64 + 3 * 64
+    cache = model(torch.zeros(1, 9, dtype=torch.long), use_cache=True).past_key_values
+    assert 4 * state_floats(model) == cache.nbytes - 24 == cache_bytes(cache)
+
+
+def test_every_third_layer_of_a_hybrid_has_a_window():
+    found = {n: [i for i, m in enumerate(hybrid_mixers(n)) if m != "memory"] for n in (2, 3, 4, 7)}
+    assert found == {2: [1], 3: [2], 4: [2], 7: [2, 5]}
+    with pytest.raises(ValueError, match="needs two layers or more; got 1"):
+        hybrid_mixers(1)
 
 
 def test_the_state_of_mamba2_is_what_its_cache_holds_but_for_a_column():
@@ -64,7 +82,11 @@ def test_a_transformer_has_no_state_of_a_size():
 
 @pytest.mark.parametrize(
     ("kind", "state", "message"),
-    [("nothing", 768, "no model 'nothing'"), ("hamt", 8, "smallest state of hamt")],
+    [
+        ("nothing", 768, "no model 'nothing'"),
+        ("hamt", 8, "smallest state of hamt"),
+        ("mamba2:num_sinks=1", 768, "has no field num_sinks to choose"),
+    ],
 )
 def test_states_that_cannot_be_had_are_refused(kind, state, message):
     with pytest.raises(ValueError, match=message):
@@ -87,8 +109,8 @@ def test_every_architecture_can_be_built_with_parameters_that_are_asked_for(kind
 
 
 def test_who_is_trained_beside_a_checkpoint_and_who_can_do_without_mlps():
-    assert RIVALS == ("gpt2", "llama", "mamba2", "gated-deltanet", "transformer")
-    assert MIXERS == ("hamt", "mamba2", "gated-deltanet", "transformer")
+    assert RIVALS == ("hybrid", "gpt2", "llama", "mamba2", "gated-deltanet", "transformer")
+    assert MIXERS == ("hamt", "hybrid", "mamba2", "gated-deltanet", "transformer")
 
 
 def test_operations_are_those_of_the_formula():
@@ -103,4 +125,6 @@ def test_a_table_can_say_which_transformer_is_meant():
     parts, with_it = "RoPE transformer of HAMT's parts", {"short_convolution": True}
     assert full_name("transformer") == f"{parts}, without HAMT's short convolution"
     assert full_name("transformer", with_it) == f"{parts}, with HAMT's short convolution"
+    assert "of 256 tokens" in full_name("hybrid")
+    assert "of 4 tokens" in full_name("hybrid", ARCHITECTURES["hybrid"].mixers_only)
     assert full_name("llama") == "Llama (Transformers' class): RoPE, RMSNorm, SwiGLU"

@@ -98,7 +98,7 @@ def test_sharing_products_changes_nothing_but_who_computes_them(kind, tmp_path):
 
 
 def test_there_are_no_other_rivals():
-    with pytest.raises(ValueError, match="no architecture 'rnn'; there are hamt, gpt2"):
+    with pytest.raises(ValueError, match="no architecture 'rnn'; there are hamt, hybrid, gpt2"):
         make("rnn")
 
 

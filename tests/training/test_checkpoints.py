@@ -17,7 +17,7 @@ from training_inputs import TINY, command, finish, flags, losses, start
 
 from hamt.cli import main
 from hamt.output import NOTES, TEMPORARY
-from hamt.training import checkpoints
+from hamt.training import checkpoints, run
 
 CONTIGUOUS = {"order": "contiguous", "tbptt_segments": 2, "dropout": 0.1}
 
@@ -52,6 +52,30 @@ def test_a_run_that_dies_while_it_saves_keeps_the_checkpoint_before(
     assert not list((folder / "checkpoints").glob(".*"))
     assert main([*flags(text, folder), "--resume"]) == 0
     assert [step for step, *_ in losses(folder)] == list(range(1, 41))
+
+
+def test_a_hybrid_that_dies_goes_on_bit_for_bit(text, tmp_path, monkeypatch, capsys):
+    """Its window is carried from step to step, and from the checkpoint into the next process."""
+    mixers = {"mixers": ["memory", "sliding_attention"], "sliding_window": 24, "num_sinks": 2}
+    options = {**CONTIGUOUS, **mixers, "num_steps": 12, "save_interval": 4}
+    assert main(flags(text, tmp_path / "straight", **options)) == 0
+    save, calls = run.save_state, []
+
+    def die(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(run, "save_state", die)
+    assert main(flags(text, tmp_path / "died", **options)) == 2
+    monkeypatch.setattr(run, "save_state", save)
+    assert main([*flags(text, tmp_path / "died", **options), "--resume"]) == 0
+    assert losses(tmp_path / "died") == losses(tmp_path / "straight")
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("died", "straight")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
+    capsys.readouterr()
 
 
 def test_a_finished_run_can_be_gone_on_with(text, tmp_path, capsys):

@@ -140,10 +140,15 @@ def test_micro_batches_are_one_batch(options, auxiliary):
         torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-9)
 
 
+HYBRID = {"mixers": ["memory", "sliding_attention"], "sliding_window": 7, "num_sinks": 2}
+mixers = pytest.mark.parametrize("options", [{}, HYBRID], ids=["memory", "hybrid"])
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("segments", [2, 4])
-def test_segments_that_gradients_flow_through_are_one_long_row(segments, micro_batches):
-    model = small_model()
+@mixers
+def test_segments_that_gradients_flow_through_are_one_long_row(options, segments, micro_batches):
+    model = small_model(**options)
     batch = dict(next(repeated_batches(length=25)))
     batch["seq_idx"] = torch.tensor([3] * 9 + [4] * 15).expand(4, -1)
     whole, loss = gradients(model, batch)
@@ -152,8 +157,9 @@ def test_segments_that_gradients_flow_through_are_one_long_row(segments, micro_b
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-9)
 
 
-def test_the_state_is_carried_from_step_to_step_without_gradients():
-    model = small_model()
+@mixers
+def test_the_state_is_carried_from_step_to_step_without_gradients(options):
+    model = small_model(**options)
     long = next(repeated_batches(length=25))
     parts = (slice(12), slice(12, 24))
     halves = [{name: x[:, part].contiguous() for name, x in long.items()} for part in parts]
@@ -167,9 +173,10 @@ def test_the_state_is_carried_from_step_to_step_without_gradients():
     assert not any(x.requires_grad for x in trainer.carried[0].to_tensors().values())
 
 
-def test_gradients_may_be_computed_twice_to_save_memory(text, tmp_path):
+@mixers
+def test_gradients_may_be_computed_twice_to_save_memory(text, tmp_path, options):
     """With a state that is carried along, too: the same losses, to the last bit."""
-    options = {"order": "contiguous", "tbptt_segments": 2, "num_steps": 6}
+    options = {"order": "contiguous", "tbptt_segments": 2, "num_steps": 6, **options}
     for name, more in (("plain", ()), ("twice", ("--gradient_checkpointing",))):
         assert main([*flags(text, tmp_path / name, **options), *more]) == 0
     assert losses(tmp_path / "twice") == losses(tmp_path / "plain")

@@ -14,15 +14,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hamt.analysis.contributions import contributions
+from hamt.analysis.attention import AttentionTrace
+from hamt.analysis.contributions import contributions, logits_added
 from hamt.analysis.pictures import all_pictures
 from hamt.analysis.reading import read_memory
-from hamt.analysis.record import Trace, read_text, record
+from hamt.analysis.record import Recording, Trace, read_text, record
 from hamt.analysis.silencing import loss_without_slots
 from hamt.analysis.survey import LayerSurvey, effective_slots, survey
 from hamt.analysis.tokens import token_texts
 from hamt.cache import HAMTCache
 from hamt.model import HAMTForCausalLM
+from hamt.sliding_attention import SlidingAttention
 
 TRACED = 256  # tokens at the end of a text whose read-outs are traced to their sources
 SILENCED = 256  # tokens at its start whose loss is measured without each slot
@@ -37,8 +39,8 @@ class Analysis:
 
     results: dict[str, Any]  # all figures, as plain data for JSON
     figures: dict[str, Figure]  # pictures by the names of their files
-    # By layer and token of the last ``TRACED``, the positions among them that gave most to its
-    # read-out, with their shares; position -1 is all that came before them.
+    # By layer, attention among them, and token of the last ``TRACED``, the positions among them
+    # that gave most to its read-out, with their shares; position -1 is all that came before them.
     sources: dict[int, list[list[tuple[int, float]]]]
 
 
@@ -56,25 +58,53 @@ def analyse(
     surveys = survey(model, input_ids[None])
     loss, rises = loss_without_slots(model, input_ids[:SILENCED], None if silence else [])
     tokens = token_texts(tokenizer, input_ids[-TRACED:])
-    traces = _last_traces(model, input_ids)
-    shares = {index: _shares_by_position(trace) for index, trace in traces.items()}
+    recording = _record_end(model, input_ids)
+    shares = {i: _shares_by_position(recording.trace(i)) for i in recording.layers()}
+    sources = {i: [_sources(row) for row in matrix.mean(axis=1)] for i, matrix in shares.items()}
+    added = _added_to_next(model, recording, input_ids[-TRACED:])
+    traced = {i: {"sources": sources[i], "added_to_next_logit": added[i]} for i in shares}
     layers = {}
     for index, layer in surveys.items():
         written = layer.write.abs().mean(dim=(0, 2, 3))[-TRACED:]
         layers[str(index)] = {
             **layer_figures(layer),
             "write_gate_of_the_end": _plain(written),
-            "held": what_is_held(traces[index], tokens),
+            "held": what_is_held(recording.traces[index], tokens),
+            **traced[index],
             **({"loss_without": _plain(rises[index])} if silence else {}),
         }
+    attention = {
+        str(index): {**attention_figures(trace), **traced[index]}
+        for index, trace in recording.attention.items()
+    }
     results = {
         "tokens": len(input_ids),
         "loss_of_the_start": loss,
         "tokens_of_the_end": tokens,
         "layers": layers,
+        "attention": attention,
     }
-    sources = {i: [_sources(row) for row in matrix.mean(axis=1)] for i, matrix in shares.items()}
-    return Analysis(results, all_pictures(surveys, rises, shares, tokens), sources)
+    names = {int(index): name_of_attention(figures) for index, figures in attention.items()}
+    return Analysis(results, all_pictures(surveys, rises, shares, tokens, names), sources)
+
+
+def attention_figures(trace: AttentionTrace) -> dict[str, Any]:
+    """What a layer of attention can see, as plain numbers; a window of None has no end."""
+    mixer = trace.mixer
+    sliding = isinstance(mixer, SlidingAttention)
+    return {
+        "heads": mixer.num_heads,
+        "window": mixer.window if sliding else None,
+        "sinks": mixer.num_sinks if sliding else 0,
+    }
+
+
+def name_of_attention(figures: Mapping[str, Any]) -> str:
+    """What a layer of ``attention_figures`` is called in pictures and tables."""
+    if figures["window"] is None:
+        return "attention"
+    sinks = f" and {figures['sinks']} first" if figures["sinks"] else ""
+    return f"window of {figures['window']}{sinks} tokens"
 
 
 def summarise(layer: Mapping[str, Any]) -> tuple[list[float], list[str], float]:
@@ -111,17 +141,29 @@ def layer_figures(layer: LayerSurvey) -> dict[str, Any]:
     }
 
 
-def _last_traces(model: HAMTForCausalLM, input_ids: Tensor) -> dict[int, Trace]:
+def _record_end(model: HAMTForCausalLM, input_ids: Tensor) -> Recording:
     """All layers over the last tokens of a text, what came before in their first state."""
     begin, cache = max(len(input_ids) - TRACED, 0), HAMTCache(len(model.model.layers))
     for _ in read_text(model, input_ids[None, :begin], cache):
         pass
-    return record(model, input_ids[None, begin:], cache=cache).traces
+    return record(model, input_ids[None, begin:], cache=cache)
 
 
-def _shares_by_position(trace: Trace) -> np.ndarray:
+def _added_to_next(
+    model: HAMTForCausalLM, recording: Recording, input_ids: Tensor
+) -> dict[int, float]:
+    """By layer, what it adds to the logit of the token that came next, the mean over a text (N,).
+
+    The sum of all contributions of the layer (``logit_directions``).
+    """
+    queries = range(len(input_ids) - 1)
+    added = logits_added(model, recording, queries, input_ids[None, 1:].to(model.device))
+    return {index: _plain(logits.mean()) for index, logits in added.items()}
+
+
+def _shares_by_position(trace: Trace | AttentionTrace) -> np.ndarray:
     """Shares (N, H, N + 1) of every read-out; the last column is what came before the first."""
-    shares = contributions(trace, range(trace.items.shape[1]))
+    shares = contributions(trace, range(trace.output.shape[1]))
     return torch.cat((shares.tokens[0], shares.initial[0][..., None]), dim=-1).float().numpy()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.table import Column, Table
 
-from hamt.analysis.analyse import TRACED, Analysis, analyse, summarise
+from hamt.analysis.analyse import TRACED, Analysis, analyse, name_of_attention, summarise
 from hamt.analysis.dashboard import dashboard
 from hamt.analysis.record import memory_layers
 from hamt.checkpoint import PRETRAINED, load_checkpoint
@@ -81,6 +81,8 @@ def _analyze(options: AnalyzeOptions, text: str, output: Output) -> None:
         f"half-lives in tokens; slots as good as in use, of {slots} a head; effective rank of a "
         "head; fidelity, the cosine of a write that is read back at once (docs/analysis.md)"
     )
+    if analysis.results["attention"]:
+        console.print(_by_layer(analysis))
     for path in write(analysis, options, output, header, name):
         console.print(f"wrote {path}")
 
@@ -114,6 +116,18 @@ def write(
         ),
         output.write_text("dashboard.html", dashboard(analysis, heading)),
     ]
+
+
+def _by_layer(analysis: Analysis) -> str:
+    """What memories and attention each add to the logit of the next token."""
+    memories, attention = (analysis.results[name] for name in ("layers", "attention"))
+    names = {**dict.fromkeys(memories, "memory")}
+    names |= {index: name_of_attention(figures) for index, figures in attention.items()}
+    added = [
+        f"layer {index} ({names[index]}) {found['added_to_next_logit']:+.3f}"
+        for index, found in sorted({**memories, **attention}.items(), key=lambda pair: int(pair[0]))
+    ]
+    return f"added to the logit of the next token, means of the end: {', '.join(added)}"
 
 
 def _read(analysis: Analysis) -> str:

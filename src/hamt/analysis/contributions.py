@@ -18,6 +18,9 @@ A boundary between two tokens (``hamt.boundaries``) multiplies the slots by a ma
 backwards λ ← Tᵀ λ; where the model rounds its slots, what rounding added is nobody's share. With
 ``read_before_write`` a read-out has no share of its own token: λ = r_t is met by token t - 1 first.
 
+A read-out of attention is a sum of values by their weights; its parts are those of the tokens that
+are seen (``hamt.analysis.attention``).
+
 With a short convolution an item is a mixture of its token and the few before it: a position is then
 not exactly a token.
 
@@ -30,6 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hamt.analysis.attention import AttentionTrace
 from hamt.analysis.record import Recording, Trace
 from hamt.model import HAMTForCausalLM
 from hamt.products import plain_weights
@@ -80,7 +84,7 @@ def coefficients(trace: Trace, queries: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def contributions(
-    trace: Trace, queries: Sequence[int], directions: Tensor | None = None
+    trace: Trace | AttentionTrace, queries: Sequence[int], directions: Tensor | None = None
 ) -> Contributions:
     """Signed contributions of all positions to the read-outs at ``queries``, along directions.
 
@@ -90,12 +94,15 @@ def contributions(
     Raises:
         ValueError: if a query is not a position of the trace.
     """
-    at = _positions(queries, trace.items.shape[1])
-    algebra, wide = trace.memory.algebra, trace.items.dtype
+    at = _positions(queries, trace.output.shape[1])
+    wide = torch.promote_types(trace.output.dtype, torch.float32)
     if directions is None:
         output = trace.output[:, at].to(wide)
         square = output.square().sum(dim=-1, keepdim=True)
         directions = output / square.clamp(min=torch.finfo(wide).tiny)
+    if isinstance(trace, AttentionTrace):
+        return Contributions(*trace.parts(at, directions.to(wide)))
+    algebra = trace.memory.algebra
     weights, initial_weights = coefficients(trace, queries)
     # Keys are isometries: ⟨u⁻¹ ⊛ x, a⟩ = ⟨x, u ⊛ a⟩, one product for all pairs.
     sought = algebra.bind(algebra.lift(directions.to(wide)), trace.unbinding_keys[:, at])
@@ -125,9 +132,9 @@ def logit_directions(
     Raises:
         ValueError: if the head or the map out of the mixer does more than multiply.
     """
-    trace, mixer = recording.traces[layer], model.model.layers[layer].mixer
-    at = _positions(queries, trace.items.shape[1])
-    wide, heads = trace.items.dtype, trace.items.shape[2]
+    trace, mixer = recording.trace(layer), model.model.layers[layer].mixer
+    at = _positions(queries, trace.output.shape[1])
+    wide, heads = torch.promote_types(trace.output.dtype, torch.float32), trace.output.shape[2]
     scale = _scale(model.model.norm, recording.final[:, at])
     matrices = plain_weights(model.lm_head, mixer.output_proj)
     if not matrices:
@@ -137,6 +144,8 @@ def logit_directions(
         )
     direction = matrices[0][targets].to(wide) * scale
     direction = direction @ matrices[1].to(wide)
+    if isinstance(trace, AttentionTrace):
+        return direction.unflatten(-1, (heads, -1))
     if trace.gate is not None:
         direction = direction * trace.gate[:, at].to(wide)
     return direction.unflatten(-1, (heads, -1)) * _scale(mixer.norm, trace.output[:, at])
@@ -147,13 +156,31 @@ def logit_contributions(
 ) -> Tensor:
     """What each position adds to the logits of ``targets``, (B, Q, N).
 
-    The sum over all recorded layers and heads; the arguments are those of ``logit_directions``.
+    The sum over all recorded layers and heads, those of attention among them; the arguments are
+    those of ``logit_directions``.
     """
     added = []
-    for layer, trace in recording.traces.items():
+    for layer in recording.layers():
         directions = logit_directions(model, recording, layer, queries, targets)
-        added.append(contributions(trace, queries, directions).tokens.sum(dim=2))
+        found = contributions(recording.trace(layer), queries, directions)
+        added.append(found.tokens.sum(dim=2))
     return torch.stack(added).sum(dim=0)
+
+
+def logits_added(
+    model: HAMTForCausalLM, recording: Recording, queries: Sequence[int], targets: Tensor
+) -> dict[int, Tensor]:
+    """What each layer adds to the logits of ``targets``, (B, Q) by layer.
+
+    It is the sum of its contributions, what came before the text included; the arguments are those
+    of ``logit_directions``.
+    """
+    added = {}
+    for layer in recording.layers():
+        directions = logit_directions(model, recording, layer, queries, targets)
+        output = recording.trace(layer).output[:, _positions(queries, recording.final.shape[1])]
+        added[layer] = (output * directions).sum(dim=(2, 3))
+    return added
 
 
 def _scale(norm: torch.nn.RMSNorm, inputs: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hamt.analysis.analyse import SILENCED, Analysis, summarise
+from hamt.analysis.analyse import SILENCED, Analysis, name_of_attention, summarise
 from hamt.visualization import as_png
 
 CAPTIONS = {
@@ -23,7 +23,8 @@ CAPTIONS = {
 }
 # Of the other pictures, contributions by layer.
 CONTRIBUTIONS = (
-    "Where each read-out came from: exact shares with keys and gates held fixed. What came before "
+    "Where each read-out came from: exact shares with keys and gates, in layers of attention its "
+    "weights, held fixed. What came before "
     "the first token shown is left out."
 )
 
@@ -41,6 +42,10 @@ def dashboard(analysis: Analysis, heading: str) -> str:
         "write": {index: layer["write_gate_of_the_end"] for index, layer in layers.items()},
         "held": {index: layer["held"] for index, layer in layers.items()},
         "half_lives": {index: layer["half_life_tokens"] for index, layer in layers.items()},
+        "attention": {
+            index: name_of_attention(layer)
+            for index, layer in analysis.results["attention"].items()
+        },
         "norms": {index: layer["norms"][-1] for index, layer in layers.items()},
     }
     parts = {

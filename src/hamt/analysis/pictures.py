@@ -35,11 +35,13 @@ def all_pictures(
     rises: Mapping[int, Tensor],
     shares: Mapping[int, np.ndarray],
     tokens: Sequence[str],
+    attention: Mapping[int, str],
 ) -> dict[str, Figure]:
     """All pictures of one text, by the names of their files.
 
     By layer, ``rises`` is how much the loss rises without each slot, (H, S), or empty; ``shares``
     are those of the last N tokens' read-outs, (N, H, N + 1), the last column for what came before.
+    ``attention`` names the layers that have no memory.
     """
     last = tokens[-PICTURED:]
     which = f"the last {len(last)} tokens" if len(tokens) > PICTURED else "all tokens"
@@ -54,7 +56,8 @@ def all_pictures(
         "gates": gates_over_text(last, gates, which),
     }
     for i, matrix in shares.items():
-        title = f"layer {i}, mean of {matrix.shape[1]} heads, {which}"
+        layer = f"layer {i} ({attention[i]})" if i in attention else f"layer {i}"
+        title = f"{layer}, mean of {matrix.shape[1]} heads, {which}"
         mean = matrix.mean(axis=1)[:, :-1][-PICTURED:, -PICTURED:]
         figures[f"contributions_layer_{i}"] = contribution_matrix(mean, last, title)
     return figures

@@ -1,12 +1,14 @@
 """What the memories of a model do with a text, recorded without changing it.
 
+Layers of attention are recorded beside them (``hamt.analysis.attention``).
+
 Shape legend: B batch, N tokens, H heads, S slots, F features of an item, K key size, d hidden_dim,
 D = H · F hcm_dim.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -15,6 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hamt.analysis.attention import (
+    AttentionTrace,
+    attention_layers,
+    joined_attention,
+    observe_attention,
+)
 from hamt.cache import HAMTCache
 from hamt.layers import HAMTLayer
 from hamt.memory import Gates, HolographicMemory, MemoryState, Tokens
@@ -81,8 +89,17 @@ class Trace(NamedTuple):
 class Recording:
     """What was recorded of a text: traces by layer, and what enters the last norm, (B, N, d)."""
 
-    traces: dict[int, Trace]
+    traces: dict[int, Trace]  # of memories
     final: Tensor
+    attention: dict[int, AttentionTrace] = field(default_factory=dict)
+
+    def layers(self) -> list[int]:
+        """All that were recorded, in order."""
+        return sorted({*self.traces, *self.attention})
+
+    def trace(self, layer: int) -> Trace | AttentionTrace:
+        """That of a layer, whatever its mixer is."""
+        return self.traces[layer] if layer in self.traces else self.attention[layer]
 
 
 @contextmanager
@@ -224,10 +241,10 @@ def record(
     cache: HAMTCache | None = None,
     segment: int = SEGMENT,
 ) -> Recording:
-    """Record everything that memories are given and give back while texts (B, N) are read.
+    """Record everything that mixers are given and give back while texts (B, N) are read.
 
     The model is in evaluation mode and is not changed; for ``cache`` see ``read_text``. ``layers``
-    are indices, None for all: a layer takes some 16 N · (D + H · S) bytes. ``segment``, the tokens
+    are indices, None for all: a memory takes some 16 N · (D + H · S) bytes. ``segment``, the tokens
     that are read at a time, changes nothing but the memory that is needed.
 
     Raises:
@@ -237,9 +254,21 @@ def record(
         shape = tuple(input_ids.shape)
         raise ValueError(f"input_ids must be (batch, tokens), at least one token; got {shape}")
     traces: dict[int, list[Trace]] = {}
-    with observe(model, lambda index, trace: traces.setdefault(index, []).append(trace), layers):
+    attention: dict[int, list[AttentionTrace]] = {}
+    attending = [i for i in attention_layers(model) if layers is None or i in layers]
+    others = None if layers is None else [index for index in layers if index not in attending]
+    with (
+        observe(model, lambda index, trace: traces.setdefault(index, []).append(trace), others),
+        observe_attention(
+            model, lambda index, trace: attention.setdefault(index, []).append(trace), attending
+        ),
+    ):
         final = torch.cat(list(read_text(model, input_ids, cache, segment)), dim=1)
-    return Recording({index: _joined(parts) for index, parts in traces.items()}, final)
+    return Recording(
+        {index: _joined(parts) for index, parts in traces.items()},
+        final,
+        {index: joined_attention(parts) for index, parts in attention.items()},
+    )
 
 
 def mean_turn(turns: Sequence[Tensor | None], lengths: Sequence[int]) -> Tensor | None:

@@ -6,7 +6,8 @@ that is free to make them equal.
 
 *State* is counted one way everywhere: the floats that all layers carry from token to token for one
 sequence, which are the recurrent state, the last inputs of short convolutions, and the phases of
-position keys. The keys and values of softmax attention are no such state: they grow with the text.
+position keys, and the keys and values of a window of attention. Those of attention over the whole
+text are no such state: they grow with it.
 """
 
 import math
@@ -20,9 +21,9 @@ import yaml
 from torch import nn
 from transformers import PreTrainedModel
 
-from hamt.baselines.rivals import gated_deltanet, gpt2, llama, mamba2
+from hamt.baselines.rivals import gated_deltanet, gpt2, llama, mamba2, nearest_divisor
 from hamt.baselines.transformer import transformer
-from hamt.config import HAMTConfig
+from hamt.config import HAMTConfig, usual_head_dim
 from hamt.model import HAMTForCausalLM
 from hamt.utils import model_flops
 
@@ -96,6 +97,35 @@ def _transformer(
     return transformer(_config(**fields), short_convolution=short_convolution, core=core)
 
 
+def hybrid_mixers(num_layers: int) -> list[str]:
+    """The mixers of a hybrid: a window in every third layer, or in the second of two.
+
+    Raises:
+        ValueError: if there is only one layer.
+    """
+    if num_layers < 2:
+        raise ValueError(f"a hybrid needs two layers or more; got {num_layers}")
+    every = min(num_layers, 3)
+    return [
+        "memory" if layer % every else "sliding_attention" for layer in range(1, num_layers + 1)
+    ]
+
+
+def _hybrid(*, mixers: list[str] | str | None = None, **fields: Any) -> HAMTForCausalLM:
+    """HAMT with other mixers, those of ``hybrid_mixers`` if none are named.
+
+    Heads of attention have as near to the usual number of features as the width allows.
+    """
+    given = {"hidden_dim", "num_layers"} & fields.keys()
+    sizes = HAMTConfig(**{name: fields[name] for name in given})
+    if mixers is None:
+        mixers = hybrid_mixers(sizes.num_layers)
+    if fields.get("attention_head_dim") is None:
+        width = sizes.hidden_dim
+        fields["attention_head_dim"] = nearest_divisor(width, usual_head_dim(width))
+    return HAMTForCausalLM(_config(**fields, mixers=mixers))
+
+
 def _config(*, context: int | None = None, **fields: Any) -> HAMTConfig:
     positions = {} if context is None else {"max_position_embeddings": context}
     return HAMTConfig(**{**positions, **fields})
@@ -150,6 +180,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         build=hamt,
         state_size="num_slots",
         mixers_only={"intermediate_dim": 0},
+    ),
+    "hybrid": _of_hamts_parts(
+        title="HAMT with attention over a window (its keys and values are counted as state) in "
+        "every third layer",
+        build=_hybrid,
+        state_size="num_slots",
+        # A window that leaves room for a memory in the smallest states of ``hamt recall``.
+        mixers_only={"intermediate_dim": 0, "sliding_window": 4},
     ),
     "gpt2": Architecture(
         title="GPT-2 (Transformers' class): learned positions",
@@ -223,9 +261,9 @@ def _meta_models(
 def with_state(kind: str, state: int, *, num_layers: int, **sizes: Any) -> PreTrainedModel:
     """Build the model without MLPs whose layers carry nearest to ``state`` floats each.
 
-    ``kind`` is one of ``MIXERS``; ``hamt:num_heads=1,rotation=none`` also sets fields of
-    ``HAMTConfig``. The state of a transformer cannot be chosen. ``sizes`` are ``hidden_dim``,
-    ``vocab_size``, and other choices of the builder.
+    ``kind`` is one of ``MIXERS``; ``hamt:num_heads=1,rotation=none`` or ``hybrid:num_sinks=1`` also
+    set fields of ``HAMTConfig``. The state of a transformer cannot be chosen. ``sizes`` are
+    ``hidden_dim``, ``vocab_size``, and other choices of the builder.
 
     Raises:
         ValueError: if there is no such kind, or its smallest state is much larger.
@@ -254,10 +292,13 @@ def _fields(kind: str, named: str) -> dict[str, Any]:
     """``num_heads=1,rotation=none`` as a dictionary."""
     pairs = [pair.partition("=") for pair in named.split(",") if pair]
     free = set(HAMTConfig.__annotations__) - {"num_slots", "hidden_dim", "num_layers", "vocab_size"}
-    if unknown := [name for name, _, _ in pairs if kind != "hamt" or name not in free]:
+    if unknown := [
+        name for name, _, _ in pairs if kind not in ("hamt", "hybrid") or name not in free
+    ]:
         raise ValueError(
-            f"{kind} has no field {', '.join(unknown)} to choose: after hamt: stand fields of "
-            "HAMTConfig, except the sizes, and num_slots, which follows from the state size"
+            f"{kind} has no field {', '.join(unknown)} to choose: after hamt: and hybrid: stand "
+            "fields of HAMTConfig, except the sizes, and num_slots, which follows from the state "
+            "size"
         )
     return {name: yaml.safe_load(value) for name, _, value in pairs}
 
@@ -293,9 +334,12 @@ def non_embedding_parameters(model: PreTrainedModel) -> int:
 
 
 def full_name(kind: str, choices: Mapping[str, Any] | None = None) -> str:
-    """What an architecture is, for tables; of the transformer also how these choices build it."""
+    """What an architecture is, for tables; of some also how these choices build it."""
     text = ARCHITECTURES[kind].title
     if kind == "transformer":
         which = "with" if (choices or {}).get("short_convolution") else "without"
         text += f", {which} HAMT's short convolution"
+    if kind == "hybrid":
+        window = (choices or {}).get("sliding_window", HAMTConfig.sliding_window)
+        text += f", of {window} tokens where no sliding_window is named"
     return text

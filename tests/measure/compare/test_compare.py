@@ -223,7 +223,7 @@ def test_the_first_model_is_a_hamt_model(folders, tmp_path, capsys):
     assert told in fails(compare_of(folders, tmp_path, checkpoint="llama"), capsys)
 
 
-RIVALS = "gpt2, llama, mamba2, gated-deltanet, transformer"
+RIVALS = "hybrid, gpt2, llama, mamba2, gated-deltanet, transformer"
 WRONG = [
     (["--rivals", "rnn"], f"--rivals must be one of {RIVALS}; got 'rnn'"),
     (["--hamt_checkpoint", "nowhere"], "no model 'nowhere'"),

@@ -19,7 +19,8 @@ a task's name, for that one. It may also say
 * ``keys: false``: leave binding out, every key is the identity;
 * ``common_direction: c``: add c to all directions of the delta rule at initialisation;
 * ``rival: {kind: NAME, ...}``: train another architecture of the catalogue, with these choices;
-  without a ``kind`` it is the RoPE transformer of HAMT's parts;
+  without a ``kind`` it is the RoPE transformer of HAMT's parts. That, and ``hybrid``, has the
+  variant's fields of the configuration;
 * ``parameters``: another number of them;
 * ``tasks: [NAME]``: for these tasks alone.
 """

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hamt.baselines import catalogue
 from hamt.checkpoint import PRETRAINED
+from hamt.config import HAMTConfig
 from hamt.data.corpus import load_corpus
 from hamt.data.documents import plain_text
 from hamt.data.loader import Batches
@@ -125,7 +126,7 @@ def make_model(spec: Spec, vocab_size: int) -> PreTrainedModel:
     """
     kind, parameters = architecture(spec), spec["parameters"]
     choices = {name: value for name, value in (spec["rival"] or {}).items() if name != "kind"}
-    if kind not in ("hamt", "transformer"):
+    if catalogue.ARCHITECTURES[kind].model_type != HAMTConfig.model_type:
         sizes = {name: spec["config"][name] for name in ("hidden_dim", "num_layers")}
         sizes |= {"vocab_size": vocab_size, "context": spec["training"]["length"]}
         return catalogue.with_parameters(kind, parameters, **sizes, **choices)
@@ -134,6 +135,8 @@ def make_model(spec: Spec, vocab_size: int) -> PreTrainedModel:
         with torch.device("meta"):
             parameters = _hamt(parameters, **fields).num_parameters()
         return catalogue.with_parameters(kind, parameters, **fields, **choices)
+    if kind != "hamt":
+        return catalogue.with_parameters(kind, parameters, **{**fields, **choices})
     return _hamt(parameters, **fields, keys=spec["keys"], common_direction=spec["common_direction"])
 
 

@@ -33,7 +33,8 @@ class RecallOptions:
     tasks: list[str] = option(["mqar"], "what is trained and tested", choices=(*SETTINGS, "all"))
     models: list[str] = option(
         ["hamt", "gated-deltanet", "mamba2"],
-        f"of {', '.join(MIXERS)}; hamt:num_heads=1,rotation=none sets fields of HAMTConfig",
+        f"of {', '.join(MIXERS)}; hamt:num_heads=1,rotation=none and "
+        "hybrid:sliding_window=8 set fields of HAMTConfig",
     )
     state_sizes: list[int] = option(
         [1280], "floats that a layer carries: state, convolution tails, phases", at_least=1
