@@ -177,7 +177,7 @@ def test_names_and_numbers_of_mixers_are_checked():
         HAMTConfig(mixers=["memory", "memory"], num_layers=3)
     with pytest.raises(
         ValueError,
-        match="mixers must be among memory, .*full_attention, sliding_attention; got 'gru'",
+        match=r"mixers must be among memory, .*full_attention, sliding_attention; got 'gru'",
     ):
         HAMTConfig(mixers="gru")
     with pytest.raises(ValueError, match="divide hidden_dim = 96; got 64"):

@@ -6,7 +6,8 @@ from model_inputs import assert_close, random_ids, random_inputs, tiny_layer, ti
 
 from hamt import HAMTCache
 from hamt.batch import Batch, Past
-from hamt.boundaries import Boundary, cut, rounded
+from hamt.boundaries import Boundary, cut
+from hamt.memory.precision import rounded
 
 
 def ends_of(segments, rows: int, length: int) -> list[list[int]]:

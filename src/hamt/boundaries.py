@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hamt.batch import Batch
 from hamt.config import HAMTConfig
 from hamt.memory import HolographicMemory, MemoryState, rms_normalize
+from hamt.memory.precision import rounded
 from hamt.memory.write_rules import WRITE_RULES
 
 
@@ -183,17 +184,6 @@ class Boundary(nn.Module):
 def boundary_options(config: HAMTConfig) -> tuple[bool, str, float]:
     """What ``Boundary`` takes, from a configuration."""
     return config.normalize_state, config.state_precision, float(config.rms_norm_eps)
-
-
-def rounded(slots: Tensor, precision: str) -> Tensor:
-    """Slots (..., F) as ``precision`` would hold them, in their own dtype.
-
-    ``int8`` has 255 steps from the largest feature of a slot to its opposite.
-    """
-    if precision == "int8":
-        scale = slots.abs().amax(dim=-1, keepdim=True) / 127
-        return torch.round(slots / scale.clamp(min=torch.finfo(slots.dtype).tiny)) * scale
-    return slots.to(getattr(torch, precision)).to(slots.dtype)
 
 
 class Feedback(nn.Module):

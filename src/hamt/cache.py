@@ -18,9 +18,11 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from hamt.batch import Past
 from hamt.config import MAX_LAYERS
 from hamt.files import write_file
+from hamt.memory.precision import PRECISIONS, quantise
 from hamt.mixers import State
 
 _FORMAT = "hamt-state-4"
+_SCALE = "scale"  # of a tensor that is kept in int8
 
 
 class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
@@ -169,9 +171,26 @@ class HAMTCache(Cache):
         }
         return found | ({} if self.past is None else self.past.tensors())
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """The state as named tensors, the numbers of layers and of tokens seen among them."""
-        tensors = {name: x.detach().contiguous().clone() for name, x in self._tensors().items()}
+    def to_tensors(self, precision: str = "float32") -> dict[str, Tensor]:
+        """The state as named tensors, the numbers of layers and of tokens seen among them.
+
+        ``precision`` is how vectors of heads are kept: slots, keys and values (B, ., ., F); what is
+        smaller stays as it is. ``int8`` adds a tensor of scales, one for each vector.
+
+        Raises:
+            ValueError: if there is no such precision.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+        tensors: dict[str, Tensor] = {}
+        for name, x in self._tensors().items():
+            x = x.detach().contiguous().clone()
+            if precision == "float32" or x.ndim < 4 or not x.is_floating_point():
+                tensors[name] = x
+            elif precision == "bfloat16":
+                tensors[name] = x.bfloat16()
+            else:
+                tensors[name], tensors[f"{name}.{_SCALE}"] = quantise(x)
         return {**tensors, "counts": torch.tensor([len(self.layers), self.seen_tokens])}
 
     @classmethod
@@ -183,7 +202,7 @@ class HAMTCache(Cache):
         Raises:
             ValueError: if a part is missing, or the counts are not those of these tensors.
         """
-        counts = tensors.get("counts")
+        counts, tensors = tensors.get("counts"), _widened(tensors)
         kept: dict[int, State] = {}
         for name, x in tensors.items():
             if name.startswith("layers."):
@@ -203,15 +222,20 @@ class HAMTCache(Cache):
         cache.advance(states, past, seen_tokens)
         return cache
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], precision: str = "float32") -> None:
         """Write the state to one safetensors file, whole or not at all.
 
+        With ``precision`` ``bfloat16`` or ``int8`` the file is a half or a quarter as large, and
+        what is loaded is rounded: not at all if the model rounds its state (``state_precision``)
+        and has just passed a boundary.
+
         Raises:
-            ValueError: if no token has been seen.
+            ValueError: if no token has been seen, or there is no such precision.
         """
         if not self.has_previous_state():
             raise ValueError("this state is empty: read a prompt before saving it")
-        write_file(path, lambda file: save_file(self.to_tensors(), file, {"format": _FORMAT}))
+        tensors = self.to_tensors(precision)
+        write_file(path, lambda file: save_file(tensors, file, {"format": _FORMAT}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> "HAMTCache":
@@ -240,3 +264,20 @@ class HAMTCache(Cache):
             return cls.from_tensors(tensors, device)
         except ValueError as error:
             raise ValueError(f"{path} is {error}") from error
+
+
+def _widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What ``HAMTCache.to_tensors`` took apart, in float32 where it was rounded."""
+    found = {}
+    for name, x in tensors.items():
+        if name.endswith(f".{_SCALE}"):
+            continue
+        if x.dtype == torch.int8:
+            scale = tensors.get(f"{name}.{_SCALE}")
+            if scale is None or scale.shape != (*x.shape[:-1], 1):
+                raise ValueError("not a whole HAMT state: save it again")
+            x = x * scale
+        elif x.dtype == torch.bfloat16 and x.ndim >= 4:
+            x = x.float()
+        found[name] = x
+    return found

@@ -7,10 +7,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from hamt.memory import WRITE_RULES, get_algebra
+from hamt.memory.precision import PRECISIONS
 from hamt.mixers import GATING_NETWORKS, MIXERS, RETRIEVAL_HEADS, look_up
 
 ROTATIONS = ("none", "constant", "data_dependent")
-PRECISIONS = ("float32", "bfloat16", "int8")
 CHOICES = {
     "write_rule": WRITE_RULES,
     "state_precision": PRECISIONS,
