@@ -25,7 +25,7 @@ LAYERS = (
     {"config"},
     {"convolution"},
     {"layers", "utils"},
-    {"attention", "block", "cache"},
+    {"attention", "block", "cache", "rerouting"},
     {"base_model", "continuation"},
     {"model"},
     {"checkpoint"},

@@ -76,6 +76,12 @@ REFUSED = [
         {"binding_type": "elementwise", "rotation": "constant"},
         "use rotation='none' or 'data_dependent', or binding_type phasor or circular_conv",
     ),
+    (
+        {"auxiliary_loss": "mse"},
+        "auxiliary_loss must be one of reconstruction, contrastive; got 'mse'",
+    ),
+    ({"contrastive_temperature": 0}, "contrastive_temperature must be at least 0.001; got 0"),
+    ({"contrastive_temperature": 1e4}, "contrastive_temperature must be at most 1000; got"),
     ({"rotation_base": 0}, "rotation_base must be at least 1; got 0"),
     ({"rotation_base": -10.0}, "rotation_base must be at least 1"),
     ({"rotation_base": 1e-40}, "rotation_base must be at least 1"),
@@ -160,6 +166,7 @@ def test_json_keeps_every_field(tmp_path):
         "conv_kernel_size": 3, "use_gating": False, "use_output_gate": False,
         "intermediate_dim": 40, "max_position_embeddings": 77, "dropout": 0.2,
         "use_auxiliary_loss": True, "aux_loss_weight": 0.3, "rms_norm_eps": 1e-5,
+        "auxiliary_loss": "contrastive", "contrastive_temperature": 0.2,
         "initializer_range": 0.1, "use_cache": False, "tie_word_embeddings": False,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
     }  # fmt: skip

@@ -10,6 +10,7 @@ from model_inputs import BINDINGS
 
 from hamt import HAMTConfig, HAMTForCausalLM
 from hamt.config import _RANGES, ROTATIONS
+from hamt.losses import AUXILIARY_LOSSES
 from hamt.memory import WRITE_RULES
 
 SIZES = {"vocab_size": 97, "hidden_dim": 32, "num_layers": 2, "num_slots": 3, "num_heads": 2}
@@ -20,7 +21,7 @@ WHOLE = (
 )
 REAL = (
     *("rotation_base", "decay_rate", "min_half_life", "max_half_life", "dropout"),
-    *("aux_loss_weight", "rms_norm_eps", "initializer_range"),
+    *("aux_loss_weight", "contrastive_temperature", "rms_norm_eps", "initializer_range"),
 )
 edges = {bound for name in REAL for bound in _RANGES.get(name, ())} | {math.nextafter(1, 0)}
 whole = st.sampled_from([0, 1, 2, 3, 4, 7, 8, 64, -1, True, "2", 2.0, None])
@@ -34,6 +35,7 @@ kinds = st.fixed_dictionaries(
         "write_rule": st.sampled_from(list(WRITE_RULES)),
         "rotation": st.sampled_from(ROTATIONS),
         "mixers": st.sampled_from(["memory", "full_attention"]),
+        "auxiliary_loss": st.sampled_from(AUXILIARY_LOSSES),
         **{name: st.booleans() for name in ("use_gating", "use_auxiliary_loss")},
     }
 )

@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from hamt.losses import AUXILIARY_LOSSES
 from hamt.memory import WRITE_RULES, get_algebra
 from hamt.mixers import GATING_NETWORKS, MIXERS, RETRIEVAL_HEADS, look_up
 
@@ -13,6 +14,7 @@ ROTATIONS = ("none", "constant", "data_dependent")
 CHOICES = {
     "write_rule": WRITE_RULES,
     "rotation": ROTATIONS,
+    "auxiliary_loss": AUXILIARY_LOSSES,
     "gating_network": GATING_NETWORKS,
     "retrieval_head": RETRIEVAL_HEADS,
 }
@@ -31,6 +33,7 @@ _RANGES = {
     "min_half_life": (0.01, 1e12),
     "max_half_life": (0.01, 1e12),
     "aux_loss_weight": (0, 1e6),
+    "contrastive_temperature": (1e-3, 1e3),
     "rms_norm_eps": (1e-12, 1),
     "initializer_range": (1e-6, 1e3),
 }
@@ -66,7 +69,8 @@ class HAMTConfig(PreTrainedConfig):
         decay_rate: λ of the convex rule, the share forgotten at every token.
         min_half_life: half-life in tokens of the fastest slot at initialisation.
         max_half_life: half-life in tokens of the slowest slot at initialisation.
-        chunk_size: tile of the chunked form in tokens; changes speed, never a result.
+        chunk_size: tile of the chunked form in tokens; changes speed, never a result (the auxiliary
+            loss asks for the items of one tile).
         conv_kernel_size: width of the short convolution; 0 leaves it out.
         use_gating: gates depend on the token; False leaves a learned constant for each slot.
         use_output_gate: multiply the read-out by SiLU(W_g x).
@@ -79,8 +83,12 @@ class HAMTConfig(PreTrainedConfig):
             leaves the MLP out.
         max_position_embeddings: advisory, the context trained on; the memory has no length limit.
         dropout: after the mixer and after the MLP.
-        use_auxiliary_loss: add the reconstruction loss (``hamt.losses``) in training.
-        aux_loss_weight: weight of the reconstruction loss.
+        use_auxiliary_loss: add a loss in training that asks the memory for what it was given.
+        aux_loss_weight: weight of the auxiliary loss.
+        auxiliary_loss: which one: ``reconstruction`` (1 - cosine of stored and retrieved items) or
+            ``contrastive`` (InfoNCE: tell the item from others that the same state holds; see
+            ``hamt.losses``).
+        contrastive_temperature: what the contrastive loss divides cosines by.
         rms_norm_eps: ε of every RMSNorm.
         initializer_range: standard deviation of embeddings.
         tie_word_embeddings: the head is the embedding, transposed.
@@ -124,6 +132,8 @@ class HAMTConfig(PreTrainedConfig):
     dropout: float | int = 0.0
     use_auxiliary_loss: bool = False
     aux_loss_weight: float | int = 0.05
+    auxiliary_loss: str = "reconstruction"
+    contrastive_temperature: float | int = 0.1
     rms_norm_eps: float | int = 1e-6
     initializer_range: float | int = 0.02
     use_cache: bool = True

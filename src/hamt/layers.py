@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hamt.batch import Batch
 from hamt.config import HAMTConfig
 from hamt.convolution import ConvolvedMixer
-from hamt.losses import reconstruction_loss
+from hamt.losses import contrastive_loss, reconstruction_loss
 from hamt.memory import WRITE_RULES, Algebra, Gates, HolographicMemory, MemoryState, get_algebra
 from hamt.mixers import GATING_NETWORKS, RETRIEVAL_HEADS, State, look_up
 from hamt.products import FusedLinear, has_extra_behaviour, linear, plain_weights, project
@@ -201,7 +201,7 @@ class HAMTLayer(ConvolvedMixer):
     ) -> tuple[Tensor, State, Tensor | None]:
         """Mix a sequence, or continue one from ``state``; see ``Mixer.forward``.
 
-        The auxiliary loss is the reconstruction loss, in training with ``use_auxiliary_loss``.
+        The auxiliary loss is computed in training with ``use_auxiliary_loss`` (``hamt.losses``).
 
         Raises:
             ValueError: if ``state`` is another model's.
@@ -219,7 +219,7 @@ class HAMTLayer(ConvolvedMixer):
         }
         aux_loss = None
         if self.training and self.config.use_auxiliary_loss:
-            aux_loss = reconstruction_loss(self.memory, items, keys, gates, **told).loss
+            aux_loss = self.auxiliary_loss(items, keys, gates, **told)
         carried = (
             MemoryState(before["slots"], before.get("position_key")) if "slots" in before else None
         )
@@ -233,6 +233,14 @@ class HAMTLayer(ConvolvedMixer):
         if self.gate_proj is not None:
             output = output * F.silu(project(self.gate_proj, hidden_states))
         return project(self.output_proj, output), new_state, aux_loss
+
+    def auxiliary_loss(self, items: Tensor, keys: Tensor, gates: Gates, **told: Any) -> Tensor:
+        """The loss that ``auxiliary_loss`` of the configuration names, of what is written."""
+        written = (self.memory, items, keys, gates)
+        if self.config.auxiliary_loss == "contrastive":
+            temperature = self.config.contrastive_temperature
+            return contrastive_loss(*written, temperature=temperature, **told).loss
+        return reconstruction_loss(*written, **told).loss
 
     def _project(self, conditioned: Tensor) -> tuple[Tensor, Tensor, Gates, tuple[Tensor, Tensor]]:
         """Items (B, N, H, F), keys (B, N, H, K), the gates, and what to read, from c (B, N, d)."""
