@@ -21,8 +21,13 @@ VARIANTS = [
     for binding_type in BINDINGS
     for write_rule in WRITE_RULES
 ]
+# Rotations of a part; and one that learns, which all tokens share.
+VARIANTS += [
+    {"binding_type": "phasor", "rotation": "learned", "rotation_heads": 1},
+    {"binding_type": "elementwise", "rotation": "data_dependent", "rotation_share": 0.5},
+]
 variants = pytest.mark.parametrize(
-    "options", VARIANTS, ids=lambda options: "-".join(options.values())
+    "options", VARIANTS, ids=lambda options: "-".join(map(str, options.values()))
 )
 
 
@@ -58,6 +63,8 @@ def tiny_model(seed: int = 0, **options) -> HAMTModel:
                     block.mixer.conv.weight.normal_(std=0.5)
                 if block.mixer.config.rotation == "data_dependent":
                     block.mixer.rotation.weight.normal_(std=0.3)
+                if block.mixer.config.rotation == "learned":
+                    block.mixer.rotation.log_frequency.normal_(mean=-1)
     return model.eval()
 
 

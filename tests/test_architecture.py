@@ -23,7 +23,7 @@ LAYERS = (
     {"batch", "peak_memory", "products"},
     {"cross_entropy", "losses", "mixers"},
     {"config"},
-    {"convolution"},
+    {"convolution", "rotation"},
     {"layers", "utils"},
     {"attention", "block", "cache", "rerouting"},
     {"base_model", "continuation"},

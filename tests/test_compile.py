@@ -45,7 +45,8 @@ CORRECTING = {"write_rule": "delta", "rotation": "data_dependent"}
     ({}, LEFT_PADDED | PAIRS, False),
     (CORRECTING, LEFT_PADDED | PAIRS, True),
     (CORRECTING, {}, False),
-], ids=["plain", "packed-chunked", "delta-packed", "delta-chunked"])  # fmt: skip
+    ({"rotation": "learned", "rotation_heads": 1}, PAIRS, True),
+], ids=["plain", "packed-chunked", "delta-packed", "delta-chunked", "learned-packed"])  # fmt: skip
 def test_a_model_compiles_to_one_graph(options, arguments, fused, monkeypatch):
     """Traced and differentiated as by Inductor, but run by eager kernels: seconds, not a minute."""
     if not fused:

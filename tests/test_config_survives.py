@@ -17,10 +17,10 @@ SIZES = {"vocab_size": 97, "hidden_dim": 32, "num_layers": 2, "num_slots": 3, "n
 WHOLE = (
     *("hidden_dim", "hcm_dim", "num_layers", "num_slots", "num_heads", "chunk_size"),
     *("conv_kernel_size", "intermediate_dim", "attention_head_dim", "max_position_embeddings"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "rotation_heads"),
 )
 REAL = (
-    *("rotation_base", "decay_rate", "min_half_life", "max_half_life", "dropout"),
+    *("rotation_base", "rotation_share", "decay_rate", "min_half_life", "max_half_life", "dropout"),
     *("aux_loss_weight", "contrastive_temperature", "rms_norm_eps", "initializer_range"),
 )
 edges = {bound for name in REAL for bound in _RANGES.get(name, ())} | {math.nextafter(1, 0)}

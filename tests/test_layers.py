@@ -85,12 +85,16 @@ def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
         if config.write_rule == "convex":
             forget = (1 - write) * (1 - config.decay_rate)
         if config.rotation != "none":
-            size = key.shape[-1]
+            size, turning = round(key.shape[-1] * config.rotation_share), config.rotation_heads
             powers = [config.rotation_base ** (-i / size) for i in range(size)]
             turn = torch.tensor(powers if algebra.has_phase else [1.0] * size, dtype=torch.float64)
             if config.rotation == "data_dependent":
-                turn = turn + (layer.rotation.weight @ c).view(heads, size)
-            position = algebra.compose(algebra.key(turn), position)
+                turn = turn + (layer.rotation.weight @ c).view(turning or heads, size)
+            if config.rotation == "learned":
+                turn = layer.rotation.log_frequency.view(turning or heads, size).exp()
+            rho = torch.full_like(key, algebra.identity)
+            rho[:turning, :size] = algebra.key(turn)
+            position = algebra.compose(rho, position)
             key, unbinding_key = (algebra.compose(x, position) for x in (key, unbinding_key))
         bound = algebra.bind(algebra.lift(item), key)
         memory = forget[..., None] * memory
@@ -114,7 +118,8 @@ def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
 )
 @variants
 def test_the_layer_is_its_equations(options, extra):
-    layer = tiny_layer(**options | extra, rotation_base=100, decay_rate=0.05)
+    none = {"rotation_share": 1, "rotation_heads": None} if "rotation" in extra else {}
+    layer = tiny_layer(**options | extra | none, rotation_base=100, decay_rate=0.05)
     inputs = random_inputs(2, 19)
     outputs = layer(inputs)[0]
     for row, output in zip(inputs, outputs, strict=True):

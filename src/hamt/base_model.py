@@ -11,9 +11,10 @@ from transformers.modeling_utils import PreTrainedModel
 from hamt.block import HAMTBlock
 from hamt.config import HAMTConfig
 from hamt.convolution import ShortConvolution
-from hamt.layers import GatingNetwork, RetrievalHead, Rotation
+from hamt.layers import GatingNetwork, RetrievalHead
 from hamt.loading import refuse_incomplete
 from hamt.products import fuse, unfuse
+from hamt.rotation import Rotation
 
 _BODY = ("embed_tokens.", "layers.", "norm.")  # what a backbone is made of
 # The maps that an adapter of PEFT trains if it is not told which: into and out of a mixer.
@@ -59,6 +60,8 @@ class HAMTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Rotation):
             if module.weight is not None:
                 init.zeros_(module.weight)
+            if module.log_frequency is not None:
+                init.copy_(module.log_frequency, module.initial_log_frequency())
         elif isinstance(module, ShortConvolution):
             # The token itself, with a little of its past.
             init.normal_(module.weight, std=0.1)

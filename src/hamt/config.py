@@ -10,7 +10,7 @@ from hamt.losses import AUXILIARY_LOSSES
 from hamt.memory import WRITE_RULES, get_algebra
 from hamt.mixers import GATING_NETWORKS, MIXERS, RETRIEVAL_HEADS, look_up
 
-ROTATIONS = ("none", "constant", "data_dependent")
+ROTATIONS = ("none", "constant", "data_dependent", "learned")
 CHOICES = {
     "write_rule": WRITE_RULES,
     "rotation": ROTATIONS,
@@ -61,11 +61,15 @@ class HAMTConfig(PreTrainedConfig):
         write_rule: ``gated`` (forget and write gates), ``convex`` (one gate for both) or ``delta``
             (error-correcting, see ``hamt.memory.write_rules``).
         rotation: ``none``, ``constant`` (position keys at many time scales; where the binding has
-            phases) or ``data_dependent`` (each token turns the position by an angle, or sign, of
-            its own: state tracking). What is recalled at a lag that varies loses the phases that
-            turn fast.
+            phases), ``learned`` (the same with a learned frequency for each head and phase, ten
+            times as slow at initialisation) or ``data_dependent`` (each token turns the position by
+            an angle, or sign, of its own: state tracking). What is recalled at a lag that varies
+            loses the phases that turn fast.
         rotation_base: the slowest phase turns by 1 / rotation_base radians a token, the fastest by
             1.
+        rotation_share: the share of each head's phases (or signs) that turn; the frequencies are
+            spread over them, the rest stay at the identity.
+        rotation_heads: how many heads turn, the first ones; None is all.
         decay_rate: λ of the convex rule, the share forgotten at every token.
         min_half_life: half-life in tokens of the fastest slot at initialisation.
         max_half_life: half-life in tokens of the slowest slot at initialisation.
@@ -117,6 +121,8 @@ class HAMTConfig(PreTrainedConfig):
     write_rule: str = "gated"
     rotation: str = "none"
     rotation_base: float | int = 10_000.0
+    rotation_share: float | int = 1.0
+    rotation_heads: int | None = None
     decay_rate: float | int = 0.001
     min_half_life: float | int = 4.0
     max_half_life: float | int = 4096.0
@@ -230,11 +236,40 @@ class HAMTConfig(PreTrainedConfig):
             size = self.attention_head_dim
             size = usual_head_dim(self.hidden_dim) if size is None else size
             check_head_dim(size, self.hidden_dim)
-        if self.rotation == "constant" and not get_algebra(self.binding_type).has_phase:
+        self._check_rotation()
+
+    def _check_rotation(self) -> None:
+        algebra = get_algebra(self.binding_type)
+        if self.rotation in ("constant", "learned") and not algebra.has_phase:
             raise ValueError(
-                "rotation='constant' needs a binding with phases: use rotation='none' or "
+                f"rotation={self.rotation!r} needs a binding with phases: use rotation='none' or "
                 "'data_dependent', or binding_type phasor or circular_conv"
             )
+        share, heads = self.rotation_share, self.rotation_heads
+        if not 0 < share <= 1:
+            raise ValueError(f"rotation_share must lie in (0, 1]; got {share}")
+        if heads is not None and not 1 <= heads <= self.num_heads:
+            raise ValueError(
+                f"rotation_heads must lie in [1, num_heads = {self.num_heads}]; got {heads}"
+            )
+        if self.rotation == "none" and (share, heads) != (1, None):
+            raise ValueError(
+                "rotation_share and rotation_heads say which part turns: they need a rotation, "
+                f"{', '.join(ROTATIONS[1:])}"
+            )
+        assert self.hcm_dim is not None  # filled in above
+        size = algebra.key_size(self.hcm_dim // self.num_heads)
+        least = 2 if algebra.name == "circular_conv" else 1  # whose first phase never turns
+        if share < 1 and self.turning(size)[1] < least:
+            raise ValueError(
+                f"rotation_share must let at least {least} of the {size} numbers of a head's key "
+                f"turn, as {min(least / size, 1):g} does; got {share}"
+            )
+
+    def turning(self, key_size: int) -> tuple[int, int]:
+        """How many heads turn and, of the ``key_size`` phases or signs of each, how many."""
+        heads = self.num_heads if self.rotation_heads is None else self.rotation_heads
+        return heads, round(self.rotation_share * key_size)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "HAMTConfig":

@@ -27,6 +27,7 @@ from hamt.losses import contrastive_loss, reconstruction_loss
 from hamt.memory import WRITE_RULES, Algebra, Gates, HolographicMemory, MemoryState, get_algebra
 from hamt.mixers import GATING_NETWORKS, RETRIEVAL_HEADS, State, look_up
 from hamt.products import FusedLinear, has_extra_behaviour, linear, plain_weights, project
+from hamt.rotation import Rotation
 
 
 class RMSNorm(nn.RMSNorm):
@@ -112,37 +113,6 @@ class RetrievalHead(nn.Module):
         keys = as_keys(raw, self.num_heads, self.algebra)
         read = read.to(keys.dtype) + self.read_bias
         return keys, read.unflatten(-1, (self.num_heads, -1))
-
-
-class Rotation(nn.Module):
-    """The turn of the position at each token: c (B, N, d) -> ρ (B, N, H, K) or (1, 1, 1, K).
-
-    Phases start as the frequencies of rotary position embeddings (Su et al. 2021, arXiv
-    2104.09864): one turn takes from 2π to 2π · rotation_base tokens. Signs start at +1. A
-    data-dependent rotation adds a linear map of the token, initially zero.
-    """
-
-    def __init__(self, config: HAMTConfig, algebra: Algebra, key_size: int) -> None:
-        super().__init__()
-        self.config, self.algebra, self.key_size = config, algebra, key_size
-        size = config.num_heads * key_size
-        data_dependent = config.rotation == "data_dependent"
-        self.weight = nn.Parameter(torch.zeros(size, config.hidden_dim)) if data_dependent else None
-
-    def forward(self, conditioned: Tensor) -> Tensor:
-        """Return keys of the algebra, in float32 at least."""
-        wide = torch.promote_types(conditioned.dtype, torch.float32)
-        # Not a buffer: casting the model to bfloat16 must not cast the frequencies.
-        power = torch.arange(self.key_size, device=conditioned.device, dtype=wide) / self.key_size
-        base = (
-            self.config.rotation_base**-power if self.algebra.has_phase else torch.ones_like(power)
-        )
-        if self.weight is None:
-            return self.algebra.key(base)[None, None, None]
-        # As for the gates: errors of a bfloat16 angle would add up from token to token.
-        with torch.autocast(conditioned.device.type, enabled=False):
-            turn = linear(conditioned.to(wide), self.weight.to(wide))
-        return self.algebra.key(turn.unflatten(-1, (self.config.num_heads, -1)) + base)
 
 
 class HAMTLayer(ConvolvedMixer):
@@ -270,7 +240,8 @@ class HAMTLayer(ConvolvedMixer):
         algebra, rule = get_algebra(config.binding_type), WRITE_RULES[config.write_rule]()
         keys = heads * algebra.key_size(big // heads)
         gates = sum(rule.logit_sizes(heads, slots))
-        turns = keys if config.rotation == "data_dependent" else 0
+        turning = math.prod(config.turning(keys // heads))
+        turns = turning if config.rotation == "data_dependent" else 0
         columns = big + 2 * keys + heads * slots + turns  # items, both keys, read weights
         columns += gates * config.use_gating + big * config.use_output_gate
         bind = 3 * big if algebra.has_phase else big  # four products and two sums for a pair
