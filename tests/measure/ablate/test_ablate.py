@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[3]
 STUDIES = ("ablation", "state_tracking", "wikitext2")
 RECIPES = {name: load_recipe(ROOT / "studies" / f"{name}.yaml") for name in STUDIES}
 RECIPES["default"] = load_recipe(DEFAULT)
+for name in ("positions", "auxiliary"):
+    RECIPES[name] = load_recipe(ROOT / "studies" / f"{name}.yaml")
 NAMES = [(name, *pair) for name, recipe in RECIPES.items() for pair in names(recipe)]
 VOCAB_SIZES = {"wikitext2": 50257, "default": 2048}
 
@@ -165,6 +167,13 @@ def test_a_sweep_runs_what_is_missing_and_tabulates_it(recipe, tmp_path, capsys)
     assert "0 of 1 runs are there\ntext-same-0: " in shown
     shown = command("--variants", "base", "same", "--tasks", "text", "recall")
     assert "3 of 3 runs are there" in shown  # `same` is what the base is, by another name
+    for task in ("text", "recall", "parity"):
+        (file, *_) = results.glob(f"{task}-*.json")
+        measured = read_json(file)["fidelity"]
+        assert 0 < measured["cosine"] < 1
+        assert measured["mse"] > 0
+        assert 0 <= measured["accuracy"] <= 1
+    assert read_json(results / "text-transformer-0.json")["fidelity"] is None
     found = read_json(results / "text-slots-3-0.json")
     assert found["state_floats"] == 4 * 64 + 3 * 32
     assert found["tokens"] == 2 * 2 * 16
@@ -234,6 +243,28 @@ def test_the_table_gives_mean_and_standard_error_over_seeds(tmp_path):
     assert tabulated(recipe, tmp_path, ("recall",))[1].startswith("No runs yet.")
     recipe["tasks"]["text"]["training"]["num_steps"] = 3  # then they are results of something else
     assert "base" not in tabulated(recipe, tmp_path)[1]
+
+
+def test_fidelity_is_tabulated_where_an_auxiliary_loss_trains_a_variant(tmp_path):
+    recipe = {**yaml.safe_load(TINY), "data": None}
+    for seed, cosine in ((0, 0.2), (1, 0.4)):
+        entry = result(recipe, seed, 1.0)
+        entry["fidelity"] = {"cosine": cosine, "mse": 2.0, "accuracy": 0.5}
+        (tmp_path / f"text-base-{seed}.json").write_text(json.dumps(entry), encoding="utf-8")
+    assert "right item" not in tabulated(recipe, tmp_path)[1]
+    recipe["variants"]["taught"] = {"tasks": ["text"], "use_auxiliary_loss": True}
+    entry = result(recipe, 0, 2.0)  # of a run that was measured before there was fidelity
+    entry["spec"] = resolve(recipe, "text", "taught")
+    (tmp_path / "text-taught-0.json").write_text(json.dumps(entry), encoding="utf-8")
+    text = tabulated(recipe, tmp_path)[1]
+    cells = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    shown = {row[1].strip(): [cell.strip() for cell in row[6:9]] for row in cells}
+    assert shown["variant"] == ["cosine", "MSE", "right item"]
+    spread = ["0.300 ± 0.100", "2.000 ± 0.000", "0.500 ± 0.000"]
+    assert shown["base"] == spread
+    assert shown["taught"] == ["–", "–", "–"]
+    assert "what memories give back of held-out items" in text
+    assert "right item" not in tabulated(recipe, tmp_path, ("recall",))[1]
 
 
 def test_a_run_that_diverges_has_no_figure_and_costs_no_other(recipe, tmp_path):
