@@ -279,4 +279,6 @@ def test_fidelity_is_what_the_losses_say_of_each_quarter_and_leaves_the_model_al
     assert found.cosine == pytest.approx(1 - sum(x.loss.item() for x in ends) / 4, abs=1e-6)
     assert found.mse == pytest.approx(sum(x.mse.item() for x in ends) / 4, rel=1e-5)
     assert 0 < found.accuracy < 1
+    deep = HAMTModel(HAMTConfig(hidden_dim=32, num_layers=2, vocab_size=50, dropout=0.5))
+    assert fidelity(deep.train(), ids) == fidelity(deep.eval(), ids)
     assert fidelity(HAMTModel(HAMTConfig(mixers="full_attention", vocab_size=50)), ids) is None
