@@ -89,8 +89,8 @@ class HAMTConfig(PreTrainedConfig):
         dropout: after the mixer and after the MLP.
         use_auxiliary_loss: add a loss in training that asks the memory for what it was given.
         aux_loss_weight: weight of the auxiliary loss.
-        auxiliary_loss: which one: ``reconstruction`` (1 - cosine of stored and retrieved items) or
-            ``contrastive`` (InfoNCE: tell the item from others that the same state holds; see
+        auxiliary_loss: ``reconstruction`` (1 - cosine of stored and retrieved items) or
+            ``contrastive`` (InfoNCE: tell an item from others that the same state holds; see
             ``hamt.losses``).
         contrastive_temperature: what the contrastive loss divides cosines by.
         rms_norm_eps: ε of every RMSNorm.
