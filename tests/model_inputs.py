@@ -21,6 +21,11 @@ VARIANTS = [
     for binding_type in BINDINGS
     for write_rule in WRITE_RULES
 ]
+# Rotations of a part; and one that learns, which all tokens share.
+VARIANTS += [
+    {"binding_type": "phasor", "rotation": "learned", "rotation_heads": 1},
+    {"binding_type": "elementwise", "rotation": "data_dependent", "rotation_share": 0.5},
+]
 # And what happens at boundaries, of which there are several in every test.
 BOUNDED = [
     {"write_rule": "gated", "gate_feedback": True, "boundary_every": 3},
@@ -84,6 +89,8 @@ def tiny_model(seed: int = 0, **options) -> HAMTModel:
                     block.mixer.conv.weight.normal_(std=0.5)
                 if block.mixer.config.rotation == "data_dependent":
                     block.mixer.rotation.weight.normal_(std=0.3)
+                if block.mixer.config.rotation == "learned":
+                    block.mixer.rotation.log_frequency.normal_(mean=-1)
                 for name, weight in block.mixer.named_parameters():
                     if name.startswith(("feedback.", "boundary.")):
                         weight.normal_(std=0.2)

@@ -48,7 +48,10 @@ CORRECTING = {"write_rule": "delta", "rotation": "data_dependent"}
     (CORRECTING, {}, False),
     (WINDOW, {}, True),
     (WINDOW, LEFT_PADDED | PAIRS, True),
-], ids=["plain", "chunked", "delta", "delta-chunked", "window", "window-packed"])  # fmt: skip
+    ({"rotation": "learned", "rotation_heads": 1}, PAIRS, True),
+], ids=[
+    *("plain", "chunked", "delta", "delta-chunked", "window", "window-packed", "learned-packed")
+])  # fmt: skip
 def test_a_model_compiles_to_one_graph(options, arguments, fused, monkeypatch):
     """Traced and differentiated as by Inductor, but run by eager kernels: seconds, not a minute."""
     if not fused:

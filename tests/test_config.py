@@ -71,11 +71,38 @@ REFUSED = [
     ({"num_attention_heads": 3}, "got 512, try 510 or 516"),
     ({"binding_type": "hrr"}, "one of elementwise, circular_conv, phasor; got 'hrr'"),
     ({"write_rule": "add"}, "write_rule must be one of gated, convex, delta; got 'add'"),
-    ({"rotation": "own"}, "rotation must be one of none, constant, data_dependent; got 'own'"),
+    ({"rotation": "own"}, "one of none, constant, data_dependent, learned; got 'own'"),
     (
         {"binding_type": "elementwise", "rotation": "constant"},
         "use rotation='none' or 'data_dependent', or binding_type phasor or circular_conv",
     ),
+    (
+        {"auxiliary_loss": "mse"},
+        "auxiliary_loss must be one of reconstruction, contrastive; got 'mse'",
+    ),
+    ({"contrastive_temperature": 0}, "contrastive_temperature must be at least 0.001; got 0"),
+    ({"contrastive_temperature": 1e4}, "contrastive_temperature must be at most 1000; got"),
+    (
+        {"binding_type": "elementwise", "rotation": "learned"},
+        "rotation='learned' needs a binding with phases",
+    ),
+    ({"rotation": "constant", "rotation_share": 0}, r"rotation_share must lie in \(0, 1\]; got 0"),
+    ({"rotation": "constant", "rotation_share": 1.5}, r"rotation_share must lie in \(0, 1\]"),
+    (
+        {"rotation": "constant", "rotation_share": 0.001},
+        "at least 1 of the 64 numbers of a head's key turn, as 0.015625 does; got 0.001",
+    ),
+    (
+        {"binding_type": "circular_conv", "rotation": "learned", "rotation_share": 0.01},
+        "at least 2 of the 64 numbers of a head's key turn, as 0.03125 does; got 0.01",
+    ),
+    (
+        {"rotation": "constant", "rotation_heads": 5},
+        r"rotation_heads must lie in \[1, num_heads = 4\]; got 5",
+    ),
+    ({"rotation": "constant", "rotation_heads": 0}, r"must lie in \[1, num_heads = 4\]; got 0"),
+    ({"rotation_share": 0.5}, "they need a rotation, constant, data_dependent, learned"),
+    ({"rotation_heads": 2}, "they need a rotation, constant"),
     ({"rotation_base": 0}, "rotation_base must be at least 1; got 0"),
     ({"rotation_base": -10.0}, "rotation_base must be at least 1"),
     ({"rotation_base": 1e-40}, "rotation_base must be at least 1"),
@@ -157,8 +184,9 @@ def test_json_keeps_every_field(tmp_path):
     """Each field away from its default, so that a lost one shows."""
     options = {
         "vocab_size": 300, "hidden_dim": 48, "hcm_dim": 120, "num_layers": 3, "num_slots": 5,
-        "num_heads": 6, "binding_type": "circular_conv", "write_rule": "convex", "rotation": "none",
-        "rotation_base": 500.0, "mixers": ["memory", "full_attention", "memory"],
+        "num_heads": 6, "binding_type": "circular_conv", "write_rule": "convex",
+        "rotation": "learned", "rotation_base": 500.0, "rotation_share": 0.5, "rotation_heads": 2,
+        "mixers": ["memory", "full_attention", "memory"],
         "sliding_window": 9, "num_sinks": 2,
         "gating_network": "linear", "retrieval_head": "linear", "attention_head_dim": 24,
         "slow_decay_rate": 0.002, "boundary_every": 9, "gate_feedback": True,
@@ -168,6 +196,7 @@ def test_json_keeps_every_field(tmp_path):
         "conv_kernel_size": 3, "use_gating": False, "use_output_gate": False,
         "intermediate_dim": 40, "max_position_embeddings": 77, "dropout": 0.2,
         "use_auxiliary_loss": True, "aux_loss_weight": 0.3, "rms_norm_eps": 1e-5,
+        "auxiliary_loss": "contrastive", "contrastive_temperature": 0.2,
         "initializer_range": 0.1, "use_cache": False, "tie_word_embeddings": False,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
     }  # fmt: skip
@@ -185,7 +214,7 @@ def test_json_keeps_every_field(tmp_path):
 KINDS = [
     kind
     for kind in itertools.product(BINDINGS, WRITE_RULES, ROTATIONS)
-    if kind[::2] != ("elementwise", "constant")
+    if kind[0] != "elementwise" or kind[2] not in ("constant", "learned")
 ]
 
 

@@ -10,18 +10,25 @@ from model_inputs import BINDINGS
 
 from hamt import HAMTConfig, HAMTForCausalLM
 from hamt.config import _RANGES, ROTATIONS
+from hamt.losses import AUXILIARY_LOSSES
 from hamt.memory import WRITE_RULES
+from hamt.memory.precision import PRECISIONS
 
 SIZES = {"vocab_size": 97, "hidden_dim": 32, "num_layers": 2, "num_slots": 3, "num_heads": 2}
 WHOLE = (
     *("hidden_dim", "hcm_dim", "num_layers", "num_slots", "num_heads", "chunk_size"),
     *("conv_kernel_size", "intermediate_dim", "attention_head_dim", "max_position_embeddings"),
-    *("sliding_window", "num_sinks"),
+    *("sliding_window", "num_sinks", "rotation_heads", "boundary_every"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
+BOOLS = (
+    *("use_gating", "use_auxiliary_loss", "gate_feedback", "key_feedback", "read_before_write"),
+    "normalize_state",
+)
 REAL = (
-    *("rotation_base", "decay_rate", "min_half_life", "max_half_life", "dropout"),
-    *("aux_loss_weight", "rms_norm_eps", "initializer_range"),
+    "slow_decay_rate",
+    *("rotation_base", "rotation_share", "decay_rate", "min_half_life", "max_half_life", "dropout"),
+    *("aux_loss_weight", "contrastive_temperature", "rms_norm_eps", "initializer_range"),
 )
 edges = {bound for name in REAL for bound in _RANGES.get(name, ())} | {math.nextafter(1, 0)}
 whole = st.sampled_from([0, 1, 2, 3, 4, 7, 8, 64, -1, True, "2", 2.0, None])
@@ -34,8 +41,12 @@ kinds = st.fixed_dictionaries(
         "binding_type": st.sampled_from(BINDINGS),
         "write_rule": st.sampled_from(list(WRITE_RULES)),
         "rotation": st.sampled_from(ROTATIONS),
-        "mixers": st.sampled_from(["memory", "full_attention", "sliding_attention"]),
-        **{name: st.booleans() for name in ("use_gating", "use_auxiliary_loss")},
+        "mixers": st.sampled_from(
+            ["memory", "hierarchical_memory", "full_attention", "sliding_attention"]
+        ),
+        "auxiliary_loss": st.sampled_from(AUXILIARY_LOSSES),
+        "state_precision": st.sampled_from(PRECISIONS),
+        **{name: st.booleans() for name in BOOLS},
     }
 )
 

@@ -14,11 +14,13 @@ from model_inputs import (
     tiny_model,
 )
 
+from hamt import HAMTModel
 from hamt.attention import FullAttention
 from hamt.block import HAMTMLP, HAMTBlock
 from hamt.convolution import ShortConvolution
-from hamt.layers import GatingNetwork, HAMTLayer, RetrievalHead, RMSNorm, Rotation
+from hamt.layers import GatingNetwork, HAMTLayer, RetrievalHead, RMSNorm
 from hamt.memory import WRITE_RULES, get_algebra
+from hamt.rotation import Rotation
 from hamt.sliding_attention import SlidingAttention
 
 WIDTH = 32
@@ -56,6 +58,7 @@ PARTS = {
 @pytest.mark.parametrize("options", [
     {}, {"use_gating": False}, {"write_rule": "convex"}, {"write_rule": "delta"},
     {"rotation": "data_dependent"}, {"binding_type": "elementwise", "rotation": "data_dependent"},
+    {"rotation": "learned", "rotation_share": 0.5, "rotation_heads": 1},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_by_itself_is_initialised_by_its_constructor(part, options, monkeypatch):
@@ -171,6 +174,81 @@ def test_frequencies_run_from_one_to_the_base_and_survive_a_cast():
     ratios = rotation[..., 1:] / rotation[..., :-1]
     assert_close(ratios, torch.full_like(ratios, 1000 ** (-1 / size)), 1e-6)
     assert torch.equal(layer.to(torch.bfloat16).rotation(inputs), rotation)
+
+
+@pytest.mark.parametrize("binding_type", ["phasor", "circular_conv"])
+@pytest.mark.parametrize("kind", ["constant", "learned", "data_dependent"])
+def test_only_a_part_of_the_phases_of_some_heads_turns(kind, binding_type):
+    """The first ones, at frequencies from fast to slow that are spread over the part."""
+    part = {"rotation_share": 0.25, "rotation_heads": 1, "rotation_base": 1000}
+    layer = tiny_layer(rotation=kind, binding_type=binding_type, num_heads=2, **part).double()
+    inputs, size = random_inputs(2, 5), layer.memory.key_size
+    turning, rotation = size // 4, layer.rotation(inputs)
+    assert rotation.shape[2:] == (2, size)
+    assert not rotation[:, :, 1].any()
+    assert not rotation[..., turning:].any()
+    powers = 1000 ** (-torch.arange(turning).double() / turning)
+    found = rotation[:, :, 0, :turning]
+    if kind == "data_dependent":
+        own = F.linear(inputs, layer.rotation.weight)
+        assert own.shape[-1] == turning
+        found = found - layer.memory.algebra.key(own)
+    if kind == "learned":
+        powers = layer.rotation.log_frequency.exp()
+    expected = layer.memory.algebra.key(powers)
+    assert_close(found, expected.expand_as(found), 1e-6)
+
+
+def test_signs_turn_in_part_too():
+    part = {"rotation_share": 0.25, "rotation_heads": 1}
+    layer = tiny_layer(binding_type="elementwise", rotation="data_dependent", **part)
+    with torch.no_grad():
+        layer.rotation.weight.normal_(std=10)
+    rotation, turning = layer.rotation(random_inputs(2, 50)), layer.memory.key_size // 4
+    assert rotation.abs().eq(1).all()
+    assert rotation[:, :, 1].eq(1).all()
+    assert rotation[..., turning:].eq(1).all()
+    assert (rotation[:, :, 0, :turning] < 0).any(dim=(0, 1)).all()
+
+
+def test_learned_frequencies_start_slow_for_every_head_and_survive_casts(tmp_path):
+    model = tiny_model(rotation="learned", rotation_base=1000)
+    rotation = HAMTLayer(model.config).rotation  # as it is initialised
+    found, size = rotation(torch.zeros(1, 1, WIDTH)), rotation.key_size
+    assert found.shape == (1, 1, 2, size)
+    expected = 0.1 * 1000 ** (-torch.arange(size) / size)
+    assert_close(found, expected.expand_as(found), 1e-6)
+    before = model.model.layers[0].mixer.rotation.log_frequency.detach().clone()
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        loaded = HAMTModel.from_pretrained(tmp_path, dtype=dtype)
+        for cast in (model, loaded, loaded.half(), loaded.float()):
+            frequency = cast.model.layers[0].mixer.rotation.log_frequency
+            assert frequency.dtype == torch.float32
+            assert torch.equal(frequency, before)
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert model.double().model.layers[0].mixer.rotation.log_frequency.dtype == torch.float64
+
+
+def test_learned_frequencies_have_the_gradient_of_their_literal_sum():
+    """By finite differences of a loss after 20 tokens, in every form that the layer has."""
+    layer, inputs = tiny_layer(rotation="learned", rotation_heads=1), random_inputs(1, 20)
+    weight = layer.rotation.log_frequency
+
+    def loss(log_frequency):
+        found = torch.func.functional_call(
+            layer, {"rotation.log_frequency": log_frequency}, (inputs,)
+        )
+        return found[0].square().sum()
+
+    (found,) = torch.autograd.grad(loss(weight), weight)
+    assert found.ne(0).sum() == weight.numel() == layer.memory.key_size
+    with torch.no_grad():
+        for i in range(0, len(weight), 5):
+            step = torch.zeros_like(weight)
+            step[i] = 1e-5
+            slope = (loss(weight + step) - loss(weight - step)) / 2e-5
+            assert found[i].item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-7)
 
 
 def test_a_turn_is_computed_in_float32_whatever_the_layer_is():

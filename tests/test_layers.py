@@ -80,12 +80,16 @@ def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
         unbinding_key = algebra.key(layer.retrieval.key_proj(c).view(heads, -1))
         read = (layer.retrieval.read_proj(c) + layer.retrieval.read_bias).view(heads, -1)
         if config.rotation != "none":
-            size = key.shape[-1]
+            size, turning = round(key.shape[-1] * config.rotation_share), config.rotation_heads
             powers = [config.rotation_base ** (-i / size) for i in range(size)]
             turn = torch.tensor(powers if algebra.has_phase else [1.0] * size, dtype=torch.float64)
             if config.rotation == "data_dependent":
-                turn = turn + (layer.rotation.weight @ c).view(heads, size)
-            position = algebra.compose(algebra.key(turn), position)
+                turn = turn + (layer.rotation.weight @ c).view(turning or heads, size)
+            if config.rotation == "learned":
+                turn = layer.rotation.log_frequency.view(turning or heads, size).exp()
+            rho = torch.full_like(key, algebra.identity)
+            rho[:turning, :size] = algebra.key(turn)
+            position = algebra.compose(rho, position)
             key, unbinding_key = (algebra.compose(x, position) for x in (key, unbinding_key))
         logits = layer.gating.weight @ c + layer.gating.bias
         glance = torch.einsum("hs,hsf->hf", read, at_boundary)
@@ -156,7 +160,8 @@ def consolidation_gate(boundary, fast: Tensor, slow: Tensor) -> Tensor:
 )
 @variants
 def test_the_layer_is_its_equations(options, extra):
-    layer = tiny_layer(**options | extra, rotation_base=100, decay_rate=0.05)
+    none = {"rotation_share": 1, "rotation_heads": None} if "rotation" in extra else {}
+    layer = tiny_layer(**options | extra | none, rotation_base=100, decay_rate=0.05)
     inputs = random_inputs(2, 19)
     outputs = layer(inputs)[0]
     for row, output in zip(inputs, outputs, strict=True):

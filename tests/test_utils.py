@@ -19,6 +19,8 @@ COUNTED = ("projections", "memory", "mlp", "head")  # what torch counts: the res
     {"binding_type": "elementwise"},
     {"binding_type": "circular_conv", "hcm_dim": 48},
     {"rotation": "data_dependent"},
+    {"rotation": "data_dependent", "rotation_share": 0.5, "rotation_heads": 1},
+    {"rotation": "learned"},
     {"use_gating": False, "use_output_gate": False},
     {"intermediate_dim": 0, "conv_kernel_size": 0, "tie_word_embeddings": False},
 ], ids=str)  # fmt: skip

@@ -14,8 +14,9 @@ from hamt.config import HAMTConfig
 from hamt.convolution import ShortConvolution
 from hamt.hierarchical_memory import Consolidation
 from hamt.loading import refuse_incomplete
-from hamt.parts import GatingNetwork, RetrievalHead, Rotation
+from hamt.parts import GatingNetwork, RetrievalHead
 from hamt.products import fuse, unfuse
+from hamt.rotation import Rotation
 
 _BODY = ("embed_tokens.", "layers.", "norm.")  # what a backbone is made of
 # The maps that an adapter of PEFT trains if it is not told which: into and out of a mixer.
@@ -58,7 +59,12 @@ class HAMTPreTrainedModel(PreTrainedModel):
             init.copy_(module.bias, module.initial_bias())
             if module.weight is not None:
                 init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
-        elif isinstance(module, Rotation | Feedback):
+        elif isinstance(module, Rotation):
+            if module.weight is not None:
+                init.zeros_(module.weight)
+            if module.log_frequency is not None:
+                init.copy_(module.log_frequency, module.initial_log_frequency())
+        elif isinstance(module, Feedback):
             for weight in module.parameters():
                 init.zeros_(weight)
         elif isinstance(module, Consolidation):

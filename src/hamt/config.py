@@ -6,15 +6,17 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from hamt.losses import AUXILIARY_LOSSES
 from hamt.memory import WRITE_RULES, get_algebra
 from hamt.memory.precision import PRECISIONS
 from hamt.mixers import GATING_NETWORKS, MIXERS, RETRIEVAL_HEADS, look_up
 
-ROTATIONS = ("none", "constant", "data_dependent")
+ROTATIONS = ("none", "constant", "data_dependent", "learned")
 CHOICES = {
     "write_rule": WRITE_RULES,
     "state_precision": PRECISIONS,
     "rotation": ROTATIONS,
+    "auxiliary_loss": AUXILIARY_LOSSES,
     "gating_network": GATING_NETWORKS,
     "retrieval_head": RETRIEVAL_HEADS,
 }
@@ -36,6 +38,7 @@ _RANGES = {
     "min_half_life": (0.01, 1e12),
     "max_half_life": (0.01, 1e12),
     "aux_loss_weight": (0, 1e6),
+    "contrastive_temperature": (1e-3, 1e3),
     "rms_norm_eps": (1e-12, 1),
     "initializer_range": (1e-6, 1e3),
 }
@@ -64,11 +67,15 @@ class HAMTConfig(PreTrainedConfig):
         write_rule: ``gated`` (forget and write gates), ``convex`` (one gate for both) or ``delta``
             (error-correcting, see ``hamt.memory.write_rules``).
         rotation: ``none``, ``constant`` (position keys at many time scales; where the binding has
-            phases) or ``data_dependent`` (each token turns the position by an angle, or sign, of
-            its own: state tracking). What is recalled at a lag that varies loses the phases that
-            turn fast.
+            phases), ``learned`` (the same with a learned frequency for each head and phase, ten
+            times as slow at initialisation) or ``data_dependent`` (each token turns the position by
+            an angle, or sign, of its own: state tracking). What is recalled at a lag that varies
+            loses the phases that turn fast.
         rotation_base: the slowest phase turns by 1 / rotation_base radians a token, the fastest by
             1.
+        rotation_share: the share of each head's phases (or signs) that turn; the frequencies are
+            spread over them, the rest stay at the identity.
+        rotation_heads: how many heads turn, the first ones; None is all.
         decay_rate: λ of the convex rule, the share forgotten at every token; and what the fast
             slots of a hierarchical memory forget beside what their gates let go.
         slow_decay_rate: the share that slow slots of a hierarchical memory forget at every token.
@@ -82,7 +89,8 @@ class HAMTConfig(PreTrainedConfig):
             a scale for each slot; ``float32`` does not round.
         min_half_life: half-life in tokens of the fastest slot at initialisation.
         max_half_life: half-life in tokens of the slowest slot at initialisation.
-        chunk_size: tile of the chunked form in tokens; changes speed, never a result.
+        chunk_size: tile of the chunked form in tokens; changes speed, never a result (the auxiliary
+            loss asks for the items of one tile).
         conv_kernel_size: width of the short convolution; 0 leaves it out.
         use_gating: gates depend on the token; False leaves a learned constant for each slot.
         use_output_gate: multiply the read-out by SiLU(W_g x).
@@ -98,8 +106,12 @@ class HAMTConfig(PreTrainedConfig):
             leaves the MLP out.
         max_position_embeddings: advisory, the context trained on; the memory has no length limit.
         dropout: after the mixer and after the MLP.
-        use_auxiliary_loss: add the reconstruction loss (``hamt.losses``) in training.
-        aux_loss_weight: weight of the reconstruction loss.
+        use_auxiliary_loss: add a loss in training that asks the memory for what it was given.
+        aux_loss_weight: weight of the auxiliary loss.
+        auxiliary_loss: ``reconstruction`` (1 - cosine of stored and retrieved items) or
+            ``contrastive`` (InfoNCE: tell an item from others that the same state holds; see
+            ``hamt.losses``).
+        contrastive_temperature: what the contrastive loss divides cosines by.
         rms_norm_eps: ε of every RMSNorm.
         initializer_range: standard deviation of embeddings.
         tie_word_embeddings: the head is the embedding, transposed.
@@ -128,6 +140,8 @@ class HAMTConfig(PreTrainedConfig):
     write_rule: str = "gated"
     rotation: str = "none"
     rotation_base: float | int = 10_000.0
+    rotation_share: float | int = 1.0
+    rotation_heads: int | None = None
     decay_rate: float | int = 0.001
     slow_decay_rate: float | int = 0.0001
     boundary_every: int = 64
@@ -152,6 +166,8 @@ class HAMTConfig(PreTrainedConfig):
     dropout: float | int = 0.0
     use_auxiliary_loss: bool = False
     aux_loss_weight: float | int = 0.05
+    auxiliary_loss: str = "reconstruction"
+    contrastive_temperature: float | int = 0.1
     rms_norm_eps: float | int = 1e-6
     initializer_range: float | int = 0.02
     use_cache: bool = True
@@ -254,11 +270,40 @@ class HAMTConfig(PreTrainedConfig):
             size = self.attention_head_dim
             size = usual_head_dim(self.hidden_dim) if size is None else size
             check_head_dim(size, self.hidden_dim)
-        if self.rotation == "constant" and not get_algebra(self.binding_type).has_phase:
+        self._check_rotation()
+
+    def _check_rotation(self) -> None:
+        algebra = get_algebra(self.binding_type)
+        if self.rotation in ("constant", "learned") and not algebra.has_phase:
             raise ValueError(
-                "rotation='constant' needs a binding with phases: use rotation='none' or "
+                f"rotation={self.rotation!r} needs a binding with phases: use rotation='none' or "
                 "'data_dependent', or binding_type phasor or circular_conv"
             )
+        share, heads = self.rotation_share, self.rotation_heads
+        if not 0 < share <= 1:
+            raise ValueError(f"rotation_share must lie in (0, 1]; got {share}")
+        if heads is not None and not 1 <= heads <= self.num_heads:
+            raise ValueError(
+                f"rotation_heads must lie in [1, num_heads = {self.num_heads}]; got {heads}"
+            )
+        if self.rotation == "none" and (share, heads) != (1, None):
+            raise ValueError(
+                "rotation_share and rotation_heads say which part turns: they need a rotation, "
+                f"{', '.join(ROTATIONS[1:])}"
+            )
+        assert self.hcm_dim is not None  # filled in above
+        size = algebra.key_size(self.hcm_dim // self.num_heads)
+        least = 2 if algebra.name == "circular_conv" else 1  # whose first phase never turns
+        if share < 1 and self.turning(size)[1] < least:
+            raise ValueError(
+                f"rotation_share must let at least {least} of the {size} numbers of a head's key "
+                f"turn, as {min(least / size, 1):g} does; got {share}"
+            )
+
+    def turning(self, key_size: int) -> tuple[int, int]:
+        """How many heads turn and, of the ``key_size`` phases or signs of each, how many."""
+        heads = self.num_heads if self.rotation_heads is None else self.rotation_heads
+        return heads, round(self.rotation_share * key_size)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "HAMTConfig":

@@ -224,6 +224,15 @@ class HierarchicalHAMTLayer(HAMTLayer):
         config = self.config
         return both_tiers(gates, self.token_rule, config.decay_rate, config.slow_decay_rate)
 
+    @classmethod
+    def operations(cls, config: HAMTConfig, length: int) -> dict[str, float]:
+        """As ``HAMTLayer.operations``, and ``consolidation``, a token's share of a boundary."""
+        assert config.hcm_dim is not None
+        slots = config.num_slots
+        at_boundary = 2.0 * slots * (slots + SUMMARY) * config.hcm_dim
+        counted = super().operations(config, length)
+        return {**counted, "consolidation": at_boundary / config.boundary_every}
+
     def summary(self) -> str:
         """The memory's sizes and rules."""
         return f"{super().summary()}, half of the slots slow"

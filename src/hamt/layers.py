@@ -24,13 +24,14 @@ from hamt.batch import Batch
 from hamt.boundaries import Boundary, Feedback, Segment, boundary_options, cut, run_segments
 from hamt.config import HAMTConfig
 from hamt.convolution import ConvolvedMixer
-from hamt.losses import reconstruction_loss
+from hamt.losses import contrastive_loss, reconstruction_loss
 from hamt.memory import WRITE_RULES, Gates, HolographicMemory, MemoryState, get_algebra
 from hamt.mixers import GATING_NETWORKS, RETRIEVAL_HEADS, State, look_up
-from hamt.parts import GatingNetwork, RetrievalHead, RMSNorm, Rotation, as_keys, residual_linear
+from hamt.parts import GatingNetwork, RetrievalHead, RMSNorm, as_keys, residual_linear
 from hamt.products import FusedLinear, has_extra_behaviour, plain_weights, project
+from hamt.rotation import Rotation
 
-__all__ = ["GatingNetwork", "HAMTLayer", "RetrievalHead", "Rotation", "as_keys"]
+__all__ = ["GatingNetwork", "HAMTLayer", "RetrievalHead", "as_keys"]
 
 
 class HAMTLayer(ConvolvedMixer):
@@ -107,7 +108,7 @@ class HAMTLayer(ConvolvedMixer):
     ) -> tuple[Tensor, State, Tensor | None]:
         """Mix a sequence, or continue one from ``state``; see ``Mixer.forward``.
 
-        The auxiliary loss is the reconstruction loss, in training with ``use_auxiliary_loss``.
+        The auxiliary loss is computed in training with ``use_auxiliary_loss`` (``hamt.losses``).
 
         Raises:
             ValueError: if ``state`` is another model's.
@@ -131,10 +132,14 @@ class HAMTLayer(ConvolvedMixer):
                 new_state["held"] = held
         aux_loss = None
         if self.training and self.config.use_auxiliary_loss:
-            told = tokens.rotation, batch.documents, batch.mask
-            aux_loss = reconstruction_loss(
-                self.memory, tokens.items, tokens.keys, gates, *told
-            ).loss
+            aux_loss = self.auxiliary_loss(
+                tokens.items,
+                tokens.keys,
+                gates,
+                rotation=tokens.rotation,
+                documents=batch.documents,
+                mask=batch.mask,
+            )
         new_state["slots"] = carried.slots
         if carried.position_key is not None:
             new_state["position_key"] = carried.position_key
@@ -195,6 +200,16 @@ class HAMTLayer(ConvolvedMixer):
         """The gates of all slots, from c (B, N, d); see ``GatingNetwork.forward``."""
         return self.gating(conditioned, *products, **given)
 
+    def auxiliary_loss(
+        self, items: Tensor, keys: Tensor, gates: Gates, **told: Tensor | None
+    ) -> Tensor:
+        """The loss that ``auxiliary_loss`` of the configuration names, of what is written."""
+        written = (self.memory, items, keys, gates)
+        if self.config.auxiliary_loss == "contrastive":
+            temperature = self.config.contrastive_temperature
+            return contrastive_loss(*written, temperature=temperature, **told).loss
+        return reconstruction_loss(*written, **told).loss
+
     def _project(self, conditioned: Tensor) -> "_Projected":
         """What tokens c (B, N, d) give the memory."""
         products, logits = None, []
@@ -224,14 +239,15 @@ class HAMTLayer(ConvolvedMixer):
 
         ``projections`` are matrix products; ``memory`` is decay, write and read of every slot,
         ``binding`` the lift, bind, unbind and lower of an item, ``elementwise`` convolution, gates,
-        norm of a head and output gate.
+        norm of a head and output gate; ``feedback``, if asked for, what it reads and its maps.
         """
         assert config.hcm_dim is not None
         d, big, heads, slots = config.hidden_dim, config.hcm_dim, config.num_heads, config.num_slots
         algebra, rule = get_algebra(config.binding_type), WRITE_RULES[config.write_rule]()
         keys = heads * algebra.key_size(big // heads)
-        gates = sum(rule.logit_sizes(heads, slots))
-        turns = keys if config.rotation == "data_dependent" else 0
+        gates = sum(rule.logit_sizes(heads, cls.writing_config(config).num_slots))
+        turning = math.prod(config.turning(keys // heads))
+        turns = turning if config.rotation == "data_dependent" else 0
         columns = big + 2 * keys + heads * slots + turns  # items, both keys, read weights
         columns += gates * config.use_gating + big * config.use_output_gate
         bind = 3 * big if algebra.has_phase else big  # four products and two sums for a pair
@@ -240,13 +256,17 @@ class HAMTLayer(ConvolvedMixer):
         # Positions, and their composition with both keys.
         elementwise += 3 * keys * (config.rotation != "none")
         elementwise += 3 * gates + 4 * big + 3 * big * config.use_output_gate
-        return {
+        counted = {
             "projections": 2.0 * d * columns + 2 * big * d,
             "memory": float(rule.operations * slots * big),
             # Lifted twice, lowered once.
             "binding": 2.0 * bind + 3 * lift + (4 * keys if algebra.has_phase else 2 * keys),
             "elementwise": float(elementwise),
         }
+        if config.gate_feedback or config.key_feedback:
+            mapped = gates * config.gate_feedback + keys * config.key_feedback
+            counted["feedback"] = 2.0 * slots * big + bind + lift + 2 * big * mapped / heads
+        return counted
 
 
 class _Projected(NamedTuple):

@@ -1,4 +1,4 @@
-"""The parts of the memory as a mixer: gates, what to read, positions; and what all layers share.
+"""The parts of the memory as a mixer: gates, what to read; and what all layers share.
 
 Shape legend: B batch, N tokens, d hidden_dim, H heads, S slots, F features of an item, K key size.
 """
@@ -110,37 +110,6 @@ class RetrievalHead(nn.Module):
         keys = as_keys(raw, self.num_heads, self.algebra)
         read = read.to(keys.dtype) + self.read_bias
         return keys, read.unflatten(-1, (self.num_heads, -1))
-
-
-class Rotation(nn.Module):
-    """The turn of the position at each token: c (B, N, d) -> ρ (B, N, H, K) or (1, 1, 1, K).
-
-    Phases start as the frequencies of rotary position embeddings (Su et al. 2021, arXiv
-    2104.09864): one turn takes from 2π to 2π · rotation_base tokens. Signs start at +1. A
-    data-dependent rotation adds a linear map of the token, initially zero.
-    """
-
-    def __init__(self, config: HAMTConfig, algebra: Algebra, key_size: int) -> None:
-        super().__init__()
-        self.config, self.algebra, self.key_size = config, algebra, key_size
-        size = config.num_heads * key_size
-        data_dependent = config.rotation == "data_dependent"
-        self.weight = nn.Parameter(torch.zeros(size, config.hidden_dim)) if data_dependent else None
-
-    def forward(self, conditioned: Tensor) -> Tensor:
-        """Return keys of the algebra, in float32 at least."""
-        wide = torch.promote_types(conditioned.dtype, torch.float32)
-        # Not a buffer: casting the model to bfloat16 must not cast the frequencies.
-        power = torch.arange(self.key_size, device=conditioned.device, dtype=wide) / self.key_size
-        base = (
-            self.config.rotation_base**-power if self.algebra.has_phase else torch.ones_like(power)
-        )
-        if self.weight is None:
-            return self.algebra.key(base)[None, None, None]
-        # As for the gates: errors of a bfloat16 angle would add up from token to token.
-        with torch.autocast(conditioned.device.type, enabled=False):
-            turn = linear(conditioned.to(wide), self.weight.to(wide))
-        return self.algebra.key(turn.unflatten(-1, (self.config.num_heads, -1)) + base)
 
 
 def as_keys(raw: Tensor, num_heads: int, algebra: Algebra) -> Tensor:

@@ -1,7 +1,11 @@
 """hamt quick-train: runs that differ are told apart, and each keeps its result."""
 
+import json
+import re
+
 import pytest
 from command_inputs import fails, read_json, words
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hamt.cli import main
 from hamt.training.quick_train import FOLDER, QuickTrainOptions, folder_of
@@ -40,7 +44,11 @@ def test_each_run_of_a_loop_keeps_its_result_and_its_loss_is_printed(
     for slots in (2, 4):
         options = words(**TINY, data=text, num_steps=1, num_slots=slots)
         assert main(["quick-train", *options]) == 0
-        assert "reconstruction loss" in capsys.readouterr().out, "also without --use_aux_loss"
+        shown = capsys.readouterr().out
+        loss, cosine = re.search(
+            r"reconstruction loss (\S+) \(held out\): cosine (\S+) of stored", shown
+        ).groups()  # also without --use_aux_loss
+        assert float(loss) == pytest.approx(1 - float(cosine), abs=0.0011)
     folders = (tmp_path / "checkpoints").iterdir()
     runs = {read_json(folder / "config.json")["num_slots"]: folder for folder in folders}
     assert runs.keys() == {2, 4}
@@ -55,9 +63,22 @@ def test_each_run_of_a_loop_keeps_its_result_and_its_loss_is_printed(
     assert "was written by hamt quick-train, not by hamt train" in error
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_hamt_train_prints_the_auxiliary_loss_where_it_is_computed(text, tmp_path, capsys, asked):
-    options = {**TINY, "data": text, "num_steps": 1, "output_dir": tmp_path}
-    options |= {"use_aux_loss": True} if asked else {}
-    assert main(["train", *words(**options)]) == 0
-    assert ("reconstruction loss of the last step" in capsys.readouterr().out) == asked
+@pytest.mark.parametrize("asked", [None, "reconstruction", "contrastive"])
+def test_hamt_train_tells_of_the_auxiliary_loss_where_it_is_computed(text, tmp_path, capsys, asked):
+    """By its name, at the end and in TensorBoard."""
+    options = {**TINY, "data": text, "num_steps": 2, "log_interval": 2, "output_dir": tmp_path}
+    options |= {"use_aux_loss": True, "auxiliary_loss": asked} if asked else {}
+    assert main(["train", *words(**options), "--use_tensorboard"]) == 0
+    shown = capsys.readouterr().out
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert ("train/auxiliary_loss" in events.Tags()["scalars"]) == bool(asked)
+    for name in ("reconstruction", "contrastive"):
+        assert (f"{name} loss of the last step" in shown) == (name == asked)
+    assert ("memories, asked for held-out items: cosine 0." in shown) == bool(asked)
+    if asked:
+        (event,) = events.Scalars("train/auxiliary_loss")  # the mean of both steps
+        losses = []
+        for line in (tmp_path / "log.jsonl").read_text().splitlines():
+            losses += [json.loads(line).get("auxiliary_loss")]
+        assert event.value == pytest.approx(next(x for x in losses if x is not None))
+        assert 0 < event.value < (1.2 if asked == "reconstruction" else 12)

@@ -28,6 +28,7 @@ from hamt.layers import HAMTLayer
 from hamt.memory import Gates, HolographicMemory, MemoryState, Tokens
 from hamt.memory.forms import positions_of
 from hamt.model import HAMTForCausalLM
+from hamt.rerouting import rerouted
 
 SEGMENT = 1024  # tokens of a long text that are read at a time
 
@@ -157,30 +158,6 @@ def _observe(mixer: HAMTLayer, observer: Callable[[Trace], None], stack: ExitSta
     stack.enter_context(mixer.register_forward_hook(done))
     if mixer.gate_proj is not None:
         stack.enter_context(mixer.gate_proj.register_forward_hook(gated))
-
-
-@contextmanager
-def rerouted(mixer: HAMTLayer, run: Callable[..., tuple[Tensor, MemoryState]]) -> Iterator[None]:
-    """Within this context, ``run`` is called in place of a layer's memory."""
-    memory = mixer.memory
-    mixer.memory = _Rerouted(memory, run)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        mixer.memory = memory
-
-
-class _Rerouted:
-    """Calls ``run``; all its attributes are those of the memory."""
-
-    def __init__(self, memory: HolographicMemory, run: Callable) -> None:
-        self._memory, self._run = memory, run
-
-    def __call__(self, *tensors: Any, **options: Any) -> tuple[Tensor, MemoryState]:
-        return self._run(*tensors, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._memory, name)
 
 
 def _trace(

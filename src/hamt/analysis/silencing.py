@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hamt.analysis.record import memory_layers, rerouted
+from hamt.analysis.record import memory_layers
 from hamt.cross_entropy import head_loss
 from hamt.memory.holographic import HolographicMemory, MemoryState
 from hamt.model import HAMTForCausalLM
+from hamt.rerouting import rerouted
 
 ROWS = 16  # slots that are silenced at a time, each in a row of the batch of its own
 

@@ -47,7 +47,7 @@ def accumulate_positions(
         p (1 or B, N, 1 or H, K), phases in [-π, π] or signs, and its last entry (B, 1 or H, K).
     """
     first = None if documents is None else _starts(documents)
-    constant = rotation.shape[1] == 1 and algebra.has_phase and not rotation.requires_grad
+    constant = rotation.shape[1] == 1 and algebra.has_phase
     if constant and rotation.device.type != "mps":  # which has no float64
         positions = wrap_steps(rotation, _steps(first, mask, length, rotation.device))
     else:

@@ -8,7 +8,7 @@ from hamt.errors import UserError
 from hamt.options import parse
 from hamt.recipes import find_recipe, recipe_names
 from hamt.training.options import TrainOptions
-from hamt.training.run import train_model
+from hamt.training.run import held_out_fidelity, train_model
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -23,7 +23,9 @@ def main(arguments: Sequence[str]) -> int:
         f"{run.result.tokens_per_second:,.0f} tokens/s; all is in {options.output_dir}"
     )
     if run.result.final_aux_loss is not None:
-        console.print(f"reconstruction loss of the last step {run.result.final_aux_loss:.3f}")
+        name, loss = run.model.config.auxiliary_loss, run.result.final_aux_loss
+        console.print(f"{name} loss of the last step {loss:.3f}")
+        console.print(f"memories, asked for held-out items: {held_out_fidelity(run)}")
     step, best = min(run.result.held_out, key=lambda measured: measured[1].nats_per_token)
     checkpoint = options.output_dir
     if 0 < step < run.result.steps:

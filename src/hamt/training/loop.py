@@ -143,6 +143,7 @@ class Trainer(Generic[T]):
         self.carried: list[HAMTCache | None] = [None] * options.micro_batches
         self.result: TrainingResult[T] = TrainingResult()
         self.recent: list[tuple[float, float]] = []  # loss and norm of steps since the last record
+        self.recent_aux: list[float] = []  # their auxiliary losses, where there are any
 
     def train(
         self, batches: Iterator[Batch], begins: Callable[[int], bool] = lambda step: False
@@ -235,6 +236,8 @@ class Trainer(Generic[T]):
             self.carried = carried_before
         else:
             self.recent.append((loss, norm))
+            if aux_loss is not None:
+                self.recent_aux.append(aux_loss.item())
         result.steps += 1
         result.skipped += leave_out
         result.tokens += batch["input_ids"].numel() * accelerator.num_processes
@@ -285,7 +288,9 @@ class Trainer(Generic[T]):
             return
         result = self.result
         losses, norms = zip(*self.recent, strict=True)
+        auxiliary = list(self.recent_aux)
         self.recent.clear()
+        self.recent_aux.clear()
         result.final_loss = sum(losses) / len(losses)
         result.train_losses.append((result.steps, result.final_loss))
         record = {
@@ -297,6 +302,8 @@ class Trainer(Generic[T]):
             "seconds": result.seconds,
             "tokens_per_second": result.tokens_per_second,
         }
+        if auxiliary:  # as it is, without its weight; the loss has it in
+            record["auxiliary_loss"] = sum(auxiliary) / len(auxiliary)
         if self.peak_tokens_per_second:
             record["flop_utilization"] = result.tokens_per_second / self.peak_tokens_per_second
         for listener in self.listeners:

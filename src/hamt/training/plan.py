@@ -180,7 +180,8 @@ def check_options(options: TrainOptions) -> None:
         raise UserError(
             "--tbptt_segments needs --order contiguous: shuffled blocks have nothing to carry along"
         )
-    free = {"dropout", "use_auxiliary_loss", "aux_loss_weight", "chunk_size"}
+    free = {"dropout", "use_auxiliary_loss", "aux_loss_weight", "auxiliary_loss"}
+    free |= {"contrastive_temperature", "chunk_size"}
     named = {"size": options.size, "tokenizer": options.tokenizer, **options.architecture()}
     given = sorted(name for name in named.keys() - free if named[name] is not None)
     if options.init_from and given:

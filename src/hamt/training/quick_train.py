@@ -17,7 +17,7 @@ from hamt.training.run import (
     QUICK,
     WRITTEN,
     compare_with_ngrams,
-    reconstruction_loss,
+    held_out_fidelity,
     run_folder,
     train_model,
 )
@@ -75,10 +75,8 @@ def main(arguments: Sequence[str]) -> int:
         f"final loss {run.result.final_loss:.3f} (training), {run.final} (held out); "
         f"unigram {unigram:.3f}, bigram {bigram:.3f}"
     )
-    if (retrieved := reconstruction_loss(run)) is not None:
-        console.print(
-            f"reconstruction loss {retrieved:.3f} (held out; 1 - cosine of stored and retrieved)"
-        )
+    if (retrieved := held_out_fidelity(run)) is not None:
+        console.print(f"reconstruction loss {1 - retrieved.cosine:.3f} (held out): {retrieved}")
     console.print(f"{run.result.tokens_per_second:,.0f} tokens/s; wrote {path}")
     console.print(f"try: {try_command('Fellow citizens', training.output_dir)}")
     return 0

@@ -30,6 +30,7 @@ from hamt.training.checkpoints import (
 )
 from hamt.training.divergence import DivergenceError
 from hamt.training.estimate import disk_bytes, peak_tokens_per_second, print_estimate
+from hamt.training.fidelity import Fidelity, fidelity
 from hamt.training.held_out import Loss, every_for, held_out_loss
 from hamt.training.loop import Listener, Trainer, TrainingResult
 from hamt.training.ngrams import ngram_losses
@@ -49,7 +50,7 @@ WRITTEN = (
 
 
 QUICK = "hamt_quick_*steps.pt"  # what hamt quick-train writes beside
-RECONSTRUCTED = 1024  # held-out tokens at most, of which the auxiliary loss is computed
+ASKED = 1024  # held-out tokens at most, of which memories are asked for the items
 
 
 @dataclass
@@ -205,22 +206,10 @@ def compare_with_ngrams(run: FinishedRun, output: Output) -> tuple[float, float]
     return unigram, bigram
 
 
-def reconstruction_loss(run: FinishedRun) -> float | None:
-    """The auxiliary loss of held-out text, also of a model that was not trained on it.
-
-    None for a model without a memory.
-    """
-    model, held_out = run.model, run.corpus.held_out
-    ids = torch.tensor(held_out.ids[:RECONSTRUCTED].astype(int))
-    asked = model.config.use_auxiliary_loss
-    model.config.use_auxiliary_loss = True
-    try:
-        with torch.no_grad():
-            auxiliary = model.train()(ids[None].to(model.device)).aux_loss
-    finally:
-        model.config.use_auxiliary_loss = asked
-        model.eval()
-    return None if auxiliary is None else auxiliary.item()
+def held_out_fidelity(run: FinishedRun) -> Fidelity | None:
+    """How well the memories give held-out items back; None for a model without a memory."""
+    ids = torch.tensor(run.corpus.held_out.ids[:ASKED].astype(int))
+    return fidelity(run.model, ids[None])
 
 
 class _Saver(Listener[Loss]):

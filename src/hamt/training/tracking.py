@@ -26,7 +26,10 @@ from hamt.training.plan import Plan
 
 LOG = "log.jsonl"
 # What of a record goes to the loggers, which count steps and time themselves.
-LOGGED = ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "flop_utilization")
+LOGGED = (
+    *("loss", "auxiliary_loss", "gradient_norm"),
+    *("learning_rate", "tokens_per_second", "flop_utilization"),
+)
 
 
 class ProgressBar(Listener[Any]):
@@ -138,7 +141,8 @@ class _Loggers(Listener[Loss]):
             ) from error
 
     def logged(self, record: dict[str, Any]) -> None:
-        self.accelerator.log({f"train/{name}": record[name] for name in LOGGED}, record["step"])
+        values = {f"train/{name}": record[name] for name in LOGGED if name in record}
+        self.accelerator.log(values, record["step"])
 
     def evaluated(self, step: int, measured: Loss) -> None:
         values = {f"held_out/{name}": value for name, value in measured._asdict().items()}

@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[3]
 STUDIES = ("ablation", "state_tracking", "wikitext2")
 RECIPES = {name: load_recipe(ROOT / "studies" / f"{name}.yaml") for name in STUDIES}
 RECIPES["default"] = load_recipe(DEFAULT)
+for name in ("positions", "auxiliary"):
+    RECIPES[name] = load_recipe(ROOT / "studies" / f"{name}.yaml")
 NAMES = [(name, *pair) for name, recipe in RECIPES.items() for pair in names(recipe)]
 VOCAB_SIZES = {"wikitext2": 50257, "default": 2048}
 
@@ -165,6 +167,13 @@ def test_a_sweep_runs_what_is_missing_and_tabulates_it(recipe, tmp_path, capsys)
     assert "0 of 1 runs are there\ntext-same-0: " in shown
     shown = command("--variants", "base", "same", "--tasks", "text", "recall")
     assert "3 of 3 runs are there" in shown  # `same` is what the base is, by another name
+    for task in ("text", "recall", "parity"):
+        (file, *_) = results.glob(f"{task}-*.json")
+        measured = read_json(file)["fidelity"]
+        assert 0 < measured["cosine"] < 1
+        assert measured["mse"] > 0
+        assert 0 <= measured["accuracy"] <= 1
+    assert read_json(results / "text-transformer-0.json")["fidelity"] is None
     found = read_json(results / "text-slots-3-0.json")
     assert found["state_floats"] == 4 * 64 + 3 * 32
     assert found["tokens"] == 2 * 2 * 16
@@ -236,6 +245,28 @@ def test_the_table_gives_mean_and_standard_error_over_seeds(tmp_path):
     assert "base" not in tabulated(recipe, tmp_path)[1]
 
 
+def test_fidelity_is_tabulated_where_an_auxiliary_loss_trains_a_variant(tmp_path):
+    recipe = {**yaml.safe_load(TINY), "data": None}
+    for seed, cosine in ((0, 0.2), (1, 0.4)):
+        entry = result(recipe, seed, 1.0)
+        entry["fidelity"] = {"cosine": cosine, "mse": 2.0, "accuracy": 0.5}
+        (tmp_path / f"text-base-{seed}.json").write_text(json.dumps(entry), encoding="utf-8")
+    assert "right item" not in tabulated(recipe, tmp_path)[1]
+    recipe["variants"]["taught"] = {"tasks": ["text"], "use_auxiliary_loss": True}
+    entry = result(recipe, 0, 2.0)  # of a run that was measured before there was fidelity
+    entry["spec"] = resolve(recipe, "text", "taught")
+    (tmp_path / "text-taught-0.json").write_text(json.dumps(entry), encoding="utf-8")
+    text = tabulated(recipe, tmp_path)[1]
+    cells = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    shown = {row[1].strip(): [cell.strip() for cell in row[6:9]] for row in cells}
+    assert shown["variant"] == ["cosine", "MSE", "right item"]
+    spread = ["0.300 ± 0.100", "2.000 ± 0.000", "0.500 ± 0.000"]
+    assert shown["base"] == spread
+    assert shown["taught"] == ["–", "–", "–"]
+    assert "what memories give back of held-out items" in text
+    assert "right item" not in tabulated(recipe, tmp_path, ("recall",))[1]
+
+
 def test_a_run_that_diverges_has_no_figure_and_costs_no_other(recipe, tmp_path):
     spec = resolve(load_recipe(recipe), "text", "base")
     spec["training"]["learning_rate"] = 1e30
@@ -283,68 +314,3 @@ def test_the_file_of_a_run_of_another_recipe_is_not_overwritten(recipe, tmp_path
         in capsys.readouterr().err
     )
     assert read_json(file) == entry
-
-
-WRONG = [
-    (["--variants", "nothing"], "nothing; there are"),
-    (["--tasks", "nothing"], "nothing; there are"),
-    (["--recipe", "nowhere.yaml"], "no recipe nowhere.yaml"),
-    (["--recipe", __file__], "is not YAML"),
-    (["--workers", "0"], "--workers must be at least 1"),
-    (["--seeds", "-1"], "--seeds must lie in [0"),
-    (["--table", "table.txt"], "a .md file; got table.txt"),
-    (["--output_dir", f"{__file__}/below", "--tasks", "recall"], "choose another --output_dir"),
-]
-
-
-RECALL = "kind: recall, training: {batch_size: 2, num_steps: 2, learning_rate: 0.01}"
-NO_RECIPES = [
-    ("a: " + "[" * 3000, "nested too deeply"),
-    ("[1, 2]", "must have `tasks:` and `variants:`"),
-    ("tasks: {a: 3}\nvariants: {b: {}}", "a (in "),
-    ("tasks: {a: {kind: chess}}\nvariants: {b: {}}", "must be one of characters"),
-    ("tasks: {a: {kind: recall}}\nvariants: {b:}", "give batch_size, num_steps, learning_rate"),
-    ("tasks: {a: {kind: recall, training: 3}}\nvariants: {b:}", "training of a (in "),
-    ("tasks: {a: {kind: recall, task: 3}}\nvariants: {b:}", "task of a (in "),
-    (f"tasks: {{a: {{{RECALL}, task: {{long: 3}}}}}}\nvariants: {{b:}}", "no option long"),
-    (f"tasks: {{a: {{{RECALL}}}}}\nvariants: {{b: 3}}", "b (in "),
-    (f"tasks: {{a: {{{RECALL}}}}}\nvariants: {{b: {{rival: 3}}}}", "rival of b"),
-    (
-        "tasks: {a: {kind: text, training: {length: 2}}}\nvariants: {b:}",
-        "give batch_size, every, learning_rate, num_steps, text",
-    ),
-]
-
-
-@pytest.mark.parametrize(("text", "message"), NO_RECIPES)
-def test_what_is_no_recipe_is_told_in_one_line(text, message, tmp_path, capsys):
-    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
-    assert message in fails(["ablate", "--recipe", str(tmp_path / "mine.yaml")], capsys)
-
-
-@pytest.mark.parametrize(("options", "message"), WRONG)
-def test_mistakes_end_in_one_line(options, message, capsys):
-    assert message in fails(["ablate", *options], capsys)
-
-
-@pytest.mark.parametrize(("changed", "message"), [
-    (("base: {}", "base: {num_slot: 3}"), "there is no option num_slot"),
-    (("base: {}", "base: {num_heads: 7}"), "multiple of 2 * num_heads"),
-    (("base: {}", "base: {rival: {kind: rnn}}"), "no architecture rnn"),
-    (("base: {}", "base: {rival: {kind: mamba2}}"), "needs `parameters`"),
-    (("variants: {base: {}}", ""), "must have `tasks:` and `variants:`"),
-    (("kind: characters", "kind: nothing"), "the kind of text must be one of characters"),
-    (("", ""), "name the folder it is in with --data"),
-])  # fmt: skip
-def test_recipes_that_cannot_be_are_refused(changed, message, tmp_path, capsys):
-    text = """
-tasks:
-  text:
-    kind: characters
-    config: {hidden_dim: 32}
-    training: {length: 16, batch_size: 2, num_steps: 2, learning_rate: 0.01}
-variants: {base: {}}
-"""
-    (tmp_path / "recipe.yaml").write_text(text.replace(*changed), encoding="utf-8")
-    options = words(recipe=tmp_path / "recipe.yaml", output_dir=tmp_path / "out")
-    assert message in fails(["ablate", *options], capsys)

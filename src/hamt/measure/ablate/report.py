@@ -34,6 +34,8 @@ COLUMNS = {
     "recall": ("accuracy", "seeds", "steps to 0.99", "parameters", "state floats"),
     "counting": ("accuracy", "seeds", "median", "best"),
 }
+# And where an auxiliary loss trains some variant: fields of ``hamt.training.fidelity.Fidelity``.
+FIDELITY = {"cosine": "cosine", "MSE": "mse", "right item": "accuracy"}
 
 
 def page(done: Done, kinds: Mapping[str, str]) -> str:
@@ -56,11 +58,14 @@ def _table(done: Done, kinds: Mapping[str, str]) -> str:
     groups, columns = _groups(done), ["variant"]
     for task, kind in kinds.items():
         first, *more = COLUMNS[kind]
-        columns += [f"{task}: {first}", *more]
+        columns += [f"{task}: {first}", *more, *(FIDELITY if task in _asked(done) else ())]
     rows = [[variant] for variant in dict.fromkeys(run.variant for run, _ in done)]
     for row in rows:
         for task, kind in kinds.items():
-            row += _cells(groups.get((row[0], task), []), kind)
+            results = groups.get((row[0], task), [])
+            row += _cells(results, kind)
+            if task in _asked(done):
+                row += _fidelity(results)
     return markdown(columns, rows, text=(0,))
 
 
@@ -75,7 +80,26 @@ def _legend(done: Done, kinds: Mapping[str, str]) -> str:
     specs = {run.variant: run.spec for run, _ in done if architecture(run.spec) != "hamt"}
     named = grouped(specs, lambda name: full_name(architecture(specs[name]), specs[name]["rival"]))
     counted = [STATE] if any("state floats" in COLUMNS[kind] for kind in kinds.values()) else []
+    if _asked(done) & kinds.keys():
+        counted.append(
+            "Cosine, mean squared error (MSE) and right item: what memories give back of held-out "
+            "items against what they stored, and the share that is most like its own item of a "
+            "tile."
+        )
     return " ".join([*counted, *(f"{', '.join(names)}: {what}." for what, names in named.items())])
+
+
+def _asked(done: Done) -> set[str]:
+    """The tasks on which an auxiliary loss trains some variant."""
+    return {run.task for run, _ in done if run.spec["config"]["use_auxiliary_loss"]}
+
+
+def _fidelity(results: Sequence[Result]) -> list[str]:
+    """The cells of a variant under ``FIDELITY``."""
+    found = [result["fidelity"] for result in results if result.get("fidelity")]
+    if not found:
+        return ["–"] * len(FIDELITY)
+    return [with_error([each[name] for each in found], 3) for name in FIDELITY.values()]
 
 
 def _cells(results: Sequence[Result], kind: str) -> list[str]:

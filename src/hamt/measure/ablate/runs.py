@@ -26,11 +26,13 @@ from hamt.measure.task_training import HELD_OUT, accuracy, train_on_task
 from hamt.measure.workers import Stopper, whole
 from hamt.training.accelerator import make_accelerator
 from hamt.training.divergence import DivergenceError
+from hamt.training.fidelity import fidelity
 from hamt.training.held_out import Loss, every_for, held_out_loss
 from hamt.training.loop import LoopOptions, Trainer, seed_everything
 
 Spec = dict[str, Any]  # see ``hamt.measure.ablate.recipe.resolve``
 Measured = dict[str, Any]
+ASKED = 16  # held-out rows of which memories are asked for the items
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class AblationRun:
             needed <= content.keys()
             and all(type(content.get(name)) in (int, type(None)) for name in counts)
             and all(content.get(name) is None or is_number(content[name]) for name in figures)
+            and all(map(is_number, (content.get("fidelity") or {}).values()))
             and is_environment(content.get("environment"))
         )
 
@@ -227,12 +230,15 @@ def train_on_text(model: PreTrainedModel, text: Text, spec: Spec, seed: int) -> 
     )
     result = whole(trainer.train(batches.loader(0, options["num_steps"])))
     loss = measure(*text.figure)
+    ids = torch.tensor(text.figure[0].ids[: ASKED * length].astype(int))
+    rows = ids[: len(ids) // length * length].view(-1, length) if len(ids) > length else ids[None]
     return {
         "figure": loss.nats_per_token,
         "bits_per_byte": loss.bits_per_byte,
         "tokens": result.tokens,
         "seconds": result.seconds,
         "curve": result.held_out,
+        "fidelity": _fidelity(model, rows),
     }
 
 
@@ -249,8 +255,16 @@ def train_on_examples(model: PreTrainedModel, task: Task, spec: Spec, seed: int)
         beyond = slice(task.length, None)
         where: dict[str, Any] = {"length": longest, "positions": beyond, "seed": seed + HELD_OUT}
         figure = accuracy(model, task, num_examples=256, **where)
-    curve = {"curve": result.accuracies, "steps_to_99": result.steps_to_99}
+    curve: dict[str, Any] = {"curve": result.accuracies, "steps_to_99": result.steps_to_99}
+    rows, _ = task.sample(ASKED, torch.Generator().manual_seed(seed + HELD_OUT))
+    curve["fidelity"] = _fidelity(model, rows)
     return {"figure": figure, "seconds": result.seconds, **curve}
+
+
+def _fidelity(model: PreTrainedModel, rows: torch.Tensor) -> dict[str, float] | None:
+    """What memories give back, also of a model that no auxiliary loss trained; None without any."""
+    found = fidelity(model, rows)
+    return None if found is None else found._asdict()
 
 
 LOADERS: dict[str, Callable[[Spec, Path | None], Text | Task]] = {
