@@ -12,10 +12,11 @@ from model_inputs import assert_close, fit, random_ids
 from torch import nn
 
 from hamt import HAMTCache, HAMTConfig, HAMTModel
-from hamt.layers import as_keys
+from hamt.boundaries import Boundary
+from hamt.layers import HAMTLayer, as_keys
 from hamt.memory import FORMS, WRITE_RULES, Gates
 from hamt.memory.write_rules import Gated, WriteRule
-from hamt.mixers import MIXERS, RETRIEVAL_HEADS, Mixer
+from hamt.mixers import GATING_NETWORKS, MIXERS, RETRIEVAL_HEADS, Mixer
 
 
 class Strongest(WriteRule):
@@ -81,10 +82,59 @@ class SlotAttention(nn.Module):
         return keys, scores.softmax(dim=-1) * scores.shape[-1]
 
 
+class Perceptron(nn.Module):
+    """Gates by a perceptron of the token, and of what it read at the last boundary, if asked."""
+
+    def __init__(self, config):
+        super().__init__()
+        rule, self.heads = WRITE_RULES[config.write_rule], config.num_heads
+        self.rule = rule(config.decay_rate)
+        size = sum(self.rule.logit_sizes(config.num_heads, config.num_slots))
+        width = config.hidden_dim
+        self.mlp = nn.Sequential(nn.Linear(width, 32), nn.SiLU(), nn.Linear(32, size))
+
+    def forward(self, conditioned, feedback=None):
+        logits = self.mlp(conditioned).float()
+        return self.rule.gates(logits if feedback is None else logits + feedback, self.heads)
+
+
+class TakeOver(Boundary):
+    """The second half of the slots takes over a learned part of the first half."""
+
+    def __init__(self, head_dim):
+        super().__init__()
+        self.consolidation_gate = nn.Linear(2 * head_dim, 1)
+
+    def mixing(self, slots):
+        gate = self.consolidation_gate(torch.cat(slots.chunk(2, dim=2), dim=-1)).sigmoid()
+        identity = torch.eye(gate.shape[2]).expand(*gate.shape[:3], -1)
+        first = torch.cat((identity, torch.zeros_like(identity)), dim=-1)
+        second = torch.cat((gate * identity, (1 - gate) * identity), dim=-1)
+        return torch.cat((first, second), dim=-2)
+
+
+class TakeOverLayer(HAMTLayer):
+    """A memory whose slots take over from each other at every boundary."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.boundary = TakeOver(self.memory.head_dim)
+
+
 PARTS = {
     "a write rule": (WRITE_RULES, Strongest, {"write_rule": "strongest"}),
     "a mixer": (MIXERS, RunningMean, {"mixers": ["memory", "running_mean"]}),
     "a retrieval head": (RETRIEVAL_HEADS, SlotAttention, {"retrieval_head": "slot_attention"}),
+    "a gating network": (
+        GATING_NETWORKS,
+        Perceptron,
+        {"gating_network": "perceptron", "gate_feedback": True, "boundary_every": 4},
+    ),
+    "a layer with an action": (
+        MIXERS,
+        TakeOverLayer,
+        {"mixers": "take_over", "boundary_every": 4, "num_slots": 4},
+    ),
 }
 
 
@@ -97,10 +147,10 @@ def test_a_part_of_ones_own_trains_is_saved_and_generates(
     name = name if isinstance(name, str) else name[-1]
     sizes = {"vocab_size": 97, "hidden_dim": 32, "num_layers": 2, "num_slots": 3, "num_heads": 2}
     with pytest.raises(ValueError, match=name):
-        HAMTConfig(**sizes, **options)
+        HAMTConfig(**sizes | options)
     monkeypatch.setitem(table, name, part)
     torch.manual_seed(0)
-    model, ids = HAMTModel(HAMTConfig(**sizes, **options)), random_ids(4, 12)
+    model, ids = HAMTModel(HAMTConfig(**sizes | options)), random_ids(4, 12)
     losses = fit(model, ids, 15, 1e-2)
     assert losses[-1] < 0.7 * losses[0]
     model.save_pretrained(tmp_path)
