@@ -66,6 +66,17 @@ def test_padding_and_documents_have_boundaries_of_their_own(every):
             assert (part.documents.diff(dim=1) >= 0).all()
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_token_passes_no_boundary_again(padded):
+    layer = tiny_layer(normalize_state=True, boundary_every=4)
+    batch = Batch()
+    _, state, _ = layer(random_inputs(2, 8), batch)
+    past = batch.after(random_inputs(2, 8))
+    none = torch.ones(2, 0) if padded else None
+    _, after, _ = layer(random_inputs(2, 0), Batch.of(none, past=past), state)
+    assert torch.equal(after["slots"], state["slots"])
+
+
 def test_a_segment_goes_on_with_the_document_before_it():
     names = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2]])
     segments = cut(Batch.of(seq_idx=names), random_inputs(1, 8), 2)

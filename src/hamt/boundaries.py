@@ -65,7 +65,9 @@ def cut(batch: Batch, inputs: Tensor, every: int) -> Segments:
     if key not in batch.shared:
         before = batch.num_tokens
         ragged = batch.mask is not None or batch.documents is not None
-        if ragged or (before is not None and bool(before.ne(before[0]).any())):
+        if not inputs.shape[1]:
+            batch.shared[key] = Segments([Segment(slice(0, 0))])
+        elif ragged or (before is not None and bool(before.ne(before[0]).any())):
             batch.shared[key] = _cut_each(batch, inputs, every)
         else:
             read, length = 0 if before is None else int(before[0]), inputs.shape[1]

@@ -67,7 +67,7 @@ class HAMTLayer(ConvolvedMixer):
         acts = config.normalize_state or config.state_precision != "float32" or feeds_back
         self.boundary = Boundary(*boundary_options(config)) if acts else None
         self.feedback = Feedback(writing, self.memory) if feeds_back else None
-        # Else the slots that are carried are those of the last boundary, or nothing looks at them.
+        # With a boundary after every token these are the slots that are carried anyway.
         self.holds = feeds_back and config.boundary_every > 1
         self.fused: FusedLinear | None = None
 

@@ -77,5 +77,5 @@ SETTINGS = {
     "noisy-copying": Setting((_NOISY,), _lengths(_NOISY, 128, 256, 1024)),
     "parity": _counting(Parity(length=40)),
     "counting": _counting(ModularCounting(3, length=40)),
-    "passkey": Setting((_PASSKEY,), _lengths(_PASSKEY, 256, 1024, 4096)),
+    "passkey": Setting((_PASSKEY,), _lengths(_PASSKEY, 256, 1024, 4096, 16_384)),
 }
