@@ -93,7 +93,7 @@ def tiny_model(seed: int = 0, **options) -> HAMTModel:
                     block.mixer.rotation.log_frequency.normal_(mean=-1)
                 for name, weight in block.mixer.named_parameters():
                     if name.startswith(("feedback.", "boundary.")):
-                        weight.normal_(std=0.2)
+                        weight.normal_(std=0.1)
     return model.eval()
 
 

@@ -2,12 +2,23 @@
 
 import pytest
 import torch
-from model_inputs import assert_close, random_ids, random_inputs, tiny_layer, tiny_model
+from model_inputs import (
+    BOUNDED,
+    assert_close,
+    name_of,
+    random_ids,
+    random_inputs,
+    tiny_layer,
+    tiny_model,
+    without_fused,
+)
 
 from hamt import HAMTCache
 from hamt.batch import Batch, Past
 from hamt.boundaries import Boundary, cut
-from hamt.memory.precision import rounded
+from hamt.layers import GatingNetwork
+from hamt.memory.precision import quantise, rounded
+from hamt.mixers import GATING_NETWORKS
 
 
 def ends_of(segments, rows: int, length: int) -> list[list[int]]:
@@ -60,6 +71,7 @@ def test_padding_and_documents_have_boundaries_of_their_own(every):
         assert ends_of(segments, 3, 14) == expected
         parts = [part.take(inputs) for part in segments.parts]
         assert torch.equal(segments.join(parts), inputs)
+        assert sum(part.tokens.shape[1] for part in segments.parts) <= 2 * 14 + every
         # Documents are counted on from the one that the segment begins in, or goes on with.
         for part in segments.parts:
             assert (part.documents >= 0).all()
@@ -81,7 +93,7 @@ def test_a_segment_goes_on_with_the_document_before_it():
     names = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2]])
     segments = cut(Batch.of(seq_idx=names), random_inputs(1, 8), 2)
     told = [part.documents[part.mask].tolist() for part in segments.parts]
-    assert told == [[0, 0], [0, 1, 1], [0, 0], [1]]
+    assert told == [[0, 0], [0, 1], [0], [0, 0], [1]]
 
 
 def test_int8_has_255_steps_and_bfloat16_8_bits():
@@ -96,6 +108,15 @@ def test_int8_has_255_steps_and_bfloat16_8_bits():
     assert torch.equal(rounded(slots, "bfloat16"), slots.bfloat16().float())
     empty = torch.zeros(1, 1, 2, 4)
     assert torch.equal(rounded(empty, "int8"), empty)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_largest_feature_keeps_its_sign(dtype):
+    slots = torch.randn(5000, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    steps, scale = quantise(slots)
+    assert steps.min() == -127
+    assert steps.max() == 127
+    assert ((steps * scale - slots).abs() <= scale / 2 * 1.001).all()
 
 
 @pytest.mark.parametrize("precision", ["int8", "bfloat16"])
@@ -155,3 +176,40 @@ def test_a_document_that_goes_on_does_not_remember_the_boundary_of_the_one_befor
     second = Batch.of(seq_idx=names[:, 13:], past=first.after(inputs[:, :13]))
     alone = layer(inputs[:, 10:])[0]
     assert_close(layer(inputs[:, 13:], second, state)[0], alone[:, 3:], 1e-9)
+
+
+def test_a_state_without_the_number_of_tokens_read_is_refused():
+    layer = tiny_layer(normalize_state=True, boundary_every=4)
+    _, state, _ = layer(random_inputs(1, 3))
+    with pytest.raises(ValueError, match="goes on to its next boundary"):
+        layer(random_inputs(1, 3), None, state)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("options", BOUNDED, ids=name_of)
+def test_slots_stay_wide_under_autocast(options, fused, monkeypatch):
+    if not fused:
+        without_fused(monkeypatch)
+    model, cache = tiny_model(**options), HAMTCache(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(random_ids(2, 20), past_key_values=cache).logits.float().sum().backward()
+    assert cache.states[0]["slots"].dtype == torch.float32
+
+
+def test_a_gating_network_that_takes_no_feedback_is_told(monkeypatch):
+    class Deaf(GatingNetwork):
+        def forward(self, conditioned, product=None):
+            return super().forward(conditioned, product)
+
+    monkeypatch.setitem(GATING_NETWORKS, "deaf", Deaf)
+    tiny_model(gating_network="deaf", key_feedback=True)
+    with pytest.raises(ValueError, match="forward takes feedback; 'deaf' has none"):
+        tiny_model(gating_network="deaf", gate_feedback=True)
+
+
+def test_rows_and_tokens_may_be_none():
+    model = tiny_model(gate_feedback=True, boundary_every=3)
+    cache, ids = HAMTCache(2), random_ids(2, 9)
+    before = model(ids, past_key_values=cache).logits
+    assert model(ids[:, :0], past_key_values=cache).logits.shape == (2, 0, before.shape[-1])
+    assert model(ids[:0]).logits.shape == (0, 9, before.shape[-1])

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hamt import HAMTCache, HAMTModel
+from hamt.batch import Past
 
 IDS = random_ids(2, 12)
 MORE = random_ids(2, 5, seed=3)
@@ -312,12 +313,47 @@ def tensors_by_name(cache: HAMTCache) -> dict[str, Tensor]:
 def test_what_is_rounded_is_refused_without_its_scales(tmp_path):
     cache = read(tiny_model(), random_ids(2, 10))
     parts = cache.to_tensors("int8")
-    scale = next(name for name in parts if name.endswith(".scale"))
-    for spoilt in (None, parts[scale][..., 0]):
-        kept = {name: x for name, x in parts.items() if name != scale}
-        if spoilt is not None:
-            kept[scale] = spoilt
+    scale = next(name for name in parts if name.startswith("scale "))
+    steps = next(name for name in parts if name.startswith("int8 "))
+    rest = {name: x for name, x in parts.items() if name not in (scale, steps)}
+    for spoilt in (
+        {steps: parts[steps]},
+        {steps: parts[steps], scale: parts[scale][..., 0]},
+        {steps.replace("float32", "int3"): parts[steps], scale: parts[scale]},
+        {steps.replace("int8", "int4"): parts[steps], scale: parts[scale]},
+    ):
         with pytest.raises(ValueError, match="not a whole HAMT state"):
-            HAMTCache.from_tensors(kept)
+            HAMTCache.from_tensors(rest | spoilt)
     with pytest.raises(ValueError, match="one of float32, bfloat16, int8; got 'int4'"):
         cache.save(tmp_path / "state", "int4")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_comes_back_has_the_dtype_that_it_had(dtype, precision):
+    model = tiny_model(mixers=["memory", "full_attention"], hidden_dim=64).to(dtype)
+    cache = read(model, random_ids(2, 9))
+    loaded = HAMTCache.from_tensors(cache.to_tensors(precision))
+    for name, x in tensors_by_name(cache).items():
+        assert tensors_by_name(loaded)[name].dtype == x.dtype
+    model(random_ids(2, 1), past_key_values=loaded)
+    if precision == "float32":
+        assert all(
+            map(torch.equal, tensors_by_name(cache).values(), tensors_by_name(loaded).values())
+        )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_a_state_of_a_mixer_of_ones_own_may_have_any_name(precision):
+    cache = HAMTCache(1)
+    state = {
+        "scale": torch.randn(1, 2, 3, 4),
+        "steps.scale": torch.randn(1, 2),
+        "int8": torch.ones(1, 2, 3, 4, dtype=torch.int8),
+    }
+    cache.advance([state], Past(torch.tensor([3])), 3)
+    loaded = HAMTCache.from_tensors(cache.to_tensors(precision)).states[0]
+    assert loaded.keys() == state.keys()
+    for name, x in state.items():
+        assert loaded[name].dtype == x.dtype
+        assert (loaded[name].float() - x.float()).abs().max() < 0.05

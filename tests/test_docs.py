@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from hamt.cli import COMMANDS, main
 from hamt.memory import WRITE_RULES
-from hamt.mixers import MIXERS, RETRIEVAL_HEADS
+from hamt.mixers import GATING_NETWORKS, MIXERS, RETRIEVAL_HEADS
 
 ROOT = Path(__file__).parents[1]
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
@@ -58,7 +58,8 @@ def run(page):
         pytest.MonkeyPatch.context() as patch,
         ExitStack() as tables,
     ):
-        for table in (MIXERS, RETRIEVAL_HEADS, WRITE_RULES):  # what a page adds goes with it
+        # What a page adds goes with it.
+        for table in (GATING_NETWORKS, MIXERS, RETRIEVAL_HEADS, WRITE_RULES):
             tables.enter_context(mock.patch.dict(table))
         patch.setenv("XDG_CACHE_HOME", folder)
         Path("my_text.txt").write_text(TEXT, encoding="utf-8")

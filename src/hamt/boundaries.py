@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hamt.batch import Batch
@@ -63,14 +64,14 @@ def cut(batch: Batch, inputs: Tensor, every: int) -> Segments:
     """Cut the tokens of (B, N, ...) at their boundaries; once for all layers."""
     key = (cut, every)
     if key not in batch.shared:
-        before = batch.num_tokens
+        before, length = batch.num_tokens, inputs.shape[1]
         ragged = batch.mask is not None or batch.documents is not None
-        if not inputs.shape[1]:
-            batch.shared[key] = Segments([Segment(slice(0, 0))])
+        if not inputs.numel():
+            batch.shared[key] = Segments([Segment(slice(0, length))])
         elif ragged or (before is not None and bool(before.ne(before[0]).any())):
             batch.shared[key] = _cut_each(batch, inputs, every)
         else:
-            read, length = 0 if before is None else int(before[0]), inputs.shape[1]
+            read = 0 if before is None else int(before[0])
             ends = [0, *range(every - read % every, length, every), length]
             batch.shared[key] = Segments(
                 [Segment(slice(a, b), boundary=not (read + b) % every) for a, b in pairwise(ends)]
@@ -79,38 +80,48 @@ def cut(batch: Batch, inputs: Tensor, every: int) -> Segments:
 
 
 def _cut_each(batch: Batch, inputs: Tensor, every: int) -> Segments:
-    """Rows whose boundaries differ: each segment is as long as in the row where it is longest."""
+    """Rows whose boundaries differ: a segment ends in each at its boundary, or after ``every``.
+
+    So no row waits for long for another, and there are at most twice as many tokens with filler.
+    """
     rows, length = inputs.shape[:2]
+    device = inputs.device
     real = batch.mask
     if real is None:
-        real = torch.ones(rows, length, dtype=torch.bool, device=inputs.device)
+        real = torch.ones(rows, length, dtype=torch.bool, device=device)
     last = real & (batch.positions(inputs) + 1).remainder(every).eq(0)
-    number = last.long().cumsum(dim=1) - last.long()  # of the segment of each token, (B, N)
-    count = int(number.max()) + 1
-    sizes = real.new_zeros(rows, count, dtype=torch.long)
-    sizes.scatter_add_(1, number, torch.ones_like(number))
-    starts = sizes.cumsum(dim=1) - sizes
-    widths = sizes.max(dim=0).values
-    begins = widths.cumsum(dim=0) - widths
-    index = torch.arange(length, device=inputs.device)
-    back = begins[number] + index - starts.gather(1, number)
-    ends = last.sum(dim=1, keepdim=True) > torch.arange(count, device=inputs.device)
-    everywhere, somewhere = ends.all(dim=0).tolist(), ends.any(dim=0).tolist()
-    parts = []
-    for i, width in enumerate(widths.tolist()):
-        rank = torch.arange(width, device=inputs.device)
-        there = rank < sizes[:, i, None]
-        # Filler stands for the last token of the segment, or the one before it: their document.
-        place = starts[:, i, None] + rank.minimum(sizes[:, i, None] - 1)
-        tokens = place.clamp(min=0)
-        documents = batch.documents
-        if documents is not None:
-            before = starts[:, i, None] - 1
-            first = documents.gather(1, before.clamp(min=0)).where(before >= 0, 0)
-            documents = documents.gather(1, tokens).where(place >= 0, 0) - first
-        boundary = ends[:, i] if somewhere[i] and not everywhere[i] else everywhere[i]
-        parts.append(Segment(tokens, there & real.gather(1, tokens), documents, boundary))
-    return Segments(parts, back)
+    # The next boundary at or after each token, N where there is none; on the CPU, to loop over it.
+    places = torch.arange(length, device=device).where(last, length)
+    following = F.pad(places, (0, 1), value=length).flip(1).cummin(dim=1).values.flip(1).cpu()
+    start, offset, parts = torch.zeros(rows, 1, dtype=torch.long), 0, []
+    back = torch.zeros(rows, length + 1, dtype=torch.long, device=device)
+    while int(start.min()) < length:
+        boundary = following.gather(1, start) + 1
+        end = boundary.minimum(start + every).clamp(max=length)
+        parts.append(_segment(batch, real, start.to(device), end.to(device), end.eq(boundary)))
+        rank = torch.arange(int((end - start).max()), device=device)
+        place = torch.where(
+            start.to(device) + rank < end.to(device), start.to(device) + rank, length
+        )
+        back.scatter_(1, place, (offset + rank).expand(rows, -1))
+        start, offset = end, offset + len(rank)
+    return Segments(parts, back[:, :length])
+
+
+def _segment(batch: Batch, real: Tensor, start: Tensor, end: Tensor, boundary: Tensor) -> Segment:
+    """The tokens of each row from ``start`` to before ``end``, (B, 1) each."""
+    place = start + torch.arange(int((end - start).max()), device=start.device)
+    # Filler stands for the last token of the segment, or the one before it: for its document.
+    filled = place.minimum(end - 1)
+    tokens = filled.clamp(min=0)
+    documents = batch.documents
+    if documents is not None:
+        first = documents.gather(1, (start - 1).clamp(min=0)).where(start > 0, 0)
+        documents = documents.gather(1, tokens).where(filled >= 0, 0) - first
+    here: Tensor | bool = boundary[:, 0].to(start.device)
+    if not boundary.any() or boundary.all():
+        here = bool(boundary.all())
+    return Segment(tokens, (place < end) & real.gather(1, tokens), documents, here)
 
 
 def run_segments(
@@ -175,9 +186,10 @@ class Boundary(nn.Module):
         return torch.diag_embed(torch.rsqrt(slots.square().mean(dim=-1) + self.eps))
 
     def forward(self, slots: Tensor) -> Tensor:
-        """Slots (B, H, S, F) -> slots after the boundary."""
-        mixing = self.mixing(slots)
-        mixed = slots if mixing is None else mixing @ slots
+        """Slots (B, H, S, F) -> slots after the boundary, in their dtype whatever autocast says."""
+        with torch.autocast(slots.device.type, enabled=False):
+            mixing = self.mixing(slots)
+            mixed = slots if mixing is None else mixing @ slots
         if self.state_precision == "float32":
             return mixed
         return mixed + (rounded(mixed, self.state_precision) - mixed).detach()

@@ -21,8 +21,8 @@ from hamt.files import write_file
 from hamt.memory.precision import PRECISIONS, quantise
 from hamt.mixers import State
 
-_FORMAT = "hamt-state-4"
-_SCALE = "scale"  # of a tensor that is kept in int8
+_FORMAT, _ROUNDED = "hamt-state-4", "hamt-state-5"  # the latter with fewer bits
+_WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
@@ -185,12 +185,15 @@ class HAMTCache(Cache):
         tensors: dict[str, Tensor] = {}
         for name, x in self._tensors().items():
             x = x.detach().contiguous().clone()
-            if precision == "float32" or x.ndim < 4 or not x.is_floating_point():
+            if precision == "float32" or x.ndim < 4 or x.dtype not in _WIDE:
                 tensors[name] = x
-            elif precision == "bfloat16":
-                tensors[name] = x.bfloat16()
+                continue
+            dtype = str(x.dtype).removeprefix("torch.")  # it comes back in this
+            if precision == "bfloat16":
+                tensors[f"bfloat16 {dtype} {name}"] = x.bfloat16()
             else:
-                tensors[name], tensors[f"{name}.{_SCALE}"] = quantise(x)
+                steps, scale = quantise(x)
+                tensors[f"int8 {dtype} {name}"], tensors[f"scale {name}"] = steps, scale
         return {**tensors, "counts": torch.tensor([len(self.layers), self.seen_tokens])}
 
     @classmethod
@@ -226,8 +229,8 @@ class HAMTCache(Cache):
         """Write the state to one safetensors file, whole or not at all.
 
         With ``precision`` ``bfloat16`` or ``int8`` the file is a half or a quarter as large, and
-        what is loaded is rounded: not at all if the model rounds its state (``state_precision``)
-        and has just passed a boundary.
+        what is loaded is rounded; slots that the model has just rounded itself stay as they are
+        (``state_precision``).
 
         Raises:
             ValueError: if no token has been seen, or there is no such precision.
@@ -235,7 +238,8 @@ class HAMTCache(Cache):
         if not self.has_previous_state():
             raise ValueError("this state is empty: read a prompt before saving it")
         tensors = self.to_tensors(precision)
-        write_file(path, lambda file: save_file(tensors, file, {"format": _FORMAT}))
+        form = _FORMAT if precision == "float32" else _ROUNDED
+        write_file(path, lambda file: save_file(tensors, file, {"format": form}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> "HAMTCache":
@@ -254,11 +258,11 @@ class HAMTCache(Cache):
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
         form = metadata.get("format", "")
-        if form.startswith("hamt-state-") and form != _FORMAT:
+        if form.startswith("hamt-state-") and form not in (_FORMAT, _ROUNDED):
             raise ValueError(
                 f"{path} is a state of an earlier version of HAMT: read the prompt again"
             )
-        if form != _FORMAT:
+        if form not in (_FORMAT, _ROUNDED):
             raise ValueError(f"{path} is not a HAMT state; HAMTCache.save writes one")
         try:
             return cls.from_tensors(tensors, device)
@@ -267,17 +271,18 @@ class HAMTCache(Cache):
 
 
 def _widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What ``HAMTCache.to_tensors`` took apart, in float32 where it was rounded."""
+    """What ``HAMTCache.to_tensors`` took apart; what it rounded in the dtype that it had."""
     found = {}
     for name, x in tensors.items():
-        if name.endswith(f".{_SCALE}"):
-            continue
-        if x.dtype == torch.int8:
-            scale = tensors.get(f"{name}.{_SCALE}")
-            if scale is None or scale.shape != (*x.shape[:-1], 1):
+        kind, _, rest = name.partition(" ")
+        if not rest:
+            found[name] = x
+        elif kind != "scale":
+            dtype, _, name = rest.partition(" ")
+            scale = tensors.get(f"scale {name}") if kind == "int8" else torch.ones(())
+            wide = {str(each).removeprefix("torch."): each for each in _WIDE}.get(dtype)
+            fits = scale is not None and scale.shape in ((), (*x.shape[:-1], 1))
+            if kind not in PRECISIONS or wide is None or scale is None or not fits:
                 raise ValueError("not a whole HAMT state: save it again")
-            x = x * scale
-        elif x.dtype == torch.bfloat16 and x.ndim >= 4:
-            x = x.float()
-        found[name] = x
+            found[name] = (x * scale.to(x.device)).to(wide)
     return found

@@ -31,7 +31,7 @@ from hamt.boundaries import Boundary, boundary_options
 from hamt.config import HAMTConfig
 from hamt.layers import HAMTLayer
 from hamt.memory import Algebra, Gates, HolographicMemory, MemoryState, rms_normalize
-from hamt.memory.write_rules import Convex, Gated, WriteRule
+from hamt.memory.write_rules import Convex, Delta, Gated, WriteRule
 from hamt.parts import forget_logits
 
 SUMMARY = 16  # numbers that a slot's direction is projected to
@@ -68,11 +68,10 @@ class Consolidation(Boundary):
 
     def gate(self, slots: Tensor) -> Tensor:
         """c for each pair of slots of (B, H, S, F): (B, H, S/2), in the dtype of the slots."""
+        summary, hidden, output, bias = (
+            getattr(self, name).to(slots.dtype) for name in ("summary", "hidden", "output", "bias")
+        )
         with torch.autocast(slots.device.type, enabled=False):
-            summary, hidden, output, bias = (
-                getattr(self, name).to(slots.dtype)
-                for name in ("summary", "hidden", "output", "bias")
-            )
             size = (slots.square().mean(dim=-1, keepdim=True) + _EPS).log() / 2
             told = torch.cat((size, rms_normalize(slots) @ summary), dim=-1)
             pairs = torch.cat(told.chunk(2, dim=2), dim=-1)
@@ -80,14 +79,15 @@ class Consolidation(Boundary):
 
     def mixing(self, slots: Tensor) -> Tensor:
         """Fast slots stay, slow ones take over: (B, H, S, F) -> (B, H, S, S)."""
-        gate = self.gate(slots)
-        stay = torch.eye(gate.shape[-1], dtype=gate.dtype, device=gate.device)
-        stay = stay.expand(*gate.shape, -1)
-        fast = torch.cat((stay, torch.zeros_like(stay)), dim=-1)
-        slow = torch.cat((torch.diag_embed(gate), torch.diag_embed(1 - gate)), dim=-1)
-        consolidation = torch.cat((fast, slow), dim=-2)
-        scale = super().mixing(consolidation @ slots)
-        return consolidation if scale is None else scale @ consolidation
+        with torch.autocast(slots.device.type, enabled=False):
+            gate = self.gate(slots)
+            stay = torch.eye(gate.shape[-1], dtype=gate.dtype, device=gate.device)
+            stay = stay.expand(*gate.shape, -1)
+            fast = torch.cat((stay, torch.zeros_like(stay)), dim=-1)
+            slow = torch.cat((torch.diag_embed(gate), torch.diag_embed(1 - gate)), dim=-1)
+            consolidation = torch.cat((fast, slow), dim=-2)
+            scale = super().mixing(consolidation @ slots)
+            return consolidation if scale is None else scale @ consolidation
 
 
 def both_tiers(gates: Gates, rule: WriteRule, fast_decay: float, slow_decay: float) -> Gates:
@@ -95,7 +95,7 @@ def both_tiers(gates: Gates, rule: WriteRule, fast_decay: float, slow_decay: flo
     gates = rule.complete(gates, gates.write.dtype)
     assert gates.log_forget is not None
     # The convex rule forgets a share by itself.
-    decay = 0.0 if isinstance(rule, Convex) else math.log1p(-fast_decay)
+    decay = 0.0 if type(rule) is Convex else math.log1p(-fast_decay)
     slow = torch.full_like(gates.log_forget, math.log1p(-slow_decay))
     return gates._replace(
         write=torch.cat((gates.write, torch.zeros_like(gates.write)), dim=-1),
@@ -164,8 +164,10 @@ class HierarchicalMemory(nn.Module):
         return self.memory.algebra
 
     def initial_state(self, batch_size: int = 1) -> HierarchicalState:
-        """Empty slots."""
-        return HierarchicalState(self.memory.initial_state(batch_size))
+        """Empty slots, where the gate's weights are, in float32 at least."""
+        bias = next(self.consolidation.parameters())
+        wide = torch.promote_types(bias.dtype, torch.float32)
+        return HierarchicalState(self.memory.initial_state(batch_size, wide, bias.device))
 
     def write(
         self, state: HierarchicalState, item: Tensor, key: Tensor, write: Tensor | None = None
@@ -205,8 +207,13 @@ class HierarchicalHAMTLayer(HAMTLayer):
     def __init__(self, config: HAMTConfig) -> None:
         super().__init__(config)
         self.token_rule = self.memory.rule
-        if isinstance(self.token_rule, Convex):  # it has one gate, which slow slots have not
+        if type(self.token_rule) is Convex:  # it has one gate, which slow slots have not
             self.memory.rule = Gated()
+        elif type(self.token_rule).complete not in (WriteRule.complete, Delta.complete):
+            raise ValueError(
+                f"a hierarchical memory sets log_forget of its slow slots, and the write rule "
+                f"{self.token_rule.name!r} completes gates in a way of its own: use another mixer"
+            )
         self.boundary = Consolidation(
             self.memory, config.boundary_every, config.max_half_life, *boundary_options(config)
         )

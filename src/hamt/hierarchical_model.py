@@ -1,5 +1,6 @@
 """The language model with a hierarchical memory in every layer."""
 
+import copy
 from typing import Any
 
 from hamt.config import HAMTConfig
@@ -20,6 +21,7 @@ class HierarchicalHAMTModel(HAMTForCausalLM):
     def __new__(cls, config: HAMTConfig, *arguments: Any, **options: Any) -> HAMTForCausalLM:  # type: ignore[misc]
         """The model."""
         if config.mixers is None:
+            config = copy.deepcopy(config)
             config.mixers = "hierarchical_memory"
         return HAMTForCausalLM(config, *arguments, **options)
 

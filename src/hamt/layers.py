@@ -13,6 +13,7 @@ With x_t the normalised input of the layer and c_t the same after the short conv
 Shape legend: B batch, N tokens, d hidden_dim, H heads, S slots, F features of an item, K key size.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -67,6 +68,11 @@ class HAMTLayer(ConvolvedMixer):
         acts = config.normalize_state or config.state_precision != "float32" or feeds_back
         self.boundary = Boundary(*boundary_options(config)) if acts else None
         self.feedback = Feedback(writing, self.memory) if feeds_back else None
+        if config.gate_feedback and not _takes(self.gating.forward, "feedback"):
+            raise ValueError(
+                f"gate_feedback needs a gating network whose forward takes feedback; "
+                f"{config.gating_network!r} has none"
+            )
         # With a boundary after every token these are the slots that are carried anyway.
         self.holds = feeds_back and config.boundary_every > 1
         self.fused: FusedLinear | None = None
@@ -111,12 +117,18 @@ class HAMTLayer(ConvolvedMixer):
         The auxiliary loss is computed in training with ``use_auxiliary_loss`` (``hamt.losses``).
 
         Raises:
-            ValueError: if ``state`` is another model's.
+            ValueError: if ``state`` is another model's, or ``batch`` does not tell how many tokens
+                it has read where that says when the next boundary is.
         """
         batch = batch or Batch()
         before: State = state or {}
         if state is not None:
             self.check_state(state)
+            if self.boundary is not None and batch.num_tokens is None:
+                raise ValueError(
+                    "a state goes on to its next boundary: give Batch.of(past=...) with the tokens "
+                    "read, which an earlier Batch.after returned"
+                )
         conditioned, new_state = self.convolve(hidden_states, batch, before)
         tokens = self._project(conditioned)
         carried = (
@@ -267,6 +279,12 @@ class HAMTLayer(ConvolvedMixer):
             mapped = gates * config.gate_feedback + keys * config.key_feedback
             counted["feedback"] = 2.0 * slots * big + bind + lift + 2 * big * mapped / heads
         return counted
+
+
+def _takes(function: Callable, name: str) -> bool:
+    """Whether a function takes an argument of this name."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 class _Projected(NamedTuple):

@@ -273,7 +273,7 @@ class HolographicMemory:
         mixture = torch.einsum("bnhs,bhsf->bnhf", read.to(wide), state.slots)
         if documents is not None:
             mixture = mixture.where(documents.eq(0)[..., None, None], 0)
-        if rotation is None:
+        if rotation is None or not read.shape[1]:
             return mixture, None
         rotation = self.algebra.reduce(rotation)
         tokens = Tokens(mixture, read, read, read, Gates(read), rotation, documents, mask)

@@ -7,9 +7,10 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors (..., F) as int8 (..., F) and scales (..., 1): 255 steps to the largest feature."""
-    scale = x.abs().amax(dim=-1, keepdim=True) / 127
-    steps = torch.round(x / scale.clamp(min=torch.finfo(x.dtype).tiny))
+    """Vectors (..., F) as int8 (..., F), -127 to 127, and scales (..., 1) in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = wide.abs().amax(dim=-1, keepdim=True) / 127
+    steps = torch.round(wide / scale.clamp(min=torch.finfo(wide.dtype).tiny)).clamp(-127, 127)
     return steps.to(torch.int8), scale
 
 
@@ -17,5 +18,5 @@ def rounded(x: Tensor, precision: str) -> Tensor:
     """Vectors (..., F) as ``precision`` holds them, in their own dtype."""
     if precision == "int8":
         steps, scale = quantise(x)
-        return steps * scale
+        return (steps * scale).to(x.dtype)
     return x.to(getattr(torch, precision)).to(x.dtype)
