@@ -6,6 +6,7 @@ OMP_NUM_THREADS=1 venv/bin/python studies/compression.py
 import argparse
 import copy
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -81,7 +82,8 @@ def main() -> None:
             rows.append([precision, shown, f"{size:,}", *(f"{x:.4f}" for x in found.values())])
             print(rows[-1], flush=True)
     headings = ["slots", "rounded every", "bytes of a state's file"]
-    headings += [f"nats/token up to {times} × {TRAINED} tokens" for times in TIMES]
+    edges = (0, *(times * TRAINED for times in TIMES))
+    headings += [f"nats/token, tokens {a + 1:,} to {b:,}" for a, b in pairwise(edges)]
     page = paragraphs(
         "# Slots with fewer bits",
         f"Two novels, {len(texts)} × {max(TIMES) * TRAINED:,} tokens, read by the model in HAMT, "

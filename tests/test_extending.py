@@ -12,7 +12,7 @@ from model_inputs import assert_close, fit, random_ids
 from torch import nn
 
 from hamt import HAMTCache, HAMTConfig, HAMTModel
-from hamt.boundaries import Boundary
+from hamt.boundaries import Boundary, boundary_options
 from hamt.layers import HAMTLayer, as_keys
 from hamt.memory import FORMS, WRITE_RULES, Gates
 from hamt.memory.write_rules import Gated, WriteRule
@@ -101,13 +101,14 @@ class Perceptron(nn.Module):
 class TakeOver(Boundary):
     """The second half of the slots takes over a learned part of the first half."""
 
-    def __init__(self, head_dim):
-        super().__init__()
+    def __init__(self, config, head_dim):
+        super().__init__(*boundary_options(config))
         self.consolidation_gate = nn.Linear(2 * head_dim, 1)
 
     def mixing(self, slots):
-        gate = self.consolidation_gate(torch.cat(slots.chunk(2, dim=2), dim=-1)).sigmoid()
-        identity = torch.eye(gate.shape[2]).expand(*gate.shape[:3], -1)
+        pairs = torch.cat(slots.chunk(2, dim=2), dim=-1).to(self.consolidation_gate.weight.dtype)
+        gate = self.consolidation_gate(pairs).sigmoid().to(slots.dtype)
+        identity = torch.eye(gate.shape[2]).to(gate).expand(*gate.shape[:3], -1)
         first = torch.cat((identity, torch.zeros_like(identity)), dim=-1)
         second = torch.cat((gate * identity, (1 - gate) * identity), dim=-1)
         return torch.cat((first, second), dim=-2)
@@ -118,7 +119,7 @@ class TakeOverLayer(HAMTLayer):
 
     def __init__(self, config):
         super().__init__(config)
-        self.boundary = TakeOver(self.memory.head_dim)
+        self.boundary = TakeOver(config, self.memory.head_dim)
 
 
 PARTS = {

@@ -144,6 +144,12 @@ class Past:
         return cls(**{name: tensor for name, tensor in tensors.items() if name in names})
 
 
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens ``index`` (B, n) of (1 or B, N, ...): -> (B, n, ...)."""
+    x = x.expand(len(index), *x.shape[1:])
+    return x.gather(1, index.view(*index.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
+
+
 def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
     """The mask of these ``length`` tokens, (B, N), or None where nothing is padding."""
     if attention_mask is None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hamt.batch import Batch
+from hamt.batch import Batch, take
 from hamt.config import HAMTConfig
 from hamt.memory import HolographicMemory, MemoryState, rms_normalize
 from hamt.memory.precision import rounded
@@ -41,9 +41,7 @@ class Segment(NamedTuple):
 
     def take(self, x: Tensor) -> Tensor:
         """The segment's part of (1 or B, N, ...)."""
-        if isinstance(self.tokens, slice):
-            return x[:, self.tokens]
-        return _take(x, self.tokens)
+        return x[:, self.tokens] if isinstance(self.tokens, slice) else take(x, self.tokens)
 
 
 class Segments(NamedTuple):
@@ -57,7 +55,7 @@ class Segments(NamedTuple):
         if parts[0] is None:
             return None
         joined = torch.cat(tuple(parts), dim=1) if len(parts) > 1 else parts[0]
-        return joined if self.back is None else _take(joined, self.back)
+        return joined if self.back is None else take(joined, self.back)
 
 
 def cut(batch: Batch, inputs: Tensor, every: int) -> Segments:
@@ -257,9 +255,3 @@ class Feedback(nn.Module):
 def _by_head(x: Tensor, weight: Tensor) -> Tensor:
     """A map for each head of x (B, L, H, F) scaled to 1: weight (H, F, n) -> (B, L, H, n)."""
     return torch.einsum("blhf,hfn->blhn", rms_normalize(x), weight)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens ``index`` (B, n) of (1 or B, N, ...): -> (B, n, ...)."""
-    rows = torch.arange(len(index), device=index.device)[:, None]
-    return x.expand(len(index), *x.shape[1:])[rows, index]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hamt.batch import Batch
+from hamt.batch import Batch, take
 from hamt.config import HAMTConfig
 from hamt.mixers import Mixer, State
 
@@ -42,7 +42,7 @@ class ShortConvolution(nn.Module):
             # Real tokens move together, padding behind them.
             padding = mask.eq(0)
             order = padding.byte().argsort(dim=1, stable=True)
-            inputs = _take(inputs, order)
+            inputs = take(inputs, order)
             documents = None if documents is None else documents.gather(1, order)
         tail = inputs.new_zeros(batch, reach, width) if tail is None else tail.to(inputs.dtype)
         window = torch.cat((tail, inputs), dim=1)
@@ -56,11 +56,11 @@ class ShortConvolution(nn.Module):
         index = (length + torch.arange(reach, device=inputs.device)).expand(batch, -1)
         if mask is not None:
             index = index - padding.sum(dim=1, keepdim=True)
-        tail = _take(window, index)
+        tail = take(window, index)
         if documents is not None:
             same = documents.gather(1, index).eq(documents.gather(1, index[:, -1:]))
             tail = tail * same[..., None]
-        return output if mask is None else _take(output, order.argsort(dim=1)), tail
+        return output if mask is None else take(output, order.argsort(dim=1)), tail
 
 
 class ConvolvedMixer(Mixer):
@@ -131,8 +131,3 @@ def _same(documents: Tensor, tap: int, reach: int) -> Tensor:
     """Whether the token that a tap reaches is of the same document, (B, N, 1)."""
     length = documents.shape[1] - reach
     return documents[:, tap : tap + length].eq(documents[:, reach:])[..., None]
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens ``index`` (B, n) of x (B, N, d): -> (B, n, d)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hamt.attention import Attention, rotate
-from hamt.batch import Batch
+from hamt.batch import Batch, take
 from hamt.config import HAMTConfig
 from hamt.mixers import State
 from hamt.products import project
@@ -53,7 +53,7 @@ class _Layout(NamedTuple):
         index = torch.arange(kept, device=tokens.device)
         # A copy: a view would keep the whole sequence.
         latest = (
-            tokens[:, length:].clone() if self.order is None else (_take(tokens, self.real + index))
+            tokens[:, length:].clone() if self.order is None else (take(tokens, self.real + index))
         )
         if not self.packed:
             return latest
@@ -62,7 +62,7 @@ class _Layout(NamedTuple):
     def sinks_of(self, tokens: Tensor) -> Tensor:
         """The first Z tokens of the last document, of Z + N; zeros for those to come."""
         length = self.cos.shape[1]
-        first = _take(tokens, _places(self.real - self.read, self.num_sinks, length)[:, 0])
+        first = take(tokens, _places(self.real - self.read, self.num_sinks, length)[:, 0])
         missing = torch.arange(self.num_sinks, device=tokens.device) >= self.read
         return first.masked_fill(missing[..., None, None], 0)
 
@@ -135,10 +135,10 @@ class SlidingAttention(Attention):
             layout = self._lay_out(batch, hidden_states, continued=bool(before))
             batch.shared[SlidingAttention] = layout
         if layout.order is not None:
-            hidden_states = _take(hidden_states, layout.order)
+            hidden_states = take(hidden_states, layout.order)
         mixed, carried = self._mix(hidden_states, layout, before)
         if layout.order is not None:
-            mixed = _take(mixed, layout.order.argsort(dim=1))
+            mixed = take(mixed, layout.order.argsort(dim=1))
         return project(self.output_proj, mixed), new_state | carried, None
 
     def _mix(self, inputs: Tensor, layout: _Layout, before: State) -> tuple[Tensor, State]:
@@ -276,13 +276,7 @@ def _places(begin: Tensor, num_sinks: int, length: int) -> Tensor:
     return torch.where(place < 0, number, place.clamp(max=length - 1) + num_sinks)
 
 
-def _take(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens ``index`` (B, m) of (B, n, ...): -> (B, m, ...)."""
-    index = index.view(*index.shape, *(1 for _ in tokens.shape[2:]))
-    return tokens.gather(1, index.expand(-1, -1, *tokens.shape[2:]))
-
-
 def _take_blocks(tokens: Tensor, index: Tensor) -> Tensor:
     """Tokens ``index`` (R, M, Z) of (B, n, H, F): -> (B, M, H, Z, F)."""
     index = index.expand(len(tokens), -1, -1)
-    return _take(tokens, index.flatten(1)).unflatten(1, index.shape[1:]).transpose(2, 3)
+    return take(tokens, index.flatten(1)).unflatten(1, index.shape[1:]).transpose(2, 3)

@@ -62,7 +62,7 @@ def analyse(
     shares = {i: _shares_by_position(recording.trace(i)) for i in recording.layers()}
     sources = {i: [_sources(row) for row in matrix.mean(axis=1)] for i, matrix in shares.items()}
     added = _added_to_next(model, recording, input_ids[-TRACED:])
-    traced = {i: {"sources": sources[i], "added_to_next_logit": added[i]} for i in shares}
+    traced = {i: {"sources": sources[i], "added_to_next_logit": added.get(i)} for i in shares}
     layers = {}
     for index, layer in surveys.items():
         written = layer.write.abs().mean(dim=(0, 2, 3))[-TRACED:]
@@ -154,10 +154,14 @@ def _added_to_next(
 ) -> dict[int, float]:
     """By layer, what it adds to the logit of the token that came next, the mean over a text (N,).
 
-    The sum of all contributions of the layer (``logit_directions``).
+    The sum of all contributions of the layer (``logit_directions``); nothing where the maps behind
+    it do more than multiply, as under an adapter.
     """
     queries = range(len(input_ids) - 1)
-    added = logits_added(model, recording, queries, input_ids[None, 1:].to(model.device))
+    try:
+        added = logits_added(model, recording, queries, input_ids[None, 1:].to(model.device))
+    except ValueError:
+        return {}
     return {index: _plain(logits.mean()) for index, logits in added.items()}
 
 

@@ -126,8 +126,10 @@ def _by_layer(analysis: Analysis) -> str:
     added = [
         f"layer {index} ({names[index]}) {found['added_to_next_logit']:+.3f}"
         for index, found in sorted({**memories, **attention}.items(), key=lambda pair: int(pair[0]))
+        if found["added_to_next_logit"] is not None
     ]
-    return f"added to the logit of the next token, means of the end: {', '.join(added)}"
+    told = ", ".join(added) or "not told, since an adapter is in the way"
+    return f"added to the logit of the next token, means of the end: {told}"
 
 
 def _read(analysis: Analysis) -> str:

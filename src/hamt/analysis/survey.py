@@ -66,9 +66,13 @@ class LayerSurvey:
         return _shares((self.read.abs() * norms).sum(dim=(0, 1)))
 
     def dead(self) -> list[tuple[int, int]]:
-        """Pairs (head, slot) of slots that get, or give, less than a hundredth of an even share."""
+        """Pairs (head, slot) of slots that get, or give, less than a hundredth of an even share.
+
+        Slots that no token can write to, the slow ones of a hierarchical memory, need not get any.
+        """
         least = DEAD / self.write.shape[-1]
-        idle = (self.write_share() < least) | (self.read_share() < least)
+        slow = self.write.eq(0).all(dim=1).all(dim=0)
+        idle = ((self.write_share() < least) & ~slow) | (self.read_share() < least)
         return [(int(h), int(s)) for h, s in idle.nonzero()]
 
 

@@ -35,7 +35,9 @@ class DemoOptions:
     prompt: str = option("Fellow citizens", "what the model continues at the end")
     seed: int = option(0, "seed of weights, data order and sampling", at_least=0, at_most=MAX_SEED)
     hierarchical: bool = option(
-        False, "show instead, in seconds, what fast and slow slots of a hierarchical memory hold"
+        False,
+        "show instead, in seconds, what fast and slow slots of a hierarchical memory hold; of the "
+        "other options only output_dir and seed count then",
     )
 
 

@@ -41,8 +41,9 @@ class Fidelity(NamedTuple):
 def fidelity(model: PreTrainedModel, input_ids: Tensor) -> Fidelity | None:
     """Ask every memory for the items of some tiles, whatever losses the model was trained with.
 
-    The model reads the rows (B, N) in evaluation mode; the tiles end at each quarter of a row. None
-    for a model without a memory.
+    The model reads the rows (B, N) in evaluation mode; the tiles end at each quarter of a row, or
+    of each segment between two boundaries (``hamt.boundaries``) that is as long as a tile. None for
+    a model without a memory, or without such segments.
     """
     mixers = [module for module in model.modules() if isinstance(module, HAMTLayer)]
     if not mixers:
@@ -54,6 +55,8 @@ def fidelity(model: PreTrainedModel, input_ids: Tensor) -> Fidelity | None:
             stack.enter_context(rerouted(mixer, _asking(mixer.memory, found)))
         model.eval()(input_ids.to(model.device))
     model.train(was_training)
+    if not found:
+        return None
     return Fidelity(*(sum(figures) / len(figures) for figures in zip(*found, strict=True)))
 
 
@@ -64,6 +67,8 @@ def _asking(memory: HolographicMemory, found: list[tuple[float, float, float]]) 
         items, keys, _, gates, _ = tensors
         told: dict[str, Any] = {name: options.get(name) for name in TOLD}
         length = items.shape[1]
+        if told["initial_state"] is not None and length < memory.chunk_size:
+            return memory(*tensors, **options)
         for end in sorted({max(length * place // PLACES, 1) for place in range(1, PLACES + 1)}):
             given = (memory, items, keys, gates)
             rebuilt = reconstruction_loss(*given, **told, end=end)

@@ -40,6 +40,7 @@ def show_hierarchical(console: Console, output: Output, seed: int) -> None:
         if step % EVERY == 0 and step <= TOLD:
             fast, slow = (_listed(part) for part in norms[-1].chunk(2))
             console.print(f"step {step}: CONSOLIDATED | fast: {fast} | slow: {slow}")
+    console.print(f"and so on, every {EVERY} tokens: the picture has all")
     fast, slow = (_listed(part) for part in kept[-1].chunk(2))
     console.print(
         f"\nshare of the first item that is left after {STEPS:,} tokens | fast: {fast} | "
