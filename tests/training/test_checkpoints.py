@@ -54,9 +54,19 @@ def test_a_run_that_dies_while_it_saves_keeps_the_checkpoint_before(
     assert [step for step, *_ in losses(folder)] == list(range(1, 41))
 
 
-def test_a_hybrid_that_dies_goes_on_bit_for_bit(text, tmp_path, monkeypatch, capsys):
-    """Its window is carried from step to step, and from the checkpoint into the next process."""
-    mixers = {"mixers": ["memory", "sliding_attention"], "sliding_window": 24, "num_sinks": 2}
+CARRYING = {
+    "window": {"mixers": ["memory", "sliding_attention"], "sliding_window": 24, "num_sinks": 2},
+    "boundaries": {
+        "mixers": ["memory", "hierarchical_memory"],
+        "gate_feedback": True,
+        "boundary_every": 24,
+    },
+}
+
+
+@pytest.mark.parametrize("mixers", CARRYING.values(), ids=CARRYING)
+def test_a_hybrid_that_dies_goes_on_bit_for_bit(mixers, text, tmp_path, monkeypatch, capsys):
+    """Its state is carried from step to step, and from the checkpoint into the next process."""
     options = {**CONTIGUOUS, **mixers, "num_steps": 12, "save_interval": 4}
     assert main(flags(text, tmp_path / "straight", **options)) == 0
     save, calls = run.save_state, []

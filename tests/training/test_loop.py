@@ -141,7 +141,10 @@ def test_micro_batches_are_one_batch(options, auxiliary):
 
 
 HYBRID = {"mixers": ["memory", "sliding_attention"], "sliding_window": 7, "num_sinks": 2}
-mixers = pytest.mark.parametrize("options", [{}, HYBRID], ids=["memory", "hybrid"])
+BOUNDED = {"mixers": ["memory", "hierarchical_memory"], "gate_feedback": True, "boundary_every": 5}
+mixers = pytest.mark.parametrize(
+    "options", [{}, HYBRID, BOUNDED], ids=["memory", "hybrid", "boundaries"]
+)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
