@@ -97,11 +97,9 @@ def _cut_each(batch: Batch, inputs: Tensor, every: int) -> Segments:
         boundary = following.gather(1, start) + 1
         end = boundary.minimum(start + every).clamp(max=length)
         parts.append(_segment(batch, real, start.to(device), end.to(device), end.eq(boundary)))
-        rank = torch.arange(int((end - start).max()), device=device)
-        place = torch.where(
-            start.to(device) + rank < end.to(device), start.to(device) + rank, length
-        )
-        back.scatter_(1, place, (offset + rank).expand(rows, -1))
+        rank = torch.arange(int((end - start).max()))
+        place = (start + rank).where(start + rank < end, length)  # filler has none
+        back.scatter_(1, place.to(device), (offset + rank).expand(rows, -1).to(device))
         start, offset = end, offset + len(rank)
     return Segments(parts, back[:, :length])
 
@@ -152,14 +150,11 @@ def run_segments(
         if segment.boundary is False:
             continue
         slots = act(state.slots)
+        held_now = slots
         if isinstance(segment.boundary, Tensor):
             here = segment.boundary[:, None, None, None]
-            state, held = (
-                state._replace(slots=slots.where(here, state.slots)),
-                slots.where(here, held),
-            )
-        else:
-            state, held = state._replace(slots=slots), slots
+            slots, held_now = slots.where(here, state.slots), slots.where(here, held)
+        state, held = state._replace(slots=slots), held_now
     return [segments.join(parts) for parts in zip(*outputs, strict=True)], state, held
 
 
@@ -213,9 +208,8 @@ class Feedback(nn.Module):
     def __init__(self, config: HAMTConfig, memory: HolographicMemory) -> None:
         super().__init__()
         heads, size = memory.num_heads, memory.head_dim
-        sizes = WRITE_RULES[config.write_rule](config.decay_rate).logit_sizes(
-            heads, config.num_slots
-        )
+        rule = WRITE_RULES[config.write_rule](config.decay_rate)
+        sizes = rule.logit_sizes(heads, config.num_slots)
         self.sizes = [each // heads for each in sizes]  # logits of one head, for each gate
         self.key_weight = self.gate_weight = None
         if config.key_feedback:
