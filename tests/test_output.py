@@ -295,6 +295,16 @@ def test_a_flipped_bit_is_noticed_in_weights_and_in_a_lone_file(tmp_path):
         verify(tmp_path / "run")
 
 
+def test_folders_that_nothing_was_written_to_are_not_left_behind(tmp_path):
+    (tmp_path / "there").mkdir()
+    with claim(tmp_path / "there" / "a" / "b" / "c", "train", []):
+        pass
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+    with claim(tmp_path / "there" / "a" / "b", "train", []) as output:
+        output.write_text("x.txt", "x")
+    assert (tmp_path / "there" / "a" / "b" / "x.txt").exists()
+
+
 def test_notes_cannot_lead_out_of_the_folder(tmp_path):
     (tmp_path / "theirs.txt").write_text("mine")
     folder = tmp_path / "out"

@@ -61,7 +61,7 @@ def claim(
             file of these names is somebody else's.
     """
     folder = Path(folder)
-    there = os.path.exists(folder)
+    made = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
     try:
         with locked(folder, folder / LOCK, command, mend):
             output = Output(folder, command)
@@ -69,9 +69,9 @@ def claim(
             output._clear(names)
             yield output
     finally:
-        if not there:
-            with suppress(OSError):  # it holds something
-                folder.rmdir()
+        with suppress(OSError):  # it holds something
+            for each in made:
+                each.rmdir()
 
 
 class Output:

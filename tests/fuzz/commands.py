@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from fuzz.inputs import DOCUMENT, RUN_OPTIONS, TINY
 from fuzz.sandbox import LIMIT, Case
@@ -218,9 +219,10 @@ def _written(words: list[str]) -> list[str]:
     paths = [path for path in found.values() if path and "\0" not in path]
     if paths and found["table"]:
         paths.append(os.path.splitext(found["table"])[0] + ".png")
-    # A folder on the way to it is made, too.
-    parents = [os.path.dirname(path) for path in paths]
-    return [*paths, *(parent for parent in parents if parent and not os.path.isabs(parent))]
+    # Folders on the way to it are made, too.
+    parents = {parent for path in paths for parent in Path(path).parents if parent.parts}
+    inside = (each for each in parents if not each.is_absolute() and ".." not in each.parts)
+    return [*paths, *map(str, inside)]
 
 
 def case(seed: int) -> Case:
