@@ -80,7 +80,8 @@ def cut(batch: Batch, inputs: Tensor, every: int) -> Segments:
 def _cut_each(batch: Batch, inputs: Tensor, every: int) -> Segments:
     """Rows whose boundaries differ: a segment ends in each at its boundary, or after ``every``.
 
-    So no row waits for long for another, and there are at most twice as many tokens with filler.
+    So no row waits for long for another: with filler there are at most twice as many tokens, and
+    one segment.
     """
     rows, length = inputs.shape[:2]
     device = inputs.device
@@ -114,9 +115,9 @@ def _segment(batch: Batch, real: Tensor, start: Tensor, end: Tensor, boundary: T
     if documents is not None:
         first = documents.gather(1, (start - 1).clamp(min=0)).where(start > 0, 0)
         documents = documents.gather(1, tokens).where(filled >= 0, 0) - first
-    here: Tensor | bool = boundary[:, 0].to(start.device)
-    if not boundary.any() or boundary.all():
-        here = bool(boundary.all())
+    here: Tensor | bool = bool(boundary.all())
+    if boundary.any() and not here:
+        here = boundary[:, 0].to(start.device)
     return Segment(tokens, (place < end) & real.gather(1, tokens), documents, here)
 
 
@@ -150,11 +151,12 @@ def run_segments(
         if segment.boundary is False:
             continue
         slots = act(state.slots)
-        held_now = slots
         if isinstance(segment.boundary, Tensor):
             here = segment.boundary[:, None, None, None]
-            slots, held_now = slots.where(here, state.slots), slots.where(here, held)
-        state, held = state._replace(slots=slots), held_now
+            held, slots = slots.where(here, held), slots.where(here, state.slots)
+        else:
+            held = slots
+        state = state._replace(slots=slots)
     return [segments.join(parts) for parts in zip(*outputs, strict=True)], state, held
 
 

@@ -46,7 +46,8 @@ def is_environment(header: Any) -> bool:
         and all(type(load) in (int, float) for load in loads)
         and all(isinstance(header.get(word), str) for word in words)
         and all(type(header.get(count)) is int for count in ("cores", "threads"))
-        and isinstance(header.get("commit", 0), str | None)
+        and "commit" in header
+        and isinstance(header["commit"], str | None)
     )
 
 

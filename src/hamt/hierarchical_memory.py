@@ -92,10 +92,10 @@ class Consolidation(Boundary):
 
 def both_tiers(gates: Gates, rule: WriteRule, fast_decay: float, slow_decay: float) -> Gates:
     """Gates of the fast slots (..., H, S/2), as a gating network makes them, -> (..., H, S)."""
-    gates = rule.complete(gates, gates.write.dtype)
+    decay = math.log1p(-fast_decay)
+    if type(rule) is Convex:  # it derives log α from its one gate, and forgets a share by itself
+        gates, decay = rule.complete(gates, gates.write.dtype), 0.0
     assert gates.log_forget is not None
-    # The convex rule forgets a share by itself.
-    decay = 0.0 if type(rule) is Convex else math.log1p(-fast_decay)
     slow = torch.full_like(gates.log_forget, math.log1p(-slow_decay))
     return gates._replace(
         write=torch.cat((gates.write, torch.zeros_like(gates.write)), dim=-1),

@@ -229,12 +229,11 @@ class HAMTLayer(ConvolvedMixer):
             products = self.fused(conditioned, self.fusable_weights())
         if products is None:
             items, keys = project(self.item_proj, conditioned), project(self.key_proj, conditioned)
-            reading = self.retrieval(conditioned)
+            unbinding_keys, read = self.retrieval(conditioned)
         else:
             items, keys, unbinding_keys, read, *logits = products
-            reading = self.retrieval(conditioned, (unbinding_keys, read))
+            unbinding_keys, read = self.retrieval(conditioned, (unbinding_keys, read))
         heads, algebra = self.config.num_heads, self.memory.algebra
-        unbinding_keys, read = reading
         return _Projected(
             items.unflatten(-1, (heads, -1)),
             as_keys(keys, heads, algebra),

@@ -76,6 +76,18 @@ class AttentionTrace(NamedTuple):
         return tokens, initial
 
 
+def check_one_document(mask: Tensor | None, documents: Tensor | None) -> None:
+    """Refuse padding (B, N) and packed documents (B, N), which no trace tells apart.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    if mask is not None or documents is not None:
+        raise ValueError(
+            "one document without padding can be recorded: leave attention_mask and seq_idx out"
+        )
+
+
 def attention_layers(model: HAMTForCausalLM) -> list[int]:
     """Indices of the layers whose mixer is softmax attention."""
     return [i for i, block in enumerate(model.model.layers) if isinstance(block.mixer, Attention)]
@@ -106,10 +118,7 @@ def _observe(
     def begins(module: torch.nn.Module, inputs: Any) -> None:
         hidden_states = inputs[0]
         batch = (inputs[1] if len(inputs) > 1 else None) or Batch()
-        if batch.mask is not None or batch.documents is not None:
-            raise ValueError(
-                "one document without padding can be recorded: leave attention_mask and seq_idx out"
-            )
+        check_one_document(batch.mask, batch.documents)
         told.append((hidden_states.shape[1], batch))
 
     name = "attend_blocks" if isinstance(mixer, SlidingAttention) else "attend"

@@ -20,6 +20,7 @@ from torch import Tensor
 from hamt.analysis.attention import (
     AttentionTrace,
     attention_layers,
+    check_one_document,
     joined_attention,
     observe_attention,
 )
@@ -164,11 +165,7 @@ def _trace(
     memory: HolographicMemory, tensors: Any, options: Any, output: Tensor, after: MemoryState
 ) -> Trace:
     items, keys, unbinding_keys, gates, read = tensors
-    if options["mask"] is not None or options["documents"] is not None:
-        message = (
-            "one document without padding can be recorded: leave attention_mask and seq_idx out"
-        )
-        raise ValueError(message)
+    check_one_document(options["mask"], options["documents"])
     algebra, rotation, turn = memory.algebra, options["rotation"], None
     wide = torch.promote_types(items.dtype, torch.float32)
     before = options["initial_state"] or memory.initial_state(len(items), wide, items.device)
