@@ -1,8 +1,11 @@
 """What the tests of sweeps send to other processes."""
 
+import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -31,3 +34,11 @@ def two_seconds(item: str, folder: Path) -> str:
     (folder / item).touch()
     time.sleep(0.0 if item == "first" else 2.0)
     return item.upper()
+
+
+def new_pages(tensors: int) -> int:
+    """Of a worker: pages that the system hands out for so many tensors of 64 MiB in turn."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(tensors):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before

@@ -2,13 +2,15 @@
 
 import json
 import math
+import platform
+import resource
 import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from sweep_inputs import Squared, two_seconds
+from sweep_inputs import Squared, new_pages, two_seconds
 
 from hamt.errors import UserError
 from hamt.measure.ablate.runs import AblationRun
@@ -92,3 +94,10 @@ def test_no_run_begins_after_an_interrupt_and_none_that_is_finished_is_lost(tmp_
         in_processes(partial(two_seconds, folder=tmp_path), items, 2, done)
     assert set(kept) == {("first", "FIRST"), ("second", "SECOND")}
     assert {file.name for file in tmp_path.iterdir()} == {"first", "second"}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_a_process_keeps_the_memory_that_it_has_had():
+    pages: list[int] = []
+    in_processes(new_pages, [1, 20], 1, lambda _, found: pages.append(found))
+    assert pages[1] < 2 * 2**26 / resource.getpagesize()
