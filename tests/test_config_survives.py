@@ -29,6 +29,7 @@ REAL = (
     "slow_decay_rate",
     *("rotation_base", "rotation_share", "decay_rate", "min_half_life", "max_half_life", "dropout"),
     *("aux_loss_weight", "contrastive_temperature", "rms_norm_eps", "initializer_range"),
+    "embedding_multiplier",
 )
 edges = {bound for name in REAL for bound in _RANGES.get(name, ())} | {math.nextafter(1, 0)}
 whole = st.sampled_from([0, 1, 2, 3, 4, 7, 8, 64, -1, True, "2", 2.0, None])

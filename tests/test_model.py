@@ -172,6 +172,22 @@ def test_embeddings_may_be_given_in_the_place_of_ids():
             model(**wrong)
 
 
+def test_embeddings_are_multiplied_on_their_way_in_alone(tmp_path):
+    scaled, plain = tiny_model(embedding_multiplier=3), tiny_model(tie_word_embeddings=False)
+    plain.load_state_dict(scaled.state_dict())
+    with torch.no_grad():
+        plain.model.embed_tokens.weight *= 3
+    assert_close(scaled(IDS).logits, plain(IDS).logits, 1e-5)
+    embeddings = scaled.get_input_embeddings()(IDS)
+    assert_close(embeddings, plain.get_input_embeddings()(IDS), 1e-6)
+    assert torch.equal(scaled(inputs_embeds=embeddings).logits, scaled(IDS).logits)
+    scaled.save_pretrained(tmp_path)
+    loaded = HAMTModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IDS).logits, scaled(IDS).logits)
+    loaded.resize_token_embeddings(VOCAB + 8)
+    assert_close(loaded(IDS).logits[..., :VOCAB], scaled(IDS).logits, 1e-6)
+
+
 def test_logits_are_kept_only_where_wanted():
     model = tiny_model()
     whole = model(IDS).logits

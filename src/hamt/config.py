@@ -41,6 +41,7 @@ _RANGES = {
     "contrastive_temperature": (1e-3, 1e3),
     "rms_norm_eps": (1e-12, 1),
     "initializer_range": (1e-6, 1e3),
+    "embedding_multiplier": (1e-6, 1e6),
 }
 
 
@@ -114,6 +115,9 @@ class HAMTConfig(PreTrainedConfig):
         contrastive_temperature: what the contrastive loss divides cosines by.
         rms_norm_eps: ε of every RMSNorm.
         initializer_range: standard deviation of embeddings.
+        embedding_multiplier: what an embedding is multiplied by on its way into the first layer,
+            not in the head that it is tied to. √hidden_dim makes it as large as what layers add to
+            it, and as quick to learn.
         tie_word_embeddings: the head is the embedding, transposed.
 
     Raises:
@@ -170,6 +174,7 @@ class HAMTConfig(PreTrainedConfig):
     contrastive_temperature: float | int = 0.1
     rms_norm_eps: float | int = 1e-6
     initializer_range: float | int = 0.02
+    embedding_multiplier: float | int = 1.0
     use_cache: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None

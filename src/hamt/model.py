@@ -35,7 +35,7 @@ from hamt.config import HAMTConfig
 from hamt.continuation import HAMTGenerationMixin
 from hamt.cross_entropy import IGNORE_INDEX, head_loss
 from hamt.fingerprint import embedded
-from hamt.parts import RMSNorm
+from hamt.parts import RMSNorm, embedding
 from hamt.products import project
 
 
@@ -77,7 +77,7 @@ class HAMTBackbone(HAMTPreTrainedModel):
         config.validate_architecture()  # fields may have been set one by one since it was made
         # No padding_idx: padding is masked, and a tokenizer that pads with its end-of-text token
         # (GPT-2's) would leave that token without an embedding to learn.
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_dim)
+        self.embed_tokens = embedding(config)
         self.layers = nn.ModuleList(HAMTBlock(config, mixer) for mixer in config.layer_mixers)
         self.norm = RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
         self.post_init()

@@ -29,6 +29,25 @@ def residual_linear(inputs: int, outputs: int) -> nn.Linear:
     return module
 
 
+class ScaledEmbedding(nn.Embedding):
+    """An embedding that is multiplied by a constant, which a head tied to it is not."""
+
+    def __init__(self, rows: int, width: int, multiplier: float) -> None:
+        super().__init__(rows, width)
+        self.multiplier = multiplier
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Tokens (B, N) -> (B, N, d)."""
+        return super().forward(input_ids) * self.multiplier
+
+
+def embedding(config: HAMTConfig) -> nn.Embedding:
+    """The embedding of all tokens; a plain one where nothing is multiplied."""
+    sizes = config.vocab_size, config.hidden_dim
+    scale = float(config.embedding_multiplier)
+    return nn.Embedding(*sizes) if scale == 1 else ScaledEmbedding(*sizes, scale)
+
+
 class GatingNetwork(nn.Module):
     """The gates of every slot from the token, and from what it read at the last boundary, if asked.
 

@@ -207,7 +207,7 @@ def test_a_slot_that_is_read_seldom_is_not_dead():
 
 
 def test_the_loss_without_a_slot_is_that_of_a_model_that_cannot_read_it():
-    model, ids = build(), text(30)[0]
+    model, ids = build(embedding_multiplier=4), text(30)[0]
     loss, rises = loss_without_slots(model, ids, layers=[1])
     assert rises.keys() == {1}
     assert loss == pytest.approx(model(ids[None], labels=ids[None]).loss.item(), rel=1e-5)

@@ -10,7 +10,7 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
-from hamt.peak_memory import keep_freed_memory
+from hamt.peak_memory import keep_freed_memory, return_freed_memory
 from hamt.training.loop import Listener, Trainer
 
 Item = TypeVar("Item")
@@ -83,9 +83,17 @@ def _submit(pool: ProcessPoolExecutor, function: Callable, item: object) -> Futu
     """Hand over a call; the process that starts for it ignores Ctrl-C and heeds ``check_stop``."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a process inherits it
     try:
-        return pool.submit(function, item)
+        return pool.submit(_call, function, item)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _call(function: Callable[[Item], Result], item: Item) -> Result:
+    """Of a worker process: what one item needed is no burden to the next."""
+    try:
+        return function(item)
+    finally:
+        return_freed_memory()
 
 
 def _prepare(stop: Event) -> None:
