@@ -37,10 +37,12 @@ clean:  ## remove what tests and tools leave behind (venv/ and checkpoints/ stay
 	find . -name __pycache__ -not -path './venv/*' -prune -exec rm -rf {} +
 
 venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("HAMT needs Python 3.11 or later, as in: make PYTHON=python3.12 demo" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv venv
 
 # A stamp is only touched when everything before it went well, so a broken install is taken up again.
 venv/.runtime: requirements.txt pyproject.toml | venv/bin/python
+	@echo "installing what HAMT needs into venv/ (1 to 3 minutes)"
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	@touch $@

@@ -37,14 +37,14 @@ def ratios() -> dict[str, Series]:
         "training: HAMT": Series(
             lengths, [row["ratios"]["hamt over sdpa"]["median"] for row in train]
         ),
-        "training: the transformer without its attention": Series(lengths, without_attention),
+        "training: without any mixer, the ceiling": Series(lengths, without_attention),
     }
 
 
 def draw() -> Figure:
     """One panel, both axes logarithmic."""
     figure, (axes,) = panels(1, size=(8, 4))
-    draw_series(axes, ratios(), "context (tokens)", "times as fast as a transformer")
+    draw_series(axes, ratios(), "context (tokens)", "times as fast as the table's transformer")
     axes.axhline(1, color="black", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)

@@ -197,7 +197,8 @@ def test_json_keeps_every_field(tmp_path):
         "intermediate_dim": 40, "max_position_embeddings": 77, "dropout": 0.2,
         "use_auxiliary_loss": True, "aux_loss_weight": 0.3, "rms_norm_eps": 1e-5,
         "auxiliary_loss": "contrastive", "contrastive_temperature": 0.2,
-        "initializer_range": 0.1, "embedding_multiplier": 3.0, "use_cache": False, "tie_word_embeddings": False,
+        "initializer_range": 0.1, "embedding_multiplier": 3.0,
+        "use_cache": False, "tie_word_embeddings": False,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
     }  # fmt: skip
     own_fields = set(HAMTConfig.__annotations__) - {"model_type", "attribute_map"}

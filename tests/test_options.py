@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 
+from hamt.analysis.command import AnalyzeOptions
 from hamt.errors import UserError
 from hamt.options import check, option, parse
 
@@ -147,6 +148,13 @@ def test_help_shows_range_choices_default_and_a_heading(capsys):
 ])  # fmt: skip
 def test_an_unknown_option_is_told_with_the_nearest_known_one(flag, hint):
     assert refusal(flag) == f"unknown option {flag}: {hint}"
+
+
+def test_a_file_without_a_flag_is_told_where_a_file_is_given():
+    with pytest.raises(
+        UserError, match=r"option my\.txt: a file is given by --file; a text of sev"
+    ):
+        parse(AnalyzeOptions, ["my.txt"], "analyze")
 
 
 def test_a_flag_without_its_value_is_refused():

@@ -30,6 +30,7 @@ class PlainConsole(Console):
             super().on_broken_pipe()
 
 
-def try_command(prompt: str, checkpoint: str) -> str:
-    """The ``hamt generate`` command for a checkpoint, as a shell takes it."""
+def try_command(checkpoint: str, data: str = "", prompt: str | None = None) -> str:
+    """The ``hamt generate`` command for a checkpoint that ``data`` trained, as a shell takes it."""
+    prompt = prompt or ("Fellow citizens" if data == "sotu" else "The")
     return shlex.join(["hamt", "generate", prompt, "--checkpoint", checkpoint])

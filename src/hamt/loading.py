@@ -21,8 +21,16 @@ INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
 def pretrained_tokenizer(
     where: str, trust_remote_code: bool = False, **options: Any
 ) -> PreTrainedTokenizerBase:
-    """``AutoTokenizer.from_pretrained``; what a folder names as code runs only if it is trusted."""
-    return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+    """``AutoTokenizer.from_pretrained``; what a folder names as code runs only if it is trusted.
+
+    Raises:
+        ValueError: if the tokenizer has no tokens, as Transformers makes one for a model's folder
+            that has none.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError("no file of a tokenizer, or an empty one")
+    return tokenizer
 
 
 def pretrained_model(

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 MAX_SEED = 2**32 - 1  # NumPy takes none above
 _WRITTEN = ("output_dir", "table", "token_cache")  # where a command writes
+_READ = ("file", "data")  # what a command reads, where it is one of these
 _TINY, _HUGE = 1e-37, 1e37  # well within float32, which models compute in
 _WORDS = {
     **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
@@ -298,7 +299,8 @@ def _unknown_option(options: type, flag: str, command: str, where: str = "") -> 
     names = _by_name(options).keys() - {name}  # --config is unknown in a recipe
     hint = f"hamt {command} --help lists the options"
     if not flag.startswith("-"):
-        hint = f"a text of several words stands in quotes; {hint}"
+        reads = [f"a file is given by --{each}; " for each in _READ if each in names][:1]
+        hint = f"{''.join(reads)}a text of several words stands in quotes; {hint}"
     elif near := difflib.get_close_matches(name, names, 1):
         hint = f"did you mean --{near[0]}?"
     return UserError(f"unknown option {flag}{where}: {hint}")

@@ -49,7 +49,7 @@ def test_what_would_move_the_cursor_is_shown_as_an_escape(text, shown):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_suggested_command_can_be_pasted_into_a_shell(name):
-    command = try_command("Fellow citizens", name).replace("hamt", "printf '%s\\n'", 1)
+    command = try_command(name, prompt="Fellow citizens").replace("hamt", "printf '%s\\n'", 1)
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == name
 

@@ -9,10 +9,11 @@ import time
 
 import pytest
 import torch
+from command_inputs import fails
 from text_inputs import TEXT, files
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hamt.data.corpus import Corpus, load_corpus
 from hamt.data.tokenizer import (
@@ -64,6 +65,16 @@ def test_gpt2_files_under_their_original_names_load(tmp_path, tokenizer):
     loaded = load_tokenizer(str(tmp_path))
     assert loaded(TEXT).input_ids == tokenizer(TEXT).input_ids
     assert loaded.decode(loaded(TEXT).input_ids) == TEXT
+
+
+def test_a_folder_of_a_model_without_a_tokenizer_is_told(tmp_path, capsys):
+    """Transformers would make an empty tokenizer of the kind of the model."""
+    sizes = {"vocab_size": 8, "bos_token_id": 0, "eos_token_id": 0}
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, **sizes)).save_pretrained(tmp_path)
+    capsys.readouterr()  # a progress bar
+    with pytest.raises(UserError, match="holds no tokenizer that can be loaded"):
+        load_tokenizer(str(tmp_path))
+    assert "no file of a tokenizer" in fails(["evaluate", "--checkpoint", str(tmp_path)], capsys)
 
 
 def test_an_unreachable_tokenizer_names_the_local_alternatives(monkeypatch):

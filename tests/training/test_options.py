@@ -102,7 +102,8 @@ def test_the_first_argument_is_a_recipe_or_a_text(tmp_path, monkeypatch):
 def test_neither_a_recipe_nor_a_text_says_what_there_is(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = fails(["train", "tinny", "--dry_run"], capsys)
-    assert "no recipe or text tinny: the recipes are 100M, 200M, 50M, a100" in line
+    assert "no recipe or text tinny: for a text" in line
+    assert "the recipes are 100M, 200M, 50M, a100" in line
     assert "or the path of a .txt" in line
     assert "no recipe none.yaml" in fails(["train", "none.yaml"], capsys)
     error = fails(["train", "tiny", "--config", "sotu"], capsys)

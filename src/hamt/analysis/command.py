@@ -74,7 +74,9 @@ def _analyze(options: AnalyzeOptions, text: str, output: Output) -> None:
     analysis.results["tokens_of_the_text"] = len(ids)
     header = environment()
     console = PlainConsole()
-    console.print(f"{name}: {model.num_parameters():,} parameters, {_read(analysis)}")
+    told = f"{name}: {model.num_parameters():,} parameters, {_read(analysis)}"
+    own = options.text is None and options.file is None
+    console.print(f"{told} of HAMT's own text (--file reads yours)" if own else told)
     console.print(summary(analysis))
     slots = len(next(iter(analysis.results["layers"].values()))["write_share"][0])
     console.print(

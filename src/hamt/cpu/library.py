@@ -38,9 +38,10 @@ def fused_library() -> ctypes.CDLL | None:
     """Compile, or find what was compiled before; None, with a warning, where that does not work."""
     if os.environ.get("HAMT_FUSED") == "0":
         return None
-    candidates = (shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"])
-    compiler = next((words for words in candidates if words and shutil.which(words[0])), None)
-    reason = "there is no C++ compiler, such as g++"
+    named = shlex.split(os.environ.get("CXX", ""))  # g++ is not what it asks for
+    candidates = (named,) if named else (["g++"], ["clang++"])
+    compiler = next((words for words in candidates if shutil.which(words[0])), None)
+    reason = f"there is no C++ compiler {named[0] if named else 'such as g++'}"
     for flags in (["-fopenmp"], []):  # Apple's clang has no OpenMP: one thread then
         if compiler is None:
             break

@@ -22,6 +22,7 @@ from hamt.output import NOTES, written_names
 
 Row = Mapping[str, Any]
 
+MANY = 10  # names that a line has room for
 DELIMITERS = ",;\t|"  # of tables, in the order in which they are preferred
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,8 @@ def choose_column(names: list[str], wanted: str | None, source: str, named: bool
             f"{source} has one column, of which the first line is {_short(names[0])}: if that is a "
             f"name, give it with --text_column; if it is text, put a first line before it: text"
         )
-    choices = ", ".join(map(_short, names))
+    more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
+    choices = ", ".join(map(_short, names[:MANY])) + more
     raise UserError(f"{source} has no column {column!r}: give --text_column, one of {choices}")
 
 

@@ -35,8 +35,7 @@ def main(arguments: Sequence[str]) -> int:
             f"sample): that model is {checkpoint}; fewer epochs, --dropout 0.1 or more text "
             "would help"
         )
-    prompt = "Fellow citizens" if options.data == "sotu" else "The"
-    console.print(f"try: {try_command(prompt, checkpoint)}")
+    console.print(f"try: {try_command(checkpoint, options.data)}")
     return 0
 
 
@@ -47,6 +46,6 @@ def recipe_or_text(value: str) -> tuple[str, str]:
     if is_source(value):
         return "data", value
     raise UserError(
-        f"no recipe or text {value}: the recipes are {', '.join(recipe_names())}; "
-        f"for a text {no_text(value)}, or a dataset of the hub such as wikitext-2"
+        f"no recipe or text {value}: for a text {no_text(value)}, or a dataset of the hub such as "
+        f"wikitext-2; the recipes are {', '.join(recipe_names())}"
     )

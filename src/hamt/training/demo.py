@@ -78,5 +78,5 @@ def main(arguments: Sequence[str]) -> int:
     torch.manual_seed(options.seed)
     stream_text(run.model, run.tokenizer, options.prompt, GenerateOptions(max_new_tokens=120))
     console.print(f"\nThe checkpoint is in {options.output_dir}. Try:")
-    console.print(f"  {try_command(options.prompt, options.output_dir)}")
+    console.print(f"  {try_command(options.output_dir, prompt=options.prompt)}")
     return 0

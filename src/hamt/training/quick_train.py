@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
     if (retrieved := held_out_fidelity(run)) is not None:
         console.print(f"reconstruction loss {1 - retrieved.cosine:.3f} (held out): {retrieved}")
     console.print(f"{run.result.tokens_per_second:,.0f} tokens/s; wrote {path}")
-    console.print(f"try: {try_command('Fellow citizens', training.output_dir)}")
+    console.print(f"try: {try_command(training.output_dir, training.data)}")
     return 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -309,7 +310,11 @@ def _finish(plan: Plan, trainer: Trainer[Loss], output: Output, console: Console
         # The model is measured with the weights that are saved, rounded to their dtype.
         for parameter in plan.model.parameters():
             parameter.data.copy_(parameter.data.to(dtype))
-        console.print("measuring the loss on all of the held-out text")
+        with tqdm.external_write_mode():  # above the progress bar
+            if result.out_of_time:
+                limit = f"{plan.options.max_minutes:g} minutes are over (--max_minutes)"
+                console.print(f"{limit}: {result.steps:,} of {plan.loop.num_steps:,} steps")
+            console.print("measuring the loss on all of the held-out text")
         final = _measure(plan, whole=True)
     if plan.accelerator.is_main_process:
         output.write(

@@ -46,13 +46,14 @@ def main(arguments: Sequence[str]) -> int:
     explorer = Explorer(*load_checkpoint(checkpoint))
     if len(memory_layers(explorer.model)) < len(explorer.model.model.layers):
         raise UserError("hamt explore looks into memories: not all mixers of this model are one")
-    app = build_app(explorer, options.checkpoint or "The model in HAMT")
+    name = options.checkpoint or "The model in HAMT"
+    app = build_app(explorer, name)
     try:
         _, address, _ = launch(app, options.host, options.port)
     except Exception as error:  # whatever the libraries trip over
         where = f"{options.host}, port {options.port or 'any'}"
         raise UserError(f"cannot serve at {where}: {reason(error)}") from error
-    PlainConsole().print(f"Open {address} in a browser; Ctrl-C ends it.")
+    PlainConsole().print(f"{name}: open {address} in a browser; Ctrl-C ends it.")
     app.block_thread()
     return 0
 
