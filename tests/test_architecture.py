@@ -23,7 +23,7 @@ LAYERS = (
     {"batch", "peak_memory", "products"},
     {"cross_entropy", "losses", "mixers"},
     {"config"},
-    {"boundaries", "convolution", "rotation"},
+    {"boundaries", "convolution", "identity", "rotation", "state_file"},
     {"parts"},
     {"layers", "utils"},
     {"attention", "block", "cache", "hierarchical_memory", "rerouting"},

@@ -220,7 +220,7 @@ def test_an_interrupted_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
         os.truncate(file, 100)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hamt.cache.save_file", fail_half_way)
+    monkeypatch.setattr("hamt.state_file.save_file", fail_half_way)
     with pytest.raises(KeyboardInterrupt):
         cache.save(path)
     assert_equal(HAMTCache.load(path), read(model))

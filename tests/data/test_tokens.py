@@ -11,7 +11,7 @@ from text_inputs import TEXT, files, rows
 
 from hamt.data import tokens
 from hamt.data.corpus import Corpus, load_corpus
-from hamt.data.tokens import encode, tokenise
+from hamt.data.tokens import encode, encode_parts, pieces, tokenise
 from hamt.errors import UserError
 
 
@@ -55,6 +55,30 @@ def test_long_documents_are_cut_without_another_token(tokenizer, monkeypatch):
     assert len(pieces) > 20
     assert [first for _, first, _ in pieces] == [True] + [False] * (len(pieces) - 1)
     assert np.array_equal(np.concatenate([ids for ids, *_ in pieces]), whole)
+
+
+SPACED = "Two  spaces,\ttabs, 3 4 numbers_ and\n\n  blank lines.\n"
+SPACED += "It 's don't \u00e9 e\u0301 \u4f60\u597d."
+
+
+@pytest.mark.parametrize("size", [1, 7, 50])
+@pytest.mark.parametrize("part", [1, 3, 64, 10**6])
+def test_a_text_that_comes_in_parts_has_the_tokens_of_the_whole(tokenizer, size, part):
+    text = (SPACED + " " + TEXT) * 9
+    parts = [text[i : i + part] for i in range(0, len(text), part)]
+    found = list(encode_parts(parts, tokenizer, size))
+    assert len(found) > (1 if size == 50 else 20)
+    assert np.concatenate(found).tolist() == tokenizer(text).input_ids
+
+
+def test_pieces_of_a_text_are_as_long_as_asked_whatever_it_holds(monkeypatch):
+    monkeypatch.setattr(tokens, "LONGEST", 1000)
+    for text in ("ACGT" * 5000, "one " * 5000, "a line.\n" * 5000, "\n" * 20_000, ""):
+        parts = [text[i : i + 64] for i in range(0, len(text), 64)]
+        found = list(pieces(parts, 100))
+        assert "".join(found) == text
+        assert max(map(len, found)) <= 1000
+        assert min(map(len, found[:-1]), default=100) >= 100
 
 
 def test_text_is_tokenised_once(tokenizer, tmp_path, monkeypatch):

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,8 @@ from hamt.data.tokenizer import interruptible, vocabulary_size
 
 # Characters that are tokenised at a time, so that a file of any size fits into memory.
 PIECE = 1_000_000
+LONGEST = 10 * PIECE  # of a text that can be cut nowhere
+_CUT = re.compile(r"(?<=\w)(?= \w)|(?<=\S)(?=\n)")
 DTYPES = {"uint16": np.uint16, "uint32": np.uint32}  # that files of tokens are known to have
 LAYOUT = "1"  # version of the cached files' layout; with a new one texts are tokenised again
 
@@ -120,13 +121,23 @@ def encode(
     start = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     batch: list[tuple[str, bool]] = []
     size = 0
-    for text, first in chain.from_iterable(_pieces(document, piece) for document in documents):
-        batch.append((text, first))
-        size += len(text)
-        if size >= piece:
-            yield from _encode(batch, tokenizer, start)
-            batch, size = [], 0
+    for document in documents:
+        for number, text in enumerate(pieces([document], piece)):
+            batch.append((text, number == 0))
+            size += len(text)
+            if size >= piece:
+                yield from _encode(batch, tokenizer, start)
+                batch, size = [], 0
     yield from _encode(batch, tokenizer, start)
+
+
+def encode_parts(
+    parts: Iterable[str], tokenizer: PreTrainedTokenizerBase, piece: int | None = None
+) -> Iterator[np.ndarray]:
+    """Token ids of one text that comes in parts, in pieces of about ``piece`` characters."""
+    for text in pieces(parts, piece or PIECE):
+        for ids, *_ in _encode([(text, False)], tokenizer, []):
+            yield ids
 
 
 def _encode(
@@ -142,17 +153,24 @@ def _encode(
         yield np.asarray(ids, dtype=np.int64), first, len(text.encode())
 
 
-def _pieces(document: str, size: int) -> Iterator[tuple[str, bool]]:
-    """Pieces of a document, and whether each is its first.
+def pieces(parts: Iterable[str], size: int) -> Iterator[str]:
+    """A text that comes in parts, in pieces of ``size`` characters and what follows up to a cut.
 
-    A document is cut only where a line ends: there a byte-level BPE ends a token in any case.
+    It is cut where tokenizers end a token in any case: between two words, or where a line ends. A
+    text with no such place is cut after ``LONGEST`` characters.
     """
-    begin = 0
-    for match in re.finditer(r"(?<=\S)(?=\n)", document):
-        if match.start() - begin >= size:
-            yield document[begin : match.start()], begin == 0
+    rest = ""
+    for part in parts:
+        rest += part
+        begin = 0
+        while match := _CUT.search(rest, begin + size):
+            yield rest[begin : match.start()]
             begin = match.start()
-    yield document[begin:], begin == 0
+        rest = rest[begin:]
+        while len(rest) > LONGEST:
+            yield rest[:LONGEST]
+            rest = rest[LONGEST:]
+    yield rest
 
 
 def _write(
