@@ -33,6 +33,8 @@ LAYERS = (
     {"checkpoint"},
     {"data"},
     {"generation"},
+    {"conversation", "reading"},
+    {"chat"},
     {"training"},
     {"baselines"},
     {"analysis"},

@@ -277,8 +277,8 @@ EDITED[0, 18] += 1
         (NEW[1:2], {"attention_mask": torch.ones(1, 9)}, "covers 9 tokens, .* read 20 and 5"),
         (NEW[1:2], {"attention_mask": torch.ones(1, 26)}, "make it 5 long, or 25"),
         (NEW[1:2], {"use_cache": False}, "not used with use_cache=False"),
-        (None, {}, "has read its last token: give at least one more"),
-        (NEW[:, :0], {}, "has read its last token: give at least one more"),
+        (None, {}, "has read its last token: give at least one"),
+        (NEW[:, :0], {}, "has read its last token: give at least one"),
         (None, {"inputs_embeds": torch.zeros(1, 3, 32)}, "continues a state with token ids"),
     ],
 )

@@ -157,7 +157,8 @@ def test_a_state_is_sent_to_another_process_with_the_name_of_its_model():
 def test_a_state_of_an_unknown_model_is_read_and_that_is_said(tmp_path, caplog):
     state = tiny_model()(IDS, use_cache=True).past_key_values
     gc.collect()
-    state.save(tmp_path / "state")  # its model is gone
+    state.save(tmp_path / "state")
+    assert "state: the model that made this state is gone, and not named there" in caplog.text
     tensors = state.to_tensors()
     save_file(tensors, tmp_path / "earlier", {"format": "hamt-state-4"})
     for name in ("state", "earlier"):

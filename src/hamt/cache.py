@@ -129,6 +129,20 @@ class HAMTCache(Cache):
         self.seen_tokens, self.past, self.origin = 0, None, None
 
     @property
+    def batch_size(self) -> int:
+        """Rows of the state, -1 before the first token."""
+        return -1 if self.past is None else len(self.past.num_tokens)
+
+    @property
+    def unread(self) -> Tensor | None:
+        """(B, 1) the last token of each row, if it is known and not read yet; otherwise None.
+
+        ``generate`` leaves it so, and reads it first when it goes on.
+        """
+        unread = None if self.past is None else self.past.unread
+        return None if unread is None or unread.lt(0).any() else unread[:, None]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(x.nbytes for x in self._tensors().values())
@@ -269,6 +283,8 @@ class HAMTCache(Cache):
         words = {f"note {name}": text for name, text in (notes or {}).items()}
         if model := self._origin_name():
             words["model"] = model
+        else:
+            logger.warning("%s: the model that made this state is gone, and not named there", path)
         write_state(path, self.to_tensors(precision), precision, words)
 
     @classmethod

@@ -32,7 +32,10 @@ class HAMTGenerationMixin(GenerationMixin):
         state = model_kwargs.get("past_key_values")
         told = model_kwargs.get("inputs_embeds") is None and isinstance(state, HAMTCache)
         if told and state.has_previous_state() and (inputs is None or not inputs.shape[-1]):
-            ids = _last_tokens(state)
+            if (ids := state.unread) is None:
+                raise ValueError(
+                    "the state has read its last token: give at least one for what comes after it"
+                )
             model_kwargs |= {"goes_on": True, "attention_mask": torch.ones_like(ids)}
             return ids
         return super()._maybe_initialize_input_ids_for_generation(  # type: ignore[misc]
@@ -185,20 +188,6 @@ class HAMTGenerationMixin(GenerationMixin):
                 past_key_values=state,
             )
         return ids, mask
-
-
-def _last_tokens(state: HAMTCache) -> Tensor:
-    """The token of each row that was written last and is not read yet, (B, 1).
-
-    Raises:
-        ValueError: if there is a row without one.
-    """
-    unread = None if state.past is None else state.past.unread
-    if unread is None or unread.lt(0).any():
-        raise ValueError(
-            "the state has read its last token: give at least one more for what comes after it"
-        )
-    return unread[:, None]
 
 
 def _given_mask(

@@ -124,7 +124,7 @@ class HAMTBackbone(HAMTPreTrainedModel):
         cache = past_key_values
         rows, length = hidden_states.shape[:2]
         if cache is not None:
-            _check_cache(cache, self, rows)
+            check_cache(cache, self, rows)
         elif use_cache:
             cache = HAMTCache(len(self.layers))
         states = [None] * len(self.layers) if cache is None else cache.states
@@ -149,8 +149,12 @@ class HAMTBackbone(HAMTPreTrainedModel):
         )
 
 
-def _check_cache(cache: object, model: HAMTBackbone, rows: int) -> None:
-    """Refuse a cache of another library, model or number of rows."""
+def check_cache(cache: object, model: HAMTBackbone, rows: int) -> None:
+    """Refuse a cache of another library, model or number of rows.
+
+    Raises:
+        ValueError: with what it is and what it would have to be.
+    """
     if not isinstance(cache, HAMTCache):
         raise ValueError(f"past_key_values must be a HAMTCache; got {type(cache).__name__}")
     if len(cache.layers) != len(model.layers):

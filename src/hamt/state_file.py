@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hamt.files import write_file
+from hamt.errors import UserError, reason
+from hamt.files import existing, write_file
 from hamt.memory.precision import PRECISIONS, quantise
 
 FORMAT, ROUNDED = "hamt-state-4", "hamt-state-5"  # the latter with fewer bits
@@ -106,6 +107,30 @@ def read_state(
     return tensors, words
 
 
+def check_target(path: str, flag: str = "--save") -> None:
+    """Refuse to write a state where it would take the place of something else, or cannot be.
+
+    Raises:
+        UserError: if there is a file of another kind, or the folder cannot be written.
+    """
+    file = Path(path)
+    try:
+        there = os.path.lexists(file)
+        folder = existing(file.parent)
+        writable = folder.is_dir() and os.access(folder, os.W_OK)
+    except (OSError, ValueError) as error:  # a name that is too long, or none
+        raise UserError(f"{flag} {path!r} is no name of a file ({reason(error)})") from error
+    if not file.name or file.is_dir():
+        raise UserError(f"{flag} takes the name of a file; {path!r} is none")
+    if there and not holds_state(file):
+        raise UserError(
+            f"{path} is no HAMT state, and is not written over: move it away, or give {flag} "
+            "another name"
+        )
+    if not writable:
+        raise UserError(f"nothing can be written to {folder}: give {flag} a name elsewhere")
+
+
 def holds_state(path: str | os.PathLike[str]) -> bool:
     """Whether a file is one that ``write_state`` wrote, in this version or an earlier one."""
     if not Path(path).is_file():
@@ -121,6 +146,6 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         digest.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
-        content = x.detach().cpu().contiguous().flatten().view(torch.uint8)
+        content = x.cpu().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
         digest.update(content.numpy().tobytes())
     return digest.hexdigest()

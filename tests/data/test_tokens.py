@@ -68,7 +68,8 @@ def test_a_text_that_comes_in_parts_has_the_tokens_of_the_whole(tokenizer, size,
     parts = [text[i : i + part] for i in range(0, len(text), part)]
     found = list(encode_parts(parts, tokenizer, size))
     assert len(found) > (1 if size == 50 else 20)
-    assert np.concatenate(found).tolist() == tokenizer(text).input_ids
+    assert np.concatenate([ids for ids, _ in found]).tolist() == tokenizer(text).input_ids
+    assert sum(size for _, size in found) == len(text.encode())
 
 
 def test_pieces_of_a_text_are_as_long_as_asked_whatever_it_holds(monkeypatch):

@@ -133,11 +133,15 @@ def encode(
 
 def encode_parts(
     parts: Iterable[str], tokenizer: PreTrainedTokenizerBase, piece: int | None = None
-) -> Iterator[np.ndarray]:
-    """Token ids of one text that comes in parts, in pieces of about ``piece`` characters."""
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Token ids of one text that comes in parts, about ``piece`` characters at a time.
+
+    Yields:
+        The ids of a piece, and how many bytes its text has.
+    """
     for text in pieces(parts, piece or PIECE):
-        for ids, *_ in _encode([(text, False)], tokenizer, []):
-            yield ids
+        for ids, _, size in _encode([(text, False)], tokenizer, []):
+            yield ids, size
 
 
 def _encode(
