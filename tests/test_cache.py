@@ -244,6 +244,7 @@ def test_other_files_are_refused(tmp_path):
     refused(tmp_path / "text", "text is not a safetensors file")
     (tmp_path / "nothing").touch()
     refused(tmp_path / "nothing", "nothing is not a safetensors file")
+    refused("/proc/self/mem", r"/proc/self/mem cannot be read \(")
     tiny_model().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     refused(weights, r"is not a HAMT state; HAMTCache\.save writes one")

@@ -87,7 +87,7 @@ def read_state(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is not one that ``write_state`` wrote, or is damaged.
+        ValueError: if the file cannot be read, is not one that ``write_state`` wrote, or is damaged.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no state file {path}")
@@ -97,6 +97,8 @@ def read_state(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({reason(error)})") from error
     form = words.get("format", "")
     if form.startswith("hamt-state-") and form not in (FORMAT, ROUNDED):
         raise ValueError(f"{path} is a state of an earlier version of HAMT: read the prompt again")
