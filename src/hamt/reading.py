@@ -1,12 +1,12 @@
 """``hamt read``: a text of any length is read once, and the state after it kept in a file."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.save is None:
         raise UserError("give --save FILE, where the state after the text is to go")
     check_target(options.save)
-    source = None if options.file == STDIN else Path(options.file)
+    source = None if options.file == STDIN else options.file
     parts = text_parts(source)
     first = next(parts, None)  # a file that is not there is noticed before a model is loaded
     if first is None:
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
     console.print(
         f"read {read.tokens:,} tokens in {seconds:,.1f} s ({read.tokens / seconds:,.0f} tokens/s)"
     )
-    size = Path(options.save).stat().st_size
+    size = os.path.getsize(options.save)
     console.print(
         f"wrote {options.save}: the state after {_tokens(state):,} tokens, {size:,} bytes"
     )
@@ -145,11 +145,11 @@ def _tokens(state: HAMTCache) -> int:
     return 0 if state.past is None else int(state.past.num_tokens[0]) + 1
 
 
-def _bar(source: Path | None) -> tqdm:
+def _bar(source: str | None) -> tqdm:
     # In a log file every redrawing is a line: there two a minute are enough.
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(
-        total=source.stat().st_size if source is not None and source.is_file() else None,
+        total=os.path.getsize(source) if source is not None and os.path.isfile(source) else None,
         desc="reading",
         unit="B",
         unit_scale=True,

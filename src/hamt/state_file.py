@@ -87,7 +87,7 @@ def read_state(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file cannot be read, is not one that ``write_state`` wrote, or is damaged.
+        ValueError: if the file cannot be read, is damaged, or ``write_state`` did not write it.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no state file {path}")

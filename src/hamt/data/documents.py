@@ -81,7 +81,7 @@ def plain_text(file: Path) -> str:
     return "".join(text_parts(file))
 
 
-def text_parts(file: Path | None, size: int = 2**20) -> Iterator[str]:
+def text_parts(file: str | os.PathLike[str] | None, size: int = 2**20) -> Iterator[str]:
     """A file as it stands, whatever its kind, so many characters at a time.
 
     None is the standard input.
@@ -89,8 +89,8 @@ def text_parts(file: Path | None, size: int = 2**20) -> Iterator[str]:
     Raises:
         UserError: if it cannot be read, or is no UTF-8 text.
     """
-    source = Path("standard input") if file is None else file
-    with _readable(source), _standard_input() if file is None else _text(file) as text:
+    source = Path("standard input" if file is None else file)
+    with _readable(source), _standard_input() if file is None else _text(source) as text:
         while part := text.read(size):
             _refuse_nul(part)
             yield part
