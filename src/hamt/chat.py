@@ -113,8 +113,8 @@ class Chat:
     def _command(self, name: str, value: str) -> bool:
         """Do what a line asks for; returns whether the conversation goes on."""
         if name == "/save" and value:
-            check_target(value, "/save")
-            self._save(value)
+            self._save(value, "/save")
+            self.notes.print(f"wrote {value}")
         elif name == "/undo" and not value:
             if not self.conversation.undo():
                 raise UserError("there is no turn that can be taken back")
@@ -132,17 +132,16 @@ class Chat:
         if self.options.save is None:
             return
         if self.conversation.said.state.has_previous_state():
-            self._save(self.options.save, told=False)
+            self._save(self.options.save, "--save")
         else:
             self.notes.print(f"{self.options.save} stays as it is until there is another turn")
 
-    def _save(self, path: str, told: bool = True) -> None:
+    def _save(self, path: str, flag: str) -> None:
+        check_target(path, flag)
         try:
             self.conversation.save(path, self.options.precision)
         except (ValueError, OSError) as error:
             raise UserError(f"{path} is not written: {reason(error)}") from error
-        if told:
-            self.notes.print(f"wrote {path}")
 
 
 class _Answer(TextStreamer):

@@ -72,6 +72,7 @@ def main(arguments: Sequence[str]) -> int:
             bar.set_postfix_str(f"{read.tokens:,} tokens, {speed:,.0f} tokens/s", refresh=False)
             bar.update(read.num_bytes - bar.n)
     seconds = time.perf_counter() - began
+    check_target(options.save)  # reading took a while
     state.save(options.save, options.precision)
     console = PlainConsole()
     console.print(

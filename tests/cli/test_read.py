@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -168,7 +169,7 @@ def test_a_state_takes_the_place_of_a_state_and_of_nothing_else(place, capsys):
     (["chat", "--state", "other.state"], "other.state: this state was made by another model"),
     (["chat", "--state", "note.state"], "the conversation in the state is damaged"),
 ])  # fmt: skip
-def test_mistakes_end_in_one_line(arguments, message, place, capsys, caplog):
+def test_mistakes_end_in_one_line(arguments, message, place, capsys):
     ids = torch.tensor([[5, 6, 7]])
     model, _ = load_checkpoint("ours")
     for name, content in {"empty": b"", "e": b"e", "latin": b"caf\xe9 x", "nul": b"a\0b"}.items():
@@ -181,10 +182,39 @@ def test_mistakes_end_in_one_line(arguments, message, place, capsys, caplog):
     other(ids, use_cache=True).past_key_values.save("other.state")
     for name, sizes in {"deep": (32, 3), "wide": (64, 1)}.items():
         config = HAMTConfig(hidden_dim=sizes[0], num_layers=sizes[1], vocab_size=300)
+        # The model is gone before the file is written, which then names none.
         HAMTModel(config)(ids, use_cache=True).past_key_values.save(f"{name}.state")
-        caplog.clear()  # its model is gone, so that the file names none
+    capsys.readouterr()  # progress bars of what was loaded
     assert message in fails([*arguments, "--checkpoint", "ours"], capsys)
     assert not (place / "x").exists()
+
+
+def test_a_closed_input_is_refused_and_one_that_holds_text_is_left_open(place, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    message = fails(["read", "-", *words(save="x", checkpoint="ours")], capsys)
+    assert "standard input cannot be read (it is closed)" in message
+    typed(monkeypatch, b"\xef\xbb\xbfone two\r\nthree")
+    read(capsys, "-", save="x")
+    assert sys.stdin.read() == ""
+    (place / "text.txt").write_text("one two\nthree")
+    read(capsys, "text.txt", save="y")
+    states = [HAMTCache.load(name).past.fingerprint for name in "xy"]
+    assert states[0] == states[1]
+
+
+def test_what_has_come_to_stand_there_while_a_text_was_read_is_not_written_over(
+    place, capsys, monkeypatch
+):
+    encode = hamt.reading.encode_parts
+
+    def writing(*arguments):
+        (place / "book.state").write_text("something else")
+        yield from encode(*arguments)
+
+    monkeypatch.setattr(hamt.reading, "encode_parts", writing)
+    assert main(["read", "book.txt", *words(save="book.state", checkpoint="ours")]) == 2
+    assert "book.state is no HAMT state, and is not written over" in capsys.readouterr().err
+    assert (place / "book.state").read_text() == "something else"
 
 
 def test_a_text_of_one_token_is_refused(place, capsys):
