@@ -23,7 +23,7 @@ from hamt.data.tokenizer import interruptible, vocabulary_size
 # Characters that are tokenised at a time, so that a file of any size fits into memory.
 PIECE = 1_000_000
 LONGEST = 10 * PIECE  # of a text that can be cut nowhere
-_CUT = re.compile(r"(?<=\w)(?= \w)|(?<=\S)(?=\n)")
+_WORDS, _LINE = re.compile(r"(?<=\w)(?= \w)"), re.compile(r"(?<=\S)(?=\n)")
 DTYPES = {"uint16": np.uint16, "uint32": np.uint32}  # that files of tokens are known to have
 LAYOUT = "1"  # version of the cached files' layout; with a new one texts are tokenised again
 
@@ -158,22 +158,24 @@ def _encode(
 
 
 def pieces(parts: Iterable[str], size: int) -> Iterator[str]:
-    """A text that comes in parts, in pieces of ``size`` characters and what follows up to a cut.
+    """A text that comes in parts, in pieces of ``size`` to twice as many characters, or a few more.
 
-    It is cut where tokenizers end a token in any case: between two words, or where a line ends. A
-    text with no such place is cut after ``LONGEST`` characters.
+    It is cut between two words, where all tokenizers end a token; if there are none, where a line
+    ends, where most do; and a text without any such place after ``LONGEST`` characters.
     """
     rest = ""
     for part in parts:
         rest += part
         begin = 0
-        while match := _CUT.search(rest, begin + size):
-            yield rest[begin : match.start()]
-            begin = match.start()
+        while len(rest) - begin >= 2 * size:
+            first, last = begin + size, begin + LONGEST
+            match = _WORDS.search(rest, first, begin + 2 * size) or _LINE.search(rest, first, last)
+            if match is None and len(rest) < last:
+                break  # what comes may hold a place
+            end = last if match is None else match.start()
+            yield rest[begin:end]
+            begin = end
         rest = rest[begin:]
-        while len(rest) > LONGEST:
-            yield rest[:LONGEST]
-            rest = rest[LONGEST:]
     yield rest
 
 
