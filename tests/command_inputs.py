@@ -1,11 +1,14 @@
 """What the tests of commands have in common."""
 
+import io
 import json
+import sys
 
 from hamt.cli import main
 
 SUMS = (f"the sum of {i} and {i + 1} is {2 * i + 1}, and that is that" for i in range(900))
 TEXT = "".join(f"Line {i}: {line}.\n" for i, line in enumerate(SUMS))
+BOOK = TEXT[:9000]
 
 
 def words(**options):
@@ -15,6 +18,12 @@ def words(**options):
         values = [] if value is True else value if isinstance(value, list) else [value]
         found += [f"--{name}", *map(str, values)]
     return found
+
+
+def typed(monkeypatch, text):
+    """Let the standard input hold a text, or bytes."""
+    content = text if isinstance(text, bytes) else text.encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
 
 
 def read_json(path):

@@ -220,7 +220,7 @@ def test_an_interrupted_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
         os.truncate(file, 100)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hamt.cache.save_file", fail_half_way)
+    monkeypatch.setattr("hamt.state_file.save_file", fail_half_way)
     with pytest.raises(KeyboardInterrupt):
         cache.save(path)
     assert_equal(HAMTCache.load(path), read(model))
@@ -244,6 +244,7 @@ def test_other_files_are_refused(tmp_path):
     refused(tmp_path / "text", "text is not a safetensors file")
     (tmp_path / "nothing").touch()
     refused(tmp_path / "nothing", "nothing is not a safetensors file")
+    refused("/proc/self/mem", r"/proc/self/mem cannot be read \(")
     tiny_model().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     refused(weights, r"is not a HAMT state; HAMTCache\.save writes one")

@@ -1,5 +1,6 @@
 """A checkpoint, a folder or a .pt file, holds all that is needed; other paths are refused."""
 
+import copy
 import json
 
 import pytest
@@ -27,6 +28,21 @@ def test_a_checkpoint_holds_all_that_is_needed(tmp_path, tokenizer, save):
     for token in ("bos_token_id", "eos_token_id", "pad_token_id", "padding_side"):
         assert getattr(loaded_tokenizer, token) == getattr(tokenizer, token)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("save", [save_checkpoint, save_pt])
+@pytest.mark.parametrize("template", [None, "{{ messages[0].content }}"])
+def test_a_checkpoint_keeps_its_chat_template(tmp_path, tokenizer, save, template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    path = tmp_path / ("model.pt" if save is save_pt else "model")
+    save(path, tiny_model(vocab_size=len(tokenizer)), tokenizer)
+    assert load_checkpoint(path)[1].chat_template == template
+    if save is save_pt:  # as earlier versions wrote it
+        content = torch.load(path, weights_only=True)
+        del content["chat_template"]
+        torch.save(content, path)
+        assert load_checkpoint(path)[1].chat_template is None
 
 
 def test_a_path_without_a_checkpoint_is_the_users_mistake(tmp_path, tokenizer):

@@ -141,6 +141,58 @@ def test_beam_search_from_a_state_equals_beam_search_over_the_whole_text(options
         assert_continues(model, texts, generate(model, more, 6, past_key_values=state))
 
 
+STEPS = {"greedy": {}, "beams": {"num_beams": 3}, "samples": {"do_sample": True, "top_k": 1}}
+
+
+@pytest.mark.parametrize("told", STEPS.values(), ids=STEPS)
+@mixers
+def test_a_prefix_that_was_read_once_is_continued_by_a_batch_of_prompts(options, told):
+    """Each row as if the model had read prefix and prompt; the state itself stays as it is."""
+    model, prefix = tiny_model(**options), random_ids(1, 20)
+    state = state_of(model, prefix, None)
+    before = [x.clone() for x in state.to_tensors().values()]
+    whole, whole_mask = padded([torch.cat((prefix[0], row)) for row in SECOND], "left")
+    told = {**told, "num_return_sequences": 1 if not told else 2, "return_dict_in_generate": True}
+    expected = generate(model, whole, 6, attention_mask=whole_mask, **told)
+    found = generate(model, NEW, 6, attention_mask=NEW_MASK, past_key_values=state, **told)
+    assert torch.equal(found.sequences[:, 5:], expected.sequences[:, 25:])
+    assert (
+        len(found.sequences)
+        == found.past_key_values.batch_size
+        == 3 * told.pop("num_return_sequences")
+    )
+    after = state.to_tensors().values()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("nothing", [None, torch.empty(3, 0, dtype=torch.long), torch.empty(3, 0)])
+@pytest.mark.parametrize("told", STEPS.values(), ids=STEPS)
+@mixers
+def test_without_ids_a_text_goes_on_from_its_last_token(options, told, nothing):
+    model = tiny_model(**options)
+    first = generate(model, OLD, 4, attention_mask=OLD_MASK, return_dict_in_generate=True)
+    mask = torch.cat((OLD_MASK, OLD_MASK.new_ones(3, 4)), dim=1)
+    expected = generate(model, first.sequences, 6, attention_mask=mask, **told)
+    given = {} if nothing is None else {"attention_mask": nothing}
+    written = generate(model, nothing, 6, past_key_values=first.past_key_values, **given, **told)
+    assert torch.equal(written, expected[:, 23:])
+
+
+@pytest.mark.parametrize("new", [0, 1, 5])
+def test_a_state_has_advanced_by_what_is_documented(new):
+    """By the new ids and what was written but for its last token, and by the last one before."""
+    model = tiny_model()
+    state = state_of(model, OLD[:1], None)
+    generate(model, NEW[1:2], 4, past_key_values=state)
+    assert state.get_seq_length() == state.past.num_tokens.item() == 20 + 5 + 3
+    before = state.past.unread.item()
+    ids = random_ids(1, new, seed=5) if new else None
+    written = generate(model, ids, 4, past_key_values=state)
+    assert state.get_seq_length() == state.past.num_tokens.item() == 28 + 1 + new + 3
+    assert state.past.unread.item() == written[0, -1]
+    assert new or written[0, 0] == before
+
+
 def test_several_samples_continue_one_state():
     model, state = tiny_model(), state_of(tiny_model())
     torch.manual_seed(0)
@@ -225,7 +277,8 @@ EDITED[0, 18] += 1
         (NEW[1:2], {"attention_mask": torch.ones(1, 9)}, "covers 9 tokens, .* read 20 and 5"),
         (NEW[1:2], {"attention_mask": torch.ones(1, 26)}, "make it 5 long, or 25"),
         (NEW[1:2], {"use_cache": False}, "not used with use_cache=False"),
-        (NEW, {}, "1 rows, the input 3"),
+        (None, {}, "has read its last token: give at least one"),
+        (NEW[:, :0], {}, "has read its last token: give at least one"),
         (None, {"inputs_embeds": torch.zeros(1, 3, 32)}, "continues a state with token ids"),
     ],
 )
@@ -241,6 +294,13 @@ def test_rows_of_which_some_repeat_what_was_read_are_refused():
     ids = torch.cat((random_ids(2, 4)[:1], random_ids(1, 4, seed=5)))
     with pytest.raises(ValueError, match="in some rows only"):
         generate(model, ids, 3, past_key_values=state)
+
+
+def test_a_state_of_several_rows_takes_as_many_prompts():
+    model, state = tiny_model(), state_of(tiny_model(), OLD[1:], OLD_MASK[1:])
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match=f"2 rows, the input {rows}"):
+            generate(model, NEW[:rows], 3, past_key_values=state)
 
 
 def test_a_fingerprint_does_not_depend_on_cuts_or_padding():

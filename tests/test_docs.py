@@ -85,6 +85,11 @@ def test_the_example_of_the_readme_prints_the_output_beside_it():
     assert all(abs(float(a) - float(b)) < 0.002 for a, b in zip(printed, numbers, strict=True))
 
 
+def test_the_bytes_of_a_session_are_those_that_the_page_prints():
+    (expected,) = (block for block in blocks("docs/state.md", "text") if "bytes" in block)
+    assert run("docs/state.md")[1].endswith(expected)
+
+
 def test_shares_of_the_analysis_add_up_to_one():
     names, printed = run("docs/analysis.md")
     assert abs(names["shares"].sum() - 1).max() < 1e-4

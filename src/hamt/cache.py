@@ -5,24 +5,22 @@ and a roll-back are references, and gradients can flow through a carried state. 
 names the tensors of its own state; what is here knows none of them.
 """
 
+import logging
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from hamt.batch import Past
 from hamt.config import MAX_LAYERS
-from hamt.files import write_file
-from hamt.memory.precision import PRECISIONS, quantise
+from hamt.identity import identity
 from hamt.mixers import State
+from hamt.state_file import narrowed, read_state, widened, write_state
 
-_FORMAT, _ROUNDED = "hamt-state-4", "hamt-state-5"  # the latter with fewer bits
-_WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+logger = logging.getLogger(__name__)
 
 
 class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
@@ -90,7 +88,8 @@ class HAMTCache(Cache):
 
     Pass it as ``past_key_values``. If no layer is ``full_attention``, its size does not depend on
     the number of tokens. ``past`` is what holds for all layers: how many tokens of its document
-    each row has read, and which.
+    each row has read, and which. ``origin`` is the backbone that made the state; of a state from a
+    file it is the model's name (``hamt.identity``), until one has read on. None is not known.
     """
 
     layers: list[HAMTCacheLayer]  # type: ignore[assignment]
@@ -99,6 +98,8 @@ class HAMTCache(Cache):
         super().__init__(layers=[HAMTCacheLayer() for _ in range(num_layers)])
         self.seen_tokens = 0
         self.past: Past | None = None
+        self.origin: weakref.ref[nn.Module] | str | None = None
+        self.notes: dict[str, str] = {}
 
     @property
     def states(self) -> list[State | None]:
@@ -125,7 +126,21 @@ class HAMTCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.seen_tokens, self.past = 0, None
+        self.seen_tokens, self.past, self.origin = 0, None, None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the state, -1 before the first token."""
+        return -1 if self.past is None else len(self.past.num_tokens)
+
+    @property
+    def unread(self) -> Tensor | None:
+        """(B, 1) the last token of each row, if it is known and not read yet; otherwise None.
+
+        ``generate`` leaves it so, and reads it first when it goes on.
+        """
+        unread = None if self.past is None else self.past.unread
+        return None if unread is None or unread.lt(0).any() else unread[:, None]
 
     @property
     def nbytes(self) -> int:
@@ -155,7 +170,24 @@ class HAMTCache(Cache):
         """An independent continuation of the same past; costs no copy."""
         fork = HAMTCache(len(self.layers))
         fork.advance(self.states, self.past, self.seen_tokens)
+        fork.origin = self.origin
         return fork
+
+    def __deepcopy__(self, memo: dict) -> "HAMTCache":
+        copied = self.fork()
+        copied.map(torch.Tensor.clone)
+        return copied
+
+    def __getstate__(self) -> dict:
+        """What is sent to another process: the name of the model in the place of the model."""
+        return {**self.__dict__, "origin": self._origin_name()}
+
+    def _maker(self) -> nn.Module | str | None:
+        return self.origin() if isinstance(self.origin, weakref.ref) else self.origin
+
+    def _origin_name(self) -> str | None:
+        maker = self._maker()
+        return identity(maker) if isinstance(maker, nn.Module) else maker
 
     def detach(self) -> "HAMTCache":
         """A fork through which no gradient flows, for truncated backpropagation."""
@@ -180,21 +212,8 @@ class HAMTCache(Cache):
         Raises:
             ValueError: if there is no such precision.
         """
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-        tensors: dict[str, Tensor] = {}
-        for name, x in self._tensors().items():
-            x = x.detach().contiguous().clone()
-            if precision == "float32" or x.ndim < 4 or x.dtype not in _WIDE:
-                tensors[name] = x
-                continue
-            dtype = str(x.dtype).removeprefix("torch.")  # it comes back in this
-            if precision == "bfloat16":
-                tensors[f"bfloat16 {dtype} {name}"] = x.bfloat16()
-            else:
-                steps, scale = quantise(x)
-                tensors[f"int8 {dtype} {name}"], tensors[f"scale {name}"] = steps, scale
-        return {**tensors, "counts": torch.tensor([len(self.layers), self.seen_tokens])}
+        counts = torch.tensor([len(self.layers), self.seen_tokens])
+        return {**narrowed(self._tensors(), precision), "counts": counts}
 
     @classmethod
     def from_tensors(
@@ -205,7 +224,7 @@ class HAMTCache(Cache):
         Raises:
             ValueError: if a part is missing, or the counts are not those of these tensors.
         """
-        counts, tensors = tensors.get("counts"), _widened(tensors)
+        counts, tensors = tensors.get("counts"), widened(tensors)
         kept: dict[int, State] = {}
         for name, x in tensors.items():
             if name.startswith("layers."):
@@ -225,64 +244,74 @@ class HAMTCache(Cache):
         cache.advance(states, past, seen_tokens)
         return cache
 
-    def save(self, path: str | os.PathLike[str], precision: str = "float32") -> None:
+    def check_origin(self, model: nn.Module) -> None:
+        """Refuse a model that has not made this state.
+
+        Args:
+            model: a backbone (``HAMTBackbone``).
+
+        Raises:
+            ValueError: if its configuration or its weights are others. What is not known to come
+                from any model is not refused.
+        """
+        maker = self._maker()
+        if maker is not None and maker is not model and self._origin_name() != identity(model):
+            raise ValueError(
+                "this state was made by another model, or with other weights: give the model that "
+                "made it, or read the text again"
+            )
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        precision: str = "float32",
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
         """Write the state to one safetensors file, whole or not at all.
 
         With ``precision`` ``bfloat16`` or ``int8`` the file is a half or a quarter as large, and
         what is loaded is rounded; slots that the model has just rounded itself stay as they are
-        (``state_precision``).
+        (``state_precision``). ``notes`` are words to keep beside the state.
+
+        The file names the model that made the state, as its weights are now.
 
         Raises:
             ValueError: if no token has been seen, or there is no such precision.
         """
         if not self.has_previous_state():
             raise ValueError("this state is empty: read a prompt before saving it")
-        tensors = self.to_tensors(precision)
-        form = _FORMAT if precision == "float32" else _ROUNDED
-        write_file(path, lambda file: save_file(tensors, file, {"format": form}))
+        words = {f"note {name}": text for name, text in (notes or {}).items()}
+        if model := self._origin_name():
+            words["model"] = model
+        else:
+            logger.warning("%s: the model that made this state is gone, and not named there", path)
+        write_state(path, self.to_tensors(precision), precision, words)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> "HAMTCache":
-        """Read a state that ``save`` wrote.
+        """Read a state that ``save`` wrote; its ``notes`` are those that were saved.
+
+        The first model that reads on from it must be the one that made it. A file that an earlier
+        version wrote names none, which is said.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is not a HAMT state, or one of an earlier version.
+            ValueError: if the file is not a HAMT state, one of a format that is not read any more,
+                or damaged.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no state file {path}")
+        tensors, words = read_state(path, device)
         try:
-            with safe_open(path, framework="pt", device=device) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
-        form = metadata.get("format", "")
-        if form.startswith("hamt-state-") and form not in (_FORMAT, _ROUNDED):
-            raise ValueError(
-                f"{path} is a state of an earlier version of HAMT: read the prompt again"
-            )
-        if form not in (_FORMAT, _ROUNDED):
-            raise ValueError(f"{path} is not a HAMT state; HAMTCache.save writes one")
-        try:
-            return cls.from_tensors(tensors, device)
+            cache = cls.from_tensors(tensors, device)
         except ValueError as error:
             raise ValueError(f"{path} is {error}") from error
-
-
-def _widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What ``HAMTCache.to_tensors`` took apart; what it rounded in the dtype that it had."""
-    found = {}
-    for name, x in tensors.items():
-        kind, _, rest = name.partition(" ")
-        if not rest:
-            found[name] = x
-        elif kind != "scale":
-            dtype, _, name = rest.partition(" ")
-            scale = tensors.get(f"scale {name}") if kind == "int8" else torch.ones(())
-            wide = {str(each).removeprefix("torch."): each for each in _WIDE}.get(dtype)
-            fits = scale is not None and scale.shape in ((), (*x.shape[:-1], 1))
-            if kind not in PRECISIONS or wide is None or scale is None or not fits:
-                raise ValueError("not a whole HAMT state: save it again")
-            found[name] = (x * scale.to(x.device)).to(wide)
-    return found
+        cache.origin = words.get("model")
+        cache.notes = {
+            name.removeprefix("note "): text
+            for name, text in words.items()
+            if name.startswith("note ")
+        }
+        if cache.origin is None:
+            logger.warning(
+                "%s does not say which model made it: whether this one did is not checked", path
+            )
+        return cache

@@ -71,6 +71,7 @@ def save_pt(
         "config": json.loads(model.config.to_json_string(use_diff=False)),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "tokenizer_settings": {name: getattr(tokenizer, name) for name in _TOKENIZER_SETTINGS},
+        "chat_template": tokenizer.chat_template,
     }
     write_file(path, lambda file: torch.save(content, file))
 
@@ -128,6 +129,7 @@ def _load_pt(path: Path) -> tuple[HAMTForCausalLM, PreTrainedTokenizerFast]:
         weights = content["state_dict"]
         config, text = HAMTConfig(**content["config"]), content["tokenizer"]
         settings = {name: content["tokenizer_settings"][name] for name in _TOKENIZER_SETTINGS}
+        settings["chat_template"] = content.get("chat_template")  # not in earlier versions
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     except Exception as error:  # whatever torch.load trips over, the file is not one of ours
         raise UserError(

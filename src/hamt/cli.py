@@ -17,6 +17,8 @@ COMMANDS = {
     "quick-train": ("hamt.training.quick_train", "train a small model in minutes, with options"),
     "train": ("hamt.training.command", "train on your text, resumable, on one machine or many"),
     "generate": ("hamt.generation", "continue a prompt, token by token"),
+    "read": ("hamt.reading", "read a text of any length once, and keep the state in a file"),
+    "chat": ("hamt.chat", "a conversation that is kept, and read once"),
     "evaluate": ("hamt.measure.evaluate.command", "perplexity, benchmark tasks and samples"),
     "compare": ("hamt.measure.compare.command", "a model beside baselines: quality, speed, memory"),
     "bench": ("hamt.measure.bench.command", "speed and memory against the length of the context"),

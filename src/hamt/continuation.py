@@ -2,7 +2,11 @@
 
 The ids may be those that come after what the state has read, or the whole text from its beginning,
 as Transformers expects it: the state knows the two apart by a fingerprint of what it has read. What
-cannot be told apart is refused.
+cannot be told apart is refused. Without any ids the text goes on from its last token, which is the
+first of the sequences that are returned.
+
+A state of one row continues any number of prompts. ``generate`` updates a state in place, unless
+it needs more rows than the state has: then it works on a copy.
 
 Shape legend: B batch, N tokens.
 """
@@ -24,8 +28,22 @@ class HAMTGenerationMixin(GenerationMixin):
 
     model: Any  # the backbone, which HAMTForCausalLM brings
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+    def _maybe_initialize_input_ids_for_generation(self, inputs, bos_token_id, model_kwargs):
         state = model_kwargs.get("past_key_values")
+        told = model_kwargs.get("inputs_embeds") is None and isinstance(state, HAMTCache)
+        if told and state.has_previous_state() and (inputs is None or not inputs.shape[-1]):
+            if (ids := state.unread) is None:
+                raise ValueError(
+                    "the state has read its last token: give at least one for what comes after it"
+                )
+            model_kwargs |= {"goes_on": True, "attention_mask": torch.ones_like(ids)}
+            return ids
+        return super()._maybe_initialize_input_ids_for_generation(  # type: ignore[misc]
+            inputs, bos_token_id, model_kwargs
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        state, goes_on = model_kwargs.get("past_key_values"), model_kwargs.pop("goes_on", False)
         if state is None:
             if generation_config.use_cache:  # HAMT's state is the only cache it has
                 model_kwargs["past_key_values"] = HAMTCache(len(self.model.layers))
@@ -35,9 +53,16 @@ class HAMTGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args
         )
-        told = generation_config
+        if not isinstance(state, HAMTCache):
+            return
+        if goes_on:  # a mask that covers them with what was read: they are not read before
+            generation_config._mask_length = state.get_seq_length() + 1
+            model_kwargs["attention_mask"] = None
+        told, (_, prompts, *_) = generation_config, args
         copies = max(told.num_beams or 1, told.num_return_sequences or 1)
-        if copies > 1 and isinstance(state, HAMTCache):
+        if state.batch_size == 1:
+            copies *= prompts
+        if copies > 1:
             state = state.fork()  # the caller's keeps its rows
             state.batch_repeat_interleave(copies)
             model_kwargs["past_key_values"] = state

@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from hamt.cache import HAMTCache
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.data.tokenizer import start_token
 from hamt.errors import UserError, printable
+from hamt.model import HAMTForCausalLM, check_cache
 from hamt.options import MAX_SEED, option, parse
+
+SEGMENT = 2048  # tokens that are read at a time, so that a long text needs no more memory
 
 
 @dataclass
-class GenerateOptions:
-    """Continue a prompt with a trained model, printing each word as it comes."""
+class Sampling:
+    """How tokens are chosen, and by which model."""
 
-    prompt: str | None = option(None, "the text to continue; none starts a new document")
     checkpoint: str = option(
         str(PRETRAINED), "a checkpoint: a folder or a .pt file", shown_default="the model in HAMT"
     )
@@ -36,14 +39,27 @@ class GenerateOptions:
     )
 
 
+@dataclass
+class GenerateOptions(Sampling):
+    """Continue a prompt with a trained model, printing each word as it comes."""
+
+    prompt: str | None = option(
+        None, "the text to continue; none starts a new document, or goes on from --state"
+    )
+    state: str | None = option(
+        None, "a file that hamt read or hamt chat wrote: the prompt comes after what it has read"
+    )
+
+
 def main(arguments: Sequence[str]) -> int:
     """Load the checkpoint and stream the continuation to standard output."""
     options = parse(GenerateOptions, arguments, "generate", positional=prompt)
     model, tokenizer = load_checkpoint(options.checkpoint)
+    state = None if options.state is None else load_state(options.state, model)
     model.fuse_projections()
     if options.seed is not None:
         set_seed(options.seed)
-    stream_text(model, tokenizer, options.prompt or "", options)
+    stream_text(model, tokenizer, options.prompt or "", options, state)
     return 0
 
 
@@ -52,16 +68,43 @@ def prompt(text: str) -> tuple[str, str]:
     return "prompt", text
 
 
+def load_state(path: str, model: HAMTForCausalLM) -> HAMTCache:
+    """The state of one text in a file, to go on from.
+
+    Raises:
+        UserError: if it is none of this model, of several texts, or damaged.
+    """
+    try:
+        state = HAMTCache.load(path, str(model.device))
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+    rows = state.batch_size
+    try:
+        check_cache(state, model.model, rows)
+        for block, kept in zip(model.model.layers, state.states, strict=True):
+            block.mixer.check_state(kept or {})
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    if rows != 1:
+        raise UserError(f"{path} is a state of {rows} texts: a command goes on from one")
+    return state
+
+
 def stream_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
-    options: GenerateOptions,
+    options: Sampling,
+    state: HAMTCache | None = None,
 ) -> None:
-    """Print ``prompt`` and its continuation, word by word as they are written."""
-    streamer = _Streamer(tokenizer, skip_special_tokens=True)
-    ids = encode_prompt(tokenizer, prompt)
-    continue_tokens(model, tokenizer, ids, options, streamer=streamer)
+    """Print ``prompt`` and its continuation, word by word as they are written.
+
+    Raises:
+        UserError: as ``continue_tokens``.
+    """
+    ids = encode_prompt(tokenizer, prompt) if state is None else encode_text(tokenizer, prompt)
+    streamer = _Streamer(tokenizer, skip_prompt=not ids, skip_special_tokens=True)
+    continue_tokens(model, tokenizer, ids, options, state, streamer=streamer)
     sys.stdout.flush()
 
 
@@ -98,21 +141,41 @@ def continue_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
-    options: GenerateOptions,
+    options: Sampling,
+    state: HAMTCache | None = None,
     **arguments: Any,
 ) -> list[int]:
-    """The tokens that a model writes after ``ids`` (at least one), up to one that ends the text.
+    """The tokens that a model writes after ``ids``, up to one that ends the text.
 
-    ``arguments`` are further ones of ``model.generate``.
+    Args:
+        model: any causal language model.
+        tokenizer: the model's.
+        ids: at least one token, or none where the state knows the last one of its text.
+        options: how tokens are chosen.
+        state: of HAMT, what was read before ``ids``; it is updated.
+        arguments: further ones of ``model.generate``.
+
+    Raises:
+        UserError: if there are no ids, and no token to go on from.
     """
     sampling: dict[str, Any] = {}
     if options.temperature > 0:  # Transformers takes no whole numbers for these two
         sampling = {"temperature": float(options.temperature), "top_p": float(options.top_p)}
         sampling["top_k"] = options.top_k
-    prompt = torch.tensor([ids], device=model.device)
+    prompt = torch.tensor([ids], dtype=torch.long, device=model.device)
+    mask = torch.ones_like(prompt)
+    if state is not None:
+        arguments["past_key_values"] = state
+        # What was read counts in the mask, so that ids are new even if they begin alike.
+        known = 0 if state.unread is None else 1
+        if not ids and not known:
+            raise UserError("the state has read the last token of its text: give a prompt")
+        mask = torch.ones(1, state.get_seq_length() + known + len(ids), device=model.device)
+        if len(ids) > SEGMENT:
+            arguments["prefill_chunk_size"] = SEGMENT
     output = model.generate(  # type: ignore[operator]
-        prompt,
-        attention_mask=torch.ones_like(prompt),
+        prompt if ids else None,
+        attention_mask=mask if ids else None,
         max_new_tokens=options.max_new_tokens,
         repetition_penalty=options.repetition_penalty,
         pad_token_id=tokenizer.pad_token_id,
@@ -120,4 +183,4 @@ def continue_tokens(
         **sampling,
         **arguments,
     )
-    return output[0, len(ids) :].tolist()
+    return output[0, max(len(ids), 1) :].tolist()

@@ -4,6 +4,7 @@ Shape legend: B batch, N tokens, d hidden_dim, V vocab_size.
 """
 
 import sys
+import weakref
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,7 @@ class HAMTBackbone(HAMTPreTrainedModel):
         cache = past_key_values
         rows, length = hidden_states.shape[:2]
         if cache is not None:
-            _check_cache(cache, len(self.layers), rows)
+            check_cache(cache, self, rows)
         elif use_cache:
             cache = HAMTCache(len(self.layers))
         states = [None] * len(self.layers) if cache is None else cache.states
@@ -140,6 +141,7 @@ class HAMTBackbone(HAMTPreTrainedModel):
         if cache is not None:
             read = embedded(hidden_states) if input_ids is None else input_ids
             cache.advance(new_states, batch.after(hidden_states, read, cache.past), length)
+            cache.origin = weakref.ref(self)
         return HAMTBackboneOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=cache,
@@ -147,15 +149,20 @@ class HAMTBackbone(HAMTPreTrainedModel):
         )
 
 
-def _check_cache(cache: object, layers: int, rows: int) -> None:
-    """Refuse a cache of another library, model or number of rows."""
+def check_cache(cache: object, model: HAMTBackbone, rows: int) -> None:
+    """Refuse a cache of another library, model or number of rows.
+
+    Raises:
+        ValueError: with what it is and what it would have to be.
+    """
     if not isinstance(cache, HAMTCache):
         raise ValueError(f"past_key_values must be a HAMTCache; got {type(cache).__name__}")
-    if len(cache.layers) != layers:
+    if len(cache.layers) != len(model.layers):
         raise ValueError(
-            f"this state has {len(cache.layers)} layers, the model {layers}: "
+            f"this state has {len(cache.layers)} layers, the model {len(model.layers)}: "
             "it comes from another model"
         )
+    cache.check_origin(model)
     if cache.past is not None and len(cache.past.num_tokens) != rows:
         raise ValueError(
             f"this state has {len(cache.past.num_tokens)} rows, the input {rows}: "

@@ -20,7 +20,7 @@ from hamt.recipes import read_recipe
 T = TypeVar("T")
 
 MAX_SEED = 2**32 - 1  # NumPy takes none above
-_WRITTEN = ("output_dir", "table", "token_cache")  # where a command writes
+_WRITTEN = ("output_dir", "table", "token_cache", "save")  # where a command writes
 _READ = ("file", "data")  # what a command reads, where it is one of these
 _TINY, _HUGE = 1e-37, 1e37  # well within float32, which models compute in
 _WORDS = {

@@ -14,6 +14,7 @@ from command_inputs import fails, read_json, words
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hamt import HAMTConfig
+from hamt.chat import ChatOptions
 from hamt.checkpoint import load_checkpoint
 from hamt.cli import COMMANDS, main
 from hamt.errors import UserError, user_errors
@@ -21,6 +22,7 @@ from hamt.files import write_file
 from hamt.generation import GenerateOptions
 from hamt.measure.compare.command import CompareOptions
 from hamt.measure.evaluate.command import EvaluateOptions
+from hamt.reading import ReadOptions
 from hamt.training.demo import DemoOptions
 from hamt.training.quick_train import QuickTrainOptions
 
@@ -38,16 +40,20 @@ def checkpoint(text, tmp_path_factory):
 
 def test_names_and_flags_are_pinned():
     assert list(COMMANDS) == [
-        "demo", "quick-train", "train", "generate", "evaluate", "compare", "bench", "recall",
-        "ablate", "analyze", "explore",
+        "demo", "quick-train", "train", "generate", "read", "chat", "evaluate", "compare", "bench",
+        "recall", "ablate", "analyze", "explore",
     ]  # fmt: skip
     assert list(DemoOptions.__dataclass_fields__) == [
         "output_dir", "data", "num_steps", "max_minutes", "prompt", "seed", "hierarchical"
     ]  # fmt: skip
     assert list(GenerateOptions.__dataclass_fields__) == [
-        "prompt", "checkpoint", "max_new_tokens", "temperature", "top_p", "top_k",
-        "repetition_penalty", "seed",
+        "checkpoint", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty",
+        "seed", "prompt", "state",
     ]  # fmt: skip
+    assert list(ReadOptions.__dataclass_fields__) == [
+        "file", "save", "checkpoint", "state", "precision"
+    ]  # fmt: skip
+    assert list(ChatOptions.__dataclass_fields__)[7:] == ["state", "save", "precision"]
     for options, documented in (
         (QuickTrainOptions, "num_steps batch_size log_interval binding_type num_slots hcm_dim"),
         (QuickTrainOptions, "output_dir"),

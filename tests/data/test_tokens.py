@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from text_inputs import TEXT, files, rows
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from hamt.data import tokens
 from hamt.data.corpus import Corpus, load_corpus
-from hamt.data.tokens import encode, tokenise
+from hamt.data.tokens import encode, encode_parts, pieces, tokenise
 from hamt.errors import UserError
 
 
@@ -55,6 +57,60 @@ def test_long_documents_are_cut_without_another_token(tokenizer, monkeypatch):
     assert len(pieces) > 20
     assert [first for _, first, _ in pieces] == [True] + [False] * (len(pieces) - 1)
     assert np.array_equal(np.concatenate([ids for ids, *_ in pieces]), whole)
+
+
+SPACED = "Two  spaces,    many.\ttabs, 3 4 numbers_ and\n\n  blank lines.\n"
+SPACED += "It 's don't \u00e9 e\u0301 \u4f60\u597d.\n"
+# What Llama 3 cuts words by: punctuation and the ends of lines after it stay together.
+JOINING = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture(scope="module")
+def joining():
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(JOINING), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([(SPACED + TEXT) * 20], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize(("name", "size"), [
+    ("tokenizer", 1), ("tokenizer", 7), ("tokenizer", 50), ("joining", 50),
+])  # fmt: skip
+@pytest.mark.parametrize("part", [1, 3, 64, 10**6])
+def test_a_text_that_comes_in_parts_has_the_tokens_of_the_whole(name, size, part, request):
+    tokenizer = request.getfixturevalue(name)
+    text = (SPACED + " " + TEXT) * 9
+    parts = [text[i : i + part] for i in range(0, len(text), part)]
+    found = list(encode_parts(parts, tokenizer, size))
+    assert len(found) > 20
+    assert np.concatenate([ids for ids, _ in found]).tolist() == tokenizer(text).input_ids
+    assert sum(size for _, size in found) == len(text.encode())
+
+
+def test_pieces_of_a_text_are_as_long_as_asked_whatever_it_holds(monkeypatch):
+    monkeypatch.setattr(tokens, "LONGEST", 1000)
+    for text, longest in {
+        "ACGT" * 5000: 1000, "one " * 5000: 110, "a line.\n" * 5000: 110, "\n" * 20_000: 1000,
+        "one " * 30 + "ACGT" * 5000: 1000, "\u4f60\u597d.\n" * 5000: 110, "": 0,
+    }.items():  # fmt: skip
+        for part in (64, 10**5):
+            parts = [text[i : i + part] for i in range(0, len(text), part)]
+            found = list(pieces(parts, 100))
+            assert "".join(found) == text
+            assert max(map(len, found[:-1]), default=0) <= longest
+            assert len(found[-1]) < max(200, longest + 64)
+            assert min(map(len, found[:-1]), default=100) >= 100
 
 
 def test_text_is_tokenised_once(tokenizer, tmp_path, monkeypatch):

@@ -26,6 +26,8 @@ BASE = {
     "quick-train": {**TINY, "data": "my_text.txt", "num_steps": 1, "output_dir": "out"},
     "train": RUNS,
     "generate": {"checkpoint": "model", "prompt": DOCUMENT, "max_new_tokens": 3},
+    "read": {"checkpoint": "model", "file": "my_text.txt", "save": "out/read.state"},
+    "chat": {"checkpoint": "model", "max_new_tokens": 3},  # nothing is typed
     "evaluate": {
         "checkpoint": "model",
         "data": "my_text.txt",
@@ -90,7 +92,12 @@ WORK = {
     *("keep_checkpoints", "limit", "batch_sizes", "decode_batches", "tbptt_segments", "context"),
 }
 NEVER = {"compile_model", "compile", "tasks", "capacity", "quick", "use_wandb", "use_tensorboard"}
-WRITTEN = {"output_dir", "token_cache", "table"}  # options that say where something is written
+WRITTEN = {
+    "output_dir",
+    "token_cache",
+    "table",
+    "save",
+}  # options that say where something is written
 # They start processes, train, read the 12 MB of text in the package, or read a token at a time.
 SLOW = {"recall", "ablate", "compare", "demo", "quick-train", "evaluate"}
 
@@ -209,7 +216,7 @@ def _written(words: list[str]) -> list[str]:
     name = words[0].replace("-", "_")
     default = {"evaluate": "analysis_output", "analyze": "analyze_output"}
     default |= {each: f"checkpoints/{each}" for each in ("train", "quick_train", "demo")}
-    found: dict[str, str | None] = {"table": None, "token_cache": None}
+    found: dict[str, str | None] = {"table": None, "token_cache": None, "save": None}
     found["output_dir"] = default.get(name, f"{name}_output")
     for place, word in enumerate(words):
         flag, equals, value = word.partition("=")
@@ -241,7 +248,7 @@ def case(seed: int) -> Case:
         process = False
         run = lambda: main(words)  # noqa: E731
     replace = any(word.startswith(("--overwrite", "--resume", "--token")) for word in words)
-    replace |= words[0] in ("recall", "ablate")
+    replace |= words[0] in ("recall", "ablate", "read")  # a state takes the place of a state
     limit = max(60.0 if words[0] in SLOW or process else 20.0, LIMIT)
     return Case(name, run, may_write=_written(words), may_replace=replace, limit=limit)
 

@@ -84,12 +84,17 @@ def _train() -> int:
 
     from hamt.checkpoint import load_checkpoint, save_pt
     from hamt.cli import main
+    from hamt.conversation import Conversation
+    from hamt.generation import Sampling
 
     code = main(["train", *flags(RUN_OPTIONS)])
     model, tokenizer = load_checkpoint("run")
     save_pt("model.pt", model, tokenizer)
     ids = torch.tensor([tokenizer(DOCUMENT).input_ids])
     model(ids, use_cache=True).past_key_values.save("state.safetensors")
+    talk = Conversation(model, tokenizer)
+    talk.ask(DOCUMENT, Sampling(max_new_tokens=3))
+    talk.save("talk.state")
     return code
 
 

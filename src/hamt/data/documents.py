@@ -6,9 +6,11 @@ bytes that are no text, cells of another kind and lines of another shape are ref
 
 import csv
 import hashlib
+import io
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -75,12 +77,35 @@ def plain_text(file: Path) -> str:
     """All of a file as it stands, whatever its kind.
 
     Raises:
+        UserError: as ``text_parts``.
+    """
+    return "".join(text_parts(file))
+
+
+def text_parts(file: str | os.PathLike[str] | None, size: int = 2**20) -> Iterator[str]:
+    """A file as it stands, whatever its kind, so many characters at a time.
+
+    None is the standard input.
+
+    Raises:
         UserError: if it cannot be read, or is no UTF-8 text.
     """
-    with _readable(file), _text(file) as text:
-        content = text.read()
-        _refuse_nul(content)
-        return content
+    source = Path("standard input" if file is None else file)
+    with _readable(source), _standard_input() if file is None else _text(source) as text:
+        while part := text.read(size):
+            _refuse_nul(part)
+            yield part
+
+
+@contextmanager
+def _standard_input() -> Iterator[TextIO]:
+    if sys.stdin is None:  # closed by the shell: `<&-`
+        raise OSError("it is closed")
+    text = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig")
+    try:
+        yield text
+    finally:
+        text.detach()  # otherwise it would be closed with this one
 
 
 def read_folder(folder: Path, text_column: str | None = None) -> tuple[Documents, list[Path]]:

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,8 @@ from hamt.data.tokenizer import interruptible, vocabulary_size
 
 # Characters that are tokenised at a time, so that a file of any size fits into memory.
 PIECE = 1_000_000
+LONGEST = 10 * PIECE  # of a text that can be cut nowhere
+_WORDS, _LINE = re.compile(r"(?<=\w)(?= \w)"), re.compile(r"(?<=\S)(?=\n)")
 DTYPES = {"uint16": np.uint16, "uint32": np.uint32}  # that files of tokens are known to have
 LAYOUT = "1"  # version of the cached files' layout; with a new one texts are tokenised again
 
@@ -120,13 +121,27 @@ def encode(
     start = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     batch: list[tuple[str, bool]] = []
     size = 0
-    for text, first in chain.from_iterable(_pieces(document, piece) for document in documents):
-        batch.append((text, first))
-        size += len(text)
-        if size >= piece:
-            yield from _encode(batch, tokenizer, start)
-            batch, size = [], 0
+    for document in documents:
+        for number, text in enumerate(pieces([document], piece)):
+            batch.append((text, number == 0))
+            size += len(text)
+            if size >= piece:
+                yield from _encode(batch, tokenizer, start)
+                batch, size = [], 0
     yield from _encode(batch, tokenizer, start)
+
+
+def encode_parts(
+    parts: Iterable[str], tokenizer: PreTrainedTokenizerBase, piece: int | None = None
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Token ids of one text that comes in parts, about ``piece`` characters at a time.
+
+    Yields:
+        The ids of a piece, and how many bytes its text has.
+    """
+    for text in pieces(parts, piece or PIECE):
+        for ids, _, size in _encode([(text, False)], tokenizer, []):
+            yield ids, size
 
 
 def _encode(
@@ -142,17 +157,26 @@ def _encode(
         yield np.asarray(ids, dtype=np.int64), first, len(text.encode())
 
 
-def _pieces(document: str, size: int) -> Iterator[tuple[str, bool]]:
-    """Pieces of a document, and whether each is its first.
+def pieces(parts: Iterable[str], size: int) -> Iterator[str]:
+    """A text that comes in parts, in pieces of ``size`` to twice as many characters, or a few more.
 
-    A document is cut only where a line ends: there a byte-level BPE ends a token in any case.
+    It is cut between two words, where all tokenizers end a token; if there are none, where a line
+    ends, where most do; and a text without any such place after ``LONGEST`` characters.
     """
-    begin = 0
-    for match in re.finditer(r"(?<=\S)(?=\n)", document):
-        if match.start() - begin >= size:
-            yield document[begin : match.start()], begin == 0
-            begin = match.start()
-    yield document[begin:], begin == 0
+    rest = ""
+    for part in parts:
+        rest += part
+        begin = 0
+        while len(rest) - begin >= 2 * size:
+            first, last = begin + size, begin + LONGEST
+            match = _WORDS.search(rest, first, begin + 2 * size) or _LINE.search(rest, first, last)
+            if match is None and len(rest) < last:
+                break  # what comes may hold a place
+            end = last if match is None else match.start()
+            yield rest[begin:end]
+            begin = end
+        rest = rest[begin:]
+    yield rest
 
 
 def _write(

@@ -6,7 +6,7 @@ Shape legend: L layers, N tokens, T times, H heads, S slots.
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -129,7 +129,7 @@ class Explorer:
         length, cache = len(ids), HAMTCache(len(self.model.model.layers))
         # One token at a time, to look at the cache, and so that others can ask in between.
         options = GenerateOptions(max_new_tokens=1, temperature=temperature, top_p=top_p)
-        told = {"past_key_values": cache, "prefill_chunk_size": SEGMENT}
+        told: dict[str, Any] = {"past_key_values": cache, "prefill_chunk_size": SEGMENT}
         for _ in range(max_new_tokens):
             with self._lock:
                 ids += continue_tokens(self.model, self.tokenizer, ids, options, **told)
