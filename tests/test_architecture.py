@@ -133,8 +133,8 @@ def test_every_file_says_what_it_is():
 def test_exported_names():
     assert hamt.__all__ == [
         "HAMTBackbone", "HAMTCache", "HAMTConfig", "HAMTForCausalLM",
-        "HAMTForSequenceClassification", "HAMTLayer", "HAMTModel", "HolographicMemory",
-        "MemoryState", "get_algebra", "similarity",
+        "HAMTForQuestionAnswering", "HAMTForSequenceClassification", "HAMTForTokenClassification",
+        "HAMTLayer", "HAMTModel", "HolographicMemory", "MemoryState", "get_algebra", "similarity",
     ]  # fmt: skip
     for name in hamt.__all__:
         assert getattr(hamt, name).__name__ in (name, "HAMTForCausalLM")

@@ -11,6 +11,9 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     DataCollatorWithFlattening,
     Trainer,
     TrainingArguments,
@@ -20,8 +23,21 @@ from transformers.generation import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hamt import HAMTBackbone, HAMTCache, HAMTForSequenceClassification, HAMTModel
+from hamt import (
+    HAMTBackbone,
+    HAMTCache,
+    HAMTForQuestionAnswering,
+    HAMTForSequenceClassification,
+    HAMTForTokenClassification,
+    HAMTModel,
+)
 from hamt.model import HAMTBlock
+
+HEADS = {
+    HAMTForSequenceClassification: AutoModelForSequenceClassification,
+    HAMTForTokenClassification: AutoModelForTokenClassification,
+    HAMTForQuestionAnswering: AutoModelForQuestionAnswering,
+}
 
 
 def rows(*lengths: int) -> list[dict]:
@@ -86,10 +102,12 @@ def test_trainer_smooths_labels_of_the_tokens_that_follow(tmp_path):
 
 def test_the_classes_are_found_by_their_names(tmp_path):
     """As TRL, ``transformers serve`` and pipelines look them up."""
-    for kind in (HAMTBackbone, HAMTModel, HAMTForSequenceClassification):
+    for kind in (HAMTBackbone, HAMTModel, *HEADS):
         kind(tiny_config()).save_pretrained(tmp_path)
         config = AutoConfig.from_pretrained(tmp_path)
         assert getattr(transformers, config.architectures[0]) is kind
+    for kind, auto in HEADS.items():
+        assert type(auto.from_config(tiny_config())) is kind
     assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hamt"] == "HAMTForCausalLM"
     # The tables of classes go on without it.
     assert all(isinstance(kind, type) for kind in AutoModelForCausalLM._model_mapping)

@@ -12,7 +12,9 @@ _HOME = {
     "HAMTCache": "hamt.cache",
     "HAMTConfig": "hamt.config",
     "HAMTForCausalLM": "hamt.model",
+    "HAMTForQuestionAnswering": "hamt.model",
     "HAMTForSequenceClassification": "hamt.model",
+    "HAMTForTokenClassification": "hamt.model",
     "HAMTLayer": "hamt.layers",
     "HAMTModel": "hamt.model",
     "HolographicMemory": "hamt.memory.holographic",
@@ -32,7 +34,9 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from hamt.memory.holographic import MemoryState as MemoryState
     from hamt.model import HAMTBackbone as HAMTBackbone
     from hamt.model import HAMTForCausalLM as HAMTForCausalLM
+    from hamt.model import HAMTForQuestionAnswering as HAMTForQuestionAnswering
     from hamt.model import HAMTForSequenceClassification as HAMTForSequenceClassification
+    from hamt.model import HAMTForTokenClassification as HAMTForTokenClassification
     from hamt.model import HAMTModel as HAMTModel
 else:
 

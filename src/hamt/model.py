@@ -17,13 +17,21 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
-from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -269,18 +277,47 @@ class HAMTForSequenceClassification(GenericForSequenceClassification, HAMTPreTra
     """A linear classifier on the hidden state of the last token that is not padding."""
 
 
+class HAMTForTokenClassification(GenericForTokenClassification, HAMTPreTrainedModel):
+    """A linear classifier on the hidden state of every token, which has seen those before it."""
+
+
+class HAMTForQuestionAnswering(GenericForQuestionAnswering, HAMTPreTrainedModel):
+    """Where an answer begins and ends in a text: a logit of each for every token.
+
+    A token has seen those before it alone: give the question first, then the text.
+    """
+
+
 HAMTModel = HAMTForCausalLM
 
 
 AutoConfig.register("hamt", HAMTConfig)
 AutoModel.register(HAMTConfig, HAMTBackbone)
-AutoModelForCausalLM.register(HAMTConfig, HAMTForCausalLM)
-AutoModelForSequenceClassification.register(HAMTConfig, HAMTForSequenceClassification)
-# Where Trainer looks up by a class's name how its labels are shifted, and pipelines whether they
-# know it; TRL and ``transformers serve`` look the class itself up in ``transformers``.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hamt"] = "HAMTForCausalLM"
-MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["hamt"] = "HAMTForSequenceClassification"
-for _class in (HAMTBackbone, HAMTForCausalLM, HAMTForSequenceClassification):
-    # Transformers makes its module anew while it is imported: some hold the first, some the last.
+_HEADS: Any = (
+    (AutoModelForCausalLM, HAMTForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    (
+        AutoModelForSequenceClassification,
+        HAMTForSequenceClassification,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    (
+        AutoModelForTokenClassification,
+        HAMTForTokenClassification,
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    (
+        AutoModelForQuestionAnswering,
+        HAMTForQuestionAnswering,
+        MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    ),
+)
+for _auto, _class, _names in _HEADS:
+    _auto.register(HAMTConfig, _class)
+    # Where Trainer looks up by a class's name how its labels are shifted, and pipelines whether
+    # they know it.
+    _names["hamt"] = _class.__name__
+for _class in (HAMTBackbone, *(_class for _, _class, _ in _HEADS)):
+    # TRL and ``transformers serve`` look a class up here. Transformers makes its module anew while
+    # it is imported: some hold the first, some the last.
     for _home in (transformers, sys.modules["transformers"]):
         setattr(_home, _class.__name__, _class)
