@@ -37,7 +37,7 @@ LAYERS = (
     {"chat"},
     {"training"},
     {"baselines"},
-    {"analysis"},
+    {"analysis", "finetune"},
     {"measure"},
     {"cli"},
     {"__main__"},

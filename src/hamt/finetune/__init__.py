@@ -1,0 +1,1 @@
+"""Fine-tuning a trained model: on texts with labels, and on conversations."""

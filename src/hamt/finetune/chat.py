@@ -1,0 +1,112 @@
+"""Supervised fine-tuning on conversations, by TRL."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from datasets import DatasetDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hamt.errors import UserError
+from hamt.finetune.classify import Training
+from hamt.finetune.progress import show_progress
+
+# For a tokenizer without one. What the model is to write ends with the token that ends a text.
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}Assistant:"
+    "{% generation %} {{ message['content'] }}{{ eos_token }}{% endgeneration %}\n"
+    "{% else %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+MESSAGES = "messages"
+
+
+class ChatLosses(NamedTuple):
+    """Loss of held-out conversations in nats per token that is asked for, before and after."""
+
+    before: float
+    after: float
+
+
+def train_chat(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: DatasetDict,
+    options: Training,
+    told: Callable[[float, float], object],
+    lora_rank: int = 0,
+) -> tuple[PreTrainedModel, ChatLosses]:
+    """Train a language model on the column ``messages`` of rows; answers alone are its targets.
+
+    That is so where the chat template marks them, as ``TEMPLATE`` does, which the tokenizer gets if
+    it has none; else all tokens are targets. ``told`` is called with the epochs so far and the
+    held-out loss.
+
+    Raises:
+        UserError: if TRL is not installed, or the rows are no conversations.
+    """
+    try:
+        from trl import SFTConfig, SFTTrainer
+    except ImportError as error:
+        raise UserError("to train on conversations needs TRL: pip install 'trl>=1.16'") from error
+    _check(rows)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = TEMPLATE
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    adapter = None
+    if lora_rank:
+        from peft import LoraConfig
+
+        adapter = LoraConfig(task_type="CAUSAL_LM", r=lora_rank, lora_alpha=2 * lora_rank)
+    arguments = SFTConfig(
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        warmup_steps=0.1,
+        max_length=options.max_length,
+        assistant_only_loss="{% generation %}" in tokenizer.get_chat_template(),
+        eval_strategy="epoch",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        seed=options.seed,
+        disable_tqdm=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = SFTTrainer(
+        model,
+        arguments,
+        train_dataset=rows["train"].select_columns([MESSAGES]),
+        eval_dataset=rows["held_out"].select_columns([MESSAGES]),
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    losses: list[float] = []
+
+    def evaluated(epoch: float, found: dict[str, float]) -> None:
+        losses.append(found["eval_loss"])
+        told(epoch, losses[-1])
+
+    show_progress(trainer, evaluated)
+    trainer.evaluate()
+    trainer.train()
+    trained: Any = trainer.model
+    if adapter is not None:
+        trained = trained.merge_and_unload()
+    return trained, ChatLosses(losses[0], losses[-1])
+
+
+def _check(rows: DatasetDict) -> None:
+    for split in rows.values():
+        for number, messages in enumerate(split[MESSAGES], 1):
+            for message in messages or [None]:
+                if not (isinstance(message, dict) and {"role", "content"} <= message.keys()):
+                    raise UserError(
+                        f"row {number} holds no conversation: {MESSAGES!r} is a list of "
+                        '{"role": "user" or "assistant", "content": "..."}'
+                    )
