@@ -54,6 +54,9 @@ def train_chat(
         tokenizer.chat_template = TEMPLATE
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for config in (model.config, model.generation_config):
+            setattr(config, name, getattr(tokenizer, name))
     adapter = None
     if lora_rank:
         from peft import LoraConfig

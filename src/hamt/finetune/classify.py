@@ -62,7 +62,7 @@ def baselines(rows: Labelled) -> dict[str, Scores]:
 
     The latter are weighed by logistic regression. Both come from scikit-learn.
     """
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+|[^\w\s]")
     models = {
         "the most frequent label": DummyClassifier(strategy="most_frequent"),
         "TF-IDF, logistic regression": make_pipeline(words, LogisticRegression(max_iter=2000)),

@@ -82,12 +82,12 @@ def labelled(
     for name in texts:
         _column(rows["train"], name, TEXTS, "text", source)
     label = _column(rows["train"], label_column, LABELS, "label", source)
-    if "held_out" not in rows:
-        rows = _hold_out(rows["train"], label, source, seed)
-    feature = rows["train"].features[label]
     for split, found in rows.items():
         if not {None, ""}.isdisjoint(found[label]):
             raise UserError(f"{source}: a row ({split}) has no label: mend or remove it")
+    if "held_out" not in rows:
+        rows = _hold_out(rows["train"], label, source, seed)
+    feature = rows["train"].features[label]
     names = feature.names if isinstance(feature, ClassLabel) else None
     if names is None:
         names = [str(name) for name in sorted(set(rows["train"][label]), key=_order)]
