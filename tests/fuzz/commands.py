@@ -28,6 +28,14 @@ BASE = {
     "generate": {"checkpoint": "model", "prompt": DOCUMENT, "max_new_tokens": 3},
     "read": {"checkpoint": "model", "file": "my_text.txt", "save": "out/read.state"},
     "chat": {"checkpoint": "model", "max_new_tokens": 3},  # nothing is typed
+    "finetune": {
+        "data": "labels.csv",
+        "checkpoint": "model",
+        "output_dir": "out",
+        "epochs": 1,
+        "max_length": 8,
+        "batch_size": 2,
+    },
     "evaluate": {
         "checkpoint": "model",
         "data": "my_text.txt",
@@ -99,7 +107,7 @@ WRITTEN = {
     "save",
 }  # options that say where something is written
 # They start processes, train, read the 12 MB of text in the package, or read a token at a time.
-SLOW = {"recall", "ablate", "compare", "demo", "quick-train", "evaluate"}
+SLOW = {"finetune", "recall", "ablate", "compare", "demo", "quick-train", "evaluate"}
 
 SMALL = ("1", "2", "3")
 INTS = ("0", "1", "2", "3", "5", "7", "8", "16", "33", "64", "300")

@@ -46,6 +46,8 @@ def prepare(sandbox: Sandbox) -> None:
     rows = [json.dumps({"text": line, "number": i}) for i, line in enumerate(LINES)]
     (work / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     table = ["text,number", *(f'"{line}",{i}' for i, line in enumerate(LINES))]
+    labels = "text,label\n" + "one,a\ntwo,b\n" * 4
+    (work / "labels.csv").write_text(labels, encoding="utf-8")
     (work / "table.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
     (work / "docs").mkdir()
     for number in range(4):

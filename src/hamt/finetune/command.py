@@ -1,27 +1,11 @@
 """``hamt finetune``: a trained model learns to tell labels, or to answer in conversations."""
 
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-from rich.console import Console
-from rich.table import Column, Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.utils import logging
-
-from hamt.baselines.loading import load_any_model
-from hamt.checkpoint import PRETRAINED
-from hamt.console import PlainConsole
-from hamt.environment import environment
-from hamt.errors import UserError, reason
-from hamt.finetune.chat import MESSAGES, train_chat
-from hamt.finetune.classify import Scores, Training, baselines, classifier, train
-from hamt.finetune.rows import KINDS, Labelled, labelled, load_rows
-from hamt.options import MAX_SEED, option, parse
-from hamt.output import Output, claim
+from hamt.errors import UserError
+from hamt.finetune.options import FinetuneOptions
+from hamt.options import parse
+from hamt.output import claim
 
 WRITTEN = (
     *(r"finetune_results\.json", r"(generation_)?config\.json", r"chat_template\.jinja"),
@@ -29,177 +13,25 @@ WRITTEN = (
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json",
 )
 
-SHOWN = 8  # labels that a line and a table have room for
-
-
-@dataclass
-class FinetuneOptions:
-    """Train a model further: on texts with labels, or on conversations.
-
-    Rows with a column of messages are conversations.
-    """
-
-    data: str | None = option(
-        None, "rows: a CSV, JSON lines or Parquet file, glue/TASK, or a dataset of the hub"
-    )
-    checkpoint: str = option(
-        str(PRETRAINED),
-        "what is trained further: a checkpoint, a Transformers folder or hub name",
-        shown_default="the model in HAMT",
-    )
-    output_dir: str = option("checkpoints/finetune", "where the trained model goes")
-    held_out: str | None = option(None, "rows to measure on; none holds out a tenth of each label")
-    text_column: list[str] = option([], "columns of the text, one read after the other")
-    label_column: str | None = option(None, "column of the label; none finds one")
-    epochs: float = option(3.0, "times that each row is read", "num_epochs", above=0)
-    batch_size: int = option(16, "rows of a step", at_least=1)
-    learning_rate: float = option(1e-3, "peak of the learning rate", above=0, at_most=10)
-    weight_decay: float = option(0.01, "of AdamW", at_least=0)
-    max_length: int = option(512, "tokens of a row; what is longer is cut", at_least=2)
-    lora_rank: int = option(
-        0, "train adapters of this rank (PEFT) and merge them; 0 trains all weights", at_least=0
-    )
-    skip_baselines: bool = option(False, "leave out the most frequent label and TF-IDF")
-    trust_remote_code: bool = option(
-        False, "run the code that comes with a model of somebody else; it can do anything"
-    )
-    seed: int = option(0, "of the new head, the order and what is held out", at_least=0,
-                       at_most=MAX_SEED)  # fmt: skip
-
 
 def main(arguments: Sequence[str]) -> int:
     """Train; write the model and ``finetune_results.json``, and print what it has learnt."""
     options = parse(FinetuneOptions, arguments, "finetune", positional=rows)
     if options.data is None:
-        raise UserError(f"give rows to train on: a file of {', '.join(KINDS)}, or glue/TASK")
-    logging.disable_progress_bar()  # of Transformers, for files of a few MB
+        raise UserError("give rows to train on: a CSV, JSON lines or Parquet file, or glue/TASK")
+    try:
+        from hamt.finetune.run import finetune
+    except ModuleNotFoundError as error:
+        if error.name != "sklearn":
+            raise
+        raise UserError(
+            "hamt finetune needs scikit-learn: pip install 'scikit-learn>=1.5'"
+        ) from error
     with claim(options.output_dir, "finetune", WRITTEN) as output:
-        found = load_rows(options.data, options.held_out)
-        console = PlainConsole()
-        if MESSAGES in found["train"].column_names:
-            if "held_out" not in found:
-                parts = found["train"].train_test_split(0.1, seed=options.seed)
-                found["train"], found["held_out"] = parts["train"], parts["test"]
-            _chat(options, found, output, console)
-        else:
-            columns = (options.text_column, options.label_column)
-            _classify(
-                options, labelled(found, options.data, *columns, options.seed), output, console
-            )
+        finetune(options, options.data, output)
     return 0
 
 
 def rows(source: str) -> tuple[str, str]:
     """A file of rows, glue/TASK, or a dataset of the hub."""
     return "data", source
-
-
-def _classify(options: FinetuneOptions, found: Labelled, output: Output, console: Console) -> None:
-    causal, tokenizer, name = load_any_model(options.checkpoint, options.trust_remote_code)
-    more = ", ..." if len(found.names) > SHOWN else ""
-    console.print(
-        f"{options.data}: {len(found.texts):,} rows to train on, {len(found.held_out_texts):,} "
-        f"held out; {len(found.names)} labels ({', '.join(found.names[:SHOWN])}{more})"
-    )
-    set_seed(options.seed)
-    model = classifier(causal, tokenizer, found.names)
-    console.print(f"{name}: {model.num_parameters():,} parameters")
-    trained = _with_adapters(model, options.lora_rank)
-
-    def tell(epochs: float, scores: Scores) -> None:
-        console.print(f"epoch {epochs:4.1f}   held out: {scores}")
-
-    scores, matrix = train(trained, tokenizer, found, _training(options), tell)
-    model = trained.merge_and_unload() if options.lora_rank else trained
-    rows = {} if options.skip_baselines else baselines(found)
-    rows[name] = scores
-    results = {
-        "task": "classification",
-        "labels": found.names,
-        "rows": {"train": len(found.texts), "held_out": len(found.held_out_texts)},
-        "scores": {kind: each._asdict() for kind, each in rows.items()},
-        "confusion": matrix.tolist(),
-    }
-    _write(options, model, tokenizer, results, output)
-    console.print(_table(rows))
-    if len(found.names) <= SHOWN:
-        console.print(_confusion(found.names, matrix))
-    console.print(
-        f"all is in {options.output_dir}; in Python: pipeline('text-classification', ...)"
-    )
-
-
-def _chat(options: FinetuneOptions, found: Any, output: Output, console: Console) -> None:
-    causal, tokenizer, name = load_any_model(options.checkpoint, options.trust_remote_code)
-    sizes = {split: len(part) for split, part in found.items()}
-    console.print(
-        f"{options.data}: {sizes['train']:,} conversations to train on, "
-        f"{sizes['held_out']:,} held out"
-    )
-    console.print(f"{name}: {causal.num_parameters():,} parameters")
-    set_seed(options.seed)
-
-    def tell(epochs: float, loss: float) -> None:
-        console.print(f"epoch {epochs:4.1f}   held-out loss {loss:.3f} nats/token")
-
-    model, losses = train_chat(
-        causal, tokenizer, found, _training(options), tell, options.lora_rank
-    )
-    results = {"task": "chat", "rows": sizes, "losses": losses._asdict()}
-    _write(options, model, tokenizer, results, output)
-    console.print(
-        f"held-out loss {losses.before:.3f} before, {losses.after:.3f} nats/token after; "
-        f"all is in {options.output_dir}"
-    )
-    console.print(f"try: {shlex.join(['hamt', 'chat', '--checkpoint', options.output_dir])}")
-
-
-def _training(options: FinetuneOptions) -> Training:
-    names = Training.__dataclass_fields__
-    return Training(**{name: getattr(options, name) for name in names})
-
-
-def _with_adapters(model: PreTrainedModel, rank: int) -> Any:
-    """Adapters of PEFT where a rank asks for them; the head is trained as a whole."""
-    if not rank:
-        return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError("--lora_rank needs PEFT: pip install 'peft>=0.17'") from error
-    try:
-        return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank))
-    except ValueError as error:  # PEFT knows no maps of this kind of model
-        raise UserError(f"PEFT cannot adapt this model: {reason(error)}") from error
-
-
-def _write(
-    options: FinetuneOptions,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    results: dict[str, Any],
-    output: Output,
-) -> None:
-    def save(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    output.write(save)
-    told = {"environment": environment(), "options": vars(options), **results}
-    output.write_json("finetune_results.json", told)
-
-
-def _table(rows: dict[str, Scores]) -> Table:
-    table = Table("model", *(Column(name, justify="right") for name in ("right", "macro F1")))
-    for name, scores in rows.items():
-        right = f"{scores.accuracy:.1%} ± {scores.standard_error:.1%}"
-        table.add_row(name, right, f"{scores.macro_f1:.3f}")
-    return table
-
-
-def _confusion(names: list[str], matrix: np.ndarray) -> Table:
-    columns = (Column(f"told {name}", justify="right") for name in names)
-    table = Table("right label", *columns)
-    for name, counts in zip(names, matrix.tolist(), strict=True):
-        table.add_row(name, *map(str, counts))
-    return table
