@@ -36,6 +36,7 @@ LAYERS = (
     {"training"},
     {"baselines"},
     {"analysis"},
+    {"export"},
     {"measure"},
     {"cli"},
     {"__main__"},
