@@ -1,22 +1,26 @@
 """The step with what it shows of its memories: what a page needs to say where they read from.
 
-Beside the outputs of ``hamt.export.step.Step`` there are, for each memory, with the symbols of
-``hamt.analysis.contributions``,
+Beside the outputs of ``hamt.export.step.Step`` there is one more, ``trace`` (B, n). It holds, of
+each memory, with the symbols of ``hamt.analysis.contributions``,
 
-    trace.layers.0.bound    x = (k ⊛ p) ⊛ v, what the token wrote, (B, H, F)
-    trace.layers.0.sought   (u ⊛ p) ⊛ y / |y|², what it read, (B, H, F)
-    trace.layers.0.read     r (B, H, S)
-    trace.layers.0.write    w (B, H, S)
-    trace.layers.0.keep     α (B, H, S)
-    trace.layers.0.beta     β (B, H), under the delta rule
-    trace.layers.0.mixing   T (B, H, S, S), where a boundary mixes slots; the identity elsewhere
+    bound    x = (k ⊛ p) ⊛ v, what the token wrote, (H, F)
+    sought   (u ⊛ p) ⊛ y / |y|², what it read, (H, F)
+    read     r (H, S)
+    write    w (H, S)
+    keep     α (H, S)
+    beta     β (H,), under the delta rule
+    mixing   T (H, S, S), where a boundary mixes slots; the identity elsewhere
 
-From these, ``page/sources.js`` computes the shares of earlier tokens.
+one behind the other, those of ``mixing`` behind all else. It is one tensor since each that comes
+out of a browser's runtime takes a time of its own. ``page/sources.js`` computes the shares of
+earlier tokens from it; where each part begins stands in ``step.json``.
 
 Shape legend: B batch, H heads, S slots, F features of an item.
 """
 
 import math
+from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -49,9 +53,12 @@ class TracedStep(Step):
                 "onnx"
             )
         self.every = model.config.boundary_every
-        self.traced = [value for index in self.memories for value in self._values(index)]
+        parts = {(index, name): x for index in self.memories for name, x in self._parts(index)}
+        # Matrices last (``sorted`` keeps the order of equals).
+        self.parts = dict(sorted(parts.items(), key=lambda part: part[0][1] == "mixing"))
 
-    def _values(self, index: int) -> list[Value]:
+    def _parts(self, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of what is told of a memory."""
         mixer: Any = self.model.model.layers[index].mixer
         memory, rule = mixer.memory, mixer.memory.rule
         if type(rule) not in RULES:
@@ -60,15 +67,12 @@ class TracedStep(Step):
                 "--format onnx"
             )
         heads, slots = memory.num_heads, memory.num_slots
-        shapes: dict[str, tuple[int, ...]] = {
-            **dict.fromkeys(("bound", "sought"), (heads, memory.head_dim)),
-            **dict.fromkeys(("read", "write", "keep"), (heads, slots)),
-        }
+        yield from dict.fromkeys(("bound", "sought"), (heads, memory.head_dim)).items()
+        yield from dict.fromkeys(("read", "write", "keep"), (heads, slots)).items()
         if type(rule) is Delta:
-            shapes["beta"] = (heads,)
+            yield "beta", (heads,)
         if self._mixes(index):
-            shapes["mixing"] = (heads, slots, slots)
-        return [Value(f"trace.layers.{index}.{name}", shape) for name, shape in shapes.items()]
+            yield "mixing", (heads, slots, slots)
 
     def _mixes(self, index: int) -> bool:
         """Whether boundaries do anything to the slots of a memory but round them."""
@@ -78,56 +82,57 @@ class TracedStep(Step):
 
     @property
     def outputs(self) -> list[Value]:
-        """Those of the step, and the traces."""
-        return [*super().outputs, *self.traced]
+        """Those of the step, and the trace."""
+        size = sum(math.prod(shape) for shape in self.parts.values())
+        return [*super().outputs, Value("trace", (size,))]
 
     def forward(self, input_ids: Tensor, num_tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of the step, and the traces."""
+        """The outputs of the step, and the trace."""
         found: dict[int, Trace] = {}
         with observe(self.model, found.__setitem__):
             outputs = super().forward(input_ids, num_tokens, *state)
         crossing = (num_tokens + 1).remainder(self.every).eq(0)
-        traces = {
-            f"trace.layers.{index}.{name}": x
-            for index in self.memories
-            for name, x in _traces(found[index], crossing).items()
-        }
-        return *outputs, *(traces[each.name] for each in self.traced)
+        told = {index: _told(trace, crossing) for index, trace in found.items()}
+        return *outputs, torch.cat([told[i][name].flatten(1) for i, name in self.parts], dim=1)
 
     def describe(self) -> dict[str, Any]:
         """That of the step, and under ``page`` what the page has to know."""
         config = self.model.config
+        starts = accumulate((math.prod(shape) for shape in self.parts.values()), initial=0)
+        at = dict(zip(self.parts, starts, strict=False))
         layers = []
         for index in self.memories:
             memory = self.model.model.layers[index].mixer.memory  # type: ignore[union-attr]
             layers.append({
-                "name": f"layers.{index}",
+                "layer": index,
                 "heads": memory.num_heads,
                 "slots": memory.num_slots,
                 "features": memory.head_dim,
-                "strength": type(memory.rule) is Delta,
-                "mixes": self._mixes(index),
+                "at": {name: start for (owner, name), start in at.items() if owner == index},
             })  # fmt: skip
-        token = 4 * sum(math.prod(x.shape) for x in self.traced if not x.name.endswith("mixing"))
+        kept = sum(
+            math.prod(shape) for (_, name), shape in self.parts.items() if name != "mixing"
+        )
         page = {
             "layers": layers,
             "all_layers": config.num_layers,
-            "window": max(LEAST_WINDOW, min(WINDOW, WINDOW_BYTES // token)),
+            "kept": kept,
+            "window": max(LEAST_WINDOW, min(WINDOW, WINDOW_BYTES // (4 * kept))),
             "read_before_write": config.read_before_write,
-            "boundary_every": self.every if any(each["mixes"] for each in layers) else None,
+            "boundary_every": self.every if any("mixing" in each["at"] for each in layers) else None,
             # Keys and values in float32, as the state is.
             "cache_bytes_per_token": 8 * config.num_layers * config.hidden_dim,
         }
         return {**super().describe(), "page": page}
 
 
-def _traces(trace: Trace, crossing: Tensor) -> dict[str, Tensor]:
+def _told(trace: Trace, crossing: Tensor) -> dict[str, Tensor]:
     """By name, of a run over one token; ``crossing`` (B,) tells where a boundary follows."""
     algebra = trace.memory.algebra
     square = trace.output.square().sum(dim=-1, keepdim=True)
     directions = trace.output / square.clamp(min=torch.finfo(square.dtype).tiny)
     assert trace.gates.log_forget is not None
-    traces = {
+    told = {
         "bound": algebra.bind(trace.items, trace.keys),
         "sought": algebra.bind(algebra.lift(directions), trace.unbinding_keys),
         "read": trace.read,
@@ -135,9 +140,11 @@ def _traces(trace: Trace, crossing: Tensor) -> dict[str, Tensor]:
         "keep": trace.gates.log_forget.exp(),
     }
     if trace.gates.beta is not None:
-        traces["beta"] = trace.gates.beta
-    traces = {name: x[:, 0] for name, x in traces.items()}
+        told["beta"] = trace.gates.beta
+    told = {name: x[:, 0] for name, x in told.items()}
+    # In eager mode there is a crossing only where a boundary follows; a graph always has one.
+    identity = torch.eye(trace.read.shape[-1], dtype=square.dtype, device=square.device)
+    told["mixing"] = identity.expand(*trace.read[:, 0].shape, -1)
     if 1 in trace.crossings and (mixing := trace.crossings[1].mixing) is not None:
-        identity = torch.eye(mixing.shape[-1], dtype=mixing.dtype, device=mixing.device)
-        traces["mixing"] = mixing.where(crossing[:, None, None, None], identity)
-    return traces
+        told["mixing"] = mixing.where(crossing[:, None, None, None], identity)
+    return told

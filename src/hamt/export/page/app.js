@@ -6,7 +6,7 @@ import {choose} from "./sampling.js";
 import {Decoder} from "./tokenizer.js";
 
 const SHOWN = 8;  // sources that are listed
-const SLICE = 40;  // milliseconds of work before the browser may paint
+const SLICE = 50, FOLLOWED = 200;  // milliseconds until the browser may paint, and sources are told
 const OLDER = 20000;  // characters of earlier text that stay on the page
 const find = (id) => document.getElementById(id);
 const text = find("text"), status = find("status"), writeButton = find("write");
@@ -15,7 +15,7 @@ older.className = "older";
 
 let model, decoder, logits = null, running = false, chosen = null;
 let tokens = [];  // of those that are known to the record: {index, piece, element}
-let loadedBytes = 0;
+let loadedBytes = 0, told = 0;
 
 // ------------------------------------------------------------------ loading
 
@@ -48,7 +48,7 @@ async function start() {
 
 function addLayers() {
   const {layers, all_layers: count} = model.step.page;
-  const names = ["all", ...layers.map((layer) => Number(layer.name.split(".")[1]) + 1)];
+  const names = ["all", ...layers.map(({layer}) => layer + 1)];
   find("layers").replaceChildren(...names.map((name, index) => {
     const label = document.createElement("label"), input = document.createElement("input");
     Object.assign(input, {type: "radio", name: "layer", value: index - 1, checked: !index});
@@ -166,7 +166,7 @@ function decodeAll(ids) {
 function show() {
   const below = text.scrollHeight - text.scrollTop - text.clientHeight;
   showFigures();
-  if (chosen === null) showSources();
+  if (chosen === null && (!running || performance.now() - told > FOLLOWED)) showSources();
   if (running || below < 80) text.scrollTop = text.scrollHeight;
 }
 
@@ -184,6 +184,7 @@ function showFigures() {
 
 /** Where the chosen token comes from; if none is, the last one. */
 function showSources() {
+  told = performance.now();
   for (const {element} of tokens) {
     element.style.removeProperty("--share");
     element.classList.remove("against");

@@ -23,7 +23,7 @@ export class Model {
 
   constructor(ort, session, step, tokenizer) {
     Object.assign(this, {ort, session, step, tokenizer});
-    this.record = new Record(step.page.layers, step.page.window, step.page.read_before_write);
+    this.record = new Record(step.page);
     this.values = step.inputs.filter(({name}) => name.startsWith("past."));
     this.reset();
   }
@@ -59,12 +59,8 @@ export class Model {
     const ids = new this.ort.Tensor("int64", BigInt64Array.of(BigInt(token)), [1, 1]);
     const outputs = await this.session.run({input_ids: ids, ...this.state});
     for (const {name} of this.values) this.state[name] = outputs[name.replace("past.", "present.")];
-    const traces = {};
-    for (const name in outputs) {
-      if (name.startsWith("trace.")) traces[name] = outputs[name].data;
-    }
     const every = this.step.page.boundary_every;
-    this.record.add(traces, every !== null && (this.length + 1) % every === 0);
+    this.record.add(outputs.trace.data, every !== null && (this.length + 1) % every === 0);
     return outputs.logits.data;
   }
 }

@@ -12,35 +12,23 @@
 // token j is c_tj ⟨x_j, q_t⟩ with q_t = m_t / |m_t|², m_t the mixture: shares add up to 1.
 "use strict";
 
-// Of each head, by the last word of an output's name.
-const KEPT = ["bound", "sought", "read", "write", "keep", "beta"];
-
 /** What the memories of all layers did with the last tokens; older ones are forgotten. */
 export class Record {
   /**
-   * @param layers of each memory {name, heads, slots, features, strength, mixes}
-   * @param window how many tokens are kept
-   * @param readsFirst whether a token reads before it writes
+   * @param page what step.json tells under this name: `layers`, of each memory its sizes (heads,
+   *   slots, features) and `at`, where each part of its trace begins in that of a token, heads one
+   *   after the other; `window`, how many tokens are kept; `kept`, how many numbers of each, all
+   *   but matrices; `read_before_write`
    */
-  constructor(layers, window, readsFirst = false) {
-    this.window = window;
-    this.readsFirst = readsFirst;
-    this.layers = layers.map((layer) => {
-      const sizes = {bound: layer.features, sought: layer.features, beta: 1};
-      const names = KEPT.filter((name) => name !== "beta" || layer.strength);
-      const kept = {};
-      for (const name of names) {
-        const size = layer.heads * (sizes[name] ?? layer.slots);
-        kept[name] = {size, numbers: new Float32Array(size * window)};
-      }
-      return {...layer, kept, mixings: new Map()};
-    });
-    this.length = 0;  // tokens read, those that are forgotten included
+  constructor({layers, window, kept, read_before_write: readsFirst}) {
+    Object.assign(this, {layers, window, readsFirst, size: kept});
+    this.numbers = new Float32Array(kept * window);
+    this.reset();
   }
 
   reset() {
-    this.length = 0;
-    for (const layer of this.layers) layer.mixings.clear();
+    this.length = 0;  // tokens read, those that are forgotten included
+    this.boundaries = new Map();  // token -> its whole trace
   }
 
   /** The first token that is still known. */
@@ -48,28 +36,20 @@ export class Record {
     return Math.max(0, this.length - this.window);
   }
 
-  /** Bytes that are kept, whatever was read. */
+  /** Bytes that are kept of `window` tokens, without matrices of boundaries. */
   get bytes() {
-    const all = this.layers.flatMap((layer) => Object.values(layer.kept));
-    return all.reduce((sum, {numbers}) => sum + numbers.byteLength, 0);
+    return this.numbers.byteLength;
   }
 
   /**
    * Take over what a token left.
-   * @param outputs a Float32Array for each name, such as "trace.layers.0.bound"
-   * @param boundary whether something is done to the slots after this token
+   * @param trace a Float32Array, the output "trace"
+   * @param boundary whether the slots are mixed after this token
    */
-  add(outputs, boundary = false) {
-    const place = this.length % this.window;
-    for (const layer of this.layers) {
-      for (const [name, {size, numbers}] of Object.entries(layer.kept)) {
-        numbers.set(outputs[`trace.${layer.name}.${name}`], place * size);
-      }
-      layer.mixings.delete(this.length - this.window);
-      if (boundary && layer.mixes) {
-        layer.mixings.set(this.length, outputs[`trace.${layer.name}.mixing`].slice());
-      }
-    }
+  add(trace, boundary = false) {
+    this.numbers.set(trace.subarray(0, this.size), this.length % this.window * this.size);
+    this.boundaries.delete(this.length - this.window);
+    if (boundary) this.boundaries.set(this.length, trace.slice());
     this.length += 1;
   }
 
@@ -85,12 +65,7 @@ export class Record {
     if (query < begin || query >= this.length) throw new RangeError(`token ${query} is not known`);
     const layer = this.layers[index], shares = new Float64Array(query - begin + 1);
     let heads = 0;
-    for (let head = 0; head < layer.heads; head++) {
-      const sought = this.#of(layer, "sought", query, head, layer.features);
-      if (!sought.some((x) => x !== 0)) continue;
-      heads += 1;
-      this.#head(layer, head, query, sought, shares);
-    }
+    for (let head = 0; head < layer.heads; head++) heads += this.#head(layer, head, query, shares);
     for (let i = 0; i < shares.length; i++) shares[i] /= layer.heads;
     return {begin, shares, before: heads / layer.heads - shares.reduce((a, b) => a + b, 0)};
   }
@@ -103,35 +78,32 @@ export class Record {
     return {begin: found[0].begin, shares, before: mean((each) => each.before)};
   }
 
-  #head(layer, head, query, sought, shares) {
-    const {slots, features} = layer, begin = this.begin;
-    let weight = Float64Array.from(this.#of(layer, "read", query, head, slots));
+  /** Add the shares of one head; returns 1, or 0 if it has read nothing. */
+  #head({at, slots, features}, head, query, shares) {
+    const {numbers, begin, size} = this, place = (token) => token % this.window * size;
+    const sought = place(query) + at.sought + head * features;
+    const read = place(query) + at.read + head * slots;
+    if (!numbers.subarray(sought, sought + features).some((x) => x !== 0)) return 0;
+    let weight = Float64Array.from(numbers.subarray(read, read + slots));
     for (let j = query; j >= begin; j--) {
-      if (j < query && layer.mixings.has(j)) {
-        weight = transposed(layer.mixings.get(j), head * slots * slots, weight);
+      if (j < query && "mixing" in at && this.boundaries.has(j)) {
+        weight = transposed(this.boundaries.get(j), at.mixing + head * slots * slots, weight);
       }
       if (j === query && this.readsFirst) continue;
-      const write = this.#of(layer, "write", j, head, slots);
-      const keep = this.#of(layer, "keep", j, head, slots);
-      let coefficient = dot(weight, write);
-      if (layer.strength) coefficient *= this.#of(layer, "beta", j, head, 1)[0];
-      const erased = layer.strength ? coefficient : 0;
-      for (let s = 0; s < slots; s++) weight[s] = keep[s] * (weight[s] - write[s] * erased);
-      shares[j - begin] += coefficient * dot(sought, this.#of(layer, "bound", j, head, features));
+      const token = place(j), bound = token + at.bound + head * features;
+      const write = token + at.write + head * slots, keep = token + at.keep + head * slots;
+      let coefficient = 0, product = 0;
+      for (let s = 0; s < slots; s++) coefficient += weight[s] * numbers[write + s];
+      if ("beta" in at) coefficient *= numbers[token + at.beta + head];
+      const erased = "beta" in at ? coefficient : 0;
+      for (let s = 0; s < slots; s++) {
+        weight[s] = numbers[keep + s] * (weight[s] - numbers[write + s] * erased);
+      }
+      for (let f = 0; f < features; f++) product += numbers[sought + f] * numbers[bound + f];
+      shares[j - begin] += coefficient * product;
     }
+    return 1;
   }
-
-  #of(layer, name, token, head, count) {
-    const {size, numbers} = layer.kept[name];
-    const start = token % this.window * size + head * count;
-    return numbers.subarray(start, start + count);
-  }
-}
-
-function dot(a, b) {
-  let sum = 0;
-  for (let i = 0; i < a.length; i++) sum += a[i] * b[i];
-  return sum;
 }
 
 /** Tᵀ λ, with T row by row in `numbers` from `start` on. */
