@@ -51,9 +51,10 @@ function addLayers() {
   const names = ["all", ...layers.map(({layer}) => layer + 1)];
   find("layers").replaceChildren(...names.map((name, index) => {
     const label = document.createElement("label"), input = document.createElement("input");
+    input.setAttribute("aria-label", index ? `layer ${name}` : "all layers");
     Object.assign(input, {type: "radio", name: "layer", value: index - 1, checked: !index});
     input.addEventListener("change", showSources);
-    label.append(input, index ? `layer ${name}` : "all layers");
+    label.append(input, String(name));
     return label;
   }));
   if (layers.length < count) {
