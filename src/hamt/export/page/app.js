@@ -88,8 +88,8 @@ async function read(id, kind) {
   element.textContent = piece;
   element.id = `token-${index}`;
   element.className = kind;
-  if (!piece) element.classList.add("part");
-  else if (!piece.trim()) element.classList.toggle("break", piece.includes("\n"));
+  if (piece.includes("\n") && !piece.trim()) element.classList.add("break");
+  else if (/^[\p{Cc}\p{Cf}]*$/u.test(piece)) element.classList.add("part");  // nothing to see
   element.setAttribute("role", "option");
   element.setAttribute("aria-selected", "false");
   tokens.push({index, piece, element});
