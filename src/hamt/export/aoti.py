@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hamt.errors import UserError, reason
-from hamt.export.step import Run, Step, export_program
+from hamt.export.step import Run, Step, export_program, quiet
 
 
 def require_compiler() -> None:
@@ -49,16 +49,18 @@ def write_aoti(step: Step, path: Path) -> None:
             for each in described[kind]
         )
     try:
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs={"aot_inductor.metadata": told}
-        )
+        with quiet():
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs={"aot_inductor.metadata": told}
+            )
     except Exception as error:  # whatever compiler and libraries trip over
         raise UserError(f"this model cannot be compiled: {reason(error)}") from error
 
 
 def load_aoti(path: Path) -> tuple[Run, dict[str, Any]]:
     """The step in a package, and its metadata."""
-    package: Any = torch._inductor.aoti_load_package(str(path))
+    with quiet():
+        package: Any = torch._inductor.aoti_load_package(str(path))
 
     def run(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         # The code believes that numbers lie in memory as those of the tensors that were traced.

@@ -17,14 +17,17 @@ from hamt.export.onnx_file import load_onnx, require_onnx, write_onnx
 from hamt.export.runtime import FILES, find_runtime
 from hamt.export.step import Step
 from hamt.export.traces import TracedStep
-from hamt.export.web import PAGE, RUNTIME, copy_runtime, write_page
+from hamt.export.web import PAGE, RUNTIME, check_tokenizer, copy_runtime, write_page
 from hamt.files import write_json
 from hamt.options import option, parse
 from hamt.output import Output, claim
 
 FORMATS = ("onnx", "aoti", "web")
 NAMES = {"onnx": "model.onnx", "aoti": "model.pt2", "web": "model.onnx"}
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER = (
+    *(r"tokenizer\.json", r"tokenizer_config\.json"),
+    *(r"special_tokens_map\.json", r"chat_template\.jinja"),
+)
 
 
 @dataclass
@@ -51,13 +54,16 @@ def main(arguments: Sequence[str]) -> int:
     if options.runtime is not None and options.format != "web":
         raise UserError("--runtime is for --format web: leave it out")
     (require_compiler if options.format == "aoti" else require_onnx)()
-    console = PlainConsole()
-    runtime, note = find_runtime(options.runtime) if options.format == "web" else ({}, None)
-    if note:
-        console.print(note)
     model, tokenizer = load_checkpoint(options.checkpoint or PRETRAINED)
-    step = (TracedStep if options.format == "web" else Step)(model)
-    names = [NAMES[options.format], "step.json", *TOKENIZER, rf"{NAMES['onnx']}.data"]
+    console, step = PlainConsole(), Step(model)
+    runtime: dict[str, Path] = {}
+    if options.format == "web":
+        step = TracedStep(model)
+        check_tokenizer(tokenizer)
+        runtime, note = find_runtime(options.runtime)
+        if note:
+            console.print(note)
+    names = [NAMES[options.format], "step.json", *TOKENIZER, r"model\.onnx\.data"]
     if options.format == "web":
         names += [*PAGE, *(f"{RUNTIME}/{name}" for name in FILES)]
     with claim(options.output_dir, "export", names) as output:

@@ -1,10 +1,7 @@
 """The step as an ONNX file, which onnxruntime and others run."""
 
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ from torch import Tensor
 
 from hamt import __version__
 from hamt.errors import UserError, reason
-from hamt.export.step import Run, Step, export_program
+from hamt.export.step import Run, Step, export_program, quiet
 
 PACKAGES = "onnx onnxscript onnxruntime"
 METADATA = "hamt"  # the key in the file's metadata_props
@@ -49,7 +46,7 @@ def write_onnx(step: Step, path: Path, described: dict[str, Any] | None = None) 
     """
     names = [[each.name for each in values] for values in (step.inputs, step.outputs)]
     program = export_program(step)
-    with _quiet():
+    with quiet():
         try:
             converted = torch.onnx.export(
                 program,
@@ -62,7 +59,7 @@ def write_onnx(step: Step, path: Path, described: dict[str, Any] | None = None) 
         except Exception as error:  # whatever it trips over
             raise UserError(f"this model cannot be written as ONNX: {reason(error)}") from error
         assert converted is not None
-        model = converted.model
+        model: Any = converted.model
         model.metadata_props[METADATA] = json.dumps(described or step.describe())
         model.producer_name, model.producer_version = "hamt", __version__
         for node in model.graph:  # where each came from: lines of files on this machine
@@ -120,17 +117,3 @@ def load_onnx(path: Path, threads: int = 1) -> tuple[Run, dict[str, Any]]:
         return [torch.from_numpy(np.asarray(x)) for x in outputs]
 
     return run, described
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns of what no user of it can change."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

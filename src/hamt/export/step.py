@@ -11,7 +11,10 @@ PyTorch has read can be continued elsewhere.
 Shape legend: B batch, V vocab_size.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +68,7 @@ class Step(nn.Module):
         for index, (block, name) in enumerate(
             zip(model.model.layers, model.config.layer_mixers, strict=True)
         ):
-            for part, shape in block.mixer.state_shapes().items():  # type: ignore[union-attr,operator]
+            for part, shape in block.mixer.state_shapes().items():
                 if 0 in shape:
                     raise UserError(
                         f"layer {index} is {name!r}, whose state grows with the text: only models "
@@ -104,7 +107,7 @@ class Step(nn.Module):
         """A tensor of the state; before the first token zeros stand for a position of all ones."""
         identity = 0.0
         if name == "position_key":
-            identity = self.model.model.layers[index].mixer.memory.algebra.identity  # type: ignore[union-attr]
+            identity = self.model.model.layers[index].mixer.memory.algebra.identity
         if identity == 0:
             return x
         return x.where(num_tokens.view(-1, *[1] * (x.ndim - 1)) > 0, identity)
@@ -149,12 +152,27 @@ def export_program(step: Step) -> torch.export.ExportedProgram:
     arguments = tuple(each.zeros(BATCH) for each in step.inputs)
     dynamic = ({0: batch}, {0: batch}, tuple({0: batch} for _ in step.owners))
     try:
-        program = torch.export.export(step, arguments, dynamic_shapes=dynamic, strict=False)
+        with quiet():
+            program = torch.export.export(step, arguments, dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # whatever it trips over
         raise UserError(f"this model cannot be exported: {reason(error)}") from error
     own = sorted({str(x.target) for x in program.graph.nodes if "hamt" in str(x.target)})
     assert not own, f"operators that exist in HAMT only: {own}"
     return program
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters warn of what no user of them can change."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def run_eagerly(step: Step) -> Run:
@@ -167,7 +185,9 @@ def run_eagerly(step: Step) -> Run:
     return run
 
 
-def read_tokens(step: Step, run: Run, ids: Tensor, state: Sequence[Tensor] | None = None):
+def read_tokens(
+    step: Step, run: Run, ids: Tensor, state: Sequence[Tensor] | None = None
+) -> Iterator[Sequence[Tensor]]:
     """Read tokens (B, N) one by one.
 
     Yields:

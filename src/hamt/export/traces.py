@@ -77,7 +77,7 @@ class TracedStep(Step):
     def _mixes(self, index: int) -> bool:
         """Whether boundaries do anything to the slots of a memory but round them."""
         boundary: Any = self.model.model.layers[index].mixer.boundary
-        empty = torch.zeros(1, *self.model.model.layers[index].mixer.state_shapes()["slots"])  # type: ignore[union-attr,operator]
+        empty = torch.zeros(1, *self.model.model.layers[index].mixer.state_shapes()["slots"])
         return boundary is not None and boundary.mixing(empty) is not None
 
     @property
@@ -102,7 +102,7 @@ class TracedStep(Step):
         at = dict(zip(self.parts, starts, strict=False))
         layers = []
         for index in self.memories:
-            memory = self.model.model.layers[index].mixer.memory  # type: ignore[union-attr]
+            memory = self.model.model.layers[index].mixer.memory
             layers.append({
                 "layer": index,
                 "heads": memory.num_heads,
@@ -110,16 +110,15 @@ class TracedStep(Step):
                 "features": memory.head_dim,
                 "at": {name: start for (owner, name), start in at.items() if owner == index},
             })  # fmt: skip
-        kept = sum(
-            math.prod(shape) for (_, name), shape in self.parts.items() if name != "mixing"
-        )
+        kept = sum(math.prod(shape) for (_, name), shape in self.parts.items() if name != "mixing")
+        mixes = any("mixing" in each["at"] for each in layers)
         page = {
             "layers": layers,
             "all_layers": config.num_layers,
             "kept": kept,
             "window": max(LEAST_WINDOW, min(WINDOW, WINDOW_BYTES // (4 * kept))),
             "read_before_write": config.read_before_write,
-            "boundary_every": self.every if any("mixing" in each["at"] for each in layers) else None,
+            "boundary_every": self.every if mixes else None,
             # Keys and values in float32, as the state is.
             "cache_bytes_per_token": 8 * config.num_layers * config.hidden_dim,
         }

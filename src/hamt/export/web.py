@@ -33,8 +33,7 @@ def write_page(
     Raises:
         UserError: if the page cannot tokenise as ``tokenizer`` does, or the model not be exported.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    check_tokenizer(backend)
+    backend = check_tokenizer(tokenizer)
     described = page_description(step, tokenizer)
     write_onnx(step, target / "model.onnx", described)
     write_json(target / "step.json", described)
@@ -62,12 +61,13 @@ def copy_runtime(runtime: dict[str, Path], target: Path) -> None:
         shutil.copyfile(path, target / name)
 
 
-def check_tokenizer(backend: dict[str, Any]) -> None:
-    """Refuse a ``tokenizer.json`` of another kind than the page knows.
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The content of ``tokenizer.json``, if it is of the kind that the page knows.
 
     Raises:
         UserError: with what is different.
     """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model, words = backend["model"], backend["pre_tokenizer"] or {}
     plain = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
     other = [
@@ -87,3 +87,4 @@ def check_tokenizer(backend: dict[str, Any]) -> None:
             f"the page knows byte-level BPE, as hamt train learns it; this tokenizer is of another "
             f"kind ({other[0]}): use --format onnx"
         )
+    return backend
