@@ -39,7 +39,7 @@ def checkpoint(text, tmp_path_factory):
 def test_names_and_flags_are_pinned():
     assert list(COMMANDS) == [
         "demo", "quick-train", "train", "generate", "evaluate", "compare", "bench", "recall",
-        "ablate", "analyze", "explore",
+        "ablate", "analyze", "export", "explore",
     ]  # fmt: skip
     assert list(DemoOptions.__dataclass_fields__) == [
         "output_dir", "data", "num_steps", "max_minutes", "prompt", "seed", "hierarchical"

@@ -79,6 +79,7 @@ BASE = {
     },
     "ablate": {"recipe": "ablation.yaml", "workers": 1, "output_dir": "ablate"},
     "analyze": {"checkpoint": "model", "max_tokens": 8, "output_dir": "out"},
+    "export": {"checkpoint": "model", "output_dir": "export"},
     "explore": {"port": "0"},  # it is never to serve: a port of 0 is refused
 }
 # More of these is more work, as it should be: only values that stay small are tried.
@@ -91,8 +92,10 @@ WORK = {
 }
 NEVER = {"compile_model", "compile", "tasks", "capacity", "quick", "use_wandb", "use_tensorboard"}
 WRITTEN = {"output_dir", "token_cache", "table"}  # options that say where something is written
-# They start processes, train, read the 12 MB of text in the package, or read a token at a time.
-SLOW = {"recall", "ablate", "compare", "demo", "quick-train", "evaluate"}
+# Other formats of an export compile, or fetch.
+NEVER |= {"format"}
+# They start processes, train, trace, read the 12 MB of text in the package, or read a token at a time.
+SLOW = {"recall", "ablate", "compare", "demo", "quick-train", "evaluate", "export"}
 
 SMALL = ("1", "2", "3")
 INTS = ("0", "1", "2", "3", "5", "7", "8", "16", "33", "64", "300")
