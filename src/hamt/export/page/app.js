@@ -109,8 +109,9 @@ function forgetOldest() {
 async function write() {
   running = true;
   showButtons();
+  status.textContent = "Reading.";
   const typed = find("prompt").value, given = model.tokenizer.encode(typed);
-  const wanted = Number(find("count").value), {page} = model.step;
+  const wanted = Math.max(1, Number(find("count").value) || 200), {page} = model.step;
   if (!model.length && !given.length) given.push(page.start_token);
   find("prompt").value = "";
   let done = 0, ended = false, since = performance.now(), slice = since, newText = "";
