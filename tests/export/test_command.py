@@ -14,17 +14,20 @@ from hamt import HAMTModel
 from hamt.checkpoint import load_checkpoint, save_checkpoint
 from hamt.cli import main
 from hamt.data.tokenizer import character_tokenizer
+from hamt.export import command
 from hamt.export import runtime as runtimes
 from hamt.export.onnx_file import load_onnx
 from hamt.export.runtime import FILES, PACKAGE, VERSION, find_runtime
 from hamt.export.step import Step, read_tokens
+from hamt.output import claim
 
 
-def test_a_folder_for_onnxruntime(folders, tmp_path, capsys):
+def test_a_folder_for_onnxruntime(folders, tmp_path, capsys, monkeypatch):
     """The file, what goes in and out, and the tokenizer; and its text is that of ``generate``."""
     arguments = words(format="onnx", checkpoint=folders / "ours", output_dir=tmp_path / "out")
     assert main(["export", *arguments]) == 0
     told = capsys.readouterr().out
+    assert told.startswith("exporting, which takes up to a minute\n")
     assert "logits agree with the model to " in told
     assert f"wrote {tmp_path / 'out' / 'model.onnx'} (" in told
     names = {path.name for path in (tmp_path / "out").iterdir()} - {".hamt"}
@@ -44,8 +47,16 @@ def test_a_folder_for_onnxruntime(folders, tmp_path, capsys):
         ids = torch.cat((ids, logits.argmax(dim=-1)), dim=1)
         assert ids.shape[1] == length + 1
     assert torch.equal(ids, wanted)
-    # Again into the same folder, and not over the files of somebody else.
+    # Again into the same folder: what another format has written goes, other files stay.
+    with claim(tmp_path / "out", "export", [r"index\.html"]) as output:
+        output.write_text("index.html", "a page")
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    written = (tmp_path / "out" / "model.onnx").read_bytes()
+    monkeypatch.setattr(command, "write_onnx", lambda step, path: path.write_bytes(written))
+    assert main(["export", *arguments]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, ".hamt", "mine.txt"}
     (tmp_path / "out" / "step.json").write_text("{}")
+    capsys.readouterr()
     assert "step.json" in fails(["export", *arguments], capsys)
 
 

@@ -94,7 +94,7 @@ NEVER = {"compile_model", "compile", "tasks", "capacity", "quick", "use_wandb", 
 WRITTEN = {"output_dir", "token_cache", "table"}  # options that say where something is written
 # Other formats of an export compile, or fetch.
 NEVER |= {"format"}
-# They start processes, train, trace, read the 12 MB of text in the package, or read a token at a time.
+# They start processes, train, trace, read the 12 MB of text in the package, or a token at a time.
 SLOW = {"recall", "ablate", "compare", "demo", "quick-train", "evaluate", "export"}
 
 SMALL = ("1", "2", "3")

@@ -1,5 +1,7 @@
 """``hamt export``: a model as an ONNX file, as an AOTInductor package, or as a web page."""
 
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +26,12 @@ from hamt.output import Output, claim
 
 FORMATS = ("onnx", "aoti", "web")
 NAMES = {"onnx": "model.onnx", "aoti": "model.pt2", "web": "model.onnx"}
-TOKENIZER = (
-    *(r"tokenizer\.json", r"tokenizer_config\.json"),
-    *(r"special_tokens_map\.json", r"chat_template\.jinja"),
+TAKES = {"onnx": "up to a minute", "aoti": "minutes", "web": "up to a minute"}
+# All that any format writes.
+WRITTEN = (
+    *{*NAMES.values(), f"{NAMES['onnx']}.data", "step.json"},
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *(*PAGE, *(f"{RUNTIME}/{name}" for name in FILES)),
 )
 
 
@@ -63,10 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         runtime, note = find_runtime(options.runtime)
         if note:
             console.print(note)
-    names = [NAMES[options.format], "step.json", *TOKENIZER, r"model\.onnx\.data"]
-    if options.format == "web":
-        names += [*PAGE, *(f"{RUNTIME}/{name}" for name in FILES)]
-    with claim(options.output_dir, "export", names) as output:
+    with claim(options.output_dir, "export", [re.escape(name) for name in WRITTEN]) as output:
         _export(options, step, tokenizer, runtime, output, console)
     return 0
 
@@ -80,6 +82,8 @@ def _export(
     console: PlainConsole,
 ) -> None:
     found: list[Agreement] = []
+    names: set[str] = set()
+    console.print(f"exporting, which takes {TAKES[options.format]}")
 
     def write(target: Path) -> None:
         file = target / NAMES[options.format]
@@ -89,23 +93,25 @@ def _export(
             (write_aoti if options.format == "aoti" else write_onnx)(step, file)
             write_json(target / "step.json", step.describe())
             tokenizer.save_pretrained(target)
+        names.update(path.name for path in target.iterdir())
         run, _ = (load_aoti if options.format == "aoti" else load_onnx)(file)
         found.append(check(step, run))
 
     output.write(write)
     if runtime:
         output.write(partial(copy_runtime, runtime), below=RUNTIME)
-    (agreement,) = found
-    console.print(_summary(step, agreement))
-    folder = output.folder
-    size = (folder / NAMES[options.format]).stat().st_size
-    console.print(f"wrote {folder / NAMES[options.format]} ({size / 1e6:.1f} MB)")
+    there = {*names, *(f"{RUNTIME}/{name}" for name in runtime)}
+    for name in {*WRITTEN} - there:  # of an earlier export, in another format
+        output.remove(name)
+    console.print(_summary(step, found[0]))
+    sizes = {path: path.stat().st_size for path in (output.folder / name for name in there)}
+    model = output.folder / NAMES[options.format]
+    console.print(f"wrote {model} ({sizes[model] / 1e6:.1f} MB)")
     if options.format == "web":
-        total = sum(path.stat().st_size for path in folder.rglob("*") if ".hamt" not in path.parts)
+        serve = ["python", "-m", "http.server", "--bind", "127.0.0.1", "--directory"]
         console.print(
-            f"wrote {folder / 'index.html'} ({total / 1e6:.1f} MB with all files). "
-            f"python -m http.server --bind 127.0.0.1 --directory {folder} serves it; "
-            "docs/export.md tells more"
+            f"wrote {output.folder / 'index.html'} ({sum(sizes.values()) / 1e6:.1f} MB with all "
+            f"files); serve it: {shlex.join([*serve, str(output.folder)])}"
         )
 
 
