@@ -1,5 +1,7 @@
 """Settings of the test run, and fixtures of several files."""
 
+import os
+import shutil
 import signal
 
 import pytest
@@ -48,6 +50,21 @@ def folders(tokenizer, tmp_path_factory):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return root
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless browser; tests are skipped where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        assert "HAMT_TEST_BROWSER" not in os.environ, "there is no Chromium"
+        pytest.skip("no Chromium here: apt install chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

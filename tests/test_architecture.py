@@ -38,6 +38,7 @@ LAYERS = (
     {"training"},
     {"baselines"},
     {"analysis", "finetune"},
+    {"export"},
     {"measure"},
     {"cli"},
     {"__main__"},

@@ -59,7 +59,11 @@ class Attention(ConvolvedMixer):
         products, weights = None, self.fusable_weights()
         if self.fused is not None:
             products = self.fused(hidden_states, weights)
-        many = hidden_states.numel() > MAX_FUSED_ROWS * hidden_states.shape[-1]
+        # What is exported is for any number of rows.
+        many = (
+            not torch.compiler.is_exporting()
+            and hidden_states.numel() > MAX_FUSED_ROWS * hidden_states.shape[-1]
+        )
         if products is None and weights and many:
             # One product instead of three; the copy of the matrices is small beside it.
             products = linear(hidden_states, torch.cat(weights)).chunk(3, dim=-1)

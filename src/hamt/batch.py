@@ -85,11 +85,11 @@ class Batch:
     ) -> "Past":
         """What has been read after the tokens ``ids`` (B, N), which came as (B, N, ...)."""
         if inputs.shape[1] == 0:
-            nothing = torch.zeros(len(inputs), dtype=torch.long, device=inputs.device)
+            nothing = torch.zeros(inputs.shape[0], dtype=torch.long, device=inputs.device)
             return before or Past(nothing if self.num_tokens is None else self.num_tokens)
         positions = self.positions(inputs)
         real = 1 if self.mask is None else self.mask[:, -1]
-        past = Past(positions[:, -1].expand(len(inputs)) + real, self.last_name)
+        past = Past(positions[:, -1].expand(inputs.shape[0]) + real, self.last_name)
         if ids is None:
             return past
         last, fresh = self.mask, None
@@ -146,7 +146,7 @@ class Past:
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Tokens ``index`` (B, n) of (1 or B, N, ...): -> (B, n, ...)."""
-    x = x.expand(len(index), *x.shape[1:])
+    x = x.expand(index.shape[0], *x.shape[1:])
     return x.gather(1, index.view(*index.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
 
 

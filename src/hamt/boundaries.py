@@ -64,7 +64,9 @@ def cut(batch: Batch, inputs: Tensor, every: int) -> Segments:
     if key not in batch.shared:
         before, length = batch.num_tokens, inputs.shape[1]
         ragged = batch.mask is not None or batch.documents is not None
-        if not inputs.numel():
+        if length == 1 and torch.compiler.is_compiling():
+            batch.shared[key] = _cut_one(batch, inputs, every)
+        elif not inputs.numel():
             batch.shared[key] = Segments([Segment(slice(0, length))])
         elif ragged or (before is not None and bool(before.ne(before[0]).any())):
             batch.shared[key] = _cut_each(batch, inputs, every)
@@ -75,6 +77,14 @@ def cut(batch: Batch, inputs: Tensor, every: int) -> Segments:
                 [Segment(slice(a, b), boundary=not (read + b) % every) for a, b in pairwise(ends)]
             )
     return batch.shared[key]
+
+
+def _cut_one(batch: Batch, inputs: Tensor, every: int) -> Segments:
+    """One token in each row. A graph cannot look whether a boundary follows: a tensor tells."""
+    boundary = (batch.positions(inputs)[:, 0] + 1).remainder(every).eq(0)
+    if batch.mask is not None:
+        boundary = boundary & batch.mask[:, 0]
+    return Segments([Segment(slice(0, 1), batch.mask, batch.documents, boundary)])
 
 
 def _cut_each(batch: Batch, inputs: Tensor, every: int) -> Segments:

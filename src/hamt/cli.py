@@ -26,6 +26,7 @@ COMMANDS = {
     "recall": ("hamt.measure.recall.command", "what a memory remembers, beside its rivals"),
     "ablate": ("hamt.measure.ablate.command", "what each choice of the architecture is worth"),
     "analyze": ("hamt.analysis.command", "pictures of what a model's memories hold of a text"),
+    "export": ("hamt.export.command", "an ONNX file, an AOTInductor package, or a web page"),
     "explore": ("hamt.analysis.explorer.command", "look into a model's memories in the browser"),
 }
 

@@ -191,7 +191,7 @@ class HAMTLayer(ConvolvedMixer):
         assert self.boundary is not None
         items = tokens.items
         if state is None:
-            state = self.memory.initial_state(len(items), tokens.keys.dtype, items.device)
+            state = self.memory.initial_state(items.shape[0], tokens.keys.dtype, items.device)
 
         def run(segment: Segment, state: MemoryState, held: Tensor) -> tuple[tuple, MemoryState]:
             output, gates, state = self._run(

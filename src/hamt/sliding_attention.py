@@ -172,7 +172,7 @@ class SlidingAttention(Attention):
         """(B, M, H, C, F), twice (B, M, H, K, F), (R, M, 1, C, K) or None -> (B, M, H, C, F)."""
         rows, count = queries.shape[:2]
         told = queries, keys, values
-        if mask is not None and len(mask) < rows and count > 1:
+        if mask is not None and count > 1 and mask.shape[0] < rows:
             # Rows join the heads, for which one mask does.
             queries, keys, values = (x.transpose(0, 1).flatten(1, 2) for x in told)
             mixed = self.attend(queries, keys, values, mask[0])
@@ -278,5 +278,5 @@ def _places(begin: Tensor, num_sinks: int, length: int) -> Tensor:
 
 def _take_blocks(tokens: Tensor, index: Tensor) -> Tensor:
     """Tokens ``index`` (R, M, Z) of (B, n, H, F): -> (B, M, H, Z, F)."""
-    index = index.expand(len(tokens), -1, -1)
+    index = index.expand(tokens.shape[0], -1, -1)
     return take(tokens, index.flatten(1)).unflatten(1, index.shape[1:]).transpose(2, 3)

@@ -41,7 +41,7 @@ def checkpoint(text, tmp_path_factory):
 def test_names_and_flags_are_pinned():
     assert list(COMMANDS) == [
         "demo", "quick-train", "train", "generate", "read", "chat", "finetune", "evaluate",
-        "compare", "bench", "recall", "ablate", "analyze", "explore",
+        "compare", "bench", "recall", "ablate", "analyze", "export", "explore",
     ]  # fmt: skip
     assert list(DemoOptions.__dataclass_fields__) == [
         "output_dir", "data", "num_steps", "max_minutes", "prompt", "seed", "hierarchical"

@@ -89,6 +89,7 @@ BASE = {
     },
     "ablate": {"recipe": "ablation.yaml", "workers": 1, "output_dir": "ablate"},
     "analyze": {"checkpoint": "model", "max_tokens": 8, "output_dir": "out"},
+    "export": {"checkpoint": "model", "output_dir": "export"},
     "explore": {"port": "0"},  # it is never to serve: a port of 0 is refused
 }
 # More of these is more work, as it should be: only values that stay small are tried.
@@ -100,14 +101,12 @@ WORK = {
     *("keep_checkpoints", "limit", "batch_sizes", "decode_batches", "tbptt_segments", "context"),
 }
 NEVER = {"compile_model", "compile", "tasks", "capacity", "quick", "use_wandb", "use_tensorboard"}
-WRITTEN = {
-    "output_dir",
-    "token_cache",
-    "table",
-    "save",
-}  # options that say where something is written
-# They start processes, train, read the 12 MB of text in the package, or read a token at a time.
-SLOW = {"finetune", "recall", "ablate", "compare", "demo", "quick-train", "evaluate"}
+# Options that say where something is written.
+WRITTEN = {"output_dir", "token_cache", "table", "save"}
+# Other formats of an export compile, or fetch.
+NEVER |= {"format"}
+# They start processes, train, trace, read the 12 MB of text in the package, or a token at a time.
+SLOW = {"finetune", "recall", "ablate", "compare", "demo", "quick-train", "evaluate", "export"}
 
 SMALL = ("1", "2", "3")
 INTS = ("0", "1", "2", "3", "5", "7", "8", "16", "33", "64", "300")

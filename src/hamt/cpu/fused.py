@@ -61,8 +61,8 @@ class _Sizes(ctypes.Structure):
 
 
 def fused_available(items: Tensor) -> bool:
-    """Whether the fused form runs where ``items`` are."""
-    return items.device.type == "cpu" and library_found()
+    """Whether the fused form runs where ``items`` are; an exported program runs elsewhere."""
+    return items.device.type == "cpu" and not torch.compiler.is_exporting() and library_found()
 
 
 def fused(memory: Memory, tokens: Tokens, state: MemoryState) -> tuple[Tensor, MemoryState]:

@@ -32,12 +32,13 @@ ROW_BUCKETS = 8
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: (..., I), (O, I), (O) -> (..., O), with its gradients, by the faster library.
 
-    ``torch.backends.mkldnn.enabled = False`` leaves everything to PyTorch.
+    ``torch.backends.mkldnn.enabled = False`` leaves everything to PyTorch, and so does
+    ``torch.export``: an exported program runs where there is no operator of HAMT.
     """
     learns = torch.is_grad_enabled() and (
         inputs.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if not _suits(inputs, weight, bias, learns):
+    if torch.compiler.is_exporting() or not _suits(inputs, weight, bias, learns):
         return F.linear(inputs, weight, bias)
     # A decoding step would spend as much time in the dispatcher as in its small products.
     product = _linear if learns or torch.compiler.is_compiling() else _product

@@ -130,7 +130,7 @@ class Elementwise:
 
     def cumulate(self, keys: Tensor) -> Tensor:
         """Compose the keys (B, N, ..., K) of each token with those of all tokens before it."""
-        return keys.cumprod(dim=1)
+        return keys if keys.shape[1] == 1 else keys.cumprod(dim=1)
 
     def wrap(self, key: Tensor) -> Tensor:
         """The same key at its smallest; signs do not grow."""

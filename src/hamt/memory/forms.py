@@ -92,7 +92,7 @@ def recurrent(memory: Memory, tokens: Tokens, state: MemoryState) -> tuple[Tenso
             if tokens.mask is not None:
                 rho = rho.where(tokens.mask[:, t, None, None].bool(), algebra.identity)
             position = rho if position is None else algebra.compose(position, rho)  # (1)
-            position = algebra.wrap(position).expand(len(slots), heads, -1)
+            position = algebra.wrap(position).expand(slots.shape[0], heads, -1)
             key = algebra.compose(key, position)
             unbinding_key = algebra.compose(unbinding_key, position)
         bound = algebra.bind(item, key)  # (2)

@@ -205,7 +205,7 @@ class HolographicMemory:
         documents, mask = _fit("documents", documents, shape), _fit("mask", mask, shape)
         _fit("rotation", rotation, (*items.shape[:3], self.key_size))
         wide = torch.promote_types(items.dtype, torch.float32)
-        state = initial_state or self.initial_state(len(items), wide, items.device)
+        state = initial_state or self.initial_state(items.shape[0], wide, items.device)
         # State and decay arithmetic stay in float32 under autocast; only tile products are narrow.
         with torch.autocast(items.device.type, enabled=False):
             gates = self.rule.complete(gates, state.slots.dtype)

@@ -1,0 +1,64 @@
+"""An exported step beside the model that it comes from, token by token.
+
+Shape legend: B batch, N tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hamt.cache import HAMTCache
+from hamt.errors import UserError
+from hamt.export.step import Run, Step, read_tokens
+
+# Largest difference of a logit, as a share of the largest logit. A model that rounds its slots may
+# round the other way where a number lies between two steps.
+TOLERANCE, ROUNDED_TOLERANCE = 1e-4, 5e-2
+CHECKED = 32  # tokens, after every export
+ROWS = (1, 5)  # of texts that are read at once, by the same file
+
+
+class Agreement(NamedTuple):
+    """How far an exported step is from its model, in logits relative to the largest one."""
+
+    difference: float
+    tolerance: float
+    tokens: int
+    same_choices: float  # share of tokens after which both find the same next token likeliest
+
+
+@torch.no_grad()
+def compare(step: Step, run: Run, ids: Tensor) -> Agreement:
+    """Read tokens (B, N) with the model and with what was exported, one by one."""
+    model, cache = step.model, HAMTCache(len(step.model.model.layers))
+    worst, largest, same = 0.0, 1.0, 0.0
+    for t, outputs in enumerate(read_tokens(step, run, ids)):
+        wanted = model(ids[:, t : t + 1], past_key_values=cache).logits
+        worst = max(worst, (outputs[0] - wanted).abs().max().item())
+        largest = max(largest, wanted.abs().max().item())
+        same += outputs[0].argmax(dim=-1).eq(wanted.argmax(dim=-1)).float().mean().item()
+    rounds = model.config.state_precision != "float32"
+    tolerance = ROUNDED_TOLERANCE if rounds else TOLERANCE
+    return Agreement(worst / largest, tolerance, ids.shape[1], same / ids.shape[1])
+
+
+def check(step: Step, run: Run, seed: int = 0) -> Agreement:
+    """Compare on random tokens, with one text and with several; the larger difference.
+
+    Raises:
+        UserError: if they differ by more than they may.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for rows in ROWS:
+        ids = torch.randint(step.model.config.vocab_size, (rows, CHECKED), generator=draw)
+        found.append(compare(step, run, ids))
+    worst = max(found)
+    if not worst.difference <= worst.tolerance:  # as NaN is not
+        raise UserError(
+            f"what was exported does not compute what the model does: logits differ by "
+            f"{worst.difference:.1e} of the largest one: report this model and the versions of "
+            "torch and onnxruntime"
+        )
+    return worst

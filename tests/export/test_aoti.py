@@ -1,0 +1,44 @@
+"""The step as an AOTInductor package."""
+
+import pytest
+import torch
+from model_inputs import random_ids, tiny_model
+
+from hamt.errors import UserError
+from hamt.export.aoti import load_aoti, require_compiler, write_aoti
+from hamt.export.check import check, compare
+from hamt.export.step import Step
+
+
+@pytest.mark.timeout(600)
+# Inductor itself uses TorchScript.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_package_computes_what_the_model_does(tmp_path, monkeypatch):
+    """One text and five, by the same package; 200 tokens; boundaries."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    options = {"mixers": "hierarchical_memory", "num_slots": 4, "boundary_every": 3}
+    step = Step(tiny_model(num_layers=1, **options))
+    # Compiling goes faster, and the code slower.
+    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+        write_aoti(step, tmp_path / "model.pt2")
+    run, described = load_aoti(tmp_path / "model.pt2")
+    assert check(step, run).difference < 2e-5
+    for rows, length in ((1, 200), (5, 20)):
+        assert compare(step, run, random_ids(rows, length)).difference < 2e-5
+    assert described["format"] == step.describe()["format"]
+    assert described["inputs"].startswith(
+        "input_ids int64 (batch, 1); past.num_tokens int64 (batch"
+    )
+    assert described["outputs"].count(";") == len(step.outputs) - 1
+
+
+@pytest.mark.parametrize(("named", "told"), [
+    (None, "there is none"), ("mycc", "mycc, which CXX names, is not there"),
+])  # fmt: skip
+def test_without_a_compiler_one_line_tells(named, told, monkeypatch):
+    monkeypatch.setattr("hamt.export.aoti.shutil.which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    if named:
+        monkeypatch.setenv("CXX", named)
+    with pytest.raises(UserError, match=told):
+        require_compiler()

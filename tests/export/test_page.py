@@ -1,0 +1,215 @@
+"""The page of ``hamt export --format web`` in a real browser: it needs no server but files."""
+
+import os
+import re
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+from hamt.analysis.contributions import contributions
+from hamt.analysis.record import memory_layers, record
+from hamt.checkpoint import load_checkpoint, save_checkpoint
+from hamt.cli import main
+from hamt.export.runtime import FILES
+
+pytestmark = pytest.mark.skipif(
+    "HAMT_TEST_BROWSER" not in os.environ, reason="HAMT_TEST_BROWSER=1 asks for the browser"
+)
+PROMPT = "the sum of 12 and 13 is\n25"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folders, tmp_path_factory):
+    """A model whose memories matter to what it writes."""
+    model, tokenizer = load_checkpoint(folders / "ours")
+    with torch.no_grad():
+        model.model.layers[0].mixer.output_proj.weight.normal_(std=0.5)
+        model.model.embed_tokens.weight.normal_(std=0.3)
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny & <new>"
+    save_checkpoint(folder, model, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(checkpoint, runtime, tmp_path_factory):
+    """The exported folder."""
+    folder = tmp_path_factory.mktemp("site")
+    arguments = ["--format", "web", "--checkpoint", str(checkpoint), "--output_dir", str(folder)]
+    assert main(["export", *arguments]) == 0
+    return folder
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """As ``python -m http.server``, without its log."""
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    """Where the folder is served."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=site))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def page(address, chromium):
+    """The page when it is ready. It may say nothing on the console, and ask nobody else."""
+    view, told = chromium.new_page(), []
+    view.on("console", lambda message: told.append(message.text))
+    view.on("pageerror", lambda error: told.append(str(error)))
+    view.on("request", lambda request: request.url.startswith(address) or told.append(request.url))
+    view.on("response", lambda answer: answer.status == 200 or told.append(answer.url))
+    view.goto(address)
+    view.get_by_text("Ready.").wait_for()
+    yield view
+    view.close()
+    assert told == []
+
+
+def write(page, prompt: str, count: int) -> None:
+    """The likeliest tokens: no chance lets the text end."""
+    page.locator("#temperature").fill("0")
+    page.locator("#count").fill(str(count))
+    page.locator("#prompt").fill(prompt)
+    page.locator("#write").click()
+    page.locator("#status").get_by_text("start anew").wait_for()
+
+
+def greedy(checkpoint, prompt: str, count: int) -> tuple[list[int], int]:
+    model, tokenizer = load_checkpoint(checkpoint)
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+    output = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None)
+    return output[0].tolist(), ids.shape[1]
+
+
+def test_it_writes_what_hamt_generate_writes(page, checkpoint):
+    _, tokenizer = load_checkpoint(checkpoint)
+    ids, given = greedy(checkpoint, PROMPT, 30)
+    write(page, PROMPT, 30)
+    assert page.locator("#tokens").inner_text() == str(len(ids))
+    pieces = page.locator("#text [role=option]").all_text_contents()
+    assert "".join(pieces[:given]) == PROMPT
+    assert "".join(pieces) == tokenizer.decode(ids).rstrip("\ufffd")
+    assert page.locator("#text .written").count() == 30
+
+
+def test_it_goes_on_with_what_is_typed(page, checkpoint):
+    """Which is the same as one text."""
+    write(page, PROMPT, 1)
+    first = page.locator("#text").text_content()
+    assert page.locator("#write").inner_text() == "Go on"
+    write(page, " and", 5)
+    ids, _ = greedy(checkpoint, first + " and", 5)
+    assert page.locator("#tokens").inner_text() == str(len(ids))
+    _, tokenizer = load_checkpoint(checkpoint)
+    assert page.locator("#text").text_content() == tokenizer.decode(ids).rstrip("\ufffd")
+
+
+SHARES = """async (ids) => {
+  const {Model} = await import("./model.js");
+  const model = await Model.load(), sizes = new Set();
+  for (const id of ids) {
+    await model.read(id);
+    sizes.add(model.stateBytes);
+  }
+  const shares = model.step.page.layers.map(
+    (_, index) => Array.from(model.record.shares(index, ids.length - 1).shares));
+  return {shares, sizes: [...sizes], begin: model.record.begin};
+}"""
+
+
+def test_it_tells_where_tokens_come_from(page, checkpoint):
+    """The shares of the analysis to 1e-4, from the traces of the file in the browser."""
+    model, _ = load_checkpoint(checkpoint)
+    ids = torch.randint(300, (1, 40), generator=torch.Generator().manual_seed(0))
+    found = page.evaluate(SHARES, ids[0].tolist())
+    recording = record(model, ids)
+    for index, shares in zip(memory_layers(model), found["shares"], strict=True):
+        wanted = contributions(recording.trace(index), [39]).tokens[0, 0].mean(dim=0)
+        assert torch.allclose(torch.tensor(shares), wanted, atol=1e-4)
+        assert wanted.abs().max() > 0.05
+
+
+def test_a_chosen_token_names_its_sources(page):
+    write(page, PROMPT, 12)
+    token = page.locator("#text [role=option]").nth(9)
+    token.click()
+    assert token.get_attribute("aria-selected") == "true"
+    shares = page.locator("#sources .share").all_inner_texts()
+    assert 1 < len(shares) <= 8
+    # All sources of the ninth read-out but those that are not listed: the largest come first.
+    sizes = [abs(float(share.removesuffix(" %").replace("−", "-"))) for share in shares]
+    assert sizes == sorted(sizes, reverse=True)
+    assert page.locator("#asked").inner_text().endswith("the memories had read, from:")
+    # The keyboard does as well, and layers have shares of their own.
+    page.locator("#text").press("ArrowLeft")
+    assert page.locator("#text [aria-selected=true]").get_attribute("id") == "token-8"
+    page.locator("#text").press("Home")
+    assert "nothing was read before it" in page.locator("#asked").inner_text()
+    page.locator("#text").press("Escape")
+    assert page.locator("#text [aria-selected=true]").get_attribute("id") != "token-0"
+
+
+def test_its_memory_stays_the_same(page):
+    """State and window, beside a cache that grows; and old tokens leave the list."""
+    write(page, PROMPT, 20)
+    state, cache = (page.locator(name).inner_text() for name in ("#state", "#cache"))
+    write(page, "", 600)
+    assert page.locator("#state").inner_text() == state
+    assert page.locator("#cache").inner_text() != cache
+    assert page.locator("#text [role=option]").count() == 512
+    assert page.locator("#text .older").text_content().startswith(PROMPT)
+    page.locator("#text [role=option]").last.click()
+    assert "before the last 512 tokens" in page.locator("#before").inner_text()
+    page.locator("#anew").click()
+    assert page.locator("#tokens").inner_text() == "0"
+    assert page.locator("#text").text_content() == ""
+
+
+def test_it_pauses(page):
+    page.locator("#count").fill("100000")
+    page.locator("#temperature").fill("0")
+    page.locator("#write").click()
+    page.get_by_text("Writing.").wait_for()
+    page.locator("#write").click()
+    page.get_by_text("Paused.").wait_for()
+    assert 0 < int(page.locator("#tokens").inner_text().replace(",", "")) < 100_000
+
+
+def test_as_a_file_it_says_what_to_do(site, chromium):
+    view = chromium.new_page()
+    view.goto(f"file://{site / 'index.html'}")
+    notice = view.locator("#notice").inner_text()
+    assert "python -m http.server" in notice
+    assert view.locator("#write").is_disabled()
+    view.close()
+
+
+def test_a_missing_file_is_told(site, address, chromium):
+    view = chromium.new_page()
+    view.route("**/model.onnx", lambda route: route.fulfill(status=404))
+    view.goto(address)
+    view.get_by_text("model.onnx is not there (404)").wait_for()
+    view.close()
+
+
+def test_the_folder_has_what_it_needs_and_no_more(site):
+    """Names are escaped, and no file but those of the runtime names another host."""
+    assert {path.name for path in (site / "runtime").iterdir()} == {*FILES}
+    index = (site / "index.html").read_text(encoding="utf-8")
+    assert "tiny &amp; &lt;new&gt;: " in index
+    assert "<!--" not in index.replace("<!-- Nothing is loaded", "")
+    for path in site.glob("*"):
+        if path.suffix in (".html", ".js", ".css", ".json") and path.name != "tokenizer.json":
+            hosts = re.findall(r"\w+://[\w.]*", path.read_text(encoding="utf-8"))
+            assert {*hosts} <= {"http://www.w3.org"}, path  # the name of SVG
