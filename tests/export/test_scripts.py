@@ -135,14 +135,15 @@ MODELS = [
     {"mixers": "hierarchical_memory", "num_slots": 4, "boundary_every": 1}
     | {"gate_feedback": True, "write_rule": "delta"},
 ]
-SHARES = """({Record}, {page, traces, query}) => {
+SHARES = """({Record}, {page, traces, query, begin}) => {
   const record = new Record(page);
   traces.forEach((trace, index) => {
     const {boundary_every: every} = page;
     record.add(Float32Array.from(trace), every !== null && (index + 1) % every === 0);
   });
-  const found = page.layers.map((_, index) => record.shares(index, query));
-  return [...found, record.meanShares(query)].map(
+  begin ??= record.begin;
+  const found = page.layers.map((_, index) => record.shares(index, query, begin));
+  return [...found, record.meanShares(query, begin)].map(
     ({begin, shares, before}) => ({begin, shares: Array.from(shares), before}));
 }"""
 
@@ -176,6 +177,21 @@ def test_shares_are_those_of_the_analysis(options, window, javascript):
             assert sum(found["shares"]) + found["before"] == pytest.approx(1, abs=1e-4)
     assert (begin > 0) == (window == 16)
     assert any(abs(rest) > 0.01 for rest in before) == (begin > 0)
+
+
+def test_what_came_before_can_be_told_as_one(javascript):
+    """From a later token on than the first that is known."""
+    step = TracedStep(tiny_model())
+    outputs = read_tokens(step, run_eagerly(step), random_ids(1, 20))
+    traces = [each[-1][0].tolist() for each in outputs]
+    given = {"page": step.describe()["page"], "traces": traces, "query": 19}
+    for all_of_it, rest in zip(
+        javascript("sources", SHARES, given),
+        javascript("sources", SHARES, {**given, "begin": 7}),
+        strict=True,
+    ):
+        assert rest["shares"] == all_of_it["shares"][7:]
+        assert rest["before"] == pytest.approx(sum(all_of_it["shares"][:7]), abs=1e-5)
 
 
 def test_a_first_token_that_reads_nothing_has_no_shares(javascript):

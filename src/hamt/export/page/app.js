@@ -1,20 +1,21 @@
 // The page: what is typed is read, the model writes on, and each token tells where it comes from.
 "use strict";
-import {draw, inBytes} from "./chart.js";
+import {Chart, inBytes} from "./chart.js";
 import {Model} from "./model.js";
 import {choose} from "./sampling.js";
 import {Decoder} from "./tokenizer.js";
 
 const SHOWN = 8;  // sources that are listed
-const SLICE = 50, FOLLOWED = 200;  // milliseconds until the browser may paint, and sources are told
-const OLDER = 20000;  // characters of earlier text that stay on the page
+const SLICE = 80, FOLLOWED = 300;  // milliseconds until the browser may paint, and sources are told
+const LEAVING = 64;  // tokens that leave the list together: each time all of the text is laid out
+const OLDER = 2000;  // characters of earlier text that stay on the page
 const find = (id) => document.getElementById(id);
-const text = find("text"), status = find("status"), writeButton = find("write");
+const chart = new Chart(find("chart")), text = find("text"), status = find("status"), writeButton = find("write");
 const older = document.createElement("span");
 older.className = "older";
 
 let model, decoder, logits = null, running = false, chosen = null;
-let tokens = [];  // of those that are known to the record: {index, piece, element}
+let tokens = [];  // that can be chosen: {index, piece, element}
 let loadedBytes = 0, told = 0;
 
 // ------------------------------------------------------------------ loading
@@ -94,15 +95,18 @@ async function read(id, kind) {
   element.setAttribute("aria-selected", "false");
   tokens.push({index, piece, element});
   text.append(element);
-  while (tokens[0].index < model.record.begin) forgetOldest();
+  if (tokens.length > model.step.page.window) forgetOldest();
 }
 
-/** The record has let go of it: it stays as text. */
+/** The record lets go of them soon: they stay as text. */
 function forgetOldest() {
-  const {index, piece, element} = tokens.shift();
-  if (chosen === index) chosen = null;
-  element.remove();
-  const all = older.textContent + piece;
+  const gone = tokens.splice(0, Math.min(LEAVING, tokens.length / 2));
+  let all = older.textContent;
+  for (const {index, piece, element} of gone) {
+    if (chosen === index) chosen = null;
+    element.remove();
+    all += piece;
+  }
   older.textContent = all.length > OLDER ? "… " + all.slice(-OLDER / 2) : all;
 }
 
@@ -181,56 +185,54 @@ function showFigures() {
   find("tokens").textContent = model.length.toLocaleString("en");
   find("state").textContent = inBytes(model.stateBytes);
   find("cache").textContent = inBytes(model.cacheBytes);
-  draw(find("chart"), model.length, model.stateBytes, model.cacheBytes);
+  chart.update(model.length, model.stateBytes, model.cacheBytes);
 }
 
 /** Where the chosen token comes from; if none is, the last one. */
 function showSources() {
   told = performance.now();
-  for (const {element} of tokens) {
-    element.style.removeProperty("--share");
-    element.classList.remove("against");
-    element.setAttribute("aria-selected", "false");
-  }
-  find("sources").replaceChildren();
+  text.querySelector("[aria-selected=true]")?.setAttribute("aria-selected", "false");
   find("before").textContent = "";
   text.removeAttribute("aria-activedescendant");
   const shown = tokens.find(({index}) => index === (chosen ?? model.length - 1));
   if (!shown) {
     find("asked").textContent = "No token yet.";
+    find("sources").replaceChildren();
     return;
   }
   shown.element.setAttribute("aria-selected", "true");
   if (chosen !== null) text.setAttribute("aria-activedescendant", shown.element.id);
-  const query = shown.index - 1;
-  if (query < model.record.begin) {
+  const query = shown.index - 1, begin = tokens[0].index;
+  if (query < begin) {
+    tokens.forEach(({element}) => tint(element, 0, 1));
+    find("sources").replaceChildren();
     find("asked").replaceChildren(quoted(shown.piece), " is the first token that is known here: " +
       "nothing was read before it.");
     return;
   }
   const layer = Number(document.querySelector("#layers :checked").value);
-  const {begin, shares, before} =
-    layer < 0 ? model.record.meanShares(query) : model.record.shares(layer, query);
+  const {shares, before} = layer < 0
+    ? model.record.meanShares(query, begin) : model.record.shares(layer, query, begin);
   const wrote = shown.element.classList.contains("written");
   find("asked").replaceChildren(
     quoted(shown.piece), wrote ? " was written" : " was to be foreseen",
     " after the memories had read, from:");
   const largest = shares.reduce((most, x) => Math.max(most, Math.abs(x)), 0) || 1;
-  for (const {index, element} of tokens) {
-    if (index > query) break;
-    const share = shares[index - begin];
-    element.style.setProperty("--share", Math.sqrt(Math.abs(share) / largest));
-    element.classList.toggle("against", share < 0);
-  }
+  tokens.forEach(({element}, place) => tint(element, shares[place] ?? 0, largest));
   const order = [...shares.keys()].sort((a, b) => Math.abs(shares[b]) - Math.abs(shares[a]));
-  find("sources").replaceChildren(...order.slice(0, SHOWN).map((place) => {
-    const index = begin + place, token = tokens[index - tokens[0].index];
-    return source(token.piece, shown.index - index, shares[place], largest);
-  }));
+  find("sources").replaceChildren(...order.slice(0, SHOWN).map((place) =>
+    source(tokens[place].piece, shown.index - begin - place, shares[place], largest)));
   if (begin > 0) {
-    find("before").textContent = `What came before the last ${model.step.page.window} tokens: ` +
-      percent(before);
+    find("before").textContent = `What came before the ${tokens.length} tokens that can be ` +
+      `chosen: ${percent(before)}`;
   }
+}
+
+/** Colour a token by its share; most have none, and are left alone. */
+function tint(element, share, largest) {
+  const depth = Math.round(20 * Math.sqrt(Math.abs(share) / largest)) / 20;
+  if (element.depth !== depth) element.style.setProperty("--share", element.depth = depth);
+  element.classList.toggle("against", share < 0 && depth > 0);
 }
 
 function source(piece, back, share, largest) {

@@ -10,44 +10,54 @@ export function inBytes(bytes) {
   return `${(bytes / 1e6).toFixed(bytes < 1e8 ? 1 : 0)} MB`;
 }
 
-export function draw(svg, tokens, stateBytes, cacheBytes) {
-  const most = Math.max(cacheBytes, 1.6 * stateBytes), last = Math.max(tokens, 1);
-  const y = (bytes) => BOTTOM - (BOTTOM - TOP) * bytes / most;
-  const parts = [
-    line("axis", LEFT, BOTTOM, RIGHT, BOTTOM),
-    line("axis", LEFT, TOP, LEFT, BOTTOM),
-    text("", LEFT - 8, BOTTOM, "0", "end"),
-    text("", LEFT - 8, TOP + 8, inBytes(Math.round(most)), "end"),
-    text("", LEFT, BOTTOM + 20, "first token", "start"),
-    text("", RIGHT, BOTTOM + 20, `${last.toLocaleString("en")} tokens read`, "end"),
-  ];
-  const state = y(stateBytes), cache = y(cacheBytes);
-  if (tokens) parts.push(line("cache", LEFT, BOTTOM, RIGHT, cache));
-  parts.push(line("state", LEFT, state, RIGHT, state));
-  // Names do not lie on each other while the lines meet.
-  const apart = Math.abs(state - cache) < 18 ? (cache < state ? -1 : 1) * 18 : 0;
-  parts.push(text("state-name", RIGHT + 10, state + 4, "state", "start"));
-  if (tokens) {
-    const at = apart ? state + apart : cache;
-    parts.push(text("cache-name", RIGHT + 10, at + 4, "key–value cache", "start"));
+/** Two lines in an SVG element. Its parts are made once: it is drawn many times a second. */
+export class Chart {
+  constructor(svg) {
+    this.svg = svg;
+    line(svg, "axis", LEFT, BOTTOM, RIGHT, BOTTOM);
+    line(svg, "axis", LEFT, TOP, LEFT, BOTTOM);
+    text(svg, "", LEFT - 8, BOTTOM, "end", "0");
+    text(svg, "", LEFT, BOTTOM + 20, "start", "first token");
+    this.most = text(svg, "", LEFT - 8, TOP + 8, "end");
+    this.last = text(svg, "", RIGHT, BOTTOM + 20, "end");
+    this.cache = line(svg, "cache", LEFT, BOTTOM, RIGHT, BOTTOM);
+    this.state = line(svg, "state", LEFT, BOTTOM, RIGHT, BOTTOM);
+    this.cacheName = text(svg, "cache-name", RIGHT + 10, BOTTOM, "start", "key–value cache");
+    this.stateName = text(svg, "state-name", RIGHT + 10, BOTTOM, "start", "state");
   }
-  svg.replaceChildren(...parts);
-  svg.setAttribute("aria-label", `After ${tokens} tokens the state takes ${inBytes(stateBytes)}, ` +
-    `as at the beginning; a key–value cache would take ${inBytes(cacheBytes)}.`);
+
+  update(tokens, stateBytes, cacheBytes) {
+    const most = Math.max(cacheBytes, 1.6 * stateBytes);
+    const y = (bytes) => BOTTOM - (BOTTOM - TOP) * bytes / most;
+    const state = y(stateBytes), cache = y(cacheBytes);
+    this.most.textContent = inBytes(Math.round(most));
+    this.last.textContent = `${tokens.toLocaleString("en")} tokens read`;
+    this.state.setAttribute("y1", state);
+    this.state.setAttribute("y2", state);
+    this.cache.setAttribute("y2", cache);
+    // Names do not lie on each other while the lines meet.
+    const near = Math.abs(state - cache) < 18;
+    this.stateName.setAttribute("y", state + 4);
+    this.cacheName.setAttribute("y", near ? state + (cache < state ? -14 : 22) : cache + 4);
+    this.svg.setAttribute("aria-label", `After ${tokens} tokens the state takes ` +
+      `${inBytes(stateBytes)}, as at the beginning; a key–value cache would take ` +
+      `${inBytes(cacheBytes)}.`);
+  }
 }
 
-function element(name, attributes) {
+function add(svg, name, attributes) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", name);
   for (const key in attributes) made.setAttribute(key, attributes[key]);
+  svg.append(made);
   return made;
 }
 
-function line(kind, x1, y1, x2, y2) {
-  return element("line", {class: kind, x1, y1, x2, y2});
+function line(svg, kind, x1, y1, x2, y2) {
+  return add(svg, "line", {class: kind, x1, y1, x2, y2});
 }
 
-function text(kind, x, y, content, anchor) {
-  const made = element("text", {class: kind, x, y, "text-anchor": anchor});
+function text(svg, kind, x, y, anchor, content = "") {
+  const made = add(svg, "text", {class: kind, x, y, "text-anchor": anchor});
   made.textContent = content;
   return made;
 }

@@ -56,31 +56,35 @@ export class Record {
   /**
    * What the read-out of a layer at a token came from.
    * @param index which of the layers
-   * @param query the token, from `begin` on
+   * @param query the token
+   * @param begin the first token that is told apart
    * @returns {begin, shares, before}: means over heads of the share of each token from `begin` to
    *   the query, and of what came before them. A read-out of nothing has no shares.
    */
-  shares(index, query) {
-    const {begin} = this;
-    if (query < begin || query >= this.length) throw new RangeError(`token ${query} is not known`);
+  shares(index, query, begin = this.begin) {
+    if (query < begin || begin < this.begin || query >= this.length) {
+      throw new RangeError(`tokens ${begin} to ${query} are not known`);
+    }
     const layer = this.layers[index], shares = new Float64Array(query - begin + 1);
     let heads = 0;
-    for (let head = 0; head < layer.heads; head++) heads += this.#head(layer, head, query, shares);
+    for (let head = 0; head < layer.heads; head++) {
+      heads += this.#head(layer, head, query, begin, shares);
+    }
     for (let i = 0; i < shares.length; i++) shares[i] /= layer.heads;
     return {begin, shares, before: heads / layer.heads - shares.reduce((a, b) => a + b, 0)};
   }
 
   /** The means over all layers. */
-  meanShares(query) {
-    const found = this.layers.map((_, index) => this.shares(index, query));
+  meanShares(query, begin = this.begin) {
+    const found = this.layers.map((_, index) => this.shares(index, query, begin));
     const mean = (of) => found.reduce((sum, each) => sum + of(each), 0) / found.length;
     const shares = found[0].shares.map((_, i) => mean((each) => each.shares[i]));
-    return {begin: found[0].begin, shares, before: mean((each) => each.before)};
+    return {begin, shares, before: mean((each) => each.before)};
   }
 
   /** Add the shares of one head; returns 1, or 0 if it has read nothing. */
-  #head({at, slots, features}, head, query, shares) {
-    const {numbers, begin, size} = this, place = (token) => token % this.window * size;
+  #head({at, slots, features}, head, query, begin, shares) {
+    const {numbers, size} = this, place = (token) => token % this.window * size;
     const sought = place(query) + at.sought + head * features;
     const read = place(query) + at.read + head * slots;
     if (!numbers.subarray(sought, sought + features).some((x) => x !== 0)) return 0;
