@@ -72,7 +72,7 @@ def adapted(model: HAMTModel) -> HAMTModel:
     lambda: adapted(tiny_model()).merge_and_unload(),
     lambda: adapted(tiny_model()).get_base_model(),
     lambda: copy.deepcopy(tiny_model()).requires_grad_(False).half().float(),
-], ids=str)  # fmt: skip
+], ids=map(str, range(10)))  # fmt: skip
 def test_another_model_has_another_name(other):
     assert name_of(other()) != name_of(tiny_model())
 
