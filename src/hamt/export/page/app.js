@@ -179,6 +179,7 @@ function show() {
 function showButtons() {
   writeButton.textContent = running ? "Pause" : model.length ? "Go on" : "Write";
   find("anew").disabled = running || !model.length;
+  find("asked").setAttribute("aria-live", running ? "off" : "polite");  // it changes all the time
 }
 
 function showFigures() {
@@ -215,8 +216,9 @@ function showSources() {
     ? model.record.meanShares(query, begin) : model.record.shares(layer, query, begin);
   const wrote = shown.element.classList.contains("written");
   find("asked").replaceChildren(
-    quoted(shown.piece), wrote ? " was written" : " was to be foreseen",
-    " after the memories had read, from:");
+    quoted(shown.piece), wrote
+      ? " was written from what these tokens had left in the memories:"
+      : " was given. Before it, the memories gave back what these tokens had left:");
   const largest = shares.reduce((most, x) => Math.max(most, Math.abs(x)), 0) || 1;
   tokens.forEach(({element}, place) => tint(element, shares[place] ?? 0, largest));
   const order = [...shares.keys()].sort((a, b) => Math.abs(shares[b]) - Math.abs(shares[a]));
