@@ -25,6 +25,7 @@ PROMPT = "the sum of 12 and 13 is\n25"
 def checkpoint(folders, tmp_path_factory):
     """A model whose memories matter to what it writes."""
     model, tokenizer = load_checkpoint(folders / "ours")
+    torch.manual_seed(2)  # its first token is a whole character
     with torch.no_grad():
         model.model.layers[0].mixer.output_proj.weight.normal_(std=0.5)
         model.model.embed_tokens.weight.normal_(std=0.3)
