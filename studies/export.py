@@ -5,6 +5,7 @@ OMP_NUM_THREADS=1 venv/bin/python studies/export.py
 
 import argparse
 import gzip
+import re
 import tempfile
 import threading
 import time
@@ -31,6 +32,7 @@ from hamt.output import claim
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "export.png"
 COMPARED = 200  # tokens
 WARM, TIMED = 100, 500  # tokens before the clock starts, and while it runs
+FAR = 20  # tokens
 LENGTHS = (1_000, 5_000)  # tokens after which the browser's memory is measured
 
 
@@ -119,13 +121,17 @@ def browser(folder: Path) -> dict:
 
 
 def picture(page: Page) -> None:
-    """A text with a token whose sources are far, at one layer."""
+    """A text, at the last layer, with the token that most of comes from far."""
     page.locator("#anew").click()
     write(page, "The state of the Union is", 180, 0.6)
-    words = page.locator("#text [role=option]").all_text_contents()
-    place = max(i for i, word in enumerate(words) if word[:1] == " " and word[1:2].isupper())
-    page.locator("#text [role=option]").nth(place).click()
     page.locator("#layers label").nth(4).click()
+    tokens, far = page.locator("#text [role=option]"), {}
+    for place in range(80, tokens.count()):
+        tokens.nth(place).click()
+        shares = page.locator("#sources li").all_inner_texts()
+        found = (re.search(r"(\d+) tokens back\s+([\d.]+) %", each) for each in shares)
+        far[place] = sum(float(each[2]) for each in found if each and int(each[1]) > FAR)
+    tokens.nth(max(far, key=lambda place: far[place])).click()
     page.mouse.move(0, 0)
     page.wait_for_timeout(300)
     page.screenshot(path=PICTURE, full_page=True)

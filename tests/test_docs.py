@@ -1,6 +1,6 @@
 """The pages: Python in them runs, commands, links and names exist, and README stays short."""
 
-import importlib
+import importlib.util
 import re
 import runpy
 import shlex
@@ -170,6 +170,8 @@ def test_commands_and_their_options_exist(page, line, only_parse, monkeypatch, c
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         extras = re.findall(r"\[([\w,]+)\]", line)
         assert set(extras) <= project["optional-dependencies"].keys()
+    elif program == "python" and arguments[0] == "-m":
+        assert importlib.util.find_spec(arguments[1])
     elif program == "python":
         script, *arguments = arguments
         if script == "-m":

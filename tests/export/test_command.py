@@ -3,6 +3,7 @@
 import json
 import shutil
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,3 +170,18 @@ def test_what_npm_cannot_fetch_is_told_in_one_line(npm, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(runtimes.UserError, match="from npm, which is not here: fetch"):
         find_runtime(None)
+
+
+def test_figures_of_the_page_follow_from_the_run():
+    """``docs/export.md`` says what ``studies/export.py`` measured."""
+    docs = Path(__file__).parents[2] / "docs"
+    found, page = read_json(docs / "results/export/export.json"), (docs / "export.md").read_text()
+    speeds = [each["tokens_a_second"] for each in found["formats"].values()]
+    for speed in (*speeds, found["page"]["tokens_a_second"]):
+        assert f"| {speed:,.0f} |" in page
+    for size in ("bytes", "compressed_bytes"):
+        assert f"{found['exports']['web'][size] / 1e6:.1f} MB" in page
+    for each in found["page"]["memory"]:
+        assert f"{each['rss'] / 1e6:.0f} MB after {each['tokens']:,}" in page
+    assert found["page"]["memory"][-1]["cache"] in " ".join(page.split())
+    assert max(each["difference"] for each in found["formats"].values()) < 3e-6
