@@ -2,8 +2,9 @@
 
 OMP_NUM_THREADS=2 venv/bin/python studies/serve.py
 
-Both serve models of random weights and equal parameters, and are asked through OpenAI's client. What
-is said to them is text of the State of the Union addresses; each conversation has its own part of it.
+Both serve models of random weights and equal parameters, and are asked through OpenAI's client.
+What is said to them is text of the State of the Union addresses; each conversation has a part of
+its own.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The pages: Python in them runs, commands, links and names exist, and README stays short."""
 
 import importlib.util
+import json
 import re
 import runpy
 import shlex
@@ -21,6 +22,8 @@ from matplotlib.figure import Figure
 from hamt.cli import COMMANDS, main
 from hamt.memory import WRITE_RULES
 from hamt.mixers import GATING_NETWORKS, MIXERS, RETRIEVAL_HEADS
+from hamt.serving.bodies import ChatBody
+from hamt.serving.server import CHAT
 
 ROOT = Path(__file__).parents[1]
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
@@ -184,6 +187,10 @@ def test_commands_and_their_options_exist(page, line, only_parse, monkeypatch, c
         else:
             flags = [word for word in arguments if word.startswith("--")]
             assert all(f'"{flag}"' in source for flag in flags)
+    elif program == "curl":
+        body = json.loads(arguments[arguments.index("-d") + 1])
+        assert arguments[0].endswith(CHAT)
+        ChatBody.model_validate(body)
     else:
         assert program in ("#", "source", "jupyter")
 

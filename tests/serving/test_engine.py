@@ -1,4 +1,4 @@
-"""The engine: texts of many rows are what ``generate`` writes of each, and nothing is read twice."""
+"""The engine: each row is what ``generate`` writes of it alone, and nothing is read twice."""
 
 import threading
 
@@ -173,10 +173,14 @@ def test_too_many_are_refused_and_an_end_is_told(monkeypatch):
     monkeypatch.setattr(module, "MAX_WAITING", 2)
     engine = Engine(tiny_model(), StateStore(0), 1)
     (ids,) = prompts(5)
-    texts = [Written(engine, ids, 10**5)]
-    with pytest.raises(Busy, match="2 requests wait"):
-        for _ in range(4):
+    texts = []
+
+    def ask():
+        for _ in range(5):  # one is written, and perhaps one is about to be
             texts.append(Written(engine, ids, 10**5))
+
+    with pytest.raises(Busy, match="2 requests wait"):
+        ask()
     engine.close()
     for text in texts:
         with pytest.raises(RuntimeError, match="ended"):
