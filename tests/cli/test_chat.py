@@ -39,6 +39,14 @@ def test_a_chat_answers_each_line_and_goes_on_from_a_file(place, capsys, monkeyp
     assert HAMTCache.load("talk.state").get_seq_length() > 20
 
 
+def test_a_text_read_after_a_conversation_ends_it_which_is_said(place, capsys, monkeypatch, caplog):
+    typed(monkeypatch, "one\n")
+    chat(capsys, save="talk.state")
+    assert main(["read", "book.txt", *words(checkpoint="ours", state="talk.state", save="x")]) == 0
+    assert "talk.state holds a conversation: after this text hamt chat begins" in caplog.text
+    assert HAMTCache.load("x").notes == {}
+
+
 def test_commands_of_a_chat(place, capsys, monkeypatch):
     typed(monkeypatch, "one\ntwo\n/undo\ntwo\n/save a.state\n/undo\n/undo\none\n/save b.state\n")
     _, out, notes = chat(capsys, save="c.state")

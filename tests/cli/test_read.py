@@ -57,7 +57,8 @@ def test_a_text_that_was_read_is_continued_as_if_it_stood_in_the_prompt(
 
 
 def test_a_text_may_be_read_in_several_files(place, capsys):
-    parts = BOOK[:4000], BOOK[4000:4500], BOOK[4500:]
+    first, second = BOOK.index(" and", 4000), BOOK.index(" and", 4500)  # between words
+    parts = BOOK[:first], BOOK[first:second], BOOK[second:]
     for number, part in enumerate(parts):
         (place / f"{number}.txt").write_text(part, encoding="utf-8")
         old = {"state": "part.state"} if number else {}
@@ -65,12 +66,30 @@ def test_a_text_may_be_read_in_several_files(place, capsys):
     _, tokenizer = load_checkpoint("ours")
     count = sum(len(tokenizer(part).input_ids) for part in parts)
     assert f"the state after {count:,} tokens" in told
-    if [token for part in parts for token in tokenizer(part).input_ids] == tokenizer(
+    assert [token for part in parts for token in tokenizer(part).input_ids] == tokenizer(
         BOOK
-    ).input_ids:
-        read(capsys, "book.txt", save="whole.state")
-        first, second = map(HAMTCache.load, ("part.state", "whole.state"))
-        assert torch.equal(first.past.fingerprint, second.past.fingerprint)
+    ).input_ids, "cut the book elsewhere"
+    read(capsys, "book.txt", save="whole.state")
+    first, second = map(HAMTCache.load, ("part.state", "whole.state"))
+    assert torch.equal(first.past.fingerprint, second.past.fingerprint)
+    assert first.unread == second.unread
+
+
+def test_every_part_counts_however_short_and_reading_may_stop_anywhere(place, monkeypatch):
+    """What has been read so far, with the last token known as ``unread``, is a state of its own."""
+    model, tokenizer = load_checkpoint("ours")
+    monkeypatch.setattr(hamt.reading, "SEGMENT", 7)
+    ids = tokenizer(BOOK[:200]).input_ids
+    state = HAMTCache(1)
+    for read in hamt.reading.read_on(model, tokenizer, [BOOK[:200]], state):
+        assert state.get_seq_length() == read.tokens - 1
+        assert state.unread.item() == ids[read.tokens - 1]
+    assert read == (len(ids), 200)
+    fork = state.fork()
+    for text in ("e", "e"):  # one token
+        assert list(hamt.reading.read_on(model, tokenizer, [text], state)) == [(1, 1)]
+    assert state.get_seq_length() == len(ids) + 1
+    assert fork.unread.item() == ids[-1], "a fork's last token has changed"
 
 
 def test_a_prompt_that_begins_as_the_text_did_comes_after_it(place, capsys):
