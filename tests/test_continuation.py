@@ -1,14 +1,19 @@
 """``generate`` continues a state: with new ids only, or with the whole text."""
 
+from dataclasses import FrozenInstanceError
+
 import pytest
 import torch
 from model_inputs import padded, ragged_rows, random_ids, tiny_model, variants
 from test_generation import generate, greedy_by_recomputation
 from torch import Tensor
+from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from hamt import HAMTCache, HAMTModel
+from hamt.data.tokenizer import train_tokenizer
 from hamt.fingerprint import fingerprint
+from hamt.generation import Sampling, continue_tokens
 
 MIXERS = {
     "memory": {},
@@ -194,7 +199,8 @@ def test_a_state_has_advanced_by_what_is_documented(new):
 
 
 def test_several_samples_continue_one_state():
-    model, state = tiny_model(), state_of(tiny_model())
+    model = tiny_model()
+    state = state_of(model)
     torch.manual_seed(0)
     written = generate(
         model, NEW, 6, attention_mask=NEW_MASK, past_key_values=state, do_sample=True, top_k=1,
@@ -212,15 +218,140 @@ def test_the_whole_text_may_be_padded_otherwise_than_it_was_read():
         assert_continues(model, TEXTS, written)
 
 
-def test_a_mask_that_covers_both_says_that_the_ids_are_new():
+ALL_NEW = {"all_new": True}
+BOTH = {"attention_mask": torch.ones(1, 8, dtype=torch.long)}
+
+
+@pytest.mark.parametrize("told", [BOTH, ALL_NEW], ids=["mask", "all_new"])
+def test_ids_may_be_said_to_be_new(told):
     """Also where they begin with all that was read."""
     model, old = tiny_model(), random_ids(1, 3)
     new = torch.cat((old, random_ids(1, 2, seed=5)), dim=1)
-    both = torch.ones(1, 8, dtype=torch.long)
     state = state_of(model, old, None)
-    written = generate(model, new, 6, attention_mask=both, past_key_values=state.fork())
+    written = generate(model, new, 6, past_key_values=state.fork(), **told)
     assert_continues(model, [torch.cat((old[0], new[0]))], written)
     assert_continues(model, [new[0]], generate(model, new, 6, past_key_values=state))
+
+
+@pytest.mark.parametrize("told", [{}, {"num_beams": 3}, {"prefill_chunk_size": 2}])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_new_ids_come_after_the_token_that_was_written_last(rows, told):
+    """With padding before them, and where they repeat all that was read."""
+    model, state, (ids, mask) = tiny_model(), HAMTCache(2), padded(FIRST[:rows], "left")
+    written = generate(model, ids, 4, attention_mask=mask, past_key_values=state)
+    texts = [torch.cat((text, row[-4:])) for text, row in zip(FIRST, written, strict=False)]
+    ids, mask = padded(texts, "left")
+    told = {
+        **told,
+        "attention_mask": mask,
+        "past_key_values": state,
+        "return_dict_in_generate": True,
+    }
+    found = generate(model, ids, 6, **ALL_NEW, **told)
+    for text, row in zip(texts, found.sequences, strict=True):
+        whole = torch.cat((text, text))[None]
+        expected = generate(model, whole, 6, num_beams=told.get("num_beams", 1))
+        assert row[-6:].tolist() == expected[0, -6:].tolist()
+    assert found.past_key_values.get_seq_length() == ids.shape[1] * 2 - 1 + 6
+
+
+def test_a_mask_is_as_long_as_the_ids_however_much_was_read():
+    """After 10 billion tokens one that covers them would take 80 GB."""
+    model = tiny_model(vocab_size=300)
+    state = state_of(model, OLD[:1], None)
+    state.seen_tokens = 10**10
+    tokenizer = train_tokenizer(["one two three"], 300)
+    told = Sampling(max_new_tokens=4, temperature=0)
+    written = continue_tokens(model, tokenizer, NEW[1].tolist(), told, state)
+    assert written == greedy_by_recomputation(model, torch.cat((OLD[0], NEW[1])), 4)[-4:]
+    assert state.get_seq_length() == 10**10 + 5 + 3
+
+
+class Interrupted(BaseStreamer):
+    """Ctrl-C while a token is shown."""
+
+    count = 0
+
+    def put(self, value: Tensor) -> None:
+        self.count += 1
+        if self.count == 4:
+            raise KeyboardInterrupt
+
+    def end(self) -> None: ...
+
+
+@pytest.mark.parametrize("before", [0, 20])
+def test_an_interrupted_generation_leaves_the_state_as_it_was(before):
+    model, state = tiny_model(), HAMTCache(2)
+    if before:
+        generate(model, OLD[:1], 4, past_key_values=state)
+    kept, unread = state.fork(), state.unread
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, NEW[1:2], 9, past_key_values=state, streamer=Interrupted())
+    assert state.get_seq_length() == (23 if before else 0)
+    assert state.past is kept.past
+    assert (state.unread is None) == (unread is None)
+    written = generate(model, NEW[1:2], 4, past_key_values=state)
+    assert torch.equal(written, generate(model, NEW[1:2], 4, past_key_values=kept))
+
+
+class Shortest(StoppingCriteria):
+    """Ends rows after one token, two, and so on."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
+        return torch.arange(len(input_ids)) < input_ids.shape[1] - 20
+
+
+@pytest.mark.parametrize("eos", [None, 96])
+@mixers
+def test_a_row_that_a_criterion_has_ended_reads_no_padding(options, eos):
+    """It has read its last token, but where it ends with the batch."""
+    model, state = tiny_model(**options), HAMTCache(2)
+    written = generate(
+        model, OLD, 9, attention_mask=OLD_MASK, past_key_values=state, eos_token_id=eos,
+        stopping_criteria=[Shortest()],
+    )  # fmt: skip
+    assert written.shape == (3, 23)
+    assert state.past.unread.tolist() == [-1, -1, written[2, -1]]
+    assert state.past.num_tokens.tolist() == [20 + 1, 7 + 2, 11 + 2]
+    own = [row[20 : 21 + b] for b, row in enumerate(written)]
+    whole = [torch.cat(parts) for parts in zip(FIRST, own, SECOND, strict=True)]
+    told = {"attention_mask": NEW_MASK, "past_key_values": state}
+    assert_continues(model, whole, generate(model, NEW, 6, **told))
+
+
+@mixers
+def test_beams_that_a_criterion_has_ended_read_no_padding(options):
+    model = tiny_model(**options)
+    told = {"num_beams": 3, "return_dict_in_generate": True, "attention_mask": OLD_MASK}
+    found = generate(model, OLD, 9, stopping_criteria=[Shortest()], **told)
+    lengths = found.beam_indices.ge(0).sum(dim=1)
+    assert lengths.unique().numel() > 1, "no row ends before another"
+    whole = [torch.cat((text, row[20 : 20 + length], new)) for text, row, length, new
+             in zip(FIRST, found.sequences, lengths, SECOND, strict=True)]  # fmt: skip
+    told = {"attention_mask": NEW_MASK, "past_key_values": found.past_key_values}
+    assert_continues(model, whole, generate(model, NEW, 6, **told))
+
+
+def test_rows_of_which_some_have_ended_go_on_with_ids_or_alone():
+    model, state = tiny_model(), HAMTCache(2)
+    generate(model, OLD, 9, attention_mask=OLD_MASK, past_key_values=state,
+             stopping_criteria=[Shortest()])  # fmt: skip
+    assert state.unread is None
+    with pytest.raises(ValueError, match="some rows of the state have ended, others have not"):
+        generate(model, None, 3, past_key_values=state)
+    state.batch_select_indices(torch.tensor([2]))
+    assert generate(model, None, 3, past_key_values=state).shape == (1, 4)
+
+
+def test_what_one_fork_notes_is_not_noted_by_another():
+    model, state = tiny_model(), HAMTCache(2)
+    generate(model, OLD[:1], 4, past_key_values=state)
+    fork, known = state.fork(), state.unread
+    with pytest.raises(FrozenInstanceError):
+        state.past.unread = None
+    generate(model, NEW[1:2], 4, past_key_values=state)
+    assert torch.equal(fork.unread, known)
 
 
 def test_a_packed_state_is_continued_in_its_last_document():
@@ -244,7 +375,8 @@ def test_what_was_read_as_embeddings_is_continued_with_ids():
 
 def test_only_new_tokens_are_read_and_streamed():
     model, lengths, pieces = tiny_model(), [], []
-    old, state = random_ids(1, 40), state_of(tiny_model(), random_ids(1, 40), None)
+    old = random_ids(1, 40)
+    state = state_of(model, old, None)
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
@@ -283,21 +415,24 @@ EDITED[0, 18] += 1
     ],
 )
 def test_what_cannot_be_told_apart_is_refused(ids, arguments, message):
-    model, state = tiny_model(), state_of(tiny_model(), OLD[:1], None)
+    model = tiny_model()
+    state = state_of(model, OLD[:1], None)
     with pytest.raises(ValueError, match=message):
         generate(model, ids, 3, past_key_values=state, **arguments)
     assert state.get_seq_length() == 20, "the state has changed"
 
 
 def test_rows_of_which_some_repeat_what_was_read_are_refused():
-    model, state = tiny_model(), state_of(tiny_model(), random_ids(2, 4), None)
+    model = tiny_model()
+    state = state_of(model, random_ids(2, 4), None)
     ids = torch.cat((random_ids(2, 4)[:1], random_ids(1, 4, seed=5)))
     with pytest.raises(ValueError, match="in some rows only"):
         generate(model, ids, 3, past_key_values=state)
 
 
 def test_a_state_of_several_rows_takes_as_many_prompts():
-    model, state = tiny_model(), state_of(tiny_model(), OLD[1:], OLD_MASK[1:])
+    model = tiny_model()
+    state = state_of(model, OLD[1:], OLD_MASK[1:])
     for rows in (1, 3):
         with pytest.raises(ValueError, match=f"2 rows, the input {rows}"):
             generate(model, NEW[:rows], 3, past_key_values=state)

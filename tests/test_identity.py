@@ -311,7 +311,17 @@ def test_words_are_kept_beside_a_state(tmp_path):
     state = tiny_model()(IDS, use_cache=True).past_key_values
     state.save(tmp_path / "state", notes={"last": "é\n{}", "empty": ""})
     assert HAMTCache.load(tmp_path / "state").notes == {"last": "é\n{}", "empty": ""}
-    assert HAMTCache.load(tmp_path / "state").fork().notes == {}
+    loaded = HAMTCache.load(tmp_path / "state")
+    assert loaded.fork().notes == loaded.notes
+    loaded.fork().save(tmp_path / "again")
+    assert HAMTCache.load(tmp_path / "again").notes == loaded.notes
+    tiny_model()(IDS, past_key_values=loaded)
+    assert loaded.notes == {}, "they were of what was before"
+    loaded.save(tmp_path / "again")
+    assert HAMTCache.load(tmp_path / "again").notes == {}
+    loaded.notes = {"x": "y"}
+    loaded.reset()
+    assert loaded.notes == {}
     with safe_open(tmp_path / "state", "pt") as file:
         assert file.metadata()["format"] == "hamt-state-4"
     assert load_file(tmp_path / "state").keys() == state.to_tensors().keys()

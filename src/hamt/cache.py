@@ -88,7 +88,7 @@ class HAMTCache(Cache):
     Pass it as ``past_key_values``. If no layer is ``full_attention``, its size does not depend on
     the number of tokens. ``past`` is what holds for all layers: how many tokens of its document
     each row has read, and which. ``origin`` is the model that made the state (``hamt.identity``),
-    None if it is not known.
+    None if it is not known. ``notes`` are words about it, which a file keeps, until it reads on.
     """
 
     layers: list[HAMTCacheLayer]  # type: ignore[assignment]
@@ -98,7 +98,7 @@ class HAMTCache(Cache):
         self.seen_tokens = 0
         self.past: Past | None = None
         self.origin: Origin | None = None
-        self.notes: dict[str, str] = {}
+        self.notes: Mapping[str, str] = {}
 
     @property
     def states(self) -> list[State | None]:
@@ -106,10 +106,10 @@ class HAMTCache(Cache):
         return [layer.state for layer in self.layers]
 
     def advance(self, states: Sequence[State | None], past: Past | None, length: int) -> None:
-        """Take over what there is after ``length`` more tokens."""
+        """Take over what there is after ``length`` more tokens; notes were of what was before."""
         for layer, state in zip(self.layers, states, strict=True):
             layer.state = state
-        self.past = past
+        self.past, self.notes = past, {}
         self.seen_tokens += length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -125,7 +125,7 @@ class HAMTCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.seen_tokens, self.past, self.origin = 0, None, None
+        self.seen_tokens, self.past, self.origin, self.notes = 0, None, None, {}
 
     @property
     def batch_size(self) -> int:
@@ -168,9 +168,13 @@ class HAMTCache(Cache):
     def fork(self) -> "HAMTCache":
         """An independent continuation of the same past; costs no copy."""
         fork = HAMTCache(len(self.layers))
-        fork.advance(self.states, self.past, self.seen_tokens)
-        fork.origin = self.origin
+        fork.become(self)
         return fork
+
+    def become(self, other: "HAMTCache") -> None:
+        """Be as another state is now, of which this one has been a fork."""
+        self.advance(other.states, other.past, other.seen_tokens - self.seen_tokens)
+        self.origin, self.notes = other.origin, other.notes
 
     __copy__ = fork
 
@@ -273,7 +277,7 @@ class HAMTCache(Cache):
 
         With ``precision`` ``bfloat16`` or ``int8`` the file is a half or a quarter as large, and
         what is loaded is rounded; slots that the model has just rounded itself stay as they are
-        (``state_precision``). ``notes`` are words to keep beside the state.
+        (``state_precision``). ``notes`` are words to keep beside the state, None for its own.
 
         The file names the model that made the state, unless its weights have changed since.
 
@@ -282,7 +286,8 @@ class HAMTCache(Cache):
         """
         if not self.has_previous_state():
             raise ValueError("this state is empty: read a prompt before saving it")
-        words = {f"note {name}": text for name, text in (notes or {}).items()}
+        notes = self.notes if notes is None else notes
+        words = {f"note {name}": text for name, text in notes.items()}
         tensors = self.to_tensors(precision)
         if "model" not in tensors:
             logger.warning(

@@ -7,6 +7,7 @@ checked. A tokenizer without a template has its conversations written as a trans
 
 import json
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -194,7 +195,7 @@ def _listed(ids: int | list[int] | None) -> list[int]:
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
-def _noted(notes: dict[str, str]) -> tuple[Messages, str]:
+def _noted(notes: Mapping[str, str]) -> tuple[Messages, str]:
     """The last turn in the notes of a state; none of one that no conversation has made."""
     if NOTE not in notes:
         return [], ""

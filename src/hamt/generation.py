@@ -163,19 +163,15 @@ def continue_tokens(
         sampling = {"temperature": float(options.temperature), "top_p": float(options.top_p)}
         sampling["top_k"] = options.top_k
     prompt = torch.tensor([ids], dtype=torch.long, device=model.device)
-    mask = torch.ones_like(prompt)
     if state is not None:
-        arguments["past_key_values"] = state
-        # What was read counts in the mask, so that ids are new even if they begin alike.
-        known = 0 if state.unread is None else 1
-        if not ids and not known:
+        arguments |= {"past_key_values": state, "all_new": True}
+        if not ids and state.unread is None:
             raise UserError("the state has read the last token of its text: give a prompt")
-        mask = torch.ones(1, state.get_seq_length() + known + len(ids), device=model.device)
         if len(ids) > SEGMENT:
             arguments["prefill_chunk_size"] = SEGMENT
     output = model.generate(  # type: ignore[operator]
         prompt if ids else None,
-        attention_mask=mask if ids else None,
+        attention_mask=torch.ones_like(prompt) if ids else None,
         max_new_tokens=options.max_new_tokens,
         repetition_penalty=options.repetition_penalty,
         pad_token_id=tokenizer.pad_token_id,
