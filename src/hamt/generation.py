@@ -158,6 +158,8 @@ def continue_tokens(
     Raises:
         UserError: if there are no ids, and no token to go on from.
     """
+    # One text is written, whatever the checkpoint's generation_config.json says.
+    one = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
     sampling: dict[str, Any] = {}
     if options.temperature > 0:  # Transformers takes no whole numbers for these two
         sampling = {"temperature": float(options.temperature), "top_p": float(options.top_p)}
@@ -177,6 +179,6 @@ def continue_tokens(
         pad_token_id=tokenizer.pad_token_id,
         do_sample=options.temperature > 0,
         **sampling,
-        **arguments,
+        **{**one, **arguments},
     )
     return output[0, max(len(ids), 1) :].tolist()

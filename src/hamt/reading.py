@@ -68,8 +68,7 @@ def main(arguments: Sequence[str]) -> int:
                 "%s holds a conversation: after this text hamt chat begins another one",
                 options.state,
             )
-    if grows(model):
-        logger.warning("this model has attention over the whole text: its state grows with it")
+    warn_if_growing(model)
     began, read = time.perf_counter(), Read(0, 0)
     with _bar(source) as bar:
         for read in read_on(model, tokenizer, chain([first], parts), state):
@@ -149,10 +148,11 @@ def _note_next(state: HAMTCache, token: torch.Tensor) -> None:
         state.past = replace(state.past, unread=token.clone())
 
 
-def grows(model: HAMTForCausalLM) -> bool:
-    """Whether a state of this model grows with the text."""
+def warn_if_growing(model: HAMTForCausalLM) -> None:
+    """Say so if a state of this model grows with the text."""
     shapes = (block.mixer.state_shapes().values() for block in model.model.layers)
-    return any(0 in shape for shape in chain.from_iterable(shapes))
+    if any(0 in shape for shape in chain.from_iterable(shapes)):
+        logger.warning("this model has attention over the whole text: its state grows with it")
 
 
 def _tokens(state: HAMTCache) -> int:

@@ -189,7 +189,7 @@ def test_a_state_takes_the_place_of_a_state_and_of_nothing_else(place, capsys):
     (["generate", "x", "--state", "deep.state"], "deep.state: this state has 3 layers"),
     (["generate", "x", "--state", "wide.state"], "wide.state: this state comes from another model"),
     (["chat", "--state", "other.state"], "other.state: this state was made by another model"),
-    (["chat", "--state", "note.state"], "the conversation in the state is damaged"),
+    (["chat", "--state", "note.state"], "note.state: the conversation in the state is damaged"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line(arguments, message, place, capsys):
     ids = torch.tensor([[5, 6, 7]])
@@ -265,7 +265,7 @@ def test_ctrl_c_while_a_text_is_read_leaves_the_older_state(place, capsys, monke
 
 
 def test_a_model_with_attention_over_the_whole_text_says_that_its_state_grows(
-    place, capsys, caplog
+    place, capsys, caplog, monkeypatch
 ):
     _, tokenizer = load_checkpoint("ours")
     config = {"vocab_size": 300, "hidden_dim": 32, "num_layers": 2}
@@ -281,7 +281,10 @@ def test_a_model_with_attention_over_the_whole_text_says_that_its_state_grows(
             expected = generate(capsys, BOOK[:length] + " and", checkpoint=name)
             found = generate(capsys, " and", checkpoint=name, state="part.state")
             assert found == expected[length:]
-        assert ("its state grows with it" in caplog.text) == (name == "full")
+        assert caplog.text.count("its state grows with it") == (2 if name == "full" else 0)
+        typed(monkeypatch, "")
+        run(capsys, "chat", *words(checkpoint=name))
+        assert caplog.text.count("its state grows with it") == (3 if name == "full" else 0)
         caplog.clear()
     assert sizes["full", 4000] > 1.5 * sizes["full", 2000]
     assert abs(sizes["window", 4000] - sizes["window", 2000]) < 64
