@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
-from model_inputs import tiny_model
+from model_inputs import random_ids, tiny_model
 from test_continuation import (
     FIRST,
     NEW,
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from hamt import HAMTCache
+from hamt import HAMTCache, generation
 from hamt.data.tokenizer import train_tokenizer
 from hamt.generation import Sampling, continue_tokens
 
@@ -36,6 +36,21 @@ def test_a_mask_is_as_long_as_the_ids_however_much_was_read():
     written = continue_tokens(model, tokenizer, NEW[1].tolist(), told, state)
     assert written == greedy_by_recomputation(model, torch.cat((OLD[0], NEW[1])), 4)[-4:]
     assert state.get_seq_length() == 10**10 + 5 + 3
+
+
+def test_a_long_prompt_is_read_in_segments(monkeypatch):
+    monkeypatch.setattr(generation, "SEGMENT", 8)
+    model, lengths = tiny_model(vocab_size=300), []
+    state, ids = state_of(model, OLD[:1], None), random_ids(1, 30)[0]
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    tokenizer = train_tokenizer(["one two three"], 300)
+    written = continue_tokens(
+        model, tokenizer, ids.tolist(), Sampling(max_new_tokens=2, temperature=0), state
+    )
+    assert lengths == [8, 8, 8, 6, 1]
+    assert written == greedy_by_recomputation(model, torch.cat((OLD[0], ids)), 2)[-2:]
 
 
 class Interrupted(BaseStreamer):
