@@ -6,6 +6,7 @@ import pytest
 import torch
 from evaluation_inputs import WORDS
 from model_inputs import tiny_model
+from tokenizers import pre_tokenizers
 
 from hamt import HAMTCache, conversation
 from hamt.conversation import NEXT_TURN, NOTE, UNDO, Conversation
@@ -123,6 +124,18 @@ def test_an_answer_of_a_transcript_ends_where_the_model_writes_the_next_turn(spe
     assert turns[0][1] == next_turn
     assert talk.said.tail == f"  {NEXT_TURN}"
     assert talk.new_text("Ho") == " Ho\nAssistant:"
+
+
+def test_only_the_first_turn_has_the_space_that_a_tokenizer_puts_before_a_text(speaker, turns):
+    tokenizer = speaker[1]
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    talk = talker(speaker, None)
+    talk.ask("one", GREEDY)
+    talk.ask("two", GREEDY)
+    (first, _), (second, _) = turns
+    assert tokenizer.decode(first).startswith(" User: one")
+    assert tokenizer.decode(second).startswith("\nUser: two")
 
 
 def test_what_a_token_holds_beyond_the_end_of_an_answer_has_been_read(speaker):

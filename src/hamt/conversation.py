@@ -90,7 +90,8 @@ class Conversation:
             if arguments.get(name, 1) != 1:
                 raise ValueError(f"a conversation goes on from one answer: leave {name} out")
         before = self.said
-        ids = encode_text(self.tokenizer, self.new_text(text))
+        goes_on = before.state.has_previous_state()
+        ids = encode_text(self.tokenizer, self.new_text(text), goes_on)
         state = before.state.fork()
         criteria = list(arguments.pop("stopping_criteria", []))
         if not self.has_template:

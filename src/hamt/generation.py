@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 
 from hamt.cache import HAMTCache
 from hamt.checkpoint import PRETRAINED, load_checkpoint
-from hamt.data.tokenizer import start_token
+from hamt.data.tokenizer import lead_in, start_token
 from hamt.errors import UserError, printable
 from hamt.model import HAMTForCausalLM, check_cache
 from hamt.options import MAX_SEED, option, parse
@@ -102,7 +102,10 @@ def stream_text(
     Raises:
         UserError: as ``continue_tokens``.
     """
-    ids = encode_prompt(tokenizer, prompt) if state is None else encode_text(tokenizer, prompt)
+    if state is None:
+        ids = encode_prompt(tokenizer, prompt)
+    else:
+        ids = encode_text(tokenizer, prompt, goes_on=True)
     streamer = _Streamer(tokenizer, skip_prompt=not ids, skip_special_tokens=True)
     continue_tokens(model, tokenizer, ids, options, state, streamer=streamer)
     sys.stdout.flush()
@@ -125,14 +128,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return encode_text(tokenizer, prompt) or [start_token(tokenizer)]
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, goes_on: bool = False) -> list[int]:
     """The tokens of a text, without special ones.
+
+    If it ``goes_on`` from another one, no space is put before it (``lead_in``).
 
     Raises:
         UserError: if it has characters that are none, such as half of a surrogate pair.
     """
     try:
-        return tokenizer(text, add_special_tokens=False).input_ids
+        lead, count = lead_in(tokenizer, text) if goes_on else ("", 0)
+        return tokenizer(lead + text, add_special_tokens=False).input_ids[count:]
     except (TypeError, UnicodeEncodeError) as error:
         raise UserError("this text has characters that are none: take them out") from error
 

@@ -124,7 +124,7 @@ def read_on(
         UserError: if the text has no token, or only one and nothing was read before.
     """
     tokens, num_bytes, last = 0, 0, state.unread
-    for ids, size in encode_parts(parts, tokenizer, PIECE):
+    for ids, size in encode_parts(parts, tokenizer, PIECE, state.has_previous_state()):
         new = torch.from_numpy(ids)[None].to(model.device)
         text = new if last is None else torch.cat((last, new), dim=1)
         before = tokens + new.shape[1] - text.shape[1]
