@@ -27,16 +27,9 @@ from hamt.output import claim
 from hamt.peak_memory import process_peak_memory
 from hamt.reading import read_on
 
-PROMPTS = (
-    *("\nOur economy", "\nThe schools", "\nThe Constitution", "\nThe Congress", "\nThe army"),
-    *(
-        "\nThe railroads",
-        "\nOur commerce",
-        "\nThe people",
-        "\nThe Treasury",
-        "\nOur foreign policy",
-    ),
-)
+_WORDS = "Our economy/The schools/The Constitution/The Congress/The army/The railroads/Our commerce"
+_WORDS += "/The people/The Treasury/Our foreign policy"
+PROMPTS = [f"\n{words}" for words in _WORDS.split("/")]
 FIRST = Sampling(max_new_tokens=1, temperature=0)
 
 

@@ -25,7 +25,7 @@ LAYERS = (
     {"config"},
     {"boundaries", "convolution", "identity", "rotation", "state_file"},
     {"parts"},
-    {"layers", "utils"},
+    {"cache_layer", "layers", "utils"},
     {"attention", "block", "cache", "hierarchical_memory", "rerouting"},
     {"base_model", "continuation", "sliding_attention"},
     {"model"},

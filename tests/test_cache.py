@@ -97,9 +97,10 @@ def test_reset_forgets_everything():
     assert torch.equal(model(MORE, past_key_values=cache).logits, model(MORE).logits)
 
 
-@pytest.mark.parametrize("copied", [HAMTCache.fork, copy.deepcopy], ids=["fork", "deepcopy"])
+@pytest.mark.parametrize("copied", [HAMTCache.fork, copy.copy, copy.deepcopy])
 def test_two_continuations_do_not_disturb_each_other(copied):
-    model, cache = tiny_model(), read(tiny_model())
+    model = tiny_model()
+    cache = read(model)
     fork = copied(cache)
     other = random_ids(2, 7, seed=4)
     ours = model(MORE, past_key_values=cache).logits
@@ -118,6 +119,12 @@ def test_a_fork_costs_no_copy():
     cache = read(tiny_model())
     pairs = zip(tensors(cache), tensors(cache.fork()), strict=True)
     assert all(x.data_ptr() == y.data_ptr() for x, y in pairs)
+
+
+def test_a_deep_copy_shares_no_memory():
+    cache = read(tiny_model())
+    pairs = zip(tensors(cache), tensors(copy.deepcopy(cache)), strict=True)
+    assert all(torch.equal(x, y) and x.data_ptr() != y.data_ptr() for x, y in pairs)
 
 
 def test_a_fork_is_a_snapshot_to_roll_back_to():

@@ -194,7 +194,8 @@ def test_a_state_has_advanced_by_what_is_documented(new):
 
 
 def test_several_samples_continue_one_state():
-    model, state = tiny_model(), state_of(tiny_model())
+    model = tiny_model()
+    state = state_of(model)
     torch.manual_seed(0)
     written = generate(
         model, NEW, 6, attention_mask=NEW_MASK, past_key_values=state, do_sample=True, top_k=1,
@@ -212,15 +213,41 @@ def test_the_whole_text_may_be_padded_otherwise_than_it_was_read():
         assert_continues(model, TEXTS, written)
 
 
-def test_a_mask_that_covers_both_says_that_the_ids_are_new():
+ALL_NEW = {"all_new": True}
+BOTH = {"attention_mask": torch.ones(1, 8, dtype=torch.long)}
+
+
+@pytest.mark.parametrize("told", [BOTH, ALL_NEW], ids=["mask", "all_new"])
+def test_ids_may_be_said_to_be_new(told):
     """Also where they begin with all that was read."""
     model, old = tiny_model(), random_ids(1, 3)
     new = torch.cat((old, random_ids(1, 2, seed=5)), dim=1)
-    both = torch.ones(1, 8, dtype=torch.long)
     state = state_of(model, old, None)
-    written = generate(model, new, 6, attention_mask=both, past_key_values=state.fork())
+    written = generate(model, new, 6, past_key_values=state.fork(), **told)
     assert_continues(model, [torch.cat((old[0], new[0]))], written)
     assert_continues(model, [new[0]], generate(model, new, 6, past_key_values=state))
+
+
+@pytest.mark.parametrize("told", [{}, {"num_beams": 3}, {"prefill_chunk_size": 2}])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_new_ids_come_after_the_token_that_was_written_last(rows, told):
+    """With padding before them, and where they repeat all that was read."""
+    model, state, (ids, mask) = tiny_model(), HAMTCache(2), padded(FIRST[:rows], "left")
+    written = generate(model, ids, 4, attention_mask=mask, past_key_values=state)
+    texts = [torch.cat((text, row[-4:])) for text, row in zip(FIRST, written, strict=False)]
+    ids, mask = padded(texts, "left")
+    told = {
+        **told,
+        "attention_mask": mask,
+        "past_key_values": state,
+        "return_dict_in_generate": True,
+    }
+    found = generate(model, ids, 6, **ALL_NEW, **told)
+    for text, row in zip(texts, found.sequences, strict=True):
+        whole = torch.cat((text, text))[None]
+        expected = generate(model, whole, 6, num_beams=told.get("num_beams", 1))
+        assert row[-6:].tolist() == expected[0, -6:].tolist()
+    assert found.past_key_values.get_seq_length() == ids.shape[1] * 2 - 1 + 6
 
 
 def test_a_packed_state_is_continued_in_its_last_document():
@@ -244,7 +271,8 @@ def test_what_was_read_as_embeddings_is_continued_with_ids():
 
 def test_only_new_tokens_are_read_and_streamed():
     model, lengths, pieces = tiny_model(), [], []
-    old, state = random_ids(1, 40), state_of(tiny_model(), random_ids(1, 40), None)
+    old = random_ids(1, 40)
+    state = state_of(model, old, None)
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
@@ -283,21 +311,24 @@ EDITED[0, 18] += 1
     ],
 )
 def test_what_cannot_be_told_apart_is_refused(ids, arguments, message):
-    model, state = tiny_model(), state_of(tiny_model(), OLD[:1], None)
+    model = tiny_model()
+    state = state_of(model, OLD[:1], None)
     with pytest.raises(ValueError, match=message):
         generate(model, ids, 3, past_key_values=state, **arguments)
     assert state.get_seq_length() == 20, "the state has changed"
 
 
 def test_rows_of_which_some_repeat_what_was_read_are_refused():
-    model, state = tiny_model(), state_of(tiny_model(), random_ids(2, 4), None)
+    model = tiny_model()
+    state = state_of(model, random_ids(2, 4), None)
     ids = torch.cat((random_ids(2, 4)[:1], random_ids(1, 4, seed=5)))
     with pytest.raises(ValueError, match="in some rows only"):
         generate(model, ids, 3, past_key_values=state)
 
 
 def test_a_state_of_several_rows_takes_as_many_prompts():
-    model, state = tiny_model(), state_of(tiny_model(), OLD[1:], OLD_MASK[1:])
+    model = tiny_model()
+    state = state_of(model, OLD[1:], OLD_MASK[1:])
     for rows in (1, 3):
         with pytest.raises(ValueError, match=f"2 rows, the input {rows}"):
             generate(model, NEW[:rows], 3, past_key_values=state)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from evaluation_inputs import WORDS
 from model_inputs import tiny_model
+from tokenizers import pre_tokenizers
 
 from hamt import HAMTCache, conversation
 from hamt.conversation import NEXT_TURN, NOTE, UNDO, Conversation
@@ -117,10 +118,70 @@ def test_an_answer_of_a_transcript_ends_where_the_model_writes_the_next_turn(spe
     next_turn = tokenizer(f" twelve.  {NEXT_TURN}", add_special_tokens=False).input_ids
     forced = {"prefix_allowed_tokens_fn": lambda _, ids: [next_turn[len(ids) - talk_length]]}
     talk_length = len(tokenizer(talk.new_text("Hi"), add_special_tokens=False).input_ids)
+    size = len(NEXT_TURN)
+    assert len(tokenizer(NEXT_TURN, add_special_tokens=False).input_ids) == size, "not the longest"
     assert talk.ask("Hi", Sampling(max_new_tokens=50, temperature=0), **forced) == "twelve."
     assert turns[0][1] == next_turn
     assert talk.said.tail == f"  {NEXT_TURN}"
     assert talk.new_text("Ho") == " Ho\nAssistant:"
+
+
+def test_only_the_first_turn_has_the_space_that_a_tokenizer_puts_before_a_text(speaker, turns):
+    tokenizer = speaker[1]
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    talk = talker(speaker, None)
+    talk.ask("one", GREEDY)
+    talk.ask("two", GREEDY)
+    (first, _), (second, _) = turns
+    assert tokenizer.decode(first).startswith(" User: one")
+    assert tokenizer.decode(second).startswith("\nUser: two")
+
+
+def test_what_a_token_holds_beyond_the_end_of_an_answer_has_been_read(speaker):
+    model, tokenizer = speaker
+    tokenizer.add_tokens([f"{NEXT_TURN} I"])
+    model.resize_token_embeddings(len(tokenizer))
+    talk = talker(speaker, None)
+    forced = {"prefix_allowed_tokens_fn": lambda *_: [len(tokenizer) - 1]}
+    assert talk.ask("Hi", GREEDY, **forced) == ""
+    assert talk.said.tail == f"{NEXT_TURN} I"
+
+
+TURNS = "{% for m in messages %}{% if m.role == 'user' %}COUNT: {{ m.content }}\n{% else %}"
+TURNS += "{{ m.content }}\n{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("count", ["[Round {{ loop.index0 // 2 + 1 }}]",
+                                   "{% if loop.index0 == 2 %}Again{% endif %}"])  # fmt: skip
+def test_a_template_that_counts_turns_is_refused(speaker, count):
+    with pytest.raises(UserError, match="in another way according to how many there were"):
+        talker(speaker, TURNS.replace("COUNT", count))
+
+
+def test_of_several_templates_one_is_the_default(speaker):
+    model, tokenizer = speaker
+    tokenizer.chat_template = {"default": CHATML, "tools": TURNS}
+    assert Conversation(model, tokenizer).template == CHATML
+    tokenizer.chat_template = {"tools": CHATML, "rag": CHATML}
+    with pytest.raises(UserError, match=r"several chat templates \(rag, tools\), none of which is"):
+        Conversation(model, tokenizer)
+
+
+def test_an_answer_is_one_text_whatever_the_checkpoint_says(speaker):
+    talk = talker(speaker, CHATML)
+    expected = talk.ask("Hi", GREEDY)
+    length = talk.said.state.get_seq_length()
+    talk.undo()
+    told = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True}
+    speaker[0].generation_config.update(**told)
+    assert talk.ask("Hi", GREEDY) == expected
+    assert talk.said.state.get_seq_length() == length
+    for name in ("num_beams", "num_return_sequences"):
+        before = talk.said
+        with pytest.raises(ValueError, match=f"goes on from one answer: leave {name} out"):
+            talk.ask("Ho", GREEDY, **{name: 2})
+        assert talk.said is before
 
 
 @pytest.mark.parametrize("template", [

@@ -89,9 +89,9 @@ class Batch:
             return before or Past(nothing if self.num_tokens is None else self.num_tokens)
         positions = self.positions(inputs)
         real = 1 if self.mask is None else self.mask[:, -1]
-        past = Past(positions[:, -1].expand(inputs.shape[0]) + real, self.last_name)
+        num_tokens = positions[:, -1].expand(inputs.shape[0]) + real
         if ids is None:
-            return past
+            return Past(num_tokens, self.last_name)
         last, fresh = self.mask, None
         if self.documents is not None:  # what came before the last document is not in the state
             of_last = self.documents.eq(self.documents[:, -1:])
@@ -99,17 +99,18 @@ class Batch:
             fresh = self.documents[:, -1].ne(0)
         first = positions < OPENING
         first = first.expand(ids.shape) if last is None else first & last
+        read = []
         for name, mask in (("fingerprint", last), ("opening", first)):
             known = None if before is None else getattr(before, name)
             if known is not None and fresh is not None:
                 known = known.masked_fill(fresh, 0)
-            setattr(past, name, fingerprint(ids, mask, known))
-        return past
+            read.append(fingerprint(ids, mask, known))
+        return Past(num_tokens, self.last_name, *read)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Past:
-    """What each row has read of the document that its state belongs to.
+    """What each row has read of the document that its state belongs to; forks share it.
 
     Args:
         num_tokens: (B,) real tokens.

@@ -7,80 +7,20 @@ names the tensors of its own state; what is here knows none of them.
 
 import logging
 import os
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache
 
 from hamt.batch import Past
+from hamt.cache_layer import HAMTCacheLayer
 from hamt.config import MAX_LAYERS
-from hamt.identity import identity
+from hamt.identity import Origin
 from hamt.mixers import State
 from hamt.state_file import narrowed, read_state, widened, write_state
 
 logger = logging.getLogger(__name__)
-
-
-class HAMTCacheLayer(LinearAttentionCacheLayerMixin):
-    """The state of one layer's mixer; None before the first token."""
-
-    # The state is replaced, not written in place, so a cache cannot be a static input of a graph.
-    is_compileable = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.state: State | None = None
-
-    def lazy_initialization(self, *args, **kwargs) -> None:
-        """Nothing to prepare: the first forward pass makes the state."""
-
-    def update_conv_state(self, *args, **kwargs) -> Tensor:
-        """Refused: a block replaces its state as a whole.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("assign HAMTCacheLayer.state instead")
-
-    update = update_recurrent_state = update_conv_state
-
-    @property
-    def is_croppable(self) -> bool:
-        """False: what is superposed cannot be taken out again; use ``HAMTCache.fork``."""
-        return False
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of the state, -1 before the first token."""
-        return -1 if not self.state else len(next(iter(self.state.values())))
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply ``function`` to every tensor of the state."""
-        if self.state is not None:
-            self.state = {name: function(x) for name, x in self.state.items()}
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.state = None
-
-    def offload(self) -> None:
-        """Nothing to gain: a state is as small as the keys and values of a short prompt."""
-
-    prefetch = offload
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take the last tokens back, which only 0 of them can be.
-
-        Raises:
-            NotImplementedError: for any other number.
-        """
-        if tokens_to_remove:
-            raise NotImplementedError(
-                "tokens cannot be taken out of a HAMT state: go back to a HAMTCache.fork() made "
-                "before they were read"
-            )
 
 
 class HAMTCache(Cache):
@@ -88,8 +28,8 @@ class HAMTCache(Cache):
 
     Pass it as ``past_key_values``. If no layer is ``full_attention``, its size does not depend on
     the number of tokens. ``past`` is what holds for all layers: how many tokens of its document
-    each row has read, and which. ``origin`` is the backbone that made the state; of a state from a
-    file it is the model's name (``hamt.identity``), until one has read on. None is not known.
+    each row has read, and which. ``origin`` is the model that made the state (``hamt.identity``),
+    None if it is not known. ``notes`` are words about it, which a file keeps, until it reads on.
     """
 
     layers: list[HAMTCacheLayer]  # type: ignore[assignment]
@@ -98,8 +38,8 @@ class HAMTCache(Cache):
         super().__init__(layers=[HAMTCacheLayer() for _ in range(num_layers)])
         self.seen_tokens = 0
         self.past: Past | None = None
-        self.origin: weakref.ref[nn.Module] | str | None = None
-        self.notes: dict[str, str] = {}
+        self.origin: Origin | None = None
+        self.notes: Mapping[str, str] = {}
 
     @property
     def states(self) -> list[State | None]:
@@ -107,10 +47,10 @@ class HAMTCache(Cache):
         return [layer.state for layer in self.layers]
 
     def advance(self, states: Sequence[State | None], past: Past | None, length: int) -> None:
-        """Take over what there is after ``length`` more tokens."""
+        """Take over what there is after ``length`` more tokens; notes were of what was before."""
         for layer, state in zip(self.layers, states, strict=True):
             layer.state = state
-        self.past = past
+        self.past, self.notes = past, {}
         self.seen_tokens += length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -126,7 +66,7 @@ class HAMTCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.seen_tokens, self.past, self.origin = 0, None, None
+        self.seen_tokens, self.past, self.origin, self.notes = 0, None, None, {}
 
     @property
     def batch_size(self) -> int:
@@ -194,9 +134,15 @@ class HAMTCache(Cache):
     def fork(self) -> "HAMTCache":
         """An independent continuation of the same past; costs no copy."""
         fork = HAMTCache(len(self.layers))
-        fork.advance(self.states, self.past, self.seen_tokens)
-        fork.origin = self.origin
+        fork.become(self)
         return fork
+
+    def become(self, other: "HAMTCache") -> None:
+        """Be as another state is now, of which this one has been a fork."""
+        self.advance(other.states, other.past, other.seen_tokens - self.seen_tokens)
+        self.origin, self.notes = other.origin, other.notes
+
+    __copy__ = fork
 
     def __deepcopy__(self, memo: dict) -> "HAMTCache":
         copied = self.fork()
@@ -205,14 +151,8 @@ class HAMTCache(Cache):
 
     def __getstate__(self) -> dict:
         """What is sent to another process: the name of the model in the place of the model."""
-        return {**self.__dict__, "origin": self._origin_name()}
-
-    def _maker(self) -> nn.Module | str | None:
-        return self.origin() if isinstance(self.origin, weakref.ref) else self.origin
-
-    def _origin_name(self) -> str | None:
-        maker = self._maker()
-        return identity(maker) if isinstance(maker, nn.Module) else maker
+        origin = None if self.origin is None else Origin(name=self.origin.known())
+        return {**self.__dict__, "origin": origin}
 
     def detach(self) -> "HAMTCache":
         """A fork through which no gradient flows, for truncated backpropagation."""
@@ -231,6 +171,9 @@ class HAMTCache(Cache):
     def to_tensors(self, precision: str = "float32") -> dict[str, Tensor]:
         """The state as named tensors, the numbers of layers and of tokens seen among them.
 
+        ``model`` is the name of the model that made it (``hamt.identity``), as 16 bytes; without it
+        the model is not known, is gone, or has other weights now.
+
         ``precision`` is how vectors of heads are kept: slots, keys and values (B, ., ., F); what is
         smaller stays as it is. ``int8`` adds a tensor of scales, one for each vector.
 
@@ -238,7 +181,10 @@ class HAMTCache(Cache):
             ValueError: if there is no such precision.
         """
         counts = torch.tensor([len(self.layers), self.seen_tokens])
-        return {**narrowed(self._tensors(), precision), "counts": counts}
+        found = {**narrowed(self._tensors(), precision), "counts": counts}
+        if self.origin is not None and (name := self.origin.known()):
+            found["model"] = torch.tensor(list(bytes.fromhex(name)), dtype=torch.uint8)
+        return found
 
     @classmethod
     def from_tensors(
@@ -249,16 +195,18 @@ class HAMTCache(Cache):
         Raises:
             ValueError: if a part is missing, or the counts are not those of these tensors.
         """
-        counts, tensors = tensors.get("counts"), widened(tensors)
+        tensors = widened(tensors)
+        counts, name = tensors.pop("counts", None), tensors.pop("model", None)
         kept: dict[int, State] = {}
-        for name, x in tensors.items():
-            if name.startswith("layers."):
-                _, index, part = name.split(".", 2)
+        for path, x in tensors.items():
+            if path.startswith("layers."):
+                _, index, part = path.split(".", 2)
                 kept.setdefault(int(index), {})[part] = x.to(device)
-        if counts is None or counts.dtype != torch.int64 or counts.shape != (2,):
+        named = name is None or (name.dtype, name.shape) == (torch.uint8, (16,))
+        if counts is None or (counts.dtype, counts.shape) != (torch.int64, (2,)) or not named:
             raise ValueError("not a whole HAMT state: save it again")
         num_layers, seen_tokens = counts.tolist()
-        rows = {len(x) if x.ndim else 0 for name, x in tensors.items() if name != "counts"}
+        rows = {len(x) if x.ndim else 0 for x in tensors.values()}
         in_place = all(0 <= index < num_layers for index in kept)  # some mixers keep no state
         sound = in_place and 0 < num_layers <= MAX_LAYERS and seen_tokens > 0 and len(rows) == 1
         if not sound:
@@ -267,6 +215,8 @@ class HAMTCache(Cache):
         states = [kept.get(index, {}) for index in range(num_layers)]
         past = Past.of({name: x.to(device) for name, x in tensors.items()})
         cache.advance(states, past, seen_tokens)
+        if name is not None:
+            cache.origin = Origin(name=bytes(name.tolist()).hex())
         return cache
 
     def check_origin(self, model: nn.Module) -> None:
@@ -276,15 +226,12 @@ class HAMTCache(Cache):
             model: a backbone (``HAMTBackbone``).
 
         Raises:
-            ValueError: if its configuration or its weights are others. What is not known to come
-                from any model is not refused.
+            ValueError: if its configuration or its weights are others, or the model that made the
+                state is gone. What is not known to come from any model is not refused.
         """
-        maker = self._maker()
-        if maker is not None and maker is not model and self._origin_name() != identity(model):
-            raise ValueError(
-                "this state was made by another model, or with other weights: give the model that "
-                "made it, or read the text again"
-            )
+        if self.origin is not None and not self.origin.is_of(model):
+            self.origin.check(model)
+            self.origin = Origin(model)
 
     def save(
         self,
@@ -296,21 +243,25 @@ class HAMTCache(Cache):
 
         With ``precision`` ``bfloat16`` or ``int8`` the file is a half or a quarter as large, and
         what is loaded is rounded; slots that the model has just rounded itself stay as they are
-        (``state_precision``). ``notes`` are words to keep beside the state.
+        (``state_precision``). ``notes`` are words to keep beside the state, None for its own.
 
-        The file names the model that made the state, as its weights are now.
+        The file names the model that made the state, unless its weights have changed since.
 
         Raises:
             ValueError: if no token has been seen, or there is no such precision.
         """
         if not self.has_previous_state():
             raise ValueError("this state is empty: read a prompt before saving it")
-        words = {f"note {name}": text for name, text in (notes or {}).items()}
-        if model := self._origin_name():
-            words["model"] = model
-        else:
-            logger.warning("%s: the model that made this state is gone, and not named there", path)
-        write_state(path, self.to_tensors(precision), precision, words)
+        notes = self.notes if notes is None else notes
+        words = {f"note {name}": text for name, text in notes.items()}
+        tensors = self.to_tensors(precision)
+        if "model" not in tensors:
+            logger.warning(
+                "%s does not name the model that made this state: it is gone, or its weights have "
+                "changed since",
+                path,
+            )
+        write_state(path, tensors, precision, words)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> "HAMTCache":
@@ -329,7 +280,6 @@ class HAMTCache(Cache):
             cache = cls.from_tensors(tensors, device)
         except ValueError as error:
             raise ValueError(f"{path} is {error}") from error
-        cache.origin = words.get("model")
         cache.notes = {
             name.removeprefix("note "): text
             for name, text in words.items()

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import signal
 import sys
 import threading
@@ -15,11 +16,12 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
 from hamt.checkpoint import load_checkpoint
 from hamt.console import PlainConsole
-from hamt.conversation import NEXT_TURN, Conversation
+from hamt.conversation import Conversation, last_turn, split_answer
 from hamt.errors import UserError, printable, reason
 from hamt.generation import Sampling, load_state
 from hamt.memory.precision import PRECISIONS
 from hamt.options import option, parse
+from hamt.reading import warn_if_growing
 from hamt.state_file import check_target
 
 HELP = """\
@@ -52,7 +54,14 @@ def main(arguments: Sequence[str]) -> int:
     if options.save is not None:
         check_target(options.save)
     model, tokenizer = load_checkpoint(options.checkpoint)
-    state = None if options.state is None else load_state(options.state, model)
+    state = None
+    if options.state is not None:
+        state = load_state(options.state, model)
+        try:
+            last_turn(state.notes)
+        except UserError as error:
+            raise UserError(f"{options.state}: {error}") from error
+    warn_if_growing(model)
     conversation = Conversation(model, tokenizer, state)
     model.fuse_projections()
     if options.seed is not None:
@@ -76,6 +85,8 @@ class Chat:
             self.notes.print(f"{self.options.state}: {tokens:,} tokens have been read")
         for message in said.messages:
             self.notes.print(f"{message['role']}: {message['content']}")
+        if self._replaces_another():
+            self.notes.print(f"{self.options.save} holds a state, which the first turn replaces")
         if self.at_terminal:
             self.notes.print("/help lists what a line can be beside a message")
         for line in map(str.rstrip, self._lines()):
@@ -88,6 +99,13 @@ class Chat:
                     self._message(line.lstrip())
             except UserError as error:  # the next line may be better
                 self.notes.print(f"hamt: {error}")
+
+    def _replaces_another(self) -> bool:
+        """Whether the file to be written holds another state than the one to go on from."""
+        save, state = self.options.save, self.options.state
+        if save is None or not os.path.exists(save):
+            return False
+        return state is None or not os.path.samefile(save, state)
 
     def _lines(self) -> Iterator[str]:
         if self.at_terminal:
@@ -149,17 +167,14 @@ class _Answer(TextStreamer):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, has_template: bool) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stop = None if has_template else NEXT_TURN
+        self.has_template = has_template
         self.held, self.begun = "", False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.held += text
         shown = self.held
-        if self.stop is not None:
-            shown, found, _ = shown.partition(self.stop)
-            if not found and not stream_end:  # it may have begun
-                begun = (n for n in range(len(self.stop), 0, -1) if shown.endswith(self.stop[:n]))
-                shown = shown[: len(shown) - next(begun, 0)]
+        if not self.has_template:
+            shown, _ = split_answer(self.held, whole=stream_end)
         shown = shown.rstrip()
         self.held = self.held[len(shown) :]
         if shown:

@@ -5,18 +5,22 @@ as Transformers expects it: the state knows the two apart by a fingerprint of wh
 cannot be told apart is refused. Without any ids the text goes on from its last token, which is the
 first of the sequences that are returned.
 
+``all_new=True`` says that they are new, whatever they begin with.
+
 A state of one row continues any number of prompts. ``generate`` updates a state in place, unless
-it needs more rows than the state has: then it works on a copy.
+it needs more rows than the state has: then it works on a copy. If it does not come to its end, the
+state is as it was.
 
 Shape legend: B batch, N tokens.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, StoppingCriteriaList
 
 from hamt.batch import Past
 from hamt.cache import HAMTCache
@@ -28,11 +32,28 @@ class HAMTGenerationMixin(GenerationMixin):
 
     model: Any  # the backbone, which HAMTForCausalLM brings
 
+    def generate(self, *args, **kwargs):
+        """As in Transformers; a state that is given is updated, or stays as it was on an error."""
+        state = kwargs.get("past_key_values")
+        if not isinstance(state, HAMTCache):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        before = state.fork()
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:  # Ctrl-C, too
+            state.become(before)
+            raise
+
     def _maybe_initialize_input_ids_for_generation(self, inputs, bos_token_id, model_kwargs):
         state = model_kwargs.get("past_key_values")
         told = model_kwargs.get("inputs_embeds") is None and isinstance(state, HAMTCache)
         if told and state.has_previous_state() and (inputs is None or not inputs.shape[-1]):
             if (ids := state.unread) is None:
+                if _has_unread(state.past):
+                    raise ValueError(
+                        "some rows of the state have ended, others have not: give ids, or choose "
+                        "those that have not with HAMTCache.batch_select_indices"
+                    )
                 raise ValueError(
                     "the state has read its last token: give at least one for what comes after it"
                 )
@@ -43,7 +64,7 @@ class HAMTGenerationMixin(GenerationMixin):
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        state, goes_on = model_kwargs.get("past_key_values"), model_kwargs.pop("goes_on", False)
+        state = model_kwargs.get("past_key_values")
         if state is None:
             if generation_config.use_cache:  # HAMT's state is the only cache it has
                 model_kwargs["past_key_values"] = HAMTCache(len(self.model.layers))
@@ -55,9 +76,6 @@ class HAMTGenerationMixin(GenerationMixin):
         )
         if not isinstance(state, HAMTCache):
             return
-        if goes_on:  # a mask that covers them with what was read: they are not read before
-            generation_config._mask_length = state.get_seq_length() + 1
-            model_kwargs["attention_mask"] = None
         told, (_, prompts, *_) = generation_config, args
         copies = max(told.num_beams or 1, told.num_return_sequences or 1)
         if state.batch_size == 1:
@@ -70,16 +88,13 @@ class HAMTGenerationMixin(GenerationMixin):
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         state, ids = model_kwargs.get("past_key_values"), input_ids
         model_kwargs["position_ids"] = None  # positions live in the state
-        ends = generation_config._eos_token_tensor
-        if ends is not None and len(ids) > 1:
-            model_kwargs["written_after"] = ids.shape[1], ends
         if isinstance(state, HAMTCache) and state.has_previous_state():
             if model_kwargs.get("inputs_embeds") is not None:
                 raise ValueError(
                     "generate continues a state with token ids: give embeddings to the model "
                     "itself, as model(inputs_embeds=..., past_key_values=state)"
                 )
-            mask, columns = _given_mask(ids, generation_config, model_kwargs)
+            mask, columns = _given_mask(ids, state, generation_config, model_kwargs)
             ids, mask = self._new_tokens(state, ids, mask, columns)
             # A mask that covers more than the ids tells Transformers that all of them are new.
             before = state.get_seq_length() if generation_config.prefill_chunk_size else 1
@@ -87,42 +102,47 @@ class HAMTGenerationMixin(GenerationMixin):
             model_kwargs["attention_mask"] = (
                 None if mask.all() else torch.cat((mask.new_ones(len(mask), before), mask), dim=1)
             )
+        for name in ("goes_on", "all_new"):
+            model_kwargs.pop(name, None)
         return super()._prefill(  # type: ignore[misc]
             ids, generation_config, model_kwargs, *args, **kwargs
         )
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids, inputs_embeds=None, written_after=None, **kwargs
+        self, input_ids, inputs_embeds=None, all_new=None, ends=None, **kwargs
     ):
         """As in Transformers; a row that has ended reads no padding into its state."""
-        # ``generate`` looks for ``inputs_embeds`` in this signature.
+        # ``generate`` looks in this signature for the arguments that it takes.
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
-        if written_after is not None and kwargs.get("past_key_values") is not None:
-            running = _before_end(input_ids, *written_after)[:, -1:]
+        if ends is not None and kwargs.get("past_key_values") is not None:
+            running = ends.running(input_ids)
             if not running.all():
-                inputs["attention_mask"] = running.long()
+                inputs["attention_mask"] = running.long()[:, None]
         return {**inputs, "position_ids": None}
 
     def _sample(  # type: ignore[override]
         self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
     ):
         state = kwargs.get("past_key_values")
+        ends = _Ends(stopping_criteria, input_ids)
+        if len(input_ids) > 1:  # a single row ends when all do
+            kwargs["ends"] = stopping_criteria = ends
         output = super()._sample(  # type: ignore[misc]
             input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
         )
         if state is not None:
             sequences = output if isinstance(output, Tensor) else output.sequences
-            _note_unread(state, sequences, input_ids.shape[1], generation_config)
+            _note_unread(state, sequences, ends.running(sequences))
         return output
 
     def _beam_search(  # type: ignore[override]
         self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
     ):
         state, length = kwargs.get("past_key_values"), input_ids.shape[1]
-        mask, columns = _given_mask(input_ids, generation_config, kwargs)
         before = None if state is None else state.fork()
+        mask, columns = _given_mask(input_ids, before, generation_config, kwargs)
         output = super()._beam_search(  # type: ignore[misc]
             input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
         )
@@ -136,13 +156,15 @@ class HAMTGenerationMixin(GenerationMixin):
             rows = rows * generation_config.num_beams
             before.batch_select_indices(rows)
             ids, mask = self._new_tokens(before, input_ids[rows], mask[rows], columns)
-            written = _before_end(sequences, length, generation_config._eos_token_tensor)
+            indices: Any = output.beam_indices
+            written = indices.ge(0)  # what comes after them is padding
+            new = sequences[:, length:-1].where(written[:, :-1], 0)  # Transformers pads with -1
             self.model(
-                input_ids=torch.cat((ids, sequences[:, length:-1]), dim=1),
-                attention_mask=torch.cat((mask, written[:, length:-1].to(mask.dtype)), dim=1),
+                input_ids=torch.cat((ids, new), dim=1),
+                attention_mask=torch.cat((mask, written[:, :-1].to(mask.dtype)), dim=1),
                 past_key_values=before,
             )
-            _note_unread(before, sequences, length, generation_config)
+            _note_unread(before, sequences, written[:, -1])
             output.past_key_values = before
         return output
 
@@ -163,7 +185,7 @@ class HAMTGenerationMixin(GenerationMixin):
         past, seen, length = state.past, state.get_seq_length(), ids.shape[1]
         if past is None or len(past.num_tokens) != len(ids):
             return ids, mask  # nothing is read yet, or the model refuses the rows
-        unread = past.unread is not None and bool(past.unread.ge(0).any())
+        unread = _has_unread(past)
         if columns != length:
             if columns - length not in {seen, seen + unread}:
                 raise ValueError(
@@ -190,16 +212,40 @@ class HAMTGenerationMixin(GenerationMixin):
         return ids, mask
 
 
+class _Ends(StoppingCriteriaList):
+    """Stopping criteria that note how long each row of ids (B, N) was when it ended."""
+
+    def __init__(self, criteria: StoppingCriteriaList, ids: Tensor) -> None:
+        super().__init__(criteria)
+        self.lengths = torch.full((len(ids),), 2**62, device=ids.device)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        ended = super().__call__(input_ids, scores, **kwargs)
+        self.lengths = self.lengths.clamp(max=input_ids.shape[1]).where(ended, self.lengths)
+        return ended
+
+    def running(self, ids: Tensor) -> Tensor:
+        """(B,) whether the last one of ids (B, N) is a row's own, and not padding after its end."""
+        return self.lengths >= ids.shape[1]
+
+
 def _given_mask(
-    ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict
+    ids: Tensor, state: HAMTCache | None, generation_config: GenerationConfig, model_kwargs: dict
 ) -> tuple[Tensor, int]:
     """The caller's mask of these ids (B, N), and how many tokens it covers."""
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None:
-        return mask[:, -ids.shape[1] :], mask.shape[1]
+    mask, length = model_kwargs.get("attention_mask"), ids.shape[1]
     # Transformers drops a mask without zeros and notes its length.
-    columns = getattr(generation_config, "_mask_length", ids.shape[1])
-    return torch.ones_like(ids), columns
+    columns = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[1]
+    mask = torch.ones_like(ids) if mask is None else mask[:, -length:]
+    if state is not None and model_kwargs.get("goes_on"):
+        columns = length + state.get_seq_length()
+    elif state is not None and model_kwargs.get("all_new"):
+        columns = length + state.get_seq_length() + _has_unread(state.past)
+    return mask, columns
+
+
+def _has_unread(past: Past | None) -> bool:
+    return past is not None and past.unread is not None and bool(past.unread.ge(0).any())
 
 
 def _repeats(past: Past, ids: Tensor, mask: Tensor) -> bool:
@@ -221,25 +267,13 @@ def _repeats(past: Past, ids: Tensor, mask: Tensor) -> bool:
     if (whole & past.num_tokens.gt(0)).any() or (opening & past.num_tokens.ge(OPENING)).any():
         raise ValueError(
             "these ids begin as what the state has read, and then differ or do so in some rows "
-            "only: give just the ids that come after it (with an attention_mask that covers both, "
-            "if they are meant to begin alike)"
+            "only: give just the ids that come after it (with all_new=True, if they are meant to "
+            "begin alike)"
         )
     return False
 
 
-def _before_end(sequences: Tensor, start: int, ends: Tensor | None) -> Tensor:
-    """(B, N), true up to the first token from ``start`` on that ends a text, false behind it."""
-    if ends is None:
-        return torch.ones_like(sequences, dtype=torch.bool)
-    ended = torch.isin(sequences, ends)
-    ended[:, :start] = False
-    return (ended.long().cumsum(dim=1) - ended.long()).eq(0)
-
-
-def _note_unread(
-    state: HAMTCache, sequences: Tensor, start: int, generation_config: GenerationConfig
-) -> None:
+def _note_unread(state: HAMTCache, sequences: Tensor, running: Tensor) -> None:
     """Let the state know the token that was written last: it has not been read."""
-    running = _before_end(sequences, start, generation_config._eos_token_tensor)[:, -1]
     if state.past is not None:
-        state.past.unread = sequences[:, -1].where(running, -1)
+        state.past = replace(state.past, unread=sequences[:, -1].where(running, -1))

@@ -7,6 +7,7 @@ checked. A tokenizer without a template has its conversations written as a trans
 
 import json
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +49,9 @@ class Conversation:
         state: what the model has read before, of one row; a conversation in its notes goes on.
 
     Raises:
-        UserError: if the chat template writes earlier turns anew once there is a later one, or the
-            notes are damaged.
+        UserError: if the chat template writes earlier turns anew once there is a later one, or
+            later ones by their number; if there are several templates, none of which is the
+            default; or if the notes are damaged.
     """
 
     def __init__(
@@ -60,9 +62,15 @@ class Conversation:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.has_template = tokenizer.chat_template is not None
-        self.template = tokenizer.get_chat_template() if self.has_template else TRANSCRIPT
-        self._rest([_message("user", "Hello."), _message("assistant", "Hello.")], "Hello again.")
-        messages, tail = _noted({} if state is None else state.notes)
+        self.template = template_of(tokenizer)
+        turn = [_message("user", "Hello."), _message("assistant", "Hello.")]
+        second, third = (self._rest(turn * turns, "Hello again.") for turns in (1, 2))
+        if second != third:  # only the last turn is known when there is another one
+            raise UserError(
+                "the chat template writes a turn in another way according to how many there were, "
+                "which a state does not keep; give a tokenizer with another template"
+            )
+        messages, tail = last_turn({} if state is None else state.notes)
         self.said = Said(state or HAMTCache(len(model.model.layers)), messages, tail)
         self._before: deque[Said] = deque(maxlen=UNDO)
 
@@ -76,13 +84,18 @@ class Conversation:
 
         Raises:
             UserError: if the template does not take the message; nothing is read then.
+            ValueError: if several beams or answers are asked for.
         """
+        for name in ("num_beams", "num_return_sequences"):
+            if arguments.get(name, 1) != 1:
+                raise ValueError(f"a conversation goes on from one answer: leave {name} out")
         before = self.said
-        ids = encode_text(self.tokenizer, self.new_text(text))
+        goes_on = before.state.has_previous_state()
+        ids = encode_text(self.tokenizer, self.new_text(text), goes_on)
         state = before.state.fork()
         criteria = list(arguments.pop("stopping_criteria", []))
         if not self.has_template:
-            criteria.append(_Writes(self.tokenizer, NEXT_TURN, len(ids)))
+            criteria.append(_WritesNextTurn(self.tokenizer, len(ids)))
         ends = {self.tokenizer.eos_token_id, *_listed(self.model.generation_config.eos_token_id)}
         written = continue_tokens(
             self.model,
@@ -162,28 +175,54 @@ class Conversation:
         while end and ids[end - 1] in self.tokenizer.all_special_ids:
             end -= 1
         text = self._decode(ids[:end], skip_special_tokens=True)
-        if self.has_template:
-            stop = over = ""
-        else:
-            text, stop, over = text.partition(NEXT_TURN)
+        text, over = (text, "") if self.has_template else split_answer(text)
         kept = text.rstrip()
-        return kept.lstrip(), text[len(kept) :] + stop + over + self._decode(ids[end:])
+        return kept.lstrip(), text[len(kept) :] + over + self._decode(ids[end:])
 
     def _decode(self, ids: list[int], **options: bool) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False, **options))
 
 
-class _Writes(StoppingCriteria):
-    """Ends the text once a string is in what was written."""
+def split_answer(text: str, whole: bool = True) -> tuple[str, str]:
+    """An answer of a transcript, and what follows it: the next turn, which the model wrote itself.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str, prompt: int) -> None:
-        self.tokenizer, self.text, self.prompt = tokenizer, text, prompt
+    If the text is not yet ``whole``, what may be the beginning of that turn follows it, too.
+    """
+    end = text.find(NEXT_TURN)
+    if end < 0:
+        begun = [] if whole else [n for n in range(len(NEXT_TURN)) if text.endswith(NEXT_TURN[:n])]
+        end = len(text) - max(begun, default=0)
+    return text[:end], text[end:]
+
+
+class _WritesNextTurn(StoppingCriteria):
+    """Ends the answer of a transcript once the next turn is in what was written."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: int) -> None:
+        self.tokenizer, self.prompt = tokenizer, prompt
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        # A character has four tokens at most, one for each of its bytes.
-        last = input_ids[0, self.prompt :][-4 * len(self.text) :]
-        found = self.text in str(self.tokenizer.decode(last))
-        return torch.tensor([found], device=input_ids.device)
+        # It has so many tokens at most: each of its characters is one byte.
+        last = input_ids[0, self.prompt :][-len(NEXT_TURN) :]
+        ended = bool(split_answer(str(self.tokenizer.decode(last)))[1])
+        return torch.tensor([ended], device=input_ids.device)
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's chat template, or that of a transcript.
+
+    Raises:
+        UserError: if there are several, none of which is the default.
+    """
+    if tokenizer.chat_template is None:
+        return TRANSCRIPT
+    several: Any = tokenizer.chat_template
+    if isinstance(several, dict) and "default" not in several:
+        raise UserError(
+            f"the tokenizer has several chat templates ({', '.join(sorted(several))}), none of "
+            "which is called default: keep one in tokenizer.chat_template and save it again"
+        )
+    return str(tokenizer.get_chat_template())
 
 
 def _message(role: str, content: str) -> dict[str, str]:
@@ -194,8 +233,12 @@ def _listed(ids: int | list[int] | None) -> list[int]:
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
-def _noted(notes: dict[str, str]) -> tuple[Messages, str]:
-    """The last turn in the notes of a state; none of one that no conversation has made."""
+def last_turn(notes: Mapping[str, str]) -> tuple[Messages, str]:
+    """The last turn in the notes of a state, and what was read after it; none without a note.
+
+    Raises:
+        UserError: if the note is damaged.
+    """
     if NOTE not in notes:
         return [], ""
     try:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 
 from hamt.cache import HAMTCache
 from hamt.checkpoint import PRETRAINED, load_checkpoint
-from hamt.data.tokenizer import start_token
+from hamt.data.tokenizer import lead_in, start_token
 from hamt.errors import UserError, printable
 from hamt.model import HAMTForCausalLM, check_cache
 from hamt.options import MAX_SEED, option, parse
@@ -102,7 +102,10 @@ def stream_text(
     Raises:
         UserError: as ``continue_tokens``.
     """
-    ids = encode_prompt(tokenizer, prompt) if state is None else encode_text(tokenizer, prompt)
+    if state is None:
+        ids = encode_prompt(tokenizer, prompt)
+    else:
+        ids = encode_text(tokenizer, prompt, goes_on=True)
     streamer = _Streamer(tokenizer, skip_prompt=not ids, skip_special_tokens=True)
     continue_tokens(model, tokenizer, ids, options, state, streamer=streamer)
     sys.stdout.flush()
@@ -125,14 +128,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return encode_text(tokenizer, prompt) or [start_token(tokenizer)]
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, goes_on: bool = False) -> list[int]:
     """The tokens of a text, without special ones.
+
+    If it ``goes_on`` from another one, no space is put before it (``lead_in``).
 
     Raises:
         UserError: if it has characters that are none, such as half of a surrogate pair.
     """
     try:
-        return tokenizer(text, add_special_tokens=False).input_ids
+        lead, count = lead_in(tokenizer, text) if goes_on else ("", 0)
+        return tokenizer(lead + text, add_special_tokens=False).input_ids[count:]
     except (TypeError, UnicodeEncodeError) as error:
         raise UserError("this text has characters that are none: take them out") from error
 
@@ -158,29 +164,27 @@ def continue_tokens(
     Raises:
         UserError: if there are no ids, and no token to go on from.
     """
+    # One text is written, whatever the checkpoint's generation_config.json says.
+    one = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
     sampling: dict[str, Any] = {}
     if options.temperature > 0:  # Transformers takes no whole numbers for these two
         sampling = {"temperature": float(options.temperature), "top_p": float(options.top_p)}
         sampling["top_k"] = options.top_k
     prompt = torch.tensor([ids], dtype=torch.long, device=model.device)
-    mask = torch.ones_like(prompt)
     if state is not None:
-        arguments["past_key_values"] = state
-        # What was read counts in the mask, so that ids are new even if they begin alike.
-        known = 0 if state.unread is None else 1
-        if not ids and not known:
+        arguments |= {"past_key_values": state, "all_new": True}
+        if not ids and state.unread is None:
             raise UserError("the state has read the last token of its text: give a prompt")
-        mask = torch.ones(1, state.get_seq_length() + known + len(ids), device=model.device)
         if len(ids) > SEGMENT:
             arguments["prefill_chunk_size"] = SEGMENT
     output = model.generate(  # type: ignore[operator]
         prompt if ids else None,
-        attention_mask=mask if ids else None,
+        attention_mask=torch.ones_like(prompt) if ids else None,
         max_new_tokens=options.max_new_tokens,
         repetition_penalty=options.repetition_penalty,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=options.temperature > 0,
         **sampling,
-        **arguments,
+        **{**one, **arguments},
     )
     return output[0, max(len(ids), 1) :].tolist()

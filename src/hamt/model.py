@@ -4,7 +4,6 @@ Shape legend: B batch, N tokens, d hidden_dim, V vocab_size.
 """
 
 import sys
-import weakref
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +43,7 @@ from hamt.config import HAMTConfig
 from hamt.continuation import HAMTGenerationMixin
 from hamt.cross_entropy import IGNORE_INDEX, head_loss
 from hamt.fingerprint import embedded
+from hamt.identity import Origin
 from hamt.parts import RMSNorm, embedding
 from hamt.products import project
 
@@ -149,7 +149,8 @@ class HAMTBackbone(HAMTPreTrainedModel):
         if cache is not None:
             read = embedded(hidden_states) if input_ids is None else input_ids
             cache.advance(new_states, batch.after(hidden_states, read, cache.past), length)
-            cache.origin = weakref.ref(self)
+            if cache.origin is None or not cache.origin.is_of(self):
+                cache.origin = Origin(self)
         return HAMTBackboneOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=cache,

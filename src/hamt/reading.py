@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -63,8 +63,12 @@ def main(arguments: Sequence[str]) -> int:
     state = HAMTCache(len(model.model.layers))
     if options.state is not None:
         state = load_state(options.state, model)
-    if grows(model):
-        logger.warning("this model has attention over the whole text: its state grows with it")
+        if state.notes:
+            logger.warning(
+                "%s holds a conversation: after this text hamt chat begins another one",
+                options.state,
+            )
+    warn_if_growing(model)
     began, read = time.perf_counter(), Read(0, 0)
     with _bar(source) as bar:
         for read in read_on(model, tokenizer, chain([first], parts), state):
@@ -110,35 +114,45 @@ def read_on(
         model: in evaluation mode.
         tokenizer: the model's.
         parts: of the text, cut anywhere.
-        state: of one row, what was read before; it is updated. The last token of the text is known
-            to it as ``unread``, so that ``model.generate(past_key_values=state)`` goes on from it.
+        state: of one row, what was read before; it is updated. The last token is known to it as
+            ``unread``, so that ``model.generate(past_key_values=state)`` goes on from it.
 
     Yields:
         After each ``SEGMENT`` or fewer tokens, how much has been read.
 
     Raises:
-        UserError: if the text has fewer than two tokens in all.
+        UserError: if the text has no token, or only one and nothing was read before.
     """
     tokens, num_bytes, last = 0, 0, state.unread
-    for ids, size in encode_parts(parts, tokenizer, PIECE):
+    for ids, size in encode_parts(parts, tokenizer, PIECE, state.has_previous_state()):
         new = torch.from_numpy(ids)[None].to(model.device)
-        tokens += new.shape[1]
         text = new if last is None else torch.cat((last, new), dim=1)
-        text, last = text[:, :-1], text[:, -1:]
-        for begin in range(0, text.shape[1], SEGMENT):
-            model.model(text[:, begin : begin + SEGMENT], past_key_values=state)
-            left = max(text.shape[1] - begin - SEGMENT, 0)
-            yield Read(tokens - left, num_bytes + size - size * left // text.shape[1])
-        num_bytes += size
-    if state.past is None or last is None or not tokens:
+        before = tokens + new.shape[1] - text.shape[1]
+        for begin in range(0, text.shape[1] - 1, SEGMENT):
+            end = min(begin + SEGMENT, text.shape[1] - 1)
+            model.model(text[:, begin:end], past_key_values=state)
+            if end < text.shape[1] - 1:
+                _note_next(state, text[:, end])
+                yield Read(before + end + 1, num_bytes + size * end // text.shape[1])
+        last = text[:, -1:].clone()  # a view would keep a whole piece in memory
+        tokens, num_bytes = tokens + new.shape[1], num_bytes + size
+        if last.shape[1]:
+            _note_next(state, last[:, 0])
+        yield Read(tokens, num_bytes)
+    if state.past is None or not tokens:
         raise UserError(EMPTY)
-    state.past.unread = last[:, 0].clone()  # a view would keep a whole piece in memory
 
 
-def grows(model: HAMTForCausalLM) -> bool:
-    """Whether a state of this model grows with the text."""
+def _note_next(state: HAMTCache, token: torch.Tensor) -> None:
+    if state.past is not None:
+        state.past = replace(state.past, unread=token.clone())
+
+
+def warn_if_growing(model: HAMTForCausalLM) -> None:
+    """Say so if a state of this model grows with the text."""
     shapes = (block.mixer.state_shapes().values() for block in model.model.layers)
-    return any(0 in shape for shape in chain.from_iterable(shapes))
+    if any(0 in shape for shape in chain.from_iterable(shapes)):
+        logger.warning("this model has attention over the whole text: its state grows with it")
 
 
 def _tokens(state: HAMTCache) -> int:

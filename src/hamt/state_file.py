@@ -77,6 +77,7 @@ def write_state(
     """Write what ``narrowed`` gave for a precision, with words beside it."""
     form = FORMAT if precision == "float32" else ROUNDED
     words = {**words, "format": form, "checksum": _checksum(tensors)}
+    path = os.path.realpath(path)  # a link stays one
     write_file(path, lambda file: save_file(tensors, file, words))
 
 
@@ -118,7 +119,7 @@ def check_target(path: str, flag: str = "--save") -> None:
     file = Path(path)
     try:
         there = os.path.lexists(file)
-        folder = existing(file.parent)
+        folder = existing(Path(os.path.realpath(file)).parent)
         writable = folder.is_dir() and os.access(folder, os.W_OK)
     except (OSError, ValueError) as error:  # a name that is too long, or none
         raise UserError(f"{flag} {path!r} is no name of a file ({reason(error)})") from error

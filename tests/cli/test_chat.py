@@ -39,6 +39,33 @@ def test_a_chat_answers_each_line_and_goes_on_from_a_file(place, capsys, monkeyp
     assert HAMTCache.load("talk.state").get_seq_length() > 20
 
 
+def test_a_file_that_an_answer_replaces_is_named_and_a_link_to_it_stays_one(
+    place, capsys, monkeypatch
+):
+    (place / "elsewhere").mkdir()
+    for name, told, replaced in (("talk.state", {}, False), ("link", {}, True),
+                                 ("link", {"state": "talk.state"}, False)):  # fmt: skip
+        typed(monkeypatch, " /one\n")
+        _, _, notes = chat(capsys, save=name, **told)
+        assert (f"{name} holds a state, which the first turn replaces" in notes) == replaced
+        if name == "talk.state":
+            (place / "talk.state").rename(place / "elsewhere" / "talk.state")
+            (place / "link").symlink_to("elsewhere/talk.state")
+            (place / "talk.state").symlink_to("link")
+    assert "user: /one\n" in notes, "a space in front makes it a message, but is no part of it"
+    assert (place / "link").is_symlink()
+    assert HAMTCache.load("elsewhere/talk.state").get_seq_length() > 20
+    assert [name.name for name in (place / "elsewhere").iterdir()] == ["talk.state"]
+
+
+def test_a_text_read_after_a_conversation_ends_it_which_is_said(place, capsys, monkeypatch, caplog):
+    typed(monkeypatch, "one\n")
+    chat(capsys, save="talk.state")
+    assert main(["read", "book.txt", *words(checkpoint="ours", state="talk.state", save="x")]) == 0
+    assert "talk.state holds a conversation: after this text hamt chat begins" in caplog.text
+    assert HAMTCache.load("x").notes == {}
+
+
 def test_commands_of_a_chat(place, capsys, monkeypatch):
     typed(monkeypatch, "one\ntwo\n/undo\ntwo\n/save a.state\n/undo\n/undo\none\n/save b.state\n")
     _, out, notes = chat(capsys, save="c.state")

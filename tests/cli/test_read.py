@@ -57,7 +57,8 @@ def test_a_text_that_was_read_is_continued_as_if_it_stood_in_the_prompt(
 
 
 def test_a_text_may_be_read_in_several_files(place, capsys):
-    parts = BOOK[:4000], BOOK[4000:4500], BOOK[4500:]
+    first, second = BOOK.index(" and", 4000), BOOK.index(" and", 4500)  # between words
+    parts = BOOK[:first], BOOK[first:second], BOOK[second:]
     for number, part in enumerate(parts):
         (place / f"{number}.txt").write_text(part, encoding="utf-8")
         old = {"state": "part.state"} if number else {}
@@ -65,12 +66,30 @@ def test_a_text_may_be_read_in_several_files(place, capsys):
     _, tokenizer = load_checkpoint("ours")
     count = sum(len(tokenizer(part).input_ids) for part in parts)
     assert f"the state after {count:,} tokens" in told
-    if [token for part in parts for token in tokenizer(part).input_ids] == tokenizer(
+    assert [token for part in parts for token in tokenizer(part).input_ids] == tokenizer(
         BOOK
-    ).input_ids:
-        read(capsys, "book.txt", save="whole.state")
-        first, second = map(HAMTCache.load, ("part.state", "whole.state"))
-        assert torch.equal(first.past.fingerprint, second.past.fingerprint)
+    ).input_ids, "cut the book elsewhere"
+    read(capsys, "book.txt", save="whole.state")
+    first, second = map(HAMTCache.load, ("part.state", "whole.state"))
+    assert torch.equal(first.past.fingerprint, second.past.fingerprint)
+    assert first.unread == second.unread
+
+
+def test_every_part_counts_however_short_and_reading_may_stop_anywhere(place, monkeypatch):
+    """What has been read so far, with the last token known as ``unread``, is a state of its own."""
+    model, tokenizer = load_checkpoint("ours")
+    monkeypatch.setattr(hamt.reading, "SEGMENT", 7)
+    ids = tokenizer(BOOK[:200]).input_ids
+    state = HAMTCache(1)
+    for read in hamt.reading.read_on(model, tokenizer, [BOOK[:200]], state):
+        assert state.get_seq_length() == read.tokens - 1
+        assert state.unread.item() == ids[read.tokens - 1]
+    assert read == (len(ids), 200)
+    fork = state.fork()
+    for text in ("e", "e"):  # one token
+        assert list(hamt.reading.read_on(model, tokenizer, [text], state)) == [(1, 1)]
+    assert state.get_seq_length() == len(ids) + 1
+    assert fork.unread.item() == ids[-1], "a fork's last token has changed"
 
 
 def test_a_prompt_that_begins_as_the_text_did_comes_after_it(place, capsys):
@@ -170,7 +189,7 @@ def test_a_state_takes_the_place_of_a_state_and_of_nothing_else(place, capsys):
     (["generate", "x", "--state", "deep.state"], "deep.state: this state has 3 layers"),
     (["generate", "x", "--state", "wide.state"], "wide.state: this state comes from another model"),
     (["chat", "--state", "other.state"], "other.state: this state was made by another model"),
-    (["chat", "--state", "note.state"], "the conversation in the state is damaged"),
+    (["chat", "--state", "note.state"], "note.state: the conversation in the state is damaged"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line(arguments, message, place, capsys):
     ids = torch.tensor([[5, 6, 7]])
@@ -246,7 +265,7 @@ def test_ctrl_c_while_a_text_is_read_leaves_the_older_state(place, capsys, monke
 
 
 def test_a_model_with_attention_over_the_whole_text_says_that_its_state_grows(
-    place, capsys, caplog
+    place, capsys, caplog, monkeypatch
 ):
     _, tokenizer = load_checkpoint("ours")
     config = {"vocab_size": 300, "hidden_dim": 32, "num_layers": 2}
@@ -262,7 +281,10 @@ def test_a_model_with_attention_over_the_whole_text_says_that_its_state_grows(
             expected = generate(capsys, BOOK[:length] + " and", checkpoint=name)
             found = generate(capsys, " and", checkpoint=name, state="part.state")
             assert found == expected[length:]
-        assert ("its state grows with it" in caplog.text) == (name == "full")
+        assert caplog.text.count("its state grows with it") == (2 if name == "full" else 0)
+        typed(monkeypatch, "")
+        run(capsys, "chat", *words(checkpoint=name))
+        assert caplog.text.count("its state grows with it") == (3 if name == "full" else 0)
         caplog.clear()
     assert sizes["full", 4000] > 1.5 * sizes["full", 2000]
     assert abs(sizes["window", 4000] - sizes["window", 2000]) < 64

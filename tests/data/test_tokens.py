@@ -8,13 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from text_inputs import TEXT, files, rows
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from hamt.data import tokens
 from hamt.data.corpus import Corpus, load_corpus
 from hamt.data.tokens import encode, encode_parts, pieces, tokenise
 from hamt.errors import UserError
+from hamt.generation import encode_text
 
 
 def test_only_so_many_tokens_are_read(tokenizer, tmp_path):
@@ -84,18 +93,73 @@ def joining():
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
+def learnt(pre_tokenizer, normalizer=None, **options):
+    """A tokenizer without the words of ``ByteLevel`` to keep tokens apart."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=330, show_progress=False, **options)
+    backend.train_from_iterator([(SPACED + TEXT) * 20], trainer)
+    if normalizer is not None:
+        backend.pre_tokenizer, backend.normalizer = None, normalizer
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.fixture(scope="module")
+def spacing():
+    """As that of Llama 2: a space stands before every text."""
+    space = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    return learnt(pre_tokenizers.Metaspace(), normalizers.Sequence(space))
+
+
+@pytest.fixture(scope="module")
+def phrases():
+    """Tokens may be several words."""
+    return learnt(
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+
+
 @pytest.mark.parametrize(("name", "size"), [
-    ("tokenizer", 1), ("tokenizer", 7), ("tokenizer", 50), ("joining", 50),
+    ("tokenizer", 1), ("tokenizer", 7), ("tokenizer", 50), ("joining", 50), ("spacing", 50),
+    ("phrases", 300),
 ])  # fmt: skip
 @pytest.mark.parametrize("part", [1, 3, 64, 10**6])
-def test_a_text_that_comes_in_parts_has_the_tokens_of_the_whole(name, size, part, request):
+def test_a_text_that_comes_in_parts_has_the_tokens_of_the_whole(name, size, part, request, caplog):
     tokenizer = request.getfixturevalue(name)
     text = (SPACED + " " + TEXT) * 9
     parts = [text[i : i + part] for i in range(0, len(text), part)]
     found = list(encode_parts(parts, tokenizer, size))
-    assert len(found) > 20
+    assert len(found) > 4
+    assert caplog.text == ""
     assert np.concatenate([ids for ids, _ in found]).tolist() == tokenizer(text).input_ids
     assert sum(size for _, size in found) == len(text.encode())
+
+
+def test_documents_are_cut_as_their_tokenizer_can_bear(spacing, monkeypatch):
+    monkeypatch.setattr(tokens, "PIECE", 50)
+    found = list(encode([TEXT * 20, TEXT * 20], spacing))
+    assert sum(first for _, first, _ in found) == 2 < len(found)
+    whole = spacing(TEXT * 20).input_ids
+    assert np.concatenate([ids for ids, *_ in found]).tolist() == whole * 2
+
+
+@pytest.mark.parametrize(("head", "tail"), [("one", " two"), ("one", "\nx"), ("\n", "two")])
+def test_a_text_that_goes_on_has_no_space_before_it(head, tail, spacing, tokenizer):
+    ids = encode_text(spacing, tail, goes_on=True)
+    assert spacing(head).input_ids + ids == spacing(head + tail).input_ids
+    assert encode_text(spacing, tail) == spacing(tail).input_ids != ids
+    assert [x for part, _ in encode_parts([tail], spacing, goes_on=True) for x in part] == ids
+    assert encode_text(tokenizer, tail, goes_on=True) == encode_text(tokenizer, tail)
+
+
+def test_tokens_that_are_others_at_a_cut_are_told_once(caplog):
+    stripping = learnt(pre_tokenizers.Metaspace())
+    stripping.backend_tokenizer.normalizer = normalizers.Strip()
+    text = "\n".join(["one", "two", "three"] * 200)  # the end of a line is lost at each cut
+    found = list(encode_parts([text], stripping, 50))
+    assert len(found) > 10
+    assert caplog.text.count("some tokens at the cuts are others than in the whole text") == 1
 
 
 def test_pieces_of_a_text_are_as_long_as_asked_whatever_it_holds(monkeypatch):

@@ -93,7 +93,9 @@ def test_names_and_shapes_are_those_of_the_state():
     tensors = cache.to_tensors()
     for each in step.state:
         assert tuple(tensors[each.name].shape) == (2, *each.shape)
-    assert {each.name for each in step.state} | {"counts", "fingerprint", "opening"} == {*tensors}
+    assert {each.name for each in step.state} | {"counts", "model", "fingerprint", "opening"} == {
+        *tensors
+    }
     assert step.describe()["inputs"][2]["shape"] == ["batch", 2, 3, 32]
 
 

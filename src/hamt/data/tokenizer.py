@@ -23,6 +23,7 @@ MAX_CHARACTERS = 100_000_000
 # Bytes of a word that are learnt from together. The time for a word grows with its square: without
 # a bound a megabyte of DNA takes an hour.
 LONGEST_WORD = 1024
+CONTEXT = 200  # characters that may bear on how a place in a text is tokenised
 END_OF_TEXT, PADDING, UNKNOWN = "<|endoftext|>", "<|pad|>", "�"
 
 T = TypeVar("T")
@@ -169,6 +170,26 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
     raise UserError(
         "the tokenizer has no token that begins a text (bos or eos): give another model"
     )
+
+
+def lead_in(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, int]:
+    """What to put before a text that goes on from another one, and how many tokens that has.
+
+    Some tokenizers, as that of Llama 2, put a space before every text, which would stand in the
+    middle here. Before what is put there it does no harm, since its tokens are taken away again.
+    Nothing is put before the text if the tokenizer adds none.
+    """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    if encode("\na") == encode("\n") + encode("a"):
+        return "", 0
+    for lead in ("\n", "a", "."):
+        ids = encode(lead)
+        if encode(lead + text[:CONTEXT])[: len(ids)] == ids:  # they do not grow together
+            return lead, len(ids)
+    return "", 0
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

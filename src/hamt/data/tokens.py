@@ -7,10 +7,12 @@ before it ends.
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from hamt.data.cache import cached
 from hamt.data.corpus import EVERY, Corpus
-from hamt.data.tokenizer import interruptible, vocabulary_size
+from hamt.data.tokenizer import CONTEXT, interruptible, lead_in, vocabulary_size
+
+logger = logging.getLogger(__name__)
 
 # Characters that are tokenised at a time, so that a file of any size fits into memory.
 PIECE = 1_000_000
 LONGEST = 10 * PIECE  # of a text that can be cut nowhere
+TRIES = 50  # places that are tried for a cut
 _WORDS, _LINE = re.compile(r"(?<=\w)(?= \w)"), re.compile(r"(?<=\S)(?=\n)")
 DTYPES = {"uint16": np.uint16, "uint32": np.uint32}  # that files of tokens are known to have
 LAYOUT = "1"  # version of the cached files' layout; with a new one texts are tokenised again
@@ -71,6 +76,8 @@ def fingerprint_of(
     encoder = tokenizer.backend_tokenizer.to_str()
     described = [LAYOUT, corpus.identity, encoder, str(tokenizer.eos_token_id)]
     described += [] if max_tokens is None else [str(max_tokens)]
+    # Earlier versions kept the space that such a tokenizer puts before each piece of a text.
+    described += ["without spaces"] if lead_in(tokenizer, "a")[0] else []
     return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
 
 
@@ -122,7 +129,7 @@ def encode(
     batch: list[tuple[str, bool]] = []
     size = 0
     for document in documents:
-        for number, text in enumerate(pieces([document], piece)):
+        for number, text in enumerate(pieces([document], piece, tokenizer)):
             batch.append((text, number == 0))
             size += len(text)
             if size >= piece:
@@ -132,16 +139,22 @@ def encode(
 
 
 def encode_parts(
-    parts: Iterable[str], tokenizer: PreTrainedTokenizerBase, piece: int | None = None
+    parts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    piece: int | None = None,
+    goes_on: bool = False,
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Token ids of one text that comes in parts, about ``piece`` characters at a time.
+
+    If it ``goes_on`` from another one, no space is put before it (``lead_in``).
 
     Yields:
         The ids of a piece, and how many bytes its text has.
     """
-    for text in pieces(parts, piece or PIECE):
-        for ids, _, size in _encode([(text, False)], tokenizer, []):
+    for text in pieces(parts, piece or PIECE, tokenizer):
+        for ids, _, size in _encode([(text, not goes_on)], tokenizer, []):
             yield ids, size
+        goes_on = True
 
 
 def _encode(
@@ -149,34 +162,66 @@ def _encode(
 ) -> Iterator[tuple[np.ndarray, bool, int]]:
     # The tokenizer's backend encodes in parallel, skips the offsets of tokens, and does not warn of
     # texts longer than some model's context.
-    texts = [text for text, _ in batch]
+    leads = [("", 0) if first else lead_in(tokenizer, text) for text, first in batch]
+    texts = [lead + text for (lead, _), (text, _) in zip(leads, batch, strict=True)]
     backend = tokenizer.backend_tokenizer
     encoded = interruptible(lambda: backend.encode_batch_fast(texts, add_special_tokens=False))
-    for (text, first), encoding in zip(batch, encoded, strict=True):
-        ids = start + encoding.ids if first else encoding.ids
+    for (text, first), (_, count), encoding in zip(batch, leads, encoded, strict=True):
+        ids = start + encoding.ids if first else encoding.ids[count:]
         yield np.asarray(ids, dtype=np.int64), first, len(text.encode())
 
 
-def pieces(parts: Iterable[str], size: int) -> Iterator[str]:
+def pieces(
+    parts: Iterable[str], size: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Iterator[str]:
     """A text that comes in parts, in pieces of ``size`` to twice as many characters, or a few more.
 
-    It is cut between two words, where all tokenizers end a token; if there are none, where a line
-    ends, where most do; and a text without any such place after ``LONGEST`` characters.
+    It is cut between two words, where most tokenizers end a token; if there are none, where a line
+    ends; and a text without any such place after ``LONGEST`` characters. With a tokenizer a place
+    is chosen where the tokens stay those of the whole text, and it is said if there is none.
     """
-    rest = ""
+    rest, told = "", False
     for part in parts:
         rest += part
         begin = 0
         while len(rest) - begin >= 2 * size:
             first, last = begin + size, begin + LONGEST
-            match = _WORDS.search(rest, first, begin + 2 * size) or _LINE.search(rest, first, last)
-            if match is None and len(rest) < last:
+            found = chain(
+                islice(_WORDS.finditer(rest, first, begin + 2 * size), TRIES),
+                islice(_LINE.finditer(rest, first, last), TRIES),
+            )
+            places = [match.start() for match in found]
+            if not places and len(rest) < last:
                 break  # what comes may hold a place
-            end = last if match is None else match.start()
+            clean = (place for place in places if _keeps_tokens(tokenizer, rest, place))
+            end = next(clean, None)
+            if end is None:
+                end = places[0] if places else last
+                if tokenizer is not None and not told:
+                    told = True
+                    logger.warning(
+                        "a text of more than %s characters is tokenised in parts, and this "
+                        "tokenizer joins words: some tokens at the cuts are others than in the "
+                        "whole text",
+                        f"{size:,}",
+                    )
             yield rest[begin:end]
             begin = end
         rest = rest[begin:]
     yield rest
+
+
+def _keeps_tokens(tokenizer: PreTrainedTokenizerBase | None, text: str, place: int) -> bool:
+    """Whether a text that is cut at a place has the tokens of the whole there."""
+    if tokenizer is None:
+        return True
+    before, after = text[max(place - CONTEXT, 0) : place], text[place : place + CONTEXT]
+    lead, count = lead_in(tokenizer, after)
+    whole, first, second = (
+        tokenizer(each, add_special_tokens=False).input_ids
+        for each in (before + after, before, lead + after)
+    )
+    return whole == first + second[count:]
 
 
 def _write(

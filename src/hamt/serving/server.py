@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from hamt.conversation import NEXT_TURN, TRANSCRIPT
+from hamt.conversation import NEXT_TURN, TRANSCRIPT, template_of
 from hamt.data.tokenizer import start_token
 from hamt.guard import Guard
 from hamt.serving.answers import Answer
@@ -46,19 +46,19 @@ class Service:
     ) -> None:
         self.engine, self.tokenizer = engine, tokenizer
         self.name, self.max_tokens = name, max_tokens
-        self.template = tokenizer.chat_template and tokenizer.get_chat_template()
+        self.template = template_of(tokenizer)
 
     async def chat(self, body: ChatBody) -> Any:
         """Answer a conversation."""
         prompt = self.tokenizer.apply_chat_template(
             [{"role": message.role, "content": message.text} for message in body.messages],
-            chat_template=self.template or TRANSCRIPT,
+            chat_template=self.template,
             tokenize=False,
             add_generation_prompt=True,
         )
         ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
         asked = body.max_completion_tokens or body.max_tokens
-        stops = body.stop if self.template else [*body.stop, NEXT_TURN]
+        stops = body.stop if self.template is not TRANSCRIPT else [*body.stop, NEXT_TURN]
         return await self._answer(body, ids, asked, stops, bare=True)
 
     async def completion(self, body: CompletionBody) -> Any:
