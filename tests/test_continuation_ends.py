@@ -130,6 +130,19 @@ def test_rows_of_which_some_have_ended_go_on_with_ids_or_alone():
     assert generate(model, None, 3, past_key_values=state).shape == (1, 4)
 
 
+@pytest.mark.parametrize("told", [{}, {"num_beams": 3}])
+def test_a_text_goes_on_from_a_token_that_is_also_the_padding(told):
+    model, state = tiny_model(), HAMTCache(2)
+    written = generate(model, OLD, 4, attention_mask=OLD_MASK, past_key_values=state)
+    texts = [torch.cat(parts) for parts in zip(FIRST, written[:, -4:], strict=True)]
+    padding = int(written[0, -1])
+    found = generate(model, None, 6, past_key_values=state, pad_token_id=padding, **told)
+    for text, row in zip(texts, found, strict=True):
+        mask = torch.ones_like(text[None])
+        expected = generate(model, text[None], 6, attention_mask=mask, pad_token_id=padding, **told)
+        assert row[-6:].tolist() == expected[0, -6:].tolist()
+
+
 def test_what_one_fork_notes_is_not_noted_by_another():
     model, state = tiny_model(), HAMTCache(2)
     generate(model, OLD[:1], 4, past_key_values=state)

@@ -57,7 +57,7 @@ class HAMTGenerationMixin(GenerationMixin):
                 raise ValueError(
                     "the state has read its last token: give at least one for what comes after it"
                 )
-            model_kwargs |= {"goes_on": True, "attention_mask": torch.ones_like(ids)}
+            model_kwargs["goes_on"] = True
             return ids
         return super()._maybe_initialize_input_ids_for_generation(  # type: ignore[misc]
             inputs, bos_token_id, model_kwargs
@@ -238,6 +238,7 @@ def _given_mask(
     columns = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[1]
     mask = torch.ones_like(ids) if mask is None else mask[:, -length:]
     if state is not None and model_kwargs.get("goes_on"):
+        mask = torch.ones_like(ids)  # Transformers takes one that is the padding token for padding
         columns = length + state.get_seq_length()
     elif state is not None and model_kwargs.get("all_new"):
         columns = length + state.get_seq_length() + _has_unread(state.past)
