@@ -1,7 +1,6 @@
 """What all HAMT models share: initialisation, loading, and what adapters are told of them."""
 
-import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -19,8 +18,6 @@ from hamt.products import fuse, unfuse
 from hamt.rotation import Rotation
 
 _BODY = ("embed_tokens.", "layers.", "norm.")  # what a backbone is made of
-# The maps that an adapter of PEFT trains if it is not told which: into and out of a mixer.
-ADAPTED = ["item_proj", "key_proj", "value_proj", "output_proj"]
 
 
 class HAMTPreTrainedModel(PreTrainedModel):
@@ -34,12 +31,6 @@ class HAMTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HAMTBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": HAMTBlock}  # noqa: RUF012
-
-    def __init__(self, config: HAMTConfig, *arguments: Any, **options: Any) -> None:
-        super().__init__(config, *arguments, **options)
-        if peft := sys.modules.get("peft"):  # to import it would take seconds
-            table = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-            table.setdefault(config.model_type, ADAPTED)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -119,6 +110,17 @@ class HAMTPreTrainedModel(PreTrainedModel):
     def unfuse_projections(self) -> None:
         """Undo ``fuse_projections``."""
         unfuse(self)
+
+    def init_continuous_batching(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Refused: continuous batching hands out pages of keys and values.
+
+        Raises:
+            ValueError: always, with what to call instead.
+        """
+        raise ValueError(
+            "HAMT has no keys and values that continuous batching could keep in pages: give "
+            "generate the prompts as one batch, padded on the left"
+        )
 
     def train(self, mode: bool = True):
         """As ``nn.Module.train``; weights that are about to change are not fused any more."""

@@ -47,6 +47,12 @@ from hamt.fingerprint import embedded
 from hamt.parts import RMSNorm, embedding
 from hamt.products import project
 
+# What another library hands over, as PEFT's prefix tuning does.
+_OTHER_CACHE = (
+    "past_key_values must be a HAMTCache; got {}, which keeps keys and values: leave it out, and a "
+    "state is made"
+)
+
 
 class _WithMemories:
     """What outputs have beside their tensors: ``outputs["hcm_state"]``, as the memory's slots."""
@@ -164,7 +170,7 @@ def check_cache(cache: object, model: HAMTBackbone, rows: int) -> None:
         ValueError: with what it is and what it would have to be.
     """
     if not isinstance(cache, HAMTCache):
-        raise ValueError(f"past_key_values must be a HAMTCache; got {type(cache).__name__}")
+        raise ValueError(_OTHER_CACHE.format(type(cache).__name__))
     if len(cache.layers) != len(model.layers):
         raise ValueError(
             f"this state has {len(cache.layers)} layers, the model {len(model.layers)}: "
@@ -195,6 +201,17 @@ class HAMTForCausalLM(HAMTPreTrainedModel, HAMTGenerationMixin):
         self.model = HAMTBackbone(config)
         self.lm_head = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+        if given is not None and not isinstance(given, HAMTCache):
+            raise ValueError(_OTHER_CACHE.format(type(given).__name__))
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={kind!r} is a way to keep keys and values; HAMT has a state "
+                "of constant size instead: leave it out"
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
     @can_return_tuple
     def forward(
