@@ -1,0 +1,105 @@
+"""Every check of HAMT beside other libraries: docs/results/ecosystem.
+
+OMP_NUM_THREADS=1 venv/bin/python studies/ecosystem.py
+
+``--only`` runs the checks whose library or name has these words.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from ecosystem_checks.base import CHECKS, Outcome, outcome  # noqa: E402
+
+from hamt.environment import describe_environment, environment  # noqa: E402
+from hamt.measure.report import write_report  # noqa: E402
+from hamt.measure.tables import grouped, markdown, paragraphs  # noqa: E402
+from hamt.output import claim  # noqa: E402
+
+MODULES = (
+    *("generation", "states", "loading", "trainer", "adapters", "preferences", "quantisation"),
+    *("exporting", "processes", "evaluation", "algebra", "packaging"),
+)
+for _module in MODULES:
+    importlib.import_module(f"ecosystem_checks.{_module}")
+
+KINDS = ("works", "refused", "skipped", "FAILED")
+LIBRARIES = ("accelerate", "peft", "trl", "datasets", "lm_eval", "onnxruntime", "torch-hd")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the libraries beside those that every figure is measured with."""
+    found: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def page(outcomes: list[Outcome], libraries: dict[str, str | None], header: dict) -> str:
+    """The outcomes in tables, one a library."""
+    groups = grouped(outcomes, lambda each: each.group)
+
+    def counts(of: list[Outcome]) -> list[str]:
+        found = Counter(each.outcome for each in of)
+        return [str(found[kind]) if found[kind] else "–" for kind in KINDS]
+
+    total = [[name, *counts(of)] for name, of in groups.items()]
+    total.append(["all", *counts(outcomes)])
+    tables = [
+        f"## {name}\n\n"
+        + markdown(
+            ["check", "outcome", "what was compared, or the line that was told"],
+            [[e.name, e.outcome, e.told.replace("|", "\\|")] for e in of],
+            text=[0, 1, 2],
+        )
+        for name, of in groups.items()
+    ]
+    used = ", ".join(f"{name} {number}" for name, number in libraries.items() if number)
+    return paragraphs(
+        "# HAMT beside other libraries",
+        "`studies/ecosystem.py` does what a user of each library would do, with a model of a few "
+        "thousand parameters or the one in the package, and compares numbers where a fault would "
+        "be silent. Works: the numbers agree. Refused: HAMT, or the library, says in the line "
+        "beside it that this is not to be had. Skipped: what the check needs is not installed.",
+        markdown(["", *KINDS], total, text=[0]),
+        *tables,
+        f"{used}; {sum(each.seconds for each in outcomes):.0f} s in all; "
+        f"{describe_environment(header)}",
+    )
+
+
+def main() -> int:
+    """Run the checks and write their table; the exit code is 1 if one has failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output_dir", default="docs/results/ecosystem")
+    parser.add_argument("--only", default="", help="words of a library or of a check's name")
+    options = parser.parse_args()
+    header, outcomes = environment(), []
+    for each in CHECKS:
+        if options.only.lower() in f"{each.group} {each.name}".lower():
+            outcomes.append(found := outcome(each))
+            print(f"{found.outcome:<8}{found.seconds:6.1f} s  {found.group}: {found.name}", end="")
+            print("" if found.outcome == "works" else f" ({found.told})", flush=True)
+    text = page(outcomes, libraries := versions(), header)
+    if not options.only:
+        rows = [each._asdict() for each in outcomes]
+        content = {"environment": header, "libraries": libraries, "checks": rows}
+        with claim(options.output_dir, "ecosystem-study", [r"ecosystem\.(json|md)"]) as output:
+            write_report(output, "ecosystem", content, text, {})
+    print(", ".join(f"{n} {kind}" for kind, n in Counter(e.outcome for e in outcomes).items()))
+    return int(any(each.outcome == "FAILED" for each in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
