@@ -15,6 +15,7 @@ from hamt.hierarchical_memory import Consolidation
 from hamt.loading import refuse_incomplete
 from hamt.parts import GatingNetwork, RetrievalHead
 from hamt.products import fuse, unfuse
+from hamt.remote_code import INSTALLED
 from hamt.rotation import Rotation
 
 _BODY = ("embed_tokens.", "layers.", "norm.")  # what a backbone is made of
@@ -97,6 +98,18 @@ class HAMTPreTrainedModel(PreTrainedModel):
                     "(ignore_mismatched_sizes=True initialises what is missing)"
                 ) from None
         return model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """From now on models are saved with their code, for ``trust_remote_code=True``.
+
+        It does for all classes of HAMT what Transformers does for one: without HAMT installed,
+        ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` gives the model.
+        """
+        if INSTALLED and cls.__module__ == "hamt.model":
+            cls.config_class.register_for_auto_class()
+        else:  # a copy of that code, or a class of the user's own
+            super().register_for_auto_class(auto_class)
 
     def fuse_projections(self) -> int:
         """Decode faster on a CPU, at the price of a second copy of the weights; returns its bytes.

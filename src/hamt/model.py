@@ -27,6 +27,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
@@ -308,8 +309,8 @@ class HAMTForQuestionAnswering(GenericForQuestionAnswering, HAMTPreTrainedModel)
 HAMTModel = HAMTForCausalLM
 
 
-AutoConfig.register("hamt", HAMTConfig)
-AutoModel.register(HAMTConfig, HAMTBackbone)
+# Transformers looks by a class's name how Trainer shifts its labels, and pipelines whether they know
+# it.
 _HEADS: Any = (
     (AutoModelForCausalLM, HAMTForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     (
@@ -328,13 +329,22 @@ _HEADS: Any = (
         MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     ),
 )
-for _auto, _class, _names in _HEADS:
-    _auto.register(HAMTConfig, _class)
-    # Where Trainer looks up by a class's name how its labels are shifted, and pipelines whether
-    # they know it.
-    _names["hamt"] = _class.__name__
-for _class in (HAMTBackbone, *(_class for _, _class, _ in _HEADS)):
-    # TRL and ``transformers serve`` look a class up here. Transformers makes its module anew while
-    # it is imported: some hold the first, some the last.
-    for _home in (transformers, sys.modules["transformers"]):
-        setattr(_home, _class.__name__, _class)
+
+
+def _register() -> None:
+    """Let Transformers, and what builds on it, find the classes by their configuration or name."""
+    AutoConfig.register("hamt", HAMTConfig)
+    AutoModel.register(HAMTConfig, HAMTBackbone)
+    for auto, kind, names in _HEADS:
+        auto.register(HAMTConfig, kind)
+        names["hamt"] = kind.__name__
+    for kind in (HAMTBackbone, *(kind for _, kind, _ in _HEADS)):
+        # TRL and ``transformers serve`` look a class up here. Transformers makes its module anew
+        # while it is imported: some hold the first, some the last.
+        for home in (transformers, sys.modules["transformers"]):
+            setattr(home, kind.__name__, kind)
+
+
+# A copy of this file (``hamt.remote_code``) beside HAMT itself leaves the names to it.
+if "hamt" not in CONFIG_MAPPING:
+    _register()

@@ -155,5 +155,8 @@ def outcome(of: Check) -> Outcome:
             kind, told = "skipped", str(reason)
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            kind, told = "FAILED", f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
+            kind, told = (
+                "FAILED",
+                f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})",
+            )
     return Outcome(of.group, of.name, kind, " ".join(told.split()), time.perf_counter() - begin)

@@ -275,7 +275,9 @@ def _watermark() -> str:
     model.config.bos_token_id = 1
     ids = random_ids(2, 9)
     text = model.generate(ids, watermarking_config=config, max_new_tokens=60, **GREEDY)
-    detector = WatermarkDetector(model_config=model.config, device="cpu", watermarking_config=config)
+    detector = WatermarkDetector(
+        model_config=model.config, device="cpu", watermarking_config=config
+    )
     marked, unmarked = detector(text[:, 9:]), detector(written(60)[:, 9:])
     assert marked.all(), marked
     assert not unmarked.any(), unmarked
