@@ -41,6 +41,8 @@ LAYERS = (
     {"analysis", "finetune"},
     {"export"},
     {"measure"},
+    {"command_table"},
+    {"completion"},
     {"cli"},
     {"__main__"},
 )

@@ -309,8 +309,7 @@ class HAMTForQuestionAnswering(GenericForQuestionAnswering, HAMTPreTrainedModel)
 HAMTModel = HAMTForCausalLM
 
 
-# Transformers looks by a class's name how Trainer shifts its labels, and pipelines whether they know
-# it.
+# By a class's name Transformers looks up how Trainer shifts its labels, and what pipelines know.
 _HEADS: Any = (
     (AutoModelForCausalLM, HAMTForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     (
