@@ -38,7 +38,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from hamt.base_model import HAMTPreTrainedModel
-from hamt.batch import Batch, names_of_documents, padding_mask
+from hamt.batch import Batch, names_of_documents, padding_mask, rows_and_length
 from hamt.block import HAMTBlock
 from hamt.cache import HAMTCache
 from hamt.config import HAMTConfig
@@ -137,7 +137,7 @@ class HAMTBackbone(HAMTPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
-        rows, length = hidden_states.shape[:2]
+        rows, length = rows_and_length(hidden_states)
         if cache is not None:
             check_cache(cache, self, rows)
         elif use_cache:
