@@ -17,12 +17,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from ecosystem_checks.base import CHECKS, Outcome, outcome  # noqa: E402
+from ecosystem_checks.base import CHECKS, Outcome, outcome
 
-from hamt.environment import describe_environment, environment  # noqa: E402
-from hamt.measure.report import write_report  # noqa: E402
-from hamt.measure.tables import grouped, markdown, paragraphs  # noqa: E402
-from hamt.output import claim  # noqa: E402
+from hamt.environment import describe_environment, environment
+from hamt.measure.report import write_report
+from hamt.measure.tables import grouped, markdown, paragraphs
+from hamt.output import claim
 
 MODULES = (
     *("generation", "states", "loading", "trainer", "adapters", "preferences", "quantisation"),

@@ -90,7 +90,7 @@ def refused(call: Callable[[], Any], *words: str) -> str:
     except Exception as error:
         line = str(error).strip("'")
         assert all(word in line for word in words), f"refused otherwise: {line}"
-        raise Refused(line.splitlines()[0]) from error
+        raise Refused(line) from error
     raise AssertionError("not refused")
 
 

@@ -1,6 +1,7 @@
 """``generate`` of Transformers: how tokens are chosen, and what is returned."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -168,7 +169,7 @@ def _several() -> str:
 @check(GROUP, "repetition_penalty, no_repeat_ngram_size")
 def _repetition() -> str:
     found = written(40, no_repeat_ngram_size=2)
-    pairs = [list(zip(row[:-1], row[1:], strict=True)) for row in found.tolist()]
+    pairs = [list(pairwise(row)) for row in found.tolist()]
     assert all(len(set(row)) == len(row) for row in pairs)
     penalised = written(1, repetition_penalty=1.8)[:, -1]
     ids = random_ids(2, 9)

@@ -90,6 +90,7 @@ BASE = {
     "ablate": {"recipe": "ablation.yaml", "workers": 1, "output_dir": "ablate"},
     "analyze": {"checkpoint": "model", "max_tokens": 8, "output_dir": "out"},
     "export": {"checkpoint": "model", "output_dir": "export"},
+    "completion": {"shell": "bash"},
     "explore": {"port": "0"},  # it is never to serve: a port of 0 is refused
 }
 # More of these is more work, as it should be: only values that stay small are tried.
