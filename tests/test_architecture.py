@@ -16,7 +16,7 @@ SOURCE = Path(hamt.__file__).parent
 # Each layer may import those to its left. Packages (data, evaluation, ...) count as one layer each.
 LAYERS = (
     {"errors", "fingerprint"},
-    {"console", "environment", "files", "locks", "recipes"},
+    {"console", "environment", "guard", "files", "locks", "recipes"},
     {"loading", "options", "output", "remote_code", "visualization"},
     {"memory"},
     {"cpu"},
@@ -35,7 +35,7 @@ LAYERS = (
     {"data"},
     {"generation"},
     {"conversation", "reading"},
-    {"chat"},
+    {"chat", "serving"},
     {"training"},
     {"baselines"},
     {"analysis", "finetune"},

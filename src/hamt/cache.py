@@ -166,6 +166,31 @@ class HAMTCache(Cache):
         """Every row ``repeats`` times."""
         self.map(lambda x: x.repeat_interleave(repeats, dim=0))
 
+    @property
+    def row_shapes(self) -> tuple[tuple[str, torch.Size], ...]:
+        """Names of the tensors, and shapes of one row; caches with the same can be one."""
+        return tuple((name, x.shape[1:]) for name, x in self._tensors().items())
+
+    @classmethod
+    def concatenate(cls, caches: Sequence["HAMTCache"]) -> "HAMTCache":
+        """The rows of several states of one model, which must have the same ``row_shapes``."""
+        parts = [cache._tensors() for cache in caches]
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        seen = max(cache.seen_tokens for cache in caches)
+        counts = torch.tensor([len(caches[0].layers), seen])
+        device = next(iter(joined.values())).device
+        whole = cls.from_tensors({**joined, "counts": counts}, device)
+        whole.origin = caches[0].origin
+        return whole
+
+    def row(self, index: int) -> "HAMTCache":
+        """An independent continuation of one row."""
+        row = self.fork()
+        row.map(lambda x: x[index : index + 1].clone())
+        if row.past is not None:
+            row.seen_tokens = int(row.past.num_tokens)
+        return row
+
     def fork(self) -> "HAMTCache":
         """An independent continuation of the same past; costs no copy."""
         fork = HAMTCache(len(self.layers))

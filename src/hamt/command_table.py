@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": ("hamt.generation", "continue a prompt, token by token"),
     "read": ("hamt.reading", "read a text of any length once, and keep the state in a file"),
     "chat": ("hamt.chat", "a conversation that is kept, and read once"),
+    "serve": ("hamt.serving.command", "a model behind the interface of OpenAI's servers"),
     "finetune": ("hamt.finetune.command", "train a model further, on labels or conversations"),
     "evaluate": ("hamt.measure.evaluate.command", "perplexity, benchmark tasks and samples"),
     "compare": ("hamt.measure.compare.command", "a model beside baselines: quality, speed, memory"),

@@ -40,8 +40,9 @@ def checkpoint(text, tmp_path_factory):
 
 def test_names_and_flags_are_pinned():
     assert list(COMMANDS) == [
-        "demo", "quick-train", "train", "generate", "read", "chat", "finetune", "evaluate",
-        "compare", "bench", "recall", "ablate", "analyze", "export", "explore", "completion",
+        "demo", "quick-train", "train", "generate", "read", "chat", "serve", "finetune",
+        "evaluate", "compare", "bench", "recall", "ablate", "analyze", "export", "explore",
+        "completion",
     ]  # fmt: skip
     assert list(DemoOptions.__dataclass_fields__) == [
         "output_dir", "data", "num_steps", "max_minutes", "prompt", "seed", "hierarchical"

@@ -91,6 +91,7 @@ BASE = {
     "analyze": {"checkpoint": "model", "max_tokens": 8, "output_dir": "out"},
     "export": {"checkpoint": "model", "output_dir": "export"},
     "completion": {"shell": "bash"},
+    "serve": {"port": "0"},
     "explore": {"port": "0"},  # it is never to serve: a port of 0 is refused
 }
 # More of these is more work, as it should be: only values that stay small are tried.

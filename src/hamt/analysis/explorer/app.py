@@ -8,10 +8,14 @@ import gradio as gr
 import numpy as np
 from starlette.middleware import Middleware
 
-from hamt.analysis.explorer.guard import Guard
 from hamt.analysis.explorer.render import BLUE, STYLE, retrieved_lists, slot_grid
 from hamt.analysis.explorer.session import MAX_CHARACTERS, MAX_TOKENS, TIMES, Explorer, View
 from hamt.errors import UserError
+from hamt.guard import Guard
+
+# What the page sends; there is nothing else to be told, and no files.
+POSTS = ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
+MAX_BODY = 4 * 2**20  # bytes; a text is cut long before that
 
 EXAMPLES = (
     "The state of the Union is strong. The Congress of the United States has the power to act, "
@@ -170,7 +174,7 @@ def launch(app: gr.Blocks, host: str, port: int | None) -> Any:
         css=STYLE,
         max_file_size=0,
         state_session_capacity=SESSIONS,
-        app_kwargs={"middleware": [Middleware(Guard, host=host)]},
+        app_kwargs={"middleware": [Middleware(Guard, host=host, posts=POSTS, max_body=MAX_BODY)]},
         prevent_thread_lock=True,
     )
 

@@ -1,7 +1,6 @@
 """``hamt explore``: a local web page to look into a model's memories."""
 
 import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,11 +36,12 @@ def main(arguments: Sequence[str]) -> int:
         os.environ[name] = ",".join(filter(None, hosts))
     try:
         from hamt.analysis.explorer.app import build_app, launch
+        from hamt.guard import check_address
     except ImportError as error:
         if getattr(error, "name", None) == "gradio":
             raise UserError("hamt explore needs Gradio: pip install 'gradio>=6'") from error
         raise UserError(f"Gradio cannot be used here: {reason(error)}") from error
-    _check_address(options.host, options.port)
+    check_address(options.host, options.port)
     checkpoint = PRETRAINED if options.checkpoint is None else options.checkpoint
     explorer = Explorer(*load_checkpoint(checkpoint))
     if len(memory_layers(explorer.model)) < len(explorer.model.model.layers):
@@ -56,16 +56,3 @@ def main(arguments: Sequence[str]) -> int:
     PlainConsole().print(f"{name}: open {address} in a browser; Ctrl-C ends it.")
     app.block_thread()
     return 0
-
-
-def _check_address(host: str, port: int | None) -> None:
-    """Raise a UserError if nothing can be served at this address."""
-    try:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port or 0))
-    except OSError as error:
-        where = f"{host}, port {port}" if port else host
-        raise UserError(
-            f"cannot serve at {where} ({error.strerror or error}): give another --host or --port"
-        ) from error

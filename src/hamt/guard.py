@@ -1,27 +1,33 @@
-"""Whom the page answers: itself, and nobody's page from elsewhere."""
+"""Whom a local server answers: who asks by its name, and no page of somebody else."""
 
 import ipaddress
 import socket
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-# What the page sends; there is nothing else to be told, and no files.
-POSTS = ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
-MAX_BODY = 4 * 2**20  # bytes; a text is cut long before that
+from hamt.errors import UserError
 
 
 class Guard:
-    """Middleware that refuses what the page itself does not ask.
+    """Middleware that refuses what is not asked for here.
 
     A page of somebody else cannot ask under its own name, also where that name is made to point
     here: ``Host`` must be an address, this machine's name or ``host``. Nor can it ask by the right
     address: a browser then tells its ``Origin``.
+
+    Args:
+        app: what is guarded.
+        host: the name or address that it is served at.
+        posts: the paths that take something.
+        max_body: bytes that they take at most.
     """
 
-    def __init__(self, app: ASGIApp, host: str) -> None:
+    def __init__(self, app: ASGIApp, host: str, posts: Sequence[str], max_body: int) -> None:
         self.app, self.names = app, {"localhost", host.lower(), socket.gethostname().lower()}
+        self.posts, self.max_body = posts, max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -38,14 +44,14 @@ class Guard:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
         if not self._is_here(host):
-            return 400, "This page has another name."
+            return 400, "There is another name for this server."
         if origin is not None and origin.split("//")[-1].lower() != host.lower():
-            return 403, "This page answers to no other page."
+            return 403, "This server answers to no other page."
         if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
-            if scope["method"] != "POST" or scope["path"].rstrip("/") not in POSTS:
-                return 403, "This page takes nothing of that kind."
+            if scope["method"] != "POST" or scope["path"].rstrip("/") not in self.posts:
+                return 403, "This server takes nothing of that kind."
             size = headers.get(b"content-length", "")
-            if not size.isdecimal() or int(size) > MAX_BODY:
+            if not size.isdecimal() or int(size) > self.max_body:
                 return 413, "This is too long."
         return None
 
@@ -60,3 +66,20 @@ class Guard:
             return bool(ipaddress.ip_address(name))
         except ValueError:
             return False
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Find out whether a server could listen here.
+
+    Raises:
+        UserError: if not.
+    """
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port or 0))
+    except OSError as error:
+        where = f"{host}, port {port}" if port else host
+        raise UserError(
+            f"cannot serve at {where} ({error.strerror or error}): give another --host or --port"
+        ) from error

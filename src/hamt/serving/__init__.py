@@ -1,0 +1,1 @@
+"""``hamt serve``: a model behind the interface of OpenAI's servers."""

@@ -1,0 +1,94 @@
+"""An answer that is being written: its tokens come from the engine's thread."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from tokenizers.decoders import DecodeStream
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from hamt.serving.engine import Engine, Text
+
+
+class Answer:
+    """The text that follows a prompt, up to a token or a word that ends it.
+
+    Args:
+        tokenizer: the model's.
+        ids: the prompt.
+        config: how tokens are chosen; ``max_new_tokens`` must be given.
+        seed: of this answer alone; None is any.
+        stops: words before which it ends.
+        bare: whether to leave out white space at the beginning.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        ids: list[int],
+        config: GenerationConfig,
+        seed: int | None = None,
+        stops: Sequence[str] = (),
+        bare: bool = False,
+    ) -> None:
+        self.text = Text(ids, config, seed, self._take, self._end)
+        self.prompt_tokens, self.tokens, self.finish_reason = len(ids), 0, "length"
+        self._tokenizer = tokenizer._tokenizer
+        self._stream = DecodeStream([], skip_special_tokens=True)
+        self._ends, self._most, self._stops = config.eos_token_id, config.max_new_tokens, stops
+        self._held, self._begun = "", not bare
+        self._loop, self._queue = (
+            asyncio.get_running_loop(),
+            asyncio.Queue[str | Exception | None](),
+        )
+
+    async def pieces(self, engine: Engine) -> AsyncIterator[str]:
+        """The text, as the engine writes it. Who stops reading ends it.
+
+        Raises:
+            Busy: if too many wait.
+            Exception: what went wrong in the engine.
+        """
+        engine.submit(self.text)
+        try:
+            while (piece := await self._queue.get()) is not None:
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+        finally:
+            self.text.wanted = False
+
+    def _take(self, token: int) -> bool:
+        self.tokens += 1
+        ended = token in self._ends
+        self._held += self._stream.step(self._tokenizer, token) or ""
+        places = [place for word in self._stops if (place := self._held.find(word)) >= 0]
+        if places:
+            self._held, ended = self._held[: min(places)], True
+            self._send(len(self._held))
+        else:
+            self._send(len(self._held) - max(map(self._begins, self._stops), default=0))
+        if ended:
+            self.finish_reason = "stop"
+        return not ended and self.tokens < self._most
+
+    def _end(self, error: Exception | None) -> None:
+        self._send(len(self._held))  # what might have become a word that ends it
+        self._put(error)
+
+    def _begins(self, word: str) -> int:
+        """How much of a word the text ends with."""
+        most = min(len(word) - 1, len(self._held))
+        return next((n for n in range(most, 0, -1) if self._held.endswith(word[:n])), 0)
+
+    def _send(self, count: int) -> None:
+        text, self._held = self._held[:count], self._held[count:]
+        if not self._begun:
+            text = text.lstrip()
+            self._begun = bool(text)
+        if text:
+            self._put(text)
+
+    def _put(self, piece: str | Exception | None) -> None:
+        # After the server's end there is no loop, and nobody who waits.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)

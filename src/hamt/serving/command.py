@@ -1,0 +1,64 @@
+"""``hamt serve``: a model for every program that speaks with OpenAI's servers."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hamt.checkpoint import PRETRAINED, load_checkpoint
+from hamt.console import PlainConsole
+from hamt.errors import UserError, reason
+from hamt.options import option, parse
+
+
+@dataclass
+class ServeOptions:
+    """Serve a model to programs that speak with OpenAI's: chat, completions, streaming."""
+
+    checkpoint: str | None = option(
+        None, "a checkpoint folder, or a .pt file; none is the model in HAMT"
+    )
+    name: str | None = option(
+        None, "what clients call the model; none is the folder's name, or hamt"
+    )
+    host: str = option("127.0.0.1", "the address to serve at; any but the default lets others in")
+    port: int = option(8000, "the port", at_least=1, at_most=65535)
+    max_rows: int = option(32, "answers that are written at the same time; others wait", at_least=1)
+    max_tokens: int = option(
+        131072, "the most tokens that a prompt and its answer may have together", at_least=2
+    )
+    memory: int = option(
+        1024, "megabytes for conversations that were read, so that none is read twice", at_least=0
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve until Ctrl-C."""
+    options = parse(ServeOptions, arguments, "serve")
+    try:
+        import uvicorn
+
+        from hamt.guard import check_address
+        from hamt.serving.server import Service, build_app
+    except ImportError as error:
+        raise UserError(
+            f"hamt serve needs further packages ({reason(error)}): pip install 'hamt[serve]'"
+        ) from error
+    from hamt.serving.engine import Engine
+    from hamt.serving.states import StateStore
+
+    check_address(options.host, options.port)
+    model, tokenizer = load_checkpoint(options.checkpoint or PRETRAINED)
+    model.fuse_projections()
+    name = options.name or Path(options.checkpoint or "hamt").resolve().stem
+    engine = Engine(model, StateStore(options.memory * 10**6), options.max_rows)
+    app = build_app(Service(engine, tokenizer, name, options.max_tokens), options.host)
+    console = PlainConsole()
+    console.print(f"{name}: http://{options.host}:{options.port}/v1; Ctrl-C ends it.")
+    sys.stdout.flush()
+    config = uvicorn.Config(app, options.host, options.port, log_level="warning", access_log=False)
+    try:
+        uvicorn.Server(config).run()
+    finally:
+        engine.close()
+    return 0
