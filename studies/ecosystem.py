@@ -26,7 +26,7 @@ from hamt.output import claim
 
 MODULES = (
     *("generation", "states", "loading", "trainer", "adapters", "preferences", "quantisation"),
-    *("exporting", "processes", "evaluation", "algebra", "packaging"),
+    *("torch_tools", "exporting", "processes", "evaluation", "algebra", "packaging"),
 )
 for _module in MODULES:
     importlib.import_module(f"ecosystem_checks.{_module}")
