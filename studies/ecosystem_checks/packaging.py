@@ -32,7 +32,12 @@ def _typed() -> str:
     assert (Path(hamt.__file__).parent / "py.typed").exists()
     with tempfile.TemporaryDirectory() as folder:
         (file := Path(folder) / "theirs.py").write_text(TYPED)
-        told = ("--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache"))
+        told = (
+            "--config-file",
+            str(ROOT / "pyproject.toml"),
+            "--cache-dir",
+            str(ROOT / ".mypy_cache"),
+        )
         done = python("-m", "mypy", *told, str(file), code=1, MYPYPATH=str(ROOT / "src"))
     found = [line.split("note: ")[-1] for line in done.stdout.splitlines() if "note: " in line]
     assert "HAMTForCausalLM" in found[0], done.stdout

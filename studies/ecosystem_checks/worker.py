@@ -62,7 +62,10 @@ def fsdp1() -> str:
     """The same with ``FullyShardedDataParallel``: the loss after a step."""
     policy = ModuleWrapPolicy({HAMTBlock})
     model: Any = FullyShardedDataParallel(
-        tiny_model().train(), policy, device_id=torch.device("cpu"), use_orig_params=True
+        tiny_model().train(),
+        auto_wrap_policy=policy,
+        device_id=torch.device("cpu"),
+        use_orig_params=True,
     )
     return _after_a_step(model)
 
