@@ -31,19 +31,40 @@ MODULES = (
 for _module in MODULES:
     importlib.import_module(f"ecosystem_checks.{_module}")
 
-KINDS = ("works", "refused", "skipped", "FAILED")
-LIBRARIES = ("accelerate", "peft", "trl", "datasets", "lm_eval", "onnxruntime", "torch-hd")
+KINDS = ("works", "refused", "not installed", "FAILED")
+# What the names of groups begin with, and the packages that are tried there.
+LIBRARIES = {
+    "Transformers": ("transformers",),
+    "PEFT": ("peft",),
+    "TRL": ("trl",),
+    "Quantisation": ("torch", "torchao", "bitsandbytes"),
+    "PyTorch": ("torch", "tensorboard"),
+    "Export": ("torch", "onnxruntime", "onnxscript"),
+    "Accelerate": ("accelerate", "torch"),
+    "Servers": ("openai", "fastapi", "transformers"),
+    "Without": ("transformers",),
+    "lm-": ("lm_eval",),
+    "datasets": ("datasets", "scikit-learn", "safetensors", "gradio", "gguf"),
+    "torchhd": ("torch-hd", "fla-core", "triton"),
+    "Python": ("mypy", "numpy"),
+}
 
 
 def versions() -> dict[str, str | None]:
     """Versions of the libraries beside those that every figure is measured with."""
     found: dict[str, str | None] = {}
-    for name in LIBRARIES:
+    for name in sorted({name for names in LIBRARIES.values() for name in names}):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
     return found
+
+
+def used(group: str, libraries: dict[str, str | None]) -> str:
+    """Packages of a group with their versions."""
+    (names,) = (names for words, names in LIBRARIES.items() if group.startswith(words))
+    return ", ".join(f"{name} {libraries[name] or '(not installed)'}" for name in names)
 
 
 def page(outcomes: list[Outcome], libraries: dict[str, str | None], header: dict) -> str:
@@ -54,8 +75,8 @@ def page(outcomes: list[Outcome], libraries: dict[str, str | None], header: dict
         found = Counter(each.outcome for each in of)
         return [str(found[kind]) if found[kind] else "–" for kind in KINDS]
 
-    total = [[name, *counts(of)] for name, of in groups.items()]
-    total.append(["all", *counts(outcomes)])
+    total = [[name, used(name, libraries), *counts(of)] for name, of in groups.items()]
+    total.append(["all", "", *counts(outcomes)])
     tables = [
         f"## {name}\n\n"
         + markdown(
@@ -65,17 +86,15 @@ def page(outcomes: list[Outcome], libraries: dict[str, str | None], header: dict
         )
         for name, of in groups.items()
     ]
-    used = ", ".join(f"{name} {number}" for name, number in libraries.items() if number)
     return paragraphs(
         "# HAMT beside other libraries",
         "`studies/ecosystem.py` does what a user of each library would do, with a model of a few "
         "thousand parameters or the one in the package, and compares numbers where a fault would "
         "be silent. Works: the numbers agree. Refused: HAMT, or the library, says in the line "
-        "beside it that this is not to be had. Skipped: what the check needs is not installed.",
-        markdown(["", *KINDS], total, text=[0]),
+        "beside it that this is not to be had. Not installed: the check was not made.",
+        markdown(["what was tried", "packages", *KINDS], total, text=[0, 1]),
         *tables,
-        f"{used}; {sum(each.seconds for each in outcomes):.0f} s in all; "
-        f"{describe_environment(header)}",
+        f"{sum(each.seconds for each in outcomes):.0f} s in all; {describe_environment(header)}",
     )
 
 
@@ -89,7 +108,7 @@ def main() -> int:
     for each in CHECKS:
         if options.only.lower() in f"{each.group} {each.name}".lower():
             outcomes.append(found := outcome(each))
-            print(f"{found.outcome:<8}{found.seconds:6.1f} s  {found.group}: {found.name}", end="")
+            print(f"{found.outcome:<14}{found.seconds:6.1f} s  {found.group}: {found.name}", end="")
             print("" if found.outcome == "works" else f" ({found.told})", flush=True)
     text = page(outcomes, libraries := versions(), header)
     if not options.only:

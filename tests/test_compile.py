@@ -94,3 +94,23 @@ def test_a_text_of_any_length_is_refused_for_export():
     length = torch.export.Dim("length", min=2, max=64)
     with pytest.raises(ValueError, match=r"^a HAMT cannot be exported .* \(hamt export\)"):
         torch.export.export(model, (ids,), dynamic_shapes={"input_ids": {1: length}}, strict=False)
+
+
+@pytest.mark.filterwarnings("ignore")  # what Python decides is recorded as it was, and it says so
+def test_a_text_of_fixed_length_is_traced_and_exported():
+    """Both graphs have PyTorch's own operators only, and answer for other tokens."""
+    model, ids, other = tiny_model(), random_ids(2, 20), random_ids(2, 20, seed=1)
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    program = torch.export.export(Logits(), (ids,), strict=False)
+    assert not [node for node in program.graph.nodes if "hamt" in str(node.target)]
+    traced = torch.jit.trace(Logits(), (ids,), check_trace=False)
+    for run in (program.module(), traced):
+        assert_close(run(other), model(other).logits)

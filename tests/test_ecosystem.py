@@ -300,6 +300,13 @@ def test_ways_to_keep_keys_and_values_are_refused(kind):
         tiny_model().generate(random_ids(1, 5), cache_implementation=kind, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("kind", ["sdpa", "flash_attention_2", "flex_attention"])
+def test_ways_to_compute_attention_are_refused(kind):
+    with pytest.raises(ValueError, match=f"^attn_implementation='{kind}' .* leave it out$"):
+        HAMTModel(tiny_config(attn_implementation=kind))
+    assert HAMTModel(tiny_config()).config._attn_implementation == "eager"
+
+
 def test_continuous_batching_is_refused():
     model = tiny_model()
     with pytest.raises(ValueError, match=r"^HAMT has no keys and values .* as one batch"):

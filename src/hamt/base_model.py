@@ -135,6 +135,21 @@ class HAMTPreTrainedModel(PreTrainedModel):
             "generate the prompts as one batch, padded on the left"
         )
 
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        """Refuse a choice that no layer would follow; Transformers calls it.
+
+        Raises:
+            ValueError: for all but ``None`` and ``"eager"``.
+        """
+        if requested_attention not in (None, "eager"):
+            raise ValueError(
+                f"attn_implementation={requested_attention!r} is a way to compute attention in "
+                "models of Transformers; layers of HAMT choose their own: leave it out"
+            )
+        return "eager"
+
     def train(self, mode: bool = True):
         """As ``nn.Module.train``; weights that are about to change are not fused any more."""
         if mode:

@@ -42,7 +42,7 @@ class Check(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a check ended: ``works``, ``refused``, ``skipped`` or ``FAILED``; and what it told."""
+    """How a check ended: ``works``, ``refused``, ``not installed`` or ``FAILED``; and what it told."""
 
     group: str
     name: str
@@ -152,7 +152,7 @@ def outcome(of: Check) -> Outcome:
         except Refused as line:
             kind, told = "refused", str(line)
         except Skipped as reason:
-            kind, told = "skipped", str(reason)
+            kind, told = "not installed", str(reason)
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             kind, told = (

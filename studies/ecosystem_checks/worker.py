@@ -1,4 +1,4 @@
-"""Two processes that train and save one model: ``processes`` starts them and reads what they say."""
+"""Two processes that train and save one model: ``processes`` starts them."""
 
 import json
 import sys
