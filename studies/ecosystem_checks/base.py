@@ -42,7 +42,7 @@ class Check(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a check ended: ``works``, ``refused``, ``not installed`` or ``FAILED``; and what it told."""
+    """How a check ended (works, refused, not installed or FAILED), and what it told."""
 
     group: str
     name: str
