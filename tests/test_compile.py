@@ -9,9 +9,12 @@ from model_inputs import (
     padded,
     ragged_rows,
     random_ids,
+    tiny_config,
     tiny_model,
     without_fused,
 )
+
+from hamt import HAMTModel
 
 
 def assert_compiled_equals_eager(backend: str, options: dict, **arguments) -> None:
@@ -69,3 +72,45 @@ def test_a_compiled_model_continues_a_state(options):
         logits = [compiled(ids[:, t : t + 1], past_key_values=cache).logits for t in range(6, 9)]
         assert_close(torch.cat(logits, dim=1), model(ids).logits[:, 6:])
     assert cache.get_seq_length() == 9
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"write_rule": "delta", "mixers": ["memory", "full_attention"]}], ids=str
+)
+def test_shapes_are_known_without_memory(options):
+    """On the meta device, which has no autocast."""
+    ids = torch.zeros(2, 20, dtype=torch.long, device="meta")
+    with torch.device("meta"):
+        model = HAMTModel(tiny_config(**options, use_auxiliary_loss=False)).train()
+        outputs = model(ids, labels=ids)
+    assert outputs.logits.shape == (2, 20, 97)
+    assert outputs.loss.shape == ()
+    assert model(ids, labels=ids, return_logits=False).loss.is_meta
+
+
+def test_a_text_of_any_length_is_refused_for_export():
+    """Its tiles are counted in Python; one of fixed length, and any number of rows, is fine."""
+    model, ids = tiny_model(use_cache=False), random_ids(2, 20)
+    length = torch.export.Dim("length", min=2, max=64)
+    with pytest.raises(ValueError, match=r"^a HAMT cannot be exported .* \(hamt export\)"):
+        torch.export.export(model, (ids,), dynamic_shapes={"input_ids": {1: length}}, strict=False)
+
+
+@pytest.mark.filterwarnings("ignore")  # what Python decides is recorded as it was, and it says so
+def test_a_text_of_fixed_length_is_traced_and_exported():
+    """Both graphs have PyTorch's own operators only, and answer for other tokens."""
+    model, ids, other = tiny_model(), random_ids(2, 20), random_ids(2, 20, seed=1)
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    program = torch.export.export(Logits(), (ids,), strict=False)
+    assert not [node for node in program.graph.nodes if "hamt" in str(node.target)]
+    traced = torch.jit.trace(Logits(), (ids,), check_trace=False)
+    for run in (program.module(), traced):
+        assert_close(run(other), model(other).logits)

@@ -60,7 +60,7 @@ def test_transformers_names_are_the_same_fields_in_both_directions():
         assert getattr(config, name) == 8
         setattr(config, name, 4)
         assert getattr(config, alias) == 4
-        assert alias not in config.to_dict()
+        assert config.to_dict()[alias] == config.to_dict()[name] == 4
 
 
 COUNTS = ("vocab_size", "hidden_dim", "num_layers", "num_slots", "num_heads", "chunk_size")
@@ -263,3 +263,21 @@ def test_layer_types_follow_from_the_mixers_whatever_a_file_says():
             ValueError, match=r"mixers must be among|attention_head_dim must be even"
         ):
             HAMTConfig(**wrong)
+
+
+def test_one_size_under_two_names_has_one_value():
+    config = HAMTConfig(hidden_dim=64, hidden_size=64, num_layers=2)
+    assert HAMTConfig(**config.to_dict()).to_dict() == config.to_dict()
+    with pytest.raises(ValueError, match=r"^num_layers=4 and num_hidden_layers=2 .* leave num_hi"):
+        HAMTConfig(**config.to_dict() | {"num_layers": 4})  # which is the default
+    changed = config.changed(num_layers=4, hidden_dim=32)
+    assert (changed.num_hidden_layers, changed.hidden_size) == (4, 32)
+    assert changed.hcm_dim == config.hcm_dim
+
+
+def test_the_file_has_the_names_that_other_libraries_look_for(tmp_path):
+    HAMTConfig(hidden_dim=64, num_layers=3).save_pretrained(tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert [found[name] for name in ALIASES] == [64, 3, 4, found["intermediate_dim"]]
+    loaded = HAMTConfig.from_pretrained(tmp_path, num_layers=2)
+    assert (loaded.num_layers, loaded.num_hidden_layers) == (2, 2)

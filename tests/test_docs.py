@@ -71,6 +71,10 @@ def run(page):
     return names, printed.getvalue()
 
 
+# What PEFT and TRL ask of Transformers, and what PyTorch says of its own quantisation.
+@pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6")
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_python_in_a_page_runs(page):
     names, _ = run(page)

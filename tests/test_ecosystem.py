@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     DataCollatorWithFlattening,
+    DynamicCache,
+    StaticCache,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -38,6 +40,10 @@ HEADS = {
     HAMTForTokenClassification: AutoModelForTokenClassification,
     HAMTForQuestionAnswering: AutoModelForQuestionAnswering,
 }
+
+
+# peft 0.21 still asks for the old name of a property of Transformers.
+old_name = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 
 def rows(*lengths: int) -> list[dict]:
@@ -131,8 +137,7 @@ def test_quantisers_find_every_linear_map():
     assert without_logits.loss.item() == pytest.approx(after.loss.item(), rel=1e-5)
 
 
-# peft 0.21 still asks for the old name of a property of Transformers.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@old_name
 def test_lora_adapters_train(tmp_path):
     import peft
 
@@ -145,6 +150,45 @@ def test_lora_adapters_train(tmp_path):
     model(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert model.generate(input_ids=ids, max_new_tokens=2, do_sample=False).shape == (2, 11)
+
+
+# As of every model whose norms are no nn.LayerNorm.
+@pytest.mark.filterwarnings("ignore:Unsupported layer type .*RMSNorm")
+@old_name
+@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config", "AdaLoraConfig", "LNTuningConfig"])
+def test_peft_is_told_whenever_it_is_imported(method, monkeypatch):
+    peft = pytest.importorskip("peft")
+    told = [t for t in vars(peft.utils.constants).values() if isinstance(t, dict) and "llama" in t]
+    assert len(told) > 20
+    for table in told:
+        monkeypatch.delitem(table, "hamt", raising=False)
+    model = tiny_model()
+    options = {"total_step": 10} if method == "AdaLoraConfig" else {}
+    adapted = peft.get_peft_model(model, getattr(peft, method)(task_type="CAUSAL_LM", **options))
+    names = {name.rsplit(".", 1)[-1] for name in adapted.targeted_module_names}
+    maps = {"item_proj", "key_proj", "output_proj"}
+    wanted = {
+        "IA3Config": {"item_proj", "key_proj", "down_proj"},
+        "LNTuningConfig": {"mixer_norm", "mlp_norm", "norm"},
+    }
+    assert names == wanted.get(method, maps)
+
+
+@old_name
+def test_prompts_of_peft_are_read_before_the_text():
+    """Prompt tuning gives embeddings; the state has read them when ``generate`` goes on."""
+    peft = pytest.importorskip("peft")
+    model, ids = tiny_model(), random_ids(2, 9)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    tuned = peft.get_peft_model(model, config)
+    tuned.prompt_encoder.default.embedding.weight.data.normal_()
+    written = tuned.generate(input_ids=ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    prompt = tuned.get_prompt(batch_size=2)
+    for _ in range(3):
+        read = torch.cat([prompt, model.get_input_embeddings()(ids)], dim=1)
+        chosen = model(inputs_embeds=read).logits[:, -1].argmax(dim=-1, keepdim=True)
+        ids = torch.cat([ids, chosen], dim=1)
+    assert torch.equal(written, ids)
 
 
 rules = pytest.mark.parametrize(
@@ -237,3 +281,42 @@ def assert_initialised(block: HAMTBlock, num_layers: int) -> None:
     for linear in (*inner, *last):
         variance = 1 / linear.in_features / (1 if linear in inner else 2 * num_layers)
         assert linear.weight.std().item() == pytest.approx(variance**0.5, rel=0.1)
+
+
+CACHES = [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=20)]
+
+
+@pytest.mark.parametrize("make", CACHES)
+def test_caches_for_keys_and_values_are_refused(make):
+    model = tiny_model()
+    cache = make(config=model.config)
+    with pytest.raises(ValueError, match=r"must be a HAMTCache; got .* leave it out"):
+        model.generate(random_ids(1, 5), past_key_values=cache, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("kind", ["static", "quantized", "offloaded", "sliding_window"])
+def test_ways_to_keep_keys_and_values_are_refused(kind):
+    with pytest.raises(ValueError, match=f"^cache_implementation='{kind}' .* leave it out$"):
+        tiny_model().generate(random_ids(1, 5), cache_implementation=kind, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "flash_attention_2", "flex_attention"])
+def test_ways_to_compute_attention_are_refused(kind):
+    with pytest.raises(ValueError, match=f"^attn_implementation='{kind}' .* leave it out$"):
+        HAMTModel(tiny_config(attn_implementation=kind))
+    assert HAMTModel(tiny_config()).config._attn_implementation == "eager"
+
+
+def test_continuous_batching_is_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"^HAMT has no keys and values .* as one batch"):
+        model.generate_batch([[1, 2, 3], [4, 5]])
+
+
+@old_name
+def test_prefix_tuning_is_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    tuned = peft.get_peft_model(tiny_model(), config)
+    with pytest.raises(ValueError, match="must be a HAMTCache; got DynamicCache"):
+        tuned(input_ids=random_ids(1, 5))

@@ -1,5 +1,6 @@
 """Output folders: one writer at a time, nobody else's file is replaced, damage is noticed."""
 
+import errno
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ from command_inputs import fails, words
 from hamt.cli import main
 from hamt.errors import UserError
 from hamt.files import write_json
+from hamt.locks import locked
 from hamt.output import (
     FILES,
     LOCK,
@@ -315,3 +317,17 @@ def test_notes_cannot_lead_out_of_the_folder(tmp_path):
         output.remove("../theirs.txt")
     assert (tmp_path / "theirs.txt").exists()
     assert main(["--version"]) == 0
+
+
+def test_a_file_system_without_locks_is_told_to_the_log(tmp_path, monkeypatch, caplog, capfd):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with locked(tmp_path, tmp_path / ".hamt" / "lock", "train", "wait"):
+        (record,) = caplog.records
+    assert record.name == "hamt.locks"
+    assert record.getMessage() == (
+        f"{tmp_path} is on a file system without locks: run one command at a time in it"
+    )
+    assert not capfd.readouterr().out

@@ -1,7 +1,6 @@
 """What all HAMT models share: initialisation, loading, and what adapters are told of them."""
 
-import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -16,11 +15,10 @@ from hamt.hierarchical_memory import Consolidation
 from hamt.loading import refuse_incomplete
 from hamt.parts import GatingNetwork, RetrievalHead
 from hamt.products import fuse, unfuse
+from hamt.remote_code import INSTALLED
 from hamt.rotation import Rotation
 
 _BODY = ("embed_tokens.", "layers.", "norm.")  # what a backbone is made of
-# The maps that an adapter of PEFT trains if it is not told which: into and out of a mixer.
-ADAPTED = ["item_proj", "key_proj", "value_proj", "output_proj"]
 
 
 class HAMTPreTrainedModel(PreTrainedModel):
@@ -34,12 +32,6 @@ class HAMTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HAMTBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": HAMTBlock}  # noqa: RUF012
-
-    def __init__(self, config: HAMTConfig, *arguments: Any, **options: Any) -> None:
-        super().__init__(config, *arguments, **options)
-        if peft := sys.modules.get("peft"):  # to import it would take seconds
-            table = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-            table.setdefault(config.model_type, ADAPTED)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -107,6 +99,18 @@ class HAMTPreTrainedModel(PreTrainedModel):
                 ) from None
         return model
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """From now on models are saved with their code, for ``trust_remote_code=True``.
+
+        It does for all classes of HAMT what Transformers does for one: without HAMT installed,
+        ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` gives the model.
+        """
+        if INSTALLED and cls.__module__ == "hamt.model":
+            cls.config_class.register_for_auto_class()
+        else:  # a copy of that code, or a class of the user's own
+            super().register_for_auto_class(auto_class)
+
     def fuse_projections(self) -> int:
         """Decode faster on a CPU, at the price of a second copy of the weights; returns its bytes.
 
@@ -119,6 +123,32 @@ class HAMTPreTrainedModel(PreTrainedModel):
     def unfuse_projections(self) -> None:
         """Undo ``fuse_projections``."""
         unfuse(self)
+
+    def init_continuous_batching(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Refused: continuous batching hands out pages of keys and values.
+
+        Raises:
+            ValueError: always, with what to call instead.
+        """
+        raise ValueError(
+            "HAMT has no keys and values that continuous batching could keep in pages: give "
+            "generate the prompts as one batch, padded on the left"
+        )
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        """Refuse a choice that no layer would follow; Transformers calls it.
+
+        Raises:
+            ValueError: for all but ``None`` and ``"eager"``.
+        """
+        if requested_attention not in (None, "eager"):
+            raise ValueError(
+                f"attn_implementation={requested_attention!r} is a way to compute attention in "
+                "models of Transformers; layers of HAMT choose their own: leave it out"
+            )
+        return "eager"
 
     def train(self, mode: bool = True):
         """As ``nn.Module.train``; weights that are about to change are not fused any more."""

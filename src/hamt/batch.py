@@ -151,6 +151,21 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.view(*index.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
 
 
+def rows_and_length(hidden_states: Tensor) -> tuple[int, int]:
+    """B and N of (B, N, d).
+
+    Raises:
+        ValueError: for a text of any length that is exported: its tiles are counted in Python.
+    """
+    rows, length = hidden_states.shape[:2]
+    if torch.compiler.is_exporting() and isinstance(length, torch.SymInt):
+        raise ValueError(
+            "a HAMT cannot be exported for texts of any length: export the step of one token with "
+            "its state (hamt export), or a text of fixed length"
+        )
+    return rows, length
+
+
 def padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
     """The mask of these ``length`` tokens, (B, N), or None where nothing is padding."""
     if attention_mask is None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hamt.batch import Batch, take
 from hamt.config import HAMTConfig
 from hamt.memory import HolographicMemory, MemoryState, rms_normalize
-from hamt.memory.precision import rounded
+from hamt.memory.precision import rounded, without_autocast
 from hamt.memory.write_rules import WRITE_RULES
 
 
@@ -192,7 +192,7 @@ class Boundary(nn.Module):
 
     def forward(self, slots: Tensor) -> Tensor:
         """Slots (B, H, S, F) -> slots after the boundary, in their dtype whatever autocast says."""
-        with torch.autocast(slots.device.type, enabled=False):
+        with without_autocast(slots):
             mixing = self.mixing(slots)
             mixed = slots if mixing is None else mixing @ slots
         if self.state_precision == "float32":
@@ -243,7 +243,7 @@ class Feedback(nn.Module):
         other arguments are those of ``HolographicMemory.__call__``.
         """
         wide = state.slots.dtype
-        with torch.autocast(read.device.type, enabled=False):
+        with without_autocast(read):
             mixture, positions = memory.glance(state, read, **told)
             if self.key_weight is not None:
                 raw = _by_head(mixture, self.key_weight.to(wide))

@@ -1,4 +1,4 @@
-"""The ``hamt`` command: names of commands, and the modules whose ``main`` runs them."""
+"""The ``hamt`` command: looks a command up, runs it, and tells of mistakes in one line."""
 
 import contextlib
 import errno
@@ -9,27 +9,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from hamt.command_table import COMMANDS, print_help
 from hamt.errors import UserError, printable, reason
-
-# Modules are named, not imported: help must not wait for torch.
-COMMANDS = {
-    "demo": ("hamt.training.demo", "train a small model on the State of the Union, let it write"),
-    "quick-train": ("hamt.training.quick_train", "train a small model in minutes, with options"),
-    "train": ("hamt.training.command", "train on your text, resumable, on one machine or many"),
-    "generate": ("hamt.generation", "continue a prompt, token by token"),
-    "read": ("hamt.reading", "read a text of any length once, and keep the state in a file"),
-    "chat": ("hamt.chat", "a conversation that is kept, and read once"),
-    "serve": ("hamt.serving.command", "a model behind the interface of OpenAI's servers"),
-    "finetune": ("hamt.finetune.command", "train a model further, on labels or conversations"),
-    "evaluate": ("hamt.measure.evaluate.command", "perplexity, benchmark tasks and samples"),
-    "compare": ("hamt.measure.compare.command", "a model beside baselines: quality, speed, memory"),
-    "bench": ("hamt.measure.bench.command", "speed and memory against the length of the context"),
-    "recall": ("hamt.measure.recall.command", "what a memory remembers, beside its rivals"),
-    "ablate": ("hamt.measure.ablate.command", "what each choice of the architecture is worth"),
-    "analyze": ("hamt.analysis.command", "pictures of what a model's memories hold of a text"),
-    "export": ("hamt.export.command", "an ONNX file, an AOTInductor package, or a web page"),
-    "explore": ("hamt.analysis.explorer.command", "look into a model's memories in the browser"),
-}
 
 # What disks and their owners refuse; any other error of the system is a mistake in here, and keeps
 # its trace.
@@ -101,10 +82,13 @@ def _run(arguments: list[str]) -> int:
         return 0
     if arguments[0] not in COMMANDS:
         raise UserError(f"no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
+    if arguments[1:] in (["--help"], ["-h"]):
+        print_help(arguments[0])
+        raise SystemExit(0)  # as argparse does for every other way to ask for help
     command = importlib.import_module(COMMANDS[arguments[0]][0])
-    from transformers.utils import logging  # every command has loaded it by now
-
-    logging.disable_progress_bar()  # for files of a few MB, which would drown all else
+    if transformers := sys.modules.get("transformers"):
+        # For files of a few MB, which would drown all else.
+        transformers.utils.logging.disable_progress_bar()
     return command.main(arguments[1:]) or 0
 
 

@@ -4,12 +4,12 @@ import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 
 from hamt.losses import AUXILIARY_LOSSES
 from hamt.memory import WRITE_RULES, get_algebra
 from hamt.memory.precision import PRECISIONS
 from hamt.mixers import GATING_NETWORKS, MIXERS, RETRIEVAL_HEADS, look_up
+from hamt.standard_config import StandardNamesConfig
 
 ROTATIONS = ("none", "constant", "data_dependent", "learned")
 CHOICES = {
@@ -46,7 +46,7 @@ _RANGES = {
 
 
 @strict
-class HAMTConfig(PreTrainedConfig):
+class HAMTConfig(StandardNamesConfig):
     r"""Configuration of a HAMT language model.
 
     The Transformers names ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads`` and

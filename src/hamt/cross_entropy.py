@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hamt.memory.precision import without_autocast
 from hamt.products import linear, plain_weights
 
 IGNORE_INDEX = -100  # the target where no loss is wanted, as everywhere in PyTorch and Transformers
@@ -47,10 +48,11 @@ def next_token_loss(
     """
     device = hidden_states.device.type
     dtype = hidden_states.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
+    # Autocast leaves float64 alone; the meta device has none.
+    if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     hidden, weight = hidden_states.flatten(0, 1).to(dtype), weight.to(dtype)
-    with torch.autocast(device, enabled=False):
+    with without_autocast(hidden):
         total = _summed(hidden, weight, targets.flatten(), torch.is_grad_enabled())
     return total / (targets.ne(IGNORE_INDEX).sum() if num_items is None else num_items)
 

@@ -31,6 +31,7 @@ from hamt.boundaries import Boundary, boundary_options
 from hamt.config import HAMTConfig
 from hamt.layers import HAMTLayer
 from hamt.memory import Algebra, Gates, HolographicMemory, MemoryState, rms_normalize
+from hamt.memory.precision import without_autocast
 from hamt.memory.write_rules import Convex, Delta, Gated, WriteRule
 from hamt.parts import forget_logits
 
@@ -71,7 +72,7 @@ class Consolidation(Boundary):
         summary, hidden, output, bias = (
             getattr(self, name).to(slots.dtype) for name in ("summary", "hidden", "output", "bias")
         )
-        with torch.autocast(slots.device.type, enabled=False):
+        with without_autocast(slots):
             size = (slots.square().mean(dim=-1, keepdim=True) + _EPS).log() / 2
             told = torch.cat((size, rms_normalize(slots) @ summary), dim=-1)
             pairs = torch.cat(told.chunk(2, dim=2), dim=-1)
@@ -79,7 +80,7 @@ class Consolidation(Boundary):
 
     def mixing(self, slots: Tensor) -> Tensor:
         """Fast slots stay, slow ones take over: (B, H, S, F) -> (B, H, S, S)."""
-        with torch.autocast(slots.device.type, enabled=False):
+        with without_autocast(slots):
             gate = self.gate(slots)
             stay = torch.eye(gate.shape[-1], dtype=gate.dtype, device=gate.device)
             stay = stay.expand(*gate.shape, -1)

@@ -6,15 +6,17 @@ leaves behind is only a file, which the next one takes over.
 
 import errno
 import fcntl
+import logging
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hamt.errors import UserError, reason
+
+logger = logging.getLogger(__name__)
 
 _held: set[Path] = set()  # locks of this process, which the system would grant it twice
 
@@ -81,8 +83,10 @@ def _taken(path: Path) -> int | None:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             os.close(handle)
             raise BlockingIOError from error
-        print(f"{path.parent.parent} is on a file system without locks: run one command at a time "
-              "in it", file=sys.stderr)  # fmt: skip
+        logger.warning(
+            "%s is on a file system without locks: run one command at a time in it",
+            path.parent.parent,
+        )
         return handle
     os.close(handle)
     return None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hamt.memory import Gates, HolographicMemory, MemoryState, similarity
 from hamt.memory.positions import accumulate_positions
+from hamt.memory.precision import without_autocast
 
 AUXILIARY_LOSSES = ("reconstruction", "contrastive")
 
@@ -53,7 +54,7 @@ def reconstruction_loss(
     arguments are those of ``retrieve_tile``.
     """
     retrieved, stored, real = retrieve_tile(memory, items, keys, gates, **told)
-    with torch.autocast(items.device.type, enabled=False):
+    with without_autocast(items):
         cosine = similarity(retrieved, stored)[real]
         error = (retrieved - stored).square().mean(dim=-1)[real]
         return Reconstruction((1 - cosine).sum() / max(cosine.numel(), 1), error.detach().mean())
@@ -79,7 +80,7 @@ def contrastive_loss(
     The other arguments are those of ``retrieve_tile``.
     """
     retrieved, stored, real = retrieve_tile(memory, items, keys, gates, **told)
-    with torch.autocast(items.device.type, enabled=False):
+    with without_autocast(items):
         directions = (F.normalize(x, dim=-1).transpose(1, 2) for x in (retrieved, stored))
         cosines = torch.einsum("bhjf,bhif->bhji", *directions)
         cosines = cosines.masked_fill(~real[:, None, None], -torch.inf)
@@ -126,7 +127,7 @@ def retrieve_tile(
     reading = (keys.detach(), gates, gates.write.detach())  # the read-outs are not needed
     told: dict[str, Any] = {"rotation": rotation, "documents": documents, "mask": mask}
     _, state = memory(items, keys, *reading, initial_state=initial_state, **told)
-    with torch.autocast(items.device.type, enabled=False):
+    with without_autocast(items):
         tile = slice(max(end - size, 0), end)
         real = torch.ones(batch, end, dtype=torch.bool, device=items.device)
         if mask is not None:

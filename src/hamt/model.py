@@ -26,6 +26,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
@@ -36,7 +37,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from hamt.base_model import HAMTPreTrainedModel
-from hamt.batch import Batch, names_of_documents, padding_mask
+from hamt.batch import Batch, names_of_documents, padding_mask, rows_and_length
 from hamt.block import HAMTBlock
 from hamt.cache import HAMTCache
 from hamt.config import HAMTConfig
@@ -46,6 +47,12 @@ from hamt.fingerprint import embedded
 from hamt.identity import Origin
 from hamt.parts import RMSNorm, embedding
 from hamt.products import project
+
+# What another library hands over, as PEFT's prefix tuning does.
+_OTHER_CACHE = (
+    "past_key_values must be a HAMTCache; got {}, which keeps keys and values: leave it out, and a "
+    "state is made"
+)
 
 
 class _WithMemories:
@@ -130,7 +137,7 @@ class HAMTBackbone(HAMTPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
-        rows, length = hidden_states.shape[:2]
+        rows, length = rows_and_length(hidden_states)
         if cache is not None:
             check_cache(cache, self, rows)
         elif use_cache:
@@ -165,7 +172,7 @@ def check_cache(cache: object, model: HAMTBackbone, rows: int) -> None:
         ValueError: with what it is and what it would have to be.
     """
     if not isinstance(cache, HAMTCache):
-        raise ValueError(f"past_key_values must be a HAMTCache; got {type(cache).__name__}")
+        raise ValueError(_OTHER_CACHE.format(type(cache).__name__))
     if len(cache.layers) != len(model.layers):
         raise ValueError(
             f"this state has {len(cache.layers)} layers, the model {len(model.layers)}: "
@@ -196,6 +203,17 @@ class HAMTForCausalLM(HAMTPreTrainedModel, HAMTGenerationMixin):
         self.model = HAMTBackbone(config)
         self.lm_head = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+        if given is not None and not isinstance(given, HAMTCache):
+            raise ValueError(_OTHER_CACHE.format(type(given).__name__))
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={kind!r} is a way to keep keys and values; HAMT has a state "
+                "of constant size instead: leave it out"
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
     @can_return_tuple
     def forward(
@@ -292,8 +310,7 @@ class HAMTForQuestionAnswering(GenericForQuestionAnswering, HAMTPreTrainedModel)
 HAMTModel = HAMTForCausalLM
 
 
-AutoConfig.register("hamt", HAMTConfig)
-AutoModel.register(HAMTConfig, HAMTBackbone)
+# By a class's name Transformers looks up how Trainer shifts its labels, and what pipelines know.
 _HEADS: Any = (
     (AutoModelForCausalLM, HAMTForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     (
@@ -312,13 +329,22 @@ _HEADS: Any = (
         MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     ),
 )
-for _auto, _class, _names in _HEADS:
-    _auto.register(HAMTConfig, _class)
-    # Where Trainer looks up by a class's name how its labels are shifted, and pipelines whether
-    # they know it.
-    _names["hamt"] = _class.__name__
-for _class in (HAMTBackbone, *(_class for _, _class, _ in _HEADS)):
-    # TRL and ``transformers serve`` look a class up here. Transformers makes its module anew while
-    # it is imported: some hold the first, some the last.
-    for _home in (transformers, sys.modules["transformers"]):
-        setattr(_home, _class.__name__, _class)
+
+
+def _register() -> None:
+    """Let Transformers, and what builds on it, find the classes by their configuration or name."""
+    AutoConfig.register("hamt", HAMTConfig)
+    AutoModel.register(HAMTConfig, HAMTBackbone)
+    for auto, kind, names in _HEADS:
+        auto.register(HAMTConfig, kind)
+        names["hamt"] = kind.__name__
+    for kind in (HAMTBackbone, *(kind for _, kind, _ in _HEADS)):
+        # TRL and ``transformers serve`` look a class up here. Transformers makes its module anew
+        # while it is imported: some hold the first, some the last.
+        for home in (transformers, sys.modules["transformers"]):
+            setattr(home, kind.__name__, kind)
+
+
+# A copy of this file (``hamt.remote_code``) beside HAMT itself leaves the names to it.
+if "hamt" not in CONFIG_MAPPING:
+    _register()

@@ -121,7 +121,7 @@ def parse(
         UserError: for unknown options, with the nearest known one, and for values that ``check``
             refuses; of those in a recipe, with its path.
     """
-    parser = _parser(options, command, positional)
+    parser = parser_of(describe(options, positional), command)
     namespace, unknown = parser.parse_known_args(list(arguments))
     if unknown:
         raise _unknown_option(options, unknown[0], command)
@@ -162,32 +162,55 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (hamt {self.prog.split()[-1]} --help lists the options)")
 
 
-def _parser(options: type, command: str, positional: Callable | None) -> argparse.ArgumentParser:
+def describe(options: type, positional: Callable | None = None) -> dict[str, Any]:
+    """What a command's parser is made of, as plain data (``hamt.help``)."""
+    described: dict[str, Any] = {"description": (options.__doc__ or "").splitlines()[0]}
+    if positional:
+        help = (positional.__doc__ or "").splitlines()[0]
+        described["positional"] = {"name": positional.__name__, "help": help}
+    described["options"] = [
+        {
+            "names": [field.name, *field.metadata["aliases"]],
+            "help": _help(field),
+            "kind": _kind(field).type.__name__,
+            "several": _kind(field).several,
+            "choices": list(field.metadata["choices"]),
+            "group": field.metadata["group"],
+        }
+        for field in fields(options)
+    ]
+    return described
+
+
+def parser_of(described: dict[str, Any], command: str) -> argparse.ArgumentParser:
     """A parser that keeps what is given as text, and leaves out what is not."""
+    positional = described.get("positional")
+    name = f"[{positional['name']}] " if positional else ""
     parser = _Parser(
         prog=f"hamt {command}",
-        usage=f"hamt {command} {f'[{positional.__name__}] ' if positional else ''}[--options]",
-        description=(options.__doc__ or "").splitlines()[0],
+        usage=f"hamt {command} {name}[--options]",
+        description=described["description"],
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     if positional:
-        help = (positional.__doc__ or "").splitlines()[0]
-        parser.add_argument("_positional", nargs="?", metavar=positional.__name__, help=help)
+        parser.add_argument(
+            "_positional", nargs="?", metavar=positional["name"], help=positional["help"]
+        )
     groups: dict[str | None, Any] = {None: parser}
-    for field in fields(options):
-        title, choices, kind = field.metadata["group"], field.metadata["choices"], _kind(field)
+    for each in described["options"]:
+        title, choices = each["group"], each["choices"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        metavar = f"{{{','.join(choices)}}}" if choices else kind.type.__name__.upper()
-        shape: dict[str, Any] = {"dest": field.name, "metavar": metavar}
-        if kind.type is bool:
+        metavar = f"{{{','.join(choices)}}}" if choices else each["kind"].upper()
+        shape: dict[str, Any] = {"dest": each["names"][0], "metavar": metavar}
+        if each["kind"] == "bool":
             shape |= {"nargs": "?", "const": "true"}
-        elif kind.several:
+        elif each["several"]:
             shape["nargs"] = "+"
-        flags = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
-        groups[title].add_argument(*flags, help=_help(field), **shape)
+        flags = [f"--{name}" for name in each["names"]]
+        groups[title].add_argument(*flags, help=each["help"], **shape)
         if hyphenated := [flag.replace("_", "-") for flag in flags if "_" in flag]:
             parser.add_argument(*hyphenated, help=argparse.SUPPRESS, **shape)
     return parser

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hamt.config import HAMTConfig
 from hamt.memory import WRITE_RULES, Algebra, Gates
+from hamt.memory.precision import without_autocast
 from hamt.products import linear, project
 
 
@@ -74,7 +75,7 @@ class GatingNetwork(nn.Module):
         ``feedback`` (B, N, logits) is added to the logits (``hamt.boundaries.Feedback``).
         """
         # A bfloat16 logit cannot tell a half-life of 1,000 tokens from one of 1,060.
-        with torch.autocast(conditioned.device.type, enabled=False):
+        with without_autocast(conditioned):
             wide = torch.promote_types(conditioned.dtype, torch.float32)
             bias = self.bias.to(wide)
             if self.weight is None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hamt.config import HAMTConfig
 from hamt.memory import Algebra
+from hamt.memory.precision import without_autocast
 from hamt.products import linear
 
 
@@ -42,7 +43,7 @@ class Rotation(nn.Module):
         wide = torch.promote_types(conditioned.dtype, torch.float32)
         shape = (self.num_heads, self.num_phases)
         # As for the gates: errors of a bfloat16 angle would add up from token to token.
-        with torch.autocast(conditioned.device.type, enabled=False):
+        with without_autocast(conditioned):
             if self.log_frequency is not None:
                 turn = self.log_frequency.to(wide).exp().view(1, 1, *shape)
             else:

@@ -53,7 +53,7 @@ def compute_flops_per_token(config: HAMTConfig, seq_len: int = 1024) -> dict[str
     """
     if seq_len < 1:
         raise ValueError(f"seq_len must be at least 1; got {seq_len}")
-    attention = HAMTConfig(**config.to_dict() | {"mixers": "full_attention", "conv_kernel_size": 0})
+    attention = config.changed(mixers="full_attention", conv_kernel_size=0)
     parts = (model_flops(one, seq_len) for one in (attention, config))
     standard, ours = ({name: value / 1e9 for name, value in part.items()} for part in parts)
     total, own = sum(standard.values()), sum(ours.values())

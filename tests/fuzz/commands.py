@@ -90,6 +90,7 @@ BASE = {
     "ablate": {"recipe": "ablation.yaml", "workers": 1, "output_dir": "ablate"},
     "analyze": {"checkpoint": "model", "max_tokens": 8, "output_dir": "out"},
     "export": {"checkpoint": "model", "output_dir": "export"},
+    "completion": {"shell": "bash"},
     "serve": {"port": "0"},
     "explore": {"port": "0"},  # it is never to serve: a port of 0 is refused
 }

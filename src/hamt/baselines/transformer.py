@@ -42,7 +42,7 @@ def transformer(
         "dropout": 0.0,
         "use_auxiliary_loss": False,
     }
-    model = HAMTForCausalLM(HAMTConfig(**config.to_dict() | changes))
+    model = HAMTForCausalLM(config.changed(**changes))
     if core != "sdpa":
         for block in model.model.layers:
             block.mixer.attend = eager_attention if core == "eager" else unmixed

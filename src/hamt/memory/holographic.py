@@ -30,6 +30,7 @@ from hamt.memory.forms import (
     reading_first,
     without_own,
 )
+from hamt.memory.precision import without_autocast
 from hamt.memory.write_rules import WRITE_RULES, Gates
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ class HolographicMemory:
             open_gates.beta if beta is None else beta,
         )
         gates = self.rule.complete(gates, state.slots.dtype)
-        with torch.autocast(state.slots.device.type, enabled=False):
+        with without_autocast(state.slots):
             bound = self.algebra.bind(self.algebra.lift(item), key)
             return state._replace(slots=self.rule.turn(state.slots, bound, gates))
 
@@ -150,7 +151,7 @@ class HolographicMemory:
         """
         if read is None:
             read = self.rule.open_gates(state.slots[..., 0]).write
-        with torch.autocast(read.device.type, enabled=False):
+        with without_autocast(read):
             return self.algebra.lower(self.algebra.unbind(read_slots(state.slots, read), key))
 
     # ------------------------------------------------------------- sequences
@@ -207,7 +208,7 @@ class HolographicMemory:
         wide = torch.promote_types(items.dtype, torch.float32)
         state = initial_state or self.initial_state(items.shape[0], wide, items.device)
         # State and decay arithmetic stay in float32 under autocast; only tile products are narrow.
-        with torch.autocast(items.device.type, enabled=False):
+        with without_autocast(items):
             gates = self.rule.complete(gates, state.slots.dtype)
             if mask is not None:
                 # Also what is no number: a gate of zero would not keep it out.

@@ -1,4 +1,6 @@
-"""Slots with fewer bits: bfloat16, or int8 with a scale for each slot."""
+"""Slots with fewer bits: bfloat16, or int8 with scales; and full precision under autocast."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,3 +22,10 @@ def rounded(x: Tensor, precision: str) -> Tensor:
         steps, scale = quantise(x)
         return (steps * scale).to(x.dtype)
     return x.to(getattr(torch, precision)).to(x.dtype)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """A context in which autocast leaves the dtypes of ``x`` and what follows from it alone."""
+    if x.device.type == "meta":  # which has no autocast, and no numbers
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

@@ -1,6 +1,7 @@
 """From options to all that a run needs. What can be wrong is found out before compute is spent."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def _model(
 ) -> HAMTForCausalLM:
     if trained is None:
         return _new_model(options, tokenizer)
-    model = HAMTForCausalLM(_config(**trained[0].config.to_dict() | options.architecture()))
+    model = HAMTForCausalLM(_config(trained[0].config.changed, **options.architecture()))
     if model.device.type != "meta":
         model.load_state_dict(trained[0].state_dict())
     return model
@@ -162,9 +163,9 @@ def _fields(options: TrainOptions) -> dict[str, Any]:
     return {**(SIZES[options.size] if options.size else {}), **options.architecture()}
 
 
-def _config(**fields: Any) -> HAMTConfig:
+def _config(make: Callable[..., HAMTConfig] = HAMTConfig, **fields: Any) -> HAMTConfig:
     with user_errors():
-        return HAMTConfig(**fields)
+        return make(**fields)
 
 
 def check_options(options: TrainOptions) -> None:

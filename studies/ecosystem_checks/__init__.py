@@ -1,0 +1,1 @@
+"""Checks of HAMT beside other libraries, by library; ``studies/ecosystem.py`` runs them."""
