@@ -79,13 +79,17 @@ def served(arguments: list[str], folder: Path, log: Path) -> Iterator[tuple[int,
         process = subprocess.Popen(command, env=variables, stdout=out, stderr=out)
     try:
         address = f"http://127.0.0.1:{port}"
-        for _ in range(600):
+        for _ in range(1200):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             if process.poll() is not None:
-                raise SystemExit(f"the server has ended:\n{log.read_text()[-2000:]}")
+                break
             time.sleep(0.1)
+        else:
+            process.kill()
+        if process.poll() is not None:
+            raise SystemExit(f"the server has ended:\n{log.read_text()[-2000:]}")
         yield process.pid, address
     finally:
         process.terminate()
@@ -95,8 +99,10 @@ def served(arguments: list[str], folder: Path, log: Path) -> Iterator[tuple[int,
             process.kill()
 
 
-def peak_bytes(pid: int) -> int:
-    """The most memory that a process has held (Linux)."""
+def peak_bytes(pid: int, anew: bool = False) -> int:
+    """The most memory that a process has held, since it was last asked for anew (Linux)."""
+    if anew:
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
     status = Path(f"/proc/{pid}/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
@@ -149,7 +155,7 @@ def measured(name: str, folder: Path, options: argparse.Namespace) -> dict[str, 
     with served(arguments, folder / kind, folder / f"{kind}.log") as (pid, address):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=3600)
         talk(client, model, ["Is anybody there?"], 8)  # what is made once is made now
-        before = peak_bytes(pid)
+        before = peak_bytes(pid, anew=True)
         alone = talk(client, model, said[:turns], options.answer)
         begin = time.perf_counter()
         with ThreadPoolExecutor(options.sessions) as pool:

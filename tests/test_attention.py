@@ -188,6 +188,7 @@ def test_names_and_numbers_of_mixers_are_checked():
 def test_the_state_of_another_mixer_is_refused(kind):
     ids = random_ids(1, 4)
     other = attention_model(mixers="memory")(ids, use_cache=True).past_key_values
+    other.origin = None  # as that of a file which names no model
     with pytest.raises(ValueError, match="comes from another model: its"):
         attention_model(**kind)(ids, past_key_values=other)
 

@@ -5,7 +5,7 @@ import socket
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hamt.errors import UserError
@@ -37,7 +37,8 @@ class Guard:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": refusal[1]})
         else:
-            await PlainTextResponse(refusal[1], refusal[0])(scope, receive, send)
+            told = {"message": refusal[1], "type": "invalid_request_error"}
+            await JSONResponse({"error": told}, refusal[0])(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         """The status and the words to refuse a request with, or None."""
@@ -50,6 +51,8 @@ class Guard:
         if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
             if scope["method"] != "POST" or scope["path"].rstrip("/") not in self.posts:
                 return 403, "This server takes nothing of that kind."
+            if b"transfer-encoding" in headers:  # which would count, and not the length
+                return 411, "Say how long this is (Content-Length)."
             size = headers.get(b"content-length", "")
             if not size.isdecimal() or int(size) > self.max_body:
                 return 413, "This is too long."

@@ -39,7 +39,11 @@ def test_the_command_serves_until_it_is_interrupted(folders):
             assert line == f"ours: http://127.0.0.1:{port}/v1; Ctrl-C ends it.\n"
             with openai.OpenAI(base_url=line.split()[1].rstrip(";"), api_key="none") as client:
                 answer = client.completions.create(model="ours", prompt="the sum", max_tokens=3)
-            assert answer.usage.completion_tokens == 3
+                assert answer.usage.completion_tokens == 3
+                stream = client.completions.create(
+                    model="ours", prompt="the sum", max_tokens=10**5, stream=True
+                )
+                next(iter(stream))  # who is being answered holds nothing up
             process.send_signal(signal.SIGINT)
             assert process.wait(30) in (0, 130)
             assert "Traceback" not in process.stderr.read()

@@ -170,7 +170,7 @@ def test_a_fault_of_one_text_ends_that_text_alone(engines, caplog):
 
 
 def test_too_many_are_refused_and_an_end_is_told(monkeypatch):
-    monkeypatch.setattr(module, "MAX_WAITING", 2)
+    monkeypatch.setattr(module, "MAX_WAITING", (2, 1000))
     engine = Engine(tiny_model(), StateStore(0), 1)
     (ids,) = prompts(5)
     texts = []

@@ -2,74 +2,15 @@
 
 import http.client
 import json
-import socket
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import openai
 import pytest
-import torch
-import uvicorn
+from server_inputs import NAME, ask, post, said, wait_until
 
-from hamt.checkpoint import load_checkpoint
 from hamt.conversation import TRANSCRIPT
-from hamt.serving.engine import Engine
-from hamt.serving.server import CHAT, COMPLETIONS, Service, build_app
-from hamt.serving.states import StateStore
-
-NAME, MAX_TOKENS = "tiny", 600
-
-
-@pytest.fixture(scope="module")
-def model(folders):
-    """A model and its tokenizer; what it writes is plain text that does not end by itself."""
-    torch.manual_seed(3)
-    model, tokenizer = load_checkpoint(folders / "ours")
-    with torch.no_grad():
-        model.model.layers[0].mixer.output_proj.weight.normal_(std=0.5)
-        embedding = model.model.embed_tokens.weight.normal_(std=0.3)
-        for token in range(model.config.vocab_size):
-            text = tokenizer.decode(token)
-            if not (text.strip().isalnum() and text.isascii()):
-                embedding[token] *= 0.01
-    return model, tokenizer
-
-
-@pytest.fixture(scope="module")
-def engine(model):
-    engine = Engine(model[0], StateStore(10**8), 8)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def address(model, engine):
-    """Host and port of a server that runs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    app = build_app(Service(engine, model[1], NAME, MAX_TOKENS), "127.0.0.1")
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield "127.0.0.1", port
-    server.should_exit = True
-    thread.join()
-
-
-@pytest.fixture(scope="module")
-def client(address):
-    base = "http://{}:{}/v1".format(*address)
-    with openai.OpenAI(base_url=base, api_key="none", max_retries=0, timeout=60) as client:
-        yield client
-
-
-def said(role, text):
-    return {"role": role, "content": text}
+from hamt.serving.server import CHAT, COMPLETIONS
 
 
 def written(model, messages, count):
@@ -84,14 +25,12 @@ def written(model, messages, count):
     return text.lstrip(), ids.shape[1]
 
 
-def ask(client, messages, **options):
-    options = {"max_tokens": 12, "temperature": 0, **options}
-    return client.chat.completions.create(model=NAME, messages=messages, **options)
-
-
 def test_the_model_is_listed(client):
     (model,) = client.models.list().data
     assert (model.id, model.owned_by) == (NAME, "hamt")
+    assert client.models.retrieve(NAME) == model
+    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        client.models.retrieve("other")
 
 
 def test_an_answer_is_what_generate_writes(client, model):
@@ -198,13 +137,6 @@ def test_32_conversations_at_once_stay_apart(client, model, engine):
     assert not engine._batches
 
 
-def wait_until(condition):
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_a_client_that_goes_away_ends_the_work(client, engine):
     stream = ask(client, [said("user", "leave")], max_tokens=550, stream=True)
     next(stream)
@@ -266,19 +198,11 @@ def test_what_cannot_be_answered_is_refused(name, address):
     assert told["error"]["type"] == "invalid_request_error"
 
 
-def post(address, path, body, headers=()):
-    connection = http.client.HTTPConnection(*address)
-    connection.request("POST", path, body, {"Content-Type": "application/json", **dict(headers)})
-    answer = connection.getresponse()
-    content = answer.read().decode()
-    connection.close()
-    return answer, json.loads(content) if content.startswith("{") else content
-
-
 def test_neutral_fields_change_nothing(client):
     messages = [said("user", "as it is")]
     plain = ask(client, messages).choices[0].message.content
     neutral = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logprobs": False}
+    neutral |= {"logit_bias": None, "extra_body": {"functions": None, "stream": None}}
     neutral |= {"user": "me", "stop": None, "response_format": {"type": "text"}, "tools": []}
     assert ask(client, messages, **neutral).choices[0].message.content == plain
 
@@ -296,7 +220,9 @@ def test_others_are_not_answered(address):
     assert post(address, COMPLETIONS, body)[0].status == 200
     assert post(address, COMPLETIONS, body, {"Host": "evil.example"})[0].status == 400
     assert post(address, COMPLETIONS, body, {"Origin": "http://evil.example"})[0].status == 403
-    assert post(address, "/v1/files", body)[0].status == 403
+    answer, told = post(address, "/v1/files", body)
+    assert answer.status == 403
+    assert told["error"]["message"]
     assert post(address, COMPLETIONS, "a" * 2_000_000)[0].status == 413
 
 
@@ -310,19 +236,3 @@ def test_a_fault_is_told_without_its_trace(address, engine, monkeypatch, caplog)
     assert answer.status == 200
     assert json.loads(text.removeprefix("data: "))["error"]["type"] == "server_error"
     assert "ZeroDivisionError" in caplog.text
-
-
-def test_a_conversation_that_a_template_refuses(model, engine, address):
-    from fastapi.testclient import TestClient
-
-    tokenizer = model[1]
-    before = tokenizer.chat_template
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    try:
-        app = build_app(Service(engine, tokenizer, NAME, MAX_TOKENS), "testserver")
-    finally:
-        tokenizer.chat_template = before
-    asked = {"model": NAME, "messages": [said("user", "a")]}
-    answer = TestClient(app).post(CHAT, json=asked)
-    assert answer.status_code == 400
-    assert "roles must alternate" in answer.json()["error"]["message"]

@@ -2,11 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 
 from tokenizers.decoders import DecodeStream
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hamt.serving.engine import Engine, Text
+
+BEFORE = 8  # tokens of a text that those after it are decoded with
 
 
 class Answer:
@@ -33,22 +36,32 @@ class Answer:
         self.text = Text(ids, config, seed, self._take, self._end)
         self.prompt_tokens, self.tokens, self.finish_reason = len(ids), 0, "length"
         self._tokenizer = tokenizer._tokenizer
-        self._stream = DecodeStream([], skip_special_tokens=True)
-        self._ends, self._most, self._stops = config.eos_token_id, config.max_new_tokens, stops
+        # What precedes says whether the first token begins with a space.
+        before = [] if bare else ids[-BEFORE:]
+        self._stream = DecodeStream(before, skip_special_tokens=True)
+        self._pending: list[int] = []  # tokens that have not brought their characters yet
+        self._ends, self._stops = config.eos_token_id or (), stops
+        self._most = config.max_new_tokens
         self._held, self._begun = "", not bare
         self._loop, self._queue = (
             asyncio.get_running_loop(),
             asyncio.Queue[str | Exception | None](),
         )
 
-    async def pieces(self, engine: Engine) -> AsyncIterator[str]:
-        """The text, as the engine writes it. Who stops reading ends it.
+    def begin(self, engine: Engine) -> None:
+        """Have it written.
 
         Raises:
             Busy: if too many wait.
-            Exception: what went wrong in the engine.
         """
         engine.submit(self.text)
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The text, as the engine writes it. Who stops reading ends it.
+
+        Raises:
+            Exception: what went wrong in the engine.
+        """
         try:
             while (piece := await self._queue.get()) is not None:
                 if isinstance(piece, Exception):
@@ -60,7 +73,10 @@ class Answer:
     def _take(self, token: int) -> bool:
         self.tokens += 1
         ended = token in self._ends
-        self._held += self._stream.step(self._tokenizer, token) or ""
+        self._pending.append(token)
+        if piece := self._stream.step(self._tokenizer, token):
+            self._held += piece
+            self._pending = []
         places = [place for word in self._stops if (place := self._held.find(word)) >= 0]
         if places:
             self._held, ended = self._held[: min(places)], True
@@ -72,6 +88,8 @@ class Answer:
         return not ended and self.tokens < self._most
 
     def _end(self, error: Exception | None) -> None:
+        if self.finish_reason == "length":  # a character may have begun, as ``decode`` shows it
+            self._held += self._tokenizer.decode(self._pending, skip_special_tokens=True)
         self._send(len(self._held))  # what might have become a word that ends it
         self._put(error)
 
@@ -90,5 +108,5 @@ class Answer:
 
     def _put(self, piece: str | Exception | None) -> None:
         # After the server's end there is no loop, and nobody who waits.
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)

@@ -11,8 +11,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     StringConstraints,
+    model_validator,
 )
 
 
@@ -23,6 +25,12 @@ def _characters(text: str) -> str:
 
 Words = Annotated[str, AfterValidator(_characters)]
 Some = Annotated[Words, StringConstraints(min_length=1)]
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, list) and value and not isinstance(value[0], str):
+        raise ValueError("ids of tokens are not taken: give the text")
+    return _listed(value)
 
 
 def _listed(value: Any) -> Any:
@@ -41,7 +49,7 @@ class Message(BaseModel):
 
     role: Some
     content: Words | list[Part] | None = None
-    tool_calls: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @property
     def text(self) -> str:
@@ -61,6 +69,14 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, fields: Any) -> Any:
+        """A field that is null is one that is left out."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
+
     model: Words
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -72,7 +88,7 @@ class Body(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     # Not OpenAI's, but that of many servers: what ``generate`` knows by these names.
     top_k: int | None = Field(None, ge=0)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
 
     # Fields that change nothing, and others with the one value that does not.
     user: Any = None
@@ -95,7 +111,7 @@ class Plain(BaseModel):
 class ChatBody(Body):
     """A request to ``/v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=2**14), FailFast()]
     max_completion_tokens: int | None = Field(None, ge=1)
 
     parallel_tool_calls: Any = None
@@ -111,7 +127,7 @@ class ChatBody(Body):
 class CompletionBody(Body):
     """A request to ``/v1/completions``."""
 
-    prompt: Annotated[list[Words], Field(min_length=1, max_length=1), BeforeValidator(_listed)]
+    prompt: Annotated[list[Words], Field(min_length=1, max_length=1), BeforeValidator(_text)]
 
     suffix: Literal["", None] = None
     echo: Literal[False, None] = None

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.console import PlainConsole
@@ -50,15 +51,27 @@ def main(arguments: Sequence[str]) -> int:
     check_address(options.host, options.port)
     model, tokenizer = load_checkpoint(options.checkpoint or PRETRAINED)
     model.fuse_projections()
-    name = options.name or Path(options.checkpoint or "hamt").resolve().stem
+    path = Path(options.checkpoint or "hamt").resolve()
+    name = options.name or (path.name if path.is_dir() else path.stem)
     engine = Engine(model, StateStore(options.memory * 10**6), options.max_rows)
     app = build_app(Service(engine, tokenizer, name, options.max_tokens), options.host)
     console = PlainConsole()
     console.print(f"{name}: http://{options.host}:{options.port}/v1; Ctrl-C ends it.")
     sys.stdout.flush()
-    config = uvicorn.Config(app, options.host, options.port, log_level="warning", access_log=False)
+    config = uvicorn.Config(
+        *(app, options.host, options.port),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=5,
+    )
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            engine.end()  # answers that are being written end, and with them their connections
+            super().handle_exit(sig, frame)
+
     try:
-        uvicorn.Server(config).run()
+        Server(config).run()
     finally:
         engine.close()
     return 0

@@ -23,7 +23,7 @@ from hamt.serving.states import StateStore
 logger = logging.getLogger(__name__)
 
 PART = 256  # tokens of a prompt that are read between two tokens of other texts
-MAX_WAITING = 1024  # texts; more are refused
+MAX_WAITING = 1024, 2**23  # texts and their tokens; more are refused
 
 
 class Busy(Exception):
@@ -95,16 +95,36 @@ class Engine:
             Busy: if too many wait.
         """
         with self._changed:
-            if len(self._waiting) >= MAX_WAITING:
-                raise Busy(f"{MAX_WAITING:,} requests wait already: ask again later")
+            if self._closed:
+                raise Busy("the server ends")
+            if self._is_full(text):
+                self._waiting, waited = deque(), self._waiting
+                for each in waited:  # those whose clients have gone make room
+                    self._waiting.append(each) if each.wanted else each.end(None)
+            if self._is_full(text):
+                raise Busy(f"{len(self._waiting):,} requests wait already: ask again later")
             self._waiting.append(text)
             self._changed.notify()
 
-    def close(self) -> None:
+    def _is_full(self, text: Text) -> bool:
+        texts, tokens = MAX_WAITING
+        waiting = sum(len(each.ids) for each in self._waiting)
+        return len(self._waiting) >= texts or (waiting > 0 and waiting + len(text.ids) > tokens)
+
+    @property
+    def alive(self) -> bool:
+        """Whether texts are being read and written, or would be."""
+        return self._thread.is_alive()
+
+    def end(self) -> None:
         """End after the next token; texts that are not done are told so."""
         with self._changed:
             self._closed = True
             self._changed.notify()
+
+    def close(self) -> None:
+        """The same, and wait for it."""
+        self.end()
         self._thread.join()
 
     @torch.no_grad()
@@ -251,6 +271,8 @@ def _chooser(model: Any, text: Text) -> Callable[[torch.Tensor], int]:
         if not config.do_sample:
             return int(scores.argmax())
         chances = scores.softmax(dim=-1)
+        if not chances.isfinite().all():
+            raise ValueError("these options leave no token to choose")
         return int(torch.multinomial(chances, 1, generator=generator))
 
     return choose

@@ -8,7 +8,8 @@ import copy
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -21,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hamt.conversation import NEXT_TURN, TRANSCRIPT, template_of
 from hamt.data.tokenizer import start_token
+from hamt.errors import printable
 from hamt.guard import Guard
 from hamt.serving.answers import Answer
 from hamt.serving.bodies import Body, ChatBody, CompletionBody
@@ -47,31 +49,45 @@ class Service:
         self.engine, self.tokenizer = engine, tokenizer
         self.name, self.max_tokens = name, max_tokens
         self.template = template_of(tokenizer)
+        # Prompts become tokens one after the other, beside the loop: a long one takes seconds.
+        self._prompts = ThreadPoolExecutor(1)
 
     async def chat(self, body: ChatBody) -> Any:
         """Answer a conversation."""
-        prompt = self.tokenizer.apply_chat_template(
-            [{"role": message.role, "content": message.text} for message in body.messages],
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        ids = await self._tokens(body, self._conversation, body)
         asked = body.max_completion_tokens or body.max_tokens
         stops = body.stop if self.template is not TRANSCRIPT else [*body.stop, NEXT_TURN]
         return await self._answer(body, ids, asked, stops, bare=True)
 
     async def completion(self, body: CompletionBody) -> Any:
         """Go on with a text."""
-        ids = self.tokenizer(body.prompt[0]).input_ids or [start_token(self.tokenizer)]
+        ids = await self._tokens(body, lambda: self.tokenizer(body.prompt[0]).input_ids)
         return await self._answer(body, ids, body.max_tokens, body.stop)
+
+    def _conversation(self, body: ChatBody) -> list[int]:
+        try:
+            prompt = self.tokenizer.apply_chat_template(
+                [{"role": message.role, "content": message.text} for message in body.messages],
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            told = f"the chat template takes no such messages: {error}"
+            raise HTTPException(400, {"message": told}) from error
+        return self.tokenizer(prompt, add_special_tokens=False).input_ids
+
+    async def _tokens(self, body: Body, tokens: Callable[..., list[int]], *given: Any) -> list[int]:
+        if body.model != self.name:
+            there = f"there is no model {body.model!r} here, but {self.name!r}"
+            raise HTTPException(404, {"message": there, "code": "model_not_found"})
+        loop = asyncio.get_running_loop()
+        ids = await loop.run_in_executor(self._prompts, tokens, *given)
+        return ids or [start_token(self.tokenizer)]
 
     async def _answer(
         self, body: Body, ids: list[int], asked: int | None, stops: list[str], bare: bool = False
     ) -> Any:
-        if body.model != self.name:
-            there = f"there is no model {body.model!r} here, but {self.name!r}"
-            raise HTTPException(404, {"message": there, "code": "model_not_found"})
         room = self.max_tokens - len(ids)
         if room < (asked or 1):
             told = f"the prompt has {len(ids):,} tokens, and its answer up to {asked or 1:,}: "
@@ -80,13 +96,14 @@ class Service:
         config = self._config(body)
         config.max_new_tokens = asked or min(LONGEST_ANSWER, room)
         answer = Answer(self.tokenizer, ids, config, body.seed, stops, bare)
+        answer.begin(self.engine)
         head = {"id": f"{'chatcmpl' if bare else 'cmpl'}-{uuid.uuid4().hex}"}
         head |= {"created": int(time.time()), "model": self.name}  # type: ignore[dict-item]
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             pieces = self._events(answer, head, bare, usage)
-            return StreamingResponse(pieces, media_type="text/event-stream")
-        text = "".join([piece async for piece in answer.pieces(self.engine)])
+            return Events(answer, pieces)
+        text = "".join([piece async for piece in answer.pieces()])
         content: dict[str, Any] = {"text": text}
         if bare:
             content = {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -107,10 +124,8 @@ class Service:
         if chat:
             yield event({"role": "assistant", "content": ""})
         try:
-            async for piece in answer.pieces(self.engine):
+            async for piece in answer.pieces():
                 yield event({"content": piece})
-        except Busy as error:
-            yield _event(_error(str(error), 503))
         except Exception:
             yield _event(_error(FAILED, 500))
         else:
@@ -128,7 +143,8 @@ class Service:
                 setattr(config, name, value)
         # A temperature says that tokens are drawn, or with 0 that they are not.
         if any(x is not None for x in (body.temperature, body.top_p, body.top_k)):
-            config.do_sample = body.temperature != 0
+            # Logits over a smaller one would not be finite.
+            config.do_sample = body.temperature is None or body.temperature >= 1e-4
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = None
         if any(token >= model.config.vocab_size for token in body.logit_bias):
@@ -137,7 +153,7 @@ class Service:
         config.sequence_bias = {(token,): bias for token, bias in body.logit_bias.items()} or None
         own = config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-        config.eos_token_id = sorted(end for end in ends if end is not None)
+        config.eos_token_id = sorted(end for end in ends if end is not None) or None
         return config
 
 
@@ -162,8 +178,17 @@ def build_app(service: Service, host: str) -> FastAPI:
         model = {"id": service.name, "object": "model", "created": begun, "owned_by": "hamt"}
         return {"object": "list", "data": [model]}
 
+    @app.get("/v1/models/{name:path}")
+    async def described(name: str) -> Any:
+        if name != service.name:
+            told = {"message": f"there is no model {name!r} here", "code": "model_not_found"}
+            raise HTTPException(404, told)
+        return (await models())["data"][0]
+
     @app.get("/health")
     async def health() -> Any:
+        if not service.engine.alive:
+            raise HTTPException(503, {"message": FAILED})
         return {"status": "ok"}
 
     @app.exception_handler(StarletteHTTPException)
@@ -174,13 +199,10 @@ def build_app(service: Service, host: str) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
+        at = () if first["type"] == "json_invalid" else first["loc"][1:]
+        place = printable(".".join(str(part) for part in at))
         told = f"{place}: {first['msg']}" if place else first["msg"]
         return JSONResponse(_error(told, 400, param=place or None), 400)
-
-    @app.exception_handler(TemplateError)
-    async def no_conversation(_: Request, error: TemplateError) -> JSONResponse:
-        return JSONResponse(_error(f"the chat template takes no such messages: {error}", 400), 400)
 
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> JSONResponse:
@@ -191,6 +213,22 @@ def build_app(service: Service, host: str) -> FastAPI:
         return JSONResponse(_error(FAILED, 500), 500)
 
     return app
+
+
+class Events(StreamingResponse):
+    """An answer in pieces, which ends with its connection, also before the first piece."""
+
+    def __init__(self, answer: Answer, pieces: AsyncIterator[str]) -> None:
+        headers = {"Cache-Control": "no-cache"}
+        super().__init__(pieces, media_type="text/event-stream", headers=headers)
+        self.answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.answer.text.wanted = False
 
 
 class Leaving:
