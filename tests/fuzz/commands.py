@@ -200,7 +200,7 @@ def line(seed: int) -> list[str]:
         given["num_steps"] = given.get("num_steps", ["1"])
     if command == "ablate":  # the default one is a day's work
         given.setdefault("recipe", ["ablation.yaml"])
-    if command == "explore":
+    if command in ("explore", "serve"):
         given["port"] = ["0"]
     words = [command]
     for name, values in given.items():
