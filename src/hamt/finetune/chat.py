@@ -1,5 +1,6 @@
 """Supervised fine-tuning on conversations, by TRL."""
 
+import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ def train_chat(
 
         adapter = LoraConfig(task_type="CAUSAL_LM", r=lora_rank, lora_alpha=2 * lora_rank)
     arguments = SFTConfig(
+        output_dir=tempfile.gettempdir(),  # nothing is saved there; it would make a folder here
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,

@@ -1,5 +1,6 @@
 """Training a classifier on a trained language model, and what to hold its accuracy against."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -128,6 +129,7 @@ def train(
         told(epoch, Scores(*(found[f"eval_{name}"] for name in Scores._fields)))
 
     arguments = TrainingArguments(
+        output_dir=tempfile.gettempdir(),  # nothing is saved there; it would make a folder here
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
