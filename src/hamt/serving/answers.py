@@ -40,13 +40,11 @@ class Answer:
         before = [] if bare else ids[-BEFORE:]
         self._stream = DecodeStream(before, skip_special_tokens=True)
         self._pending: list[int] = []  # tokens that have not brought their characters yet
-        self._ends, self._stops = config.eos_token_id or (), stops
-        self._most = config.max_new_tokens
+        self._ends, self._most = config.eos_token_id or (), config.max_new_tokens
+        self._stops = stops
         self._held, self._begun = "", not bare
-        self._loop, self._queue = (
-            asyncio.get_running_loop(),
-            asyncio.Queue[str | Exception | None](),
-        )
+        self._loop = asyncio.get_running_loop()
+        self._queue = asyncio.Queue[str | Exception | None]()
 
     def begin(self, engine: Engine) -> None:
         """Have it written.
