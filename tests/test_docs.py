@@ -20,6 +20,7 @@ from command_inputs import TEXT
 from matplotlib.figure import Figure
 
 from hamt.cli import COMMANDS, main
+from hamt.config import HAMTConfig
 from hamt.memory import WRITE_RULES
 from hamt.mixers import GATING_NETWORKS, MIXERS, RETRIEVAL_HEADS
 from hamt.serving.bodies import ChatBody
@@ -64,6 +65,7 @@ def run(page):
         # What a page adds goes with it.
         for table in (GATING_NETWORKS, MIXERS, RETRIEVAL_HEADS, WRITE_RULES):
             tables.enter_context(mock.patch.dict(table))
+        patch.setattr(HAMTConfig, "_with_code", False)
         patch.setenv("XDG_CACHE_HOME", folder)
         Path("my_text.txt").write_text(TEXT, encoding="utf-8")
         for block in blocks(page, "python"):
