@@ -71,6 +71,11 @@ class Guard:
             return False
 
 
+def url(host: str, port: int) -> str:
+    """Where a browser finds a server: an IPv6 address stands in brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def check_address(host: str, port: int | None) -> None:
     """Find out whether a server could listen here.
 
@@ -78,9 +83,11 @@ def check_address(host: str, port: int | None) -> None:
         UserError: if not.
     """
     try:
-        with socket.socket() as probe:
+        found = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)
+        family, kind, _, _, address = found[0]
+        with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port or 0))
+            probe.bind(address)
     except OSError as error:
         where = f"{host}, port {port}" if port else host
         raise UserError(

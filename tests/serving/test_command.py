@@ -9,6 +9,8 @@ import openai
 import pytest
 
 from hamt.cli import main
+from hamt.errors import UserError
+from hamt.guard import check_address, url
 
 
 @pytest.mark.parametrize(
@@ -24,6 +26,18 @@ def test_a_command_that_cannot_be_is_told_in_one_line(arguments, words, capsys):
     assert main(["serve", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+def test_an_ipv6_address_is_one():
+    assert url("::1", 8000) == "http://[::1]:8000"
+    assert url("localhost", 8000) == "http://localhost:8000"
+    try:
+        server = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    check_address("::1", None)
+    with server, pytest.raises(UserError, match="cannot serve at ::1, port"):
+        check_address("::1", server.getsockname()[1])
 
 
 def test_the_command_serves_until_it_is_interrupted(folders):
