@@ -71,9 +71,9 @@ class Guard:
             return False
 
 
-def url(host: str, port: int) -> str:
-    """Where a browser finds a server: an IPv6 address stands in brackets."""
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def in_url(host: str) -> str:
+    """A host as it stands in an address of the web: one of IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def check_address(host: str, port: int | None) -> None:

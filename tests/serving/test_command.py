@@ -10,7 +10,7 @@ import pytest
 
 from hamt.cli import main
 from hamt.errors import UserError
-from hamt.guard import check_address, url
+from hamt.guard import check_address, in_url
 
 
 @pytest.mark.parametrize(
@@ -29,8 +29,7 @@ def test_a_command_that_cannot_be_is_told_in_one_line(arguments, words, capsys):
 
 
 def test_an_ipv6_address_is_one():
-    assert url("::1", 8000) == "http://[::1]:8000"
-    assert url("localhost", 8000) == "http://localhost:8000"
+    assert [in_url(host) for host in ("::1", "127.0.0.1")] == ["[::1]", "127.0.0.1"]
     try:
         server = socket.create_server(("::1", 0), family=socket.AF_INET6)
     except OSError:

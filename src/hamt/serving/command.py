@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         import uvicorn
 
-        from hamt.guard import check_address, url
+        from hamt.guard import check_address, in_url
         from hamt.serving.server import Service, build_app
     except ImportError as error:
         raise UserError(
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     engine = Engine(model, StateStore(options.memory * 10**6), options.max_rows)
     app = build_app(Service(engine, tokenizer, name, options.max_tokens), options.host)
     console = PlainConsole()
-    console.print(f"{name}: {url(options.host, options.port)}/v1; Ctrl-C ends it.")
+    console.print(f"{name}: http://{in_url(options.host)}:{options.port}/v1; Ctrl-C ends it.")
     sys.stdout.flush()
     config = uvicorn.Config(
         *(app, options.host, options.port),

@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 from hamt.analysis.explorer.render import BLUE, STYLE, retrieved_lists, slot_grid
 from hamt.analysis.explorer.session import MAX_CHARACTERS, MAX_TOKENS, TIMES, Explorer, View
 from hamt.errors import UserError
-from hamt.guard import Guard
+from hamt.guard import Guard, in_url
 
 # What the page sends; there is nothing else to be told, and no files.
 POSTS = ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
@@ -164,7 +164,7 @@ def launch(app: gr.Blocks, host: str, port: int | None) -> Any:
     """
     text, code = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     return app.queue(default_concurrency_limit=1).launch(
-        server_name=host,
+        server_name=in_url(host),
         server_port=port,
         share=False,
         quiet=True,
