@@ -49,8 +49,9 @@ def test_a_folder_for_onnxruntime(folders, tmp_path, capsys, monkeypatch):
         assert ids.shape[1] == length + 1
     assert torch.equal(ids, wanted)
     # Again into the same folder: what another format has written goes, other files stay.
-    with claim(tmp_path / "out", "export", [r"index\.html"]) as output:
+    with claim(tmp_path / "out", "export", [r"index\.html", "runtime/.*"]) as output:
         output.write_text("index.html", "a page")
+        output.write_text(f"runtime/{next(iter(FILES))}", "its runtime")
     (tmp_path / "out" / "mine.txt").write_text("mine")
     written = (tmp_path / "out" / "model.onnx").read_bytes()
     monkeypatch.setattr(command, "write_onnx", lambda step, path: path.write_bytes(written))
@@ -102,6 +103,31 @@ def test_what_cannot_be_exported_is_told_in_one_line(checkpoint, npm_package, ca
     line = fails(["export", *words(checkpoint=folder), *web, *output], capsys, silent=False)
     assert "byte-level BPE" in line
     assert not (tmp_path / "out").exists(), "nothing is left behind"
+
+
+def test_an_empty_checkpoint_is_not_the_model_in_hamt(capsys):
+    """As of a shell variable that is not set."""
+    assert "no checkpoint at" in fails(["export", *words(checkpoint="")], capsys)
+
+
+def test_what_cannot_be_run_here_is_told_in_one_line(checkpoint, tmp_path, capsys, monkeypatch):
+    """And leaves nothing: as a library that this processor has not the instructions for."""
+
+    def refuse(path):
+        raise RuntimeError("failed to map segment\nfrom shared object")
+
+    monkeypatch.setattr(command, "load_onnx", refuse)
+    output = words(output_dir=tmp_path / "out")
+    line = fails(["export", *words(checkpoint=checkpoint()), *output], capsys, silent=False)
+    assert "what was exported cannot be run here: failed to map segment" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("given", "name"), [
+    (None, "The model in HAMT"), ("runs/mine", "mine"), ("runs/mine/best/..", "mine"),
+])  # fmt: skip
+def test_a_page_is_called_as_the_folder_of_its_model(given, name):
+    assert command._name(command.ExportOptions(checkpoint=given)) == name
 
 
 def test_another_version_of_the_runtime_is_told(npm_package):
