@@ -13,7 +13,7 @@ from command_inputs import fails, words
 
 from hamt.cli import main
 from hamt.errors import UserError
-from hamt.files import write_folder, write_json
+from hamt.files import write_json
 from hamt.locks import locked
 from hamt.output import (
     FILES,
@@ -315,23 +315,6 @@ def test_a_file_where_a_folder_is_needed_is_told_before_anything_is_written(tmp_
     ):
         pass
     assert (tmp_path / "checkpoints").read_text() == "mine"
-
-
-def test_a_folder_is_written_in_the_place_of_an_earlier_one(tmp_path):
-    """As tokenizers with several chat templates write one; it can be entered."""
-    for text in ("old", "new"):
-
-        def fill(target, text=text):
-            (target / "templates").mkdir()
-            (target / "templates" / text).write_text(text)
-
-        write_folder(tmp_path / "plain", fill)
-        with claim(tmp_path / "claimed", "train", ["templates"]) as output:
-            output.write(fill)
-    for folder in ("plain", "claimed"):
-        (file,) = (tmp_path / folder / "templates").iterdir()
-        assert file.read_text() == "new"
-        assert file.parent.stat().st_mode & 0o111
 
 
 def test_notes_cannot_lead_out_of_the_folder(tmp_path):
