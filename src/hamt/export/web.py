@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from hamt.data.tokenizer import start_token
@@ -67,24 +68,32 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     Raises:
         UserError: with what is different.
     """
+    if not tokenizer.is_fast:
+        raise _other_kind("it has no fast form")
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model, words = backend["model"], backend["pre_tokenizer"] or {}
     plain = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
     other = [
         *([f"its model is {model['type']}"] if model["type"] != "BPE" else []),
         *(f"it has {name}" for name in ("normalizer",) if backend[name]),
-        *(f"it has {name}" for name in plain if model.get(name)),
+        *(f"it has {name}" for name in (*plain, "dropout") if model.get(name)),
         *(
             f"the added token {each['content']!r} takes what stands beside it along"
             for each in backend["added_tokens"]
             if each["lstrip"] or each["rstrip"] or each["single_word"]
         ),
     ]
+    if model.get("unk_token") and not {*pre_tokenizers.ByteLevel.alphabet()} <= {*model["vocab"]}:
+        other.append("it has a token for bytes that it lacks")
     if words.get("type") != "ByteLevel" or not words.get("use_regex", True):
         other.append("words are not cut as GPT-2's byte-level BPE does")
     if other:
-        raise UserError(
-            f"the page knows byte-level BPE, as hamt train learns it; this tokenizer is of another "
-            f"kind ({other[0]}): use --format onnx"
-        )
+        raise _other_kind(other[0])
     return backend
+
+
+def _other_kind(why: str) -> UserError:
+    return UserError(
+        f"the page knows byte-level BPE, as hamt train learns it; this tokenizer is of another "
+        f"kind ({why}): use --format onnx"
+    )
