@@ -5,6 +5,7 @@ import math
 import random
 import time
 import unicodedata
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hamt.analysis.contributions import contributions
 from hamt.analysis.record import record
 from hamt.checkpoint import PRETRAINED
 from hamt.errors import UserError
+from hamt.export import traces
 from hamt.export.step import read_tokens, run_eagerly
 from hamt.export.traces import TracedStep
 from hamt.export.web import check_tokenizer
@@ -89,6 +91,8 @@ def test_texts_become_the_same_tokens(javascript):
     for text, each, ids in zip(texts, found, wanted, strict=True):
         assert each["ids"] == ids, repr(text)
     assert sum(map(len, wanted)) > 5000
+    docs = Path(__file__).parents[2] / "docs" / "export.md"
+    assert f"400 random and {len(DIFFICULT)} difficult strings" in docs.read_text(encoding="utf-8")
 
 
 def test_tokens_become_the_same_text(javascript):
@@ -210,6 +214,14 @@ SHARES = """({Record}, {page, traces, query, begin}) => {
     ({begin, shares, before}) => ({begin, shares: Array.from(shares), before}));
 }"""
 
+TAKEN = """({Record}, {page, size}) => {
+  const record = new Record(page), {boundary_every: every} = page;
+  for (let i = 1; i <= 1000; i++) {
+    record.add(new Float32Array(size), every !== null && i % every === 0);
+  }
+  return [record.numbers, ...record.boundaries.values()].reduce((sum, x) => sum + x.byteLength, 0);
+}"""
+
 
 @pytest.mark.parametrize("window", [64, 16])
 @pytest.mark.parametrize("options", MODELS, ids=name_of)
@@ -240,6 +252,19 @@ def test_shares_are_those_of_the_analysis(options, window, javascript):
             assert sum(found["shares"]) + found["before"] == pytest.approx(1, abs=1e-4)
     assert (begin > 0) == (window == 16)
     assert any(abs(rest) > 0.01 for rest in before) == (begin > 0)
+
+
+@pytest.mark.parametrize("options", MODELS, ids=name_of)
+def test_the_window_takes_the_memory_that_is_told(options, javascript, monkeypatch):
+    """Matrices of boundaries, which may be more than all else, among it."""
+    monkeypatch.setattr(traces, "WINDOW_BYTES", 100_000)
+    step = TracedStep(tiny_model(**options))
+    page = step.describe()["page"]
+    size = step.outputs[-1].shape[0]
+    taken = javascript("sources", TAKEN, {"page": page, "size": size})
+    assert taken == page["window_bytes"]
+    assert taken <= 1.1 * 100_000 or page["window"] == traces.LEAST_WINDOW
+    assert taken > 0.8 * 100_000
 
 
 def test_what_came_before_can_be_told_as_one(javascript):
