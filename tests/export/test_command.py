@@ -15,11 +15,12 @@ from hamt import HAMTModel
 from hamt.checkpoint import load_checkpoint, save_checkpoint
 from hamt.cli import main
 from hamt.data.tokenizer import character_tokenizer
-from hamt.export import command
+from hamt.export import command, onnx_file
 from hamt.export import runtime as runtimes
 from hamt.export.onnx_file import load_onnx
 from hamt.export.runtime import FILES, PACKAGE, VERSION, find_runtime
 from hamt.export.step import Step, read_tokens
+from hamt.export.web import RUNTIME_FILES
 from hamt.output import claim
 
 
@@ -51,7 +52,7 @@ def test_a_folder_for_onnxruntime(folders, tmp_path, capsys, monkeypatch):
     # Again into the same folder: what another format has written goes, other files stay.
     with claim(tmp_path / "out", "export", [r"index\.html", "runtime/.*"]) as output:
         output.write_text("index.html", "a page")
-        output.write_text(f"runtime/{next(iter(FILES))}", "its runtime")
+        output.write_text(next(iter(RUNTIME_FILES.values())), "its runtime")
     (tmp_path / "out" / "mine.txt").write_text("mine")
     written = (tmp_path / "out" / "model.onnx").read_bytes()
     monkeypatch.setattr(command, "write_onnx", lambda step, path: path.write_bytes(written))
@@ -85,7 +86,9 @@ def npm_package(tmp_path):
     return dist.parent
 
 
-def test_what_cannot_be_exported_is_told_in_one_line(checkpoint, npm_package, capsys, tmp_path):
+def test_what_cannot_be_exported_is_told_in_one_line(
+    checkpoint, npm_package, capsys, tmp_path, monkeypatch
+):
     output = words(output_dir=tmp_path / "out")
     web = words(format="web", runtime=npm_package)
     assert "--format must be one of onnx, aoti, web" in fails(
@@ -102,6 +105,9 @@ def test_what_cannot_be_exported_is_told_in_one_line(checkpoint, npm_package, ca
     folder = checkpoint(character_tokenizer(["abc"]))
     line = fails(["export", *words(checkpoint=folder), *web, *output], capsys, silent=False)
     assert "byte-level BPE" in line
+    monkeypatch.setattr(onnx_file, "MOST_BYTES", 0)
+    line = fails(["export", *words(checkpoint=checkpoint()), *web, *output], capsys, silent=False)
+    assert "this model has more: use --format onnx" in line
     assert not (tmp_path / "out").exists(), "nothing is left behind"
 
 

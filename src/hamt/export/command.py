@@ -18,10 +18,17 @@ from hamt.errors import UserError, reason
 from hamt.export.aoti import load_aoti, require_compiler, write_aoti
 from hamt.export.check import Agreement, check
 from hamt.export.onnx_file import load_onnx, require_onnx, write_onnx
-from hamt.export.runtime import FILES, find_runtime
+from hamt.export.runtime import find_runtime
 from hamt.export.step import Step
 from hamt.export.traces import TracedStep
-from hamt.export.web import PAGE, RUNTIME, check_tokenizer, copy_runtime, write_page
+from hamt.export.web import (
+    PAGE,
+    RUNTIME,
+    RUNTIME_FILES,
+    check_tokenizer,
+    copy_runtime,
+    write_page,
+)
 from hamt.files import write_json
 from hamt.options import option, parse
 from hamt.output import Output, claim
@@ -34,7 +41,7 @@ WRITTEN = (
     *{*NAMES.values(), f"{NAMES['onnx']}.data", "step.json"},
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("chat_template.jinja", "additional_chat_templates"),
-    *(*PAGE, *(f"{RUNTIME}/{name}" for name in FILES)),
+    *(*PAGE, *RUNTIME_FILES.values()),
 )
 
 
@@ -104,7 +111,7 @@ def _export(
     output.write(write)
     if runtime:
         output.write(partial(copy_runtime, runtime), below=RUNTIME)
-    there = {*names, *(f"{RUNTIME}/{name}" for name in runtime)}
+    there = {*names, *(RUNTIME_FILES[name] for name in runtime)}
     for name in {*WRITTEN} - there:  # of an earlier export, in another format
         output.remove(name)
     with suppress(OSError):  # it is not there, or holds something

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from hamt.data.tokenizer import start_token
 from hamt.errors import UserError
 from hamt.export.onnx_file import write_onnx
+from hamt.export.runtime import FILES
 from hamt.export.traces import TracedStep
 from hamt.files import write_json, write_text
 
@@ -21,6 +22,8 @@ PAGE = (
     *("model.js", "sampling.js", "sources.js", "tokenizer.js"),
 )
 RUNTIME = "runtime"  # the folder of onnxruntime-web
+# By the names that npm gives. Many servers do not send a .mjs file as a script.
+RUNTIME_FILES = {name: f"{RUNTIME}/{name.replace('.mjs', '.js')}" for name in FILES}
 PROMPT = "The state of the Union is"
 
 
@@ -32,11 +35,17 @@ def write_page(
     ``name`` says which model it is.
 
     Raises:
-        UserError: if the page cannot tokenise as ``tokenizer`` does, or the model not be exported.
+        UserError: if the page cannot tokenise as ``tokenizer`` does, if the model cannot be
+            exported, or is too large.
     """
     backend = check_tokenizer(tokenizer)
     described = page_description(step, tokenizer)
     write_onnx(step, target / "model.onnx", described)
+    if (target / "model.onnx.data").exists():
+        raise UserError(
+            "the page loads a model as one file, which has no more than 1.9 GB of weights; this "
+            "model has more: use --format onnx"
+        )
     write_json(target / "step.json", described)
     write_text(target / "tokenizer.json", json.dumps(backend, ensure_ascii=False))
     heading = f"{name}: {step.model.num_parameters():,} parameters"
@@ -59,7 +68,7 @@ def page_description(step: TracedStep, tokenizer: PreTrainedTokenizerBase) -> di
 def copy_runtime(runtime: dict[str, Path], target: Path) -> None:
     """Copy the files of onnxruntime-web, by name, into a folder."""
     for name, path in runtime.items():
-        shutil.copyfile(path, target / name)
+        shutil.copyfile(path, target / Path(RUNTIME_FILES[name]).name)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
