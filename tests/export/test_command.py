@@ -183,11 +183,15 @@ def test_npm_fetches_the_runtime_once(npm):
     assert all(path.read_text() == f"another {name}" for name, path in files.items())
     assert find_runtime(None)[0] == files
     called = (npm / "called").read_text()
-    assert called == f"pack {PACKAGE}@{VERSION} --ignore-scripts --silent\n"
+    assert called == f"pack {PACKAGE}@{VERSION} --ignore-scripts --loglevel=error\n"
     # What is damaged is fetched anew.
     next(iter(files.values())).write_text("damaged")
     assert find_runtime(None)[0] == files
     assert (npm / "called").read_text() == 2 * called
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_what_npm_cannot_fetch_is_told_in_one_line(npm, monkeypatch):
@@ -201,6 +205,23 @@ def test_what_npm_cannot_fetch_is_told_in_one_line(npm, monkeypatch):
         find_runtime(None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(runtimes.UserError, match="from npm, which is not here: fetch"):
+        find_runtime(None)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(runtimes.UserError, match="there is no home to keep onnxruntime-web in"):
+        find_runtime(None)
+
+
+def test_a_damaged_runtime_that_cannot_be_replaced_is_not_taken(npm, monkeypatch):
+    """As one in a folder of another user."""
+    next(iter(find_runtime(None)[0].values())).write_text("damaged")
+
+    def refuse(folder, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(runtimes.shutil, "rmtree", refuse)
+    with pytest.raises(PermissionError):
         find_runtime(None)
 
 
