@@ -307,6 +307,16 @@ def test_folders_that_nothing_was_written_to_are_not_left_behind(tmp_path):
     assert (tmp_path / "there" / "a" / "b" / "x.txt").exists()
 
 
+def test_a_file_where_a_folder_is_needed_is_told_before_anything_is_written(tmp_path):
+    (tmp_path / "checkpoints").write_text("mine")
+    with (
+        pytest.raises(UserError, match="checkpoints is no folder: move it away, or choose another"),
+        claim(tmp_path, "train", NAMES),
+    ):
+        pass
+    assert (tmp_path / "checkpoints").read_text() == "mine"
+
+
 def test_notes_cannot_lead_out_of_the_folder(tmp_path):
     (tmp_path / "theirs.txt").write_text("mine")
     folder = tmp_path / "out"

@@ -31,9 +31,10 @@ def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]
             probe = Path(temporary) / "mode-probe"
             probe.touch()
             for file in files:
-                shutil.copymode(probe, file)
+                if file.is_file():
+                    shutil.copymode(probe, file)
                 sync(file)
-                os.replace(file, folder / file.name)
+                replace(file, folder / file.name)
             sync(folder)
     except OSError as error:  # it names the temporary file, or none
         error.filename, error.filename2 = str(folder), None
@@ -77,6 +78,13 @@ def new_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]) 
             if not folder.is_dir():
                 raise
         sync(folder.parent)
+
+
+def replace(path: Path, target: Path) -> None:
+    """Rename a file or a folder to ``target``, in the place of what is there."""
+    if path.is_dir() and target.is_dir():  # a folder that holds something is in the way
+        shutil.rmtree(target)
+    os.replace(path, target)
 
 
 def fill(write: Callable[[Path], object], target: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from hamt.errors import UserError
-from hamt.files import WRITING, fill, json_object, sync, write_json, write_text
+from hamt.files import WRITING, fill, json_object, replace, sync, write_json, write_text
 from hamt.locks import locked
 
 NOTES = ".hamt"  # the folder of what is noted about an output folder
@@ -95,12 +95,13 @@ class Output:
             probe = fresh / "mode-probe"
             probe.touch()
             for file in files.values():
-                shutil.copymode(probe, file)  # safetensors makes files that only their owner reads
+                if file.is_file():  # safetensors makes files that only their owner reads
+                    shutil.copymode(probe, file)
                 sync(file)
             # Whatever the moment it is killed at: what is there is noted, and no hash is of others.
             self._note({name: Written(self.command, None) for name in files})
             for name, file in files.items():
-                os.replace(file, self.folder / name)
+                replace(file, self.folder / name)
             sync(target)
             self._note(known)
 
@@ -169,6 +170,9 @@ class Output:
     ) -> None:
         """Refuse what ``claim`` refuses of the files that are there; nothing is changed."""
         folders = {self.folder / Path(name).parent for name in names}
+        for folder in folders:
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise UserError(f"{folder} is no folder: move it away, or {mend}")
         there = sorted(
             name
             for file in (file for folder in folders for file in folder.glob("*"))

@@ -33,12 +33,15 @@ def test_a_package_computes_what_the_model_does(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("named", "told"), [
-    (None, "there is none"), ("mycc", "mycc, which CXX names, is not there"),
+    (None, r"there is no g\+\+"), ("mycc", "CXX is 'mycc', which is none"), ("", "CXX is ''"),
 ])  # fmt: skip
 def test_without_a_compiler_one_line_tells(named, told, monkeypatch):
-    monkeypatch.setattr("hamt.export.aoti.shutil.which", lambda name: None)
+    """One that Inductor would not take is none: it looks for g++, or takes what CXX names."""
+    there = {"clang++": "/usr/bin/clang++"}
+    monkeypatch.setattr("hamt.export.aoti.shutil.which", there.get)
+    monkeypatch.setattr("hamt.export.aoti._COMPILER", "g++")
     monkeypatch.delenv("CXX", raising=False)
-    if named:
+    if named is not None:
         monkeypatch.setenv("CXX", named)
     with pytest.raises(UserError, match=told):
         require_compiler()

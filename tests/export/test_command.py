@@ -15,11 +15,12 @@ from hamt import HAMTModel
 from hamt.checkpoint import load_checkpoint, save_checkpoint
 from hamt.cli import main
 from hamt.data.tokenizer import character_tokenizer
-from hamt.export import command
+from hamt.export import command, onnx_file
 from hamt.export import runtime as runtimes
 from hamt.export.onnx_file import load_onnx
 from hamt.export.runtime import FILES, PACKAGE, VERSION, find_runtime
 from hamt.export.step import Step, read_tokens
+from hamt.export.web import RUNTIME_FILES
 from hamt.output import claim
 
 
@@ -49,8 +50,9 @@ def test_a_folder_for_onnxruntime(folders, tmp_path, capsys, monkeypatch):
         assert ids.shape[1] == length + 1
     assert torch.equal(ids, wanted)
     # Again into the same folder: what another format has written goes, other files stay.
-    with claim(tmp_path / "out", "export", [r"index\.html"]) as output:
+    with claim(tmp_path / "out", "export", [r"index\.html", "runtime/.*"]) as output:
         output.write_text("index.html", "a page")
+        output.write_text(next(iter(RUNTIME_FILES.values())), "its runtime")
     (tmp_path / "out" / "mine.txt").write_text("mine")
     written = (tmp_path / "out" / "model.onnx").read_bytes()
     monkeypatch.setattr(command, "write_onnx", lambda step, path: path.write_bytes(written))
@@ -84,7 +86,9 @@ def npm_package(tmp_path):
     return dist.parent
 
 
-def test_what_cannot_be_exported_is_told_in_one_line(checkpoint, npm_package, capsys, tmp_path):
+def test_what_cannot_be_exported_is_told_in_one_line(
+    checkpoint, npm_package, capsys, tmp_path, monkeypatch
+):
     output = words(output_dir=tmp_path / "out")
     web = words(format="web", runtime=npm_package)
     assert "--format must be one of onnx, aoti, web" in fails(
@@ -101,7 +105,35 @@ def test_what_cannot_be_exported_is_told_in_one_line(checkpoint, npm_package, ca
     folder = checkpoint(character_tokenizer(["abc"]))
     line = fails(["export", *words(checkpoint=folder), *web, *output], capsys, silent=False)
     assert "byte-level BPE" in line
+    monkeypatch.setattr(onnx_file, "MOST_BYTES", 0)
+    line = fails(["export", *words(checkpoint=checkpoint()), *web, *output], capsys, silent=False)
+    assert "this model has more: use --format onnx" in line
     assert not (tmp_path / "out").exists(), "nothing is left behind"
+
+
+def test_an_empty_checkpoint_is_not_the_model_in_hamt(capsys):
+    """As of a shell variable that is not set."""
+    assert "no checkpoint at" in fails(["export", *words(checkpoint="")], capsys)
+
+
+def test_what_cannot_be_run_here_is_told_in_one_line(checkpoint, tmp_path, capsys, monkeypatch):
+    """And leaves nothing: as a library that this processor has not the instructions for."""
+
+    def refuse(path):
+        raise RuntimeError("failed to map segment\nfrom shared object")
+
+    monkeypatch.setattr(command, "load_onnx", refuse)
+    output = words(output_dir=tmp_path / "out")
+    line = fails(["export", *words(checkpoint=checkpoint()), *output], capsys, silent=False)
+    assert "what was exported cannot be run here: failed to map segment" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("given", "name"), [
+    (None, "The model in HAMT"), ("runs/mine", "mine"), ("runs/mine/best/..", "mine"),
+])  # fmt: skip
+def test_a_page_is_called_as_the_folder_of_its_model(given, name):
+    assert command._name(command.ExportOptions(checkpoint=given)) == name
 
 
 def test_another_version_of_the_runtime_is_told(npm_package):
@@ -151,11 +183,15 @@ def test_npm_fetches_the_runtime_once(npm):
     assert all(path.read_text() == f"another {name}" for name, path in files.items())
     assert find_runtime(None)[0] == files
     called = (npm / "called").read_text()
-    assert called == f"pack {PACKAGE}@{VERSION} --ignore-scripts --silent\n"
+    assert called == f"pack {PACKAGE}@{VERSION} --ignore-scripts --loglevel=error\n"
     # What is damaged is fetched anew.
     next(iter(files.values())).write_text("damaged")
     assert find_runtime(None)[0] == files
     assert (npm / "called").read_text() == 2 * called
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_what_npm_cannot_fetch_is_told_in_one_line(npm, monkeypatch):
@@ -169,6 +205,23 @@ def test_what_npm_cannot_fetch_is_told_in_one_line(npm, monkeypatch):
         find_runtime(None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(runtimes.UserError, match="from npm, which is not here: fetch"):
+        find_runtime(None)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(runtimes.UserError, match="there is no home to keep onnxruntime-web in"):
+        find_runtime(None)
+
+
+def test_a_damaged_runtime_that_cannot_be_replaced_is_not_taken(npm, monkeypatch):
+    """As one in a folder of another user."""
+    next(iter(find_runtime(None)[0].values())).write_text("damaged")
+
+    def refuse(folder, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(runtimes.shutil, "rmtree", refuse)
+    with pytest.raises(PermissionError):
         find_runtime(None)
 
 

@@ -9,6 +9,7 @@ from model_inputs import name_of, random_ids, tiny_model
 
 from hamt.errors import UserError
 from hamt.export import check as checking
+from hamt.export import onnx_file
 from hamt.export.check import check, compare
 from hamt.export.onnx_file import load_onnx, require_onnx, write_onnx
 from hamt.export.step import Step
@@ -89,6 +90,15 @@ def test_weights_of_16_bits_are_stored_so(dtype, tmp_path):
     assert bytes_of["float16"] + bytes_of.get("bfloat16", 0) > 10 * bytes_of["float32"]
     run, _ = load_onnx(tmp_path / "model.onnx")
     assert compare(Step(model), run, random_ids(2, 12)).difference < 1e-5
+
+
+def test_weights_too_large_for_one_file_go_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_file, "MOST_BYTES", 0)
+    step = Step(tiny_model(num_layers=1))
+    write_onnx(step, tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx.data").stat().st_size > (tmp_path / "model.onnx").stat().st_size
+    run, _ = load_onnx(tmp_path / "model.onnx")
+    assert compare(step, run, random_ids(2, 12)).difference < 1e-5
 
 
 def test_weights_of_32_bits_stay_so(exported):

@@ -5,6 +5,7 @@ import re
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 import torch
@@ -45,15 +46,20 @@ def site(checkpoint, runtime, tmp_path_factory):
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """As ``python -m http.server``, without its log."""
+    """As ``python -m http.server``, with a log for the tests; it calls .mjs files no scripts."""
+
+    extensions_map = SimpleHTTPRequestHandler.extensions_map | {".mjs": "application/octet-stream"}
+    asked: ClassVar[list[str]] = []
 
     def log_message(self, *arguments):
-        pass
+        self.asked.append(self.path)
 
 
 @pytest.fixture(scope="module")
 def address(site):
-    """Where the folder is served."""
+    """Where the folder is served; browsers take old files for such as will not change soon."""
+    for file in site.rglob("*"):
+        os.utime(file, (0, 1e9))
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=site))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -159,9 +165,39 @@ def test_a_chosen_token_names_its_sources(page):
     page.locator("#text").press("ArrowLeft")
     assert page.locator("#text [aria-selected=true]").get_attribute("id") == "token-8"
     page.locator("#text").press("Home")
-    assert "nothing was read before it" in page.locator("#asked").inner_text()
+    assert "is the first token: nothing was" in page.locator("#asked").inner_text()
     page.locator("#text").press("Escape")
     assert page.locator("#text [aria-selected=true]").get_attribute("id") != "token-0"
+
+
+CONTRASTS = """([share, against]) => {
+  const numbers = (colour) => {
+    const [r, g, b, a = 1] = colour.match(/[0-9.]+(e-?[0-9]+)?/g).map(Number);
+    return [...[r, g, b].map((x) => colour.startsWith("rgb") ? x / 255 : x), a];
+  };
+  const paper = numbers(getComputedStyle(document.body).backgroundColor);
+  const light = (rgb) => rgb.slice(0, 3)
+    .map((x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
+  return Array.from(document.querySelectorAll("#text [role=option]"), (token) => {
+    token.style.setProperty("--share", share);
+    token.classList.toggle("against", against);
+    const style = getComputedStyle(token), [r, g, b, a] = numbers(style.backgroundColor);
+    const behind = [r, g, b].map((x, i) => a * x + (1 - a) * paper[i]);
+    const [one, other] = [light(numbers(style.color)), light(behind)].sort((x, y) => y - x);
+    return (one + 0.05) / (other + 0.05);
+  });
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_tokens_are_read_on_their_colours(scheme, page):
+    """With the contrast that WCAG 2.2 asks for (AA, 1.4.3), whatever their shares."""
+    page.emulate_media(color_scheme=scheme)
+    write(page, PROMPT, 12)
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        for against in (False, True):
+            assert min(page.evaluate(CONTRASTS, [share, against])) >= 4.5, (share, against)
 
 
 def test_its_memory_stays_the_same(page):
@@ -173,6 +209,8 @@ def test_its_memory_stays_the_same(page):
     assert page.locator("#cache").inner_text() != cache
     assert 448 <= page.locator("#text [role=option]").count() <= 512
     assert page.locator("#text .older").text_content().startswith(PROMPT)
+    page.locator("#text [role=option]").first.click()
+    assert "what it comes from is forgotten" in page.locator("#asked").inner_text()
     page.locator("#text [role=option]").last.click()
     assert "What came before the" in page.locator("#before").inner_text()
     listed = page.locator("#text [role=option]").evaluate_all("all => all.map((each) => each.id)")
@@ -192,6 +230,73 @@ def test_it_pauses(page):
     assert 0 < int(page.locator("#tokens").inner_text().replace(",", "")) < 100_000
 
 
+# As soon as the page hears of it, and not when a busy machine has come to it.
+READ_AND_PAUSE = """(text) => {
+  const prompt = document.getElementById("prompt"), button = document.getElementById("write");
+  prompt.value = text;
+  button.click();
+  setTimeout(() => {
+    prompt.value = "typed";
+    button.click();
+  });
+}"""
+
+
+def test_it_goes_on_reading_where_it_paused(page, checkpoint):
+    """Characters of several tokens and special tokens come whole; what is typed comes behind."""
+    _, tokenizer = load_checkpoint(checkpoint)
+    prompt = "a <|endoftext|>🙂漢 " * 200
+    page.locator("#count").fill("1")
+    page.evaluate(READ_AND_PAUSE, prompt)
+    page.get_by_text("still to be read").wait_for()
+    assert page.locator("#prompt").input_value() == "typed"
+    write(page, "typed", 1)
+    parts = [tokenizer(part, add_special_tokens=False).input_ids for part in (prompt, "typed")]
+    assert page.locator("#tokens").inner_text() == f"{sum(map(len, parts)) + 1:,}"
+    given = "".join(page.locator("#text .given").all_text_contents())
+    assert len(given) > 100
+    assert (prompt.replace("<|endoftext|>", "") + "typed").endswith(given)
+    # What is still to be read when a text is left is of that text.
+    page.evaluate(READ_AND_PAUSE, prompt)
+    page.get_by_text("still to be read").wait_for()
+    page.locator("#anew").click()
+    write(page, "a", 1)
+    assert page.locator("#tokens").inner_text() == "2"
+
+
+def test_it_shows_what_it_takes(page):
+    """A number of tokens that is none, and what a browser fills in when one comes back."""
+    write(page, "a", 0)
+    assert page.locator("#count").input_value() == "1"
+    assert page.locator("#text .written").count() == 1
+    page.locator("#temperature").fill("0.3")
+    page.goto("about:blank")
+    page.go_back()
+    page.get_by_text("Ready.").wait_for()
+    value = page.locator("#temperature").input_value()
+    assert page.locator("#temperature-value").inner_text() == value
+
+
+def test_files_of_two_exports_do_not_meet(page, address):
+    """A browser asks again whether what it has kept is still so."""
+    Quiet.asked.clear()
+    page.goto("about:blank")
+    page.goto(address)
+    page.get_by_text("Ready.").wait_for()
+    assert {"/model.onnx", "/step.json", "/tokenizer.json"} <= {*Quiet.asked}
+
+
+def test_what_fails_is_told(address, chromium):
+    view = chromium.new_page()
+    view.goto(address)
+    view.get_by_text("Ready.").wait_for()
+    view.evaluate("() => { BigInt64Array.of = () => { throw new Error('out of memory'); }; }")
+    view.locator("#write").click()
+    view.get_by_text("The model cannot go on: out of memory").wait_for()
+    assert view.locator("#write").inner_text() == "Write"
+    view.close()
+
+
 def test_as_a_file_it_says_what_to_do(site, chromium):
     view = chromium.new_page()
     view.goto(f"file://{site / 'index.html'}")
@@ -201,17 +306,37 @@ def test_as_a_file_it_says_what_to_do(site, chromium):
     view.close()
 
 
-def test_a_missing_file_is_told(site, address, chromium):
-    view = chromium.new_page()
+def test_a_missing_file_is_told(address, chromium):
+    """And stays told when others come later."""
+    view, later = chromium.new_page(), []
     view.route("**/model.onnx", lambda route: route.fulfill(status=404))
+    view.route("**/tokenizer.json", lambda route: later.append(route))
     view.goto(address)
     view.get_by_text("model.onnx is not there (404)").wait_for()
+    with view.expect_event("requestfinished", lambda request: "tokenizer.json" in request.url):
+        later[0].continue_()
+    view.wait_for_timeout(200)
+    assert view.locator("#status").inner_text() == "Not running."
+    view.close()
+
+
+@pytest.mark.parametrize(("file", "answer"), [
+    ("chart.js", {"status": 404}), ("app.js", {"body": "a =", "content_type": "text/javascript"}),
+])  # fmt: skip
+def test_a_script_that_does_not_run_is_told(file, answer, address, chromium):
+    """One that is missing, and one that this browser does not understand."""
+    view = chromium.new_page()
+    view.route(f"**/{file}", lambda route: route.fulfill(**answer))
+    view.goto(address)
+    view.get_by_text("one of its files is missing, or the browser is older").wait_for()
+    assert view.locator("#status").inner_text() == "Not running."
     view.close()
 
 
 def test_the_folder_has_what_it_needs_and_no_more(site):
     """Names are escaped, and no file but those of the runtime names another host."""
-    assert {path.name for path in (site / "runtime").iterdir()} == {*FILES}
+    runtime = {path.name for path in (site / "runtime").iterdir()}
+    assert runtime == {name.replace(".mjs", ".js") for name in FILES}
     index = (site / "index.html").read_text(encoding="utf-8")
     assert "tiny &amp; &lt;new&gt;: " in index
     assert "<!--" not in index.replace("<!-- Nothing is loaded", "")

@@ -3,22 +3,26 @@
 import json
 import math
 import random
+import time
 import unicodedata
+from pathlib import Path
 
 import pytest
 import torch
 from model_inputs import name_of, random_ids, tiny_model
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, TopPLogitsWarper
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, TopPLogitsWarper
 
 from hamt import HAMTCache
 from hamt.analysis.contributions import contributions
 from hamt.analysis.record import record
 from hamt.checkpoint import PRETRAINED
 from hamt.errors import UserError
+from hamt.export import traces
 from hamt.export.step import read_tokens, run_eagerly
 from hamt.export.traces import TracedStep
 from hamt.export.web import check_tokenizer
+from hamt.generation import encode_text
 
 BACKEND = Tokenizer.from_file(str(PRETRAINED / "tokenizer.json"))
 DIFFICULT = [
@@ -71,7 +75,7 @@ ENCODE = """({Tokenizer, Decoder}, {file, texts}) => {
   const tokenizer = new Tokenizer(file);
   return texts.map((text) => {
     const ids = tokenizer.encode(text), decoder = new Decoder(tokenizer);
-    return {ids, pieces: ids.map((id) => decoder.push(id))};
+    return {ids, pieces: ids.map((id) => decoder.push(id)), later: tokenizer.encode(text, true)};
   });
 }"""
 
@@ -87,6 +91,8 @@ def test_texts_become_the_same_tokens(javascript):
     for text, each, ids in zip(texts, found, wanted, strict=True):
         assert each["ids"] == ids, repr(text)
     assert sum(map(len, wanted)) > 5000
+    docs = Path(__file__).parents[2] / "docs" / "export.md"
+    assert f"400 random and {len(DIFFICULT)} difficult strings" in docs.read_text(encoding="utf-8")
 
 
 def test_tokens_become_the_same_text(javascript):
@@ -101,17 +107,73 @@ def test_tokens_become_the_same_text(javascript):
 
 
 def test_a_space_is_put_in_front_where_the_tokenizer_does_so(javascript):
+    """But not where a text goes on, as in ``hamt generate --state``."""
     backend = Tokenizer.from_str(BACKEND.to_str())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    texts = ["Union", " Union", "<|endoftext|>Union<|pad|> x"]
+    texts = ["Union", " Union", "<|endoftext|>Union<|pad|> x", ""]
     found = encoded(javascript, backend, texts)
     assert [each["ids"] for each in found] == [backend.encode(text).ids for text in texts]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    for text, each in zip(texts, found, strict=True):
+        assert each["later"] == encode_text(tokenizer, text, goes_on=True)
+
+
+def with_model(**changed) -> Tokenizer:
+    """The tokenizer with other values in its model."""
+    content = json.loads(BACKEND.to_str())
+    content["model"] |= changed
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def test_added_tokens_are_found_and_written_as_by_the_library(javascript):
+    """With any characters in them, special or not; what overlaps goes to the same ones."""
+    backend = Tokenizer.from_str(BACKEND.to_str())
+    plain = ["HAMT", "two words", "café", "日本", "xa", "a/b-c", "^.*$"]
+    backend.add_tokens([AddedToken(each, normalized=True) for each in plain])
+    backend.add_special_tokens(["<|fim-middle|>", "ab", "[CLS-1] "])
+    texts = ["HAMT: two words", "un café, 日本!", "xab", "a/b-c^.*$", "<|fim-middle|>a[CLS-1] b"]
+    for text, each in zip(texts, encoded(javascript, backend, texts), strict=True):
+        ids = backend.encode(text, add_special_tokens=False).ids
+        assert each["ids"] == ids, text
+        assert "".join(each["pieces"]) == backend.decode(ids), text
+
+
+def test_bytes_without_a_token_are_left_out(javascript):
+    vocabulary = {piece: id for piece, id in BACKEND.get_vocab().items() if "Ã" not in piece}
+    backend = with_model(vocab=vocabulary, merges=[])
+    (found,) = encoded(javascript, backend, ["né"])
+    assert found["ids"] == backend.encode("né").ids
+    assert len(found["ids"]) == 2
+
+
+def test_the_end_of_a_word_merges_with_nothing(javascript):
+    """Not with what JavaScript calls it, either."""
+    backend = with_model(
+        vocab=BACKEND.get_vocab() | {"undefined": 3000, "aundefined": 3001},
+        merges=[["a", "undefined"]],
+    )
+    texts = ["a", "ba"]
+    found = encoded(javascript, backend, texts)
+    assert [each["ids"] for each in found] == [backend.encode(text).ids for text in texts]
+
+
+def test_long_words_take_seconds(javascript):
+    """Of one letter, of four, and of characters that are tokens of their bytes: as are pasted."""
+    texts = ["a" * 50_000, "acgt" * 12_500, "漢字" * 25_000]
+    begun = time.perf_counter()
+    found = encoded(javascript, BACKEND, texts)
+    assert time.perf_counter() - begun < 20
+    for text, each in zip(texts, found, strict=True):
+        assert each["ids"] == BACKEND.encode(text).ids
 
 
 @pytest.mark.parametrize(("part", "value", "told"), [
     ("pre_tokenizer", pre_tokenizers.Whitespace(), "words are not cut as GPT-2's"),
     ("pre_tokenizer", pre_tokenizers.ByteLevel(use_regex=False), "words are not cut as GPT-2's"),
     ("model", models.WordLevel({"a": 0}, "a"), "its model is WordLevel"),
+    ("model", models.BPE({"a": 0}, [], unk_token="a"), "a token for bytes that it lacks"),
+    ("model", models.BPE({"a": 0}, [], dropout=0.1), "it has dropout"),
+    ("model", models.Unigram([("a", 0.0)], 0), "its model is Unigram"),
     ("normalizer", normalizers.NFC(), "it has normalizer"),
     ("decoder", decoders.Fuse(), None),
 ])  # fmt: skip
@@ -124,6 +186,11 @@ def test_other_tokenizers_are_refused(part, value, told):
         return
     with pytest.raises(UserError, match=told):
         check_tokenizer(fast)
+
+
+def test_a_tokenizer_without_a_fast_form_is_refused():
+    with pytest.raises(UserError, match="it has no fast form"):
+        check_tokenizer(ByT5Tokenizer())
 
 
 MODELS = [
@@ -145,6 +212,14 @@ SHARES = """({Record}, {page, traces, query, begin}) => {
   const found = page.layers.map((_, index) => record.shares(index, query, begin));
   return [...found, record.meanShares(query, begin)].map(
     ({begin, shares, before}) => ({begin, shares: Array.from(shares), before}));
+}"""
+
+TAKEN = """({Record}, {page, size}) => {
+  const record = new Record(page), {boundary_every: every} = page;
+  for (let i = 1; i <= 1000; i++) {
+    record.add(new Float32Array(size), every !== null && i % every === 0);
+  }
+  return [record.numbers, ...record.boundaries.values()].reduce((sum, x) => sum + x.byteLength, 0);
 }"""
 
 
@@ -177,6 +252,19 @@ def test_shares_are_those_of_the_analysis(options, window, javascript):
             assert sum(found["shares"]) + found["before"] == pytest.approx(1, abs=1e-4)
     assert (begin > 0) == (window == 16)
     assert any(abs(rest) > 0.01 for rest in before) == (begin > 0)
+
+
+@pytest.mark.parametrize("options", MODELS, ids=name_of)
+def test_the_window_takes_the_memory_that_is_told(options, javascript, monkeypatch):
+    """Matrices of boundaries, which may be more than all else, among it."""
+    monkeypatch.setattr(traces, "WINDOW_BYTES", 100_000)
+    step = TracedStep(tiny_model(**options))
+    page = step.describe()["page"]
+    size = step.outputs[-1].shape[0]
+    taken = javascript("sources", TAKEN, {"page": page, "size": size})
+    assert taken == page["window_bytes"]
+    assert taken <= 1.1 * 100_000 or page["window"] == traces.LEAST_WINDOW
+    assert taken > 0.8 * 100_000
 
 
 def test_what_came_before_can_be_told_as_one(javascript):

@@ -6,7 +6,7 @@ from model_inputs import VARIANTS, assert_close, name_of, random_ids, tiny_model
 
 from hamt import HAMTCache
 from hamt.errors import UserError
-from hamt.export.check import compare
+from hamt.export.check import check, compare
 from hamt.export.step import Step, empty_state, export_program, read_tokens, run_eagerly, state_of
 
 WINDOWS = [
@@ -97,6 +97,34 @@ def test_names_and_shapes_are_those_of_the_state():
         *tensors
     }
     assert step.describe()["inputs"][2]["shape"] == ["batch", 2, 3, 32]
+
+
+@pytest.mark.parametrize("after", [0, 40])
+def test_what_is_no_number_agrees_with_nothing(after):
+    """From the first token on, and with several texts only."""
+    step = step_of()
+    calls, run = iter(range(1000)), run_eagerly(step)
+
+    def spoilt(tensors):
+        logits, *state = run(tensors)
+        return logits * (float("nan") if next(calls) >= after else 1), *state
+
+    with pytest.raises(UserError, match="logits differ by nan"):
+        check(step, spoilt)
+
+
+def test_differences_are_shares_of_the_largest_logit():
+    """However small it is."""
+    step = step_of()
+    with torch.no_grad():
+        step.model.lm_head.weight.mul_(1e-5)
+    run = run_eagerly(step)
+
+    def nothing(tensors):
+        logits, *state = run(tensors)
+        return torch.zeros_like(logits), *state
+
+    assert compare(step, nothing, random_ids(1, 4)).difference == pytest.approx(1)
 
 
 def test_a_state_that_grows_is_refused():

@@ -5,6 +5,7 @@ The code is for processors such as the one that it was compiled on.
 
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 from hamt.errors import UserError, reason
 from hamt.export.step import Run, Step, export_program, quiet
 
+_COMPILER = "clang++" if sys.platform == "darwin" else "g++"  # which Inductor takes by itself
+
 
 def require_compiler() -> None:
     """Look for the C++ compiler before the model is loaded.
@@ -23,14 +26,13 @@ def require_compiler() -> None:
         UserError: if there is none.
     """
     named = os.environ.get("CXX")
-    for compiler in (named,) if named else ("g++", "clang++"):
-        if compiler and shutil.which(compiler):
-            return
-    found = f"{named}, which CXX names, is not there" if named else "there is none"
-    raise UserError(
-        f"--format aoti compiles C++, and needs a compiler ({found}): install g++, or name one in "
-        "the environment variable CXX"
-    )
+    compiler = _COMPILER if named is None else named
+    if shutil.which(compiler) is None:
+        found = f"there is no {compiler}" if named is None else f"CXX is {named!r}, which is none"
+        raise UserError(
+            f"--format aoti compiles C++, and needs a compiler ({found}): install {_COMPILER}, or "
+            "name another in the environment variable CXX"
+        )
 
 
 def write_aoti(step: Step, path: Path) -> None:

@@ -1,8 +1,10 @@
 """``hamt export``: a model as an ONNX file, as an AOTInductor package, or as a web page."""
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,14 +14,21 @@ from transformers import PreTrainedTokenizerBase
 
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.console import PlainConsole
-from hamt.errors import UserError
+from hamt.errors import UserError, reason
 from hamt.export.aoti import load_aoti, require_compiler, write_aoti
 from hamt.export.check import Agreement, check
 from hamt.export.onnx_file import load_onnx, require_onnx, write_onnx
-from hamt.export.runtime import FILES, find_runtime
+from hamt.export.runtime import find_runtime
 from hamt.export.step import Step
 from hamt.export.traces import TracedStep
-from hamt.export.web import PAGE, RUNTIME, check_tokenizer, copy_runtime, write_page
+from hamt.export.web import (
+    PAGE,
+    RUNTIME,
+    RUNTIME_FILES,
+    check_tokenizer,
+    copy_runtime,
+    write_page,
+)
 from hamt.files import write_json
 from hamt.options import option, parse
 from hamt.output import Output, claim
@@ -30,8 +39,9 @@ TAKES = {"onnx": "up to a minute", "aoti": "minutes", "web": "up to a minute"}
 # All that any format writes.
 WRITTEN = (
     *{*NAMES.values(), f"{NAMES['onnx']}.data", "step.json"},
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
-    *(*PAGE, *(f"{RUNTIME}/{name}" for name in FILES)),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "additional_chat_templates"),
+    *(*PAGE, *RUNTIME_FILES.values()),
 )
 
 
@@ -59,7 +69,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.runtime is not None and options.format != "web":
         raise UserError("--runtime is for --format web: leave it out")
     (require_compiler if options.format == "aoti" else require_onnx)()
-    model, tokenizer = load_checkpoint(options.checkpoint or PRETRAINED)
+    model, tokenizer = load_checkpoint(
+        PRETRAINED if options.checkpoint is None else options.checkpoint
+    )
     console, step = PlainConsole(), Step(model)
     runtime: dict[str, Path] = {}
     if options.format == "web":
@@ -94,15 +106,16 @@ def _export(
             write_json(target / "step.json", step.describe())
             tokenizer.save_pretrained(target)
         names.update(path.name for path in target.iterdir())
-        run, _ = (load_aoti if options.format == "aoti" else load_onnx)(file)
-        found.append(check(step, run))
+        found.append(_check(step, file))
 
     output.write(write)
     if runtime:
         output.write(partial(copy_runtime, runtime), below=RUNTIME)
-    there = {*names, *(f"{RUNTIME}/{name}" for name in runtime)}
+    there = {*names, *(RUNTIME_FILES[name] for name in runtime)}
     for name in {*WRITTEN} - there:  # of an earlier export, in another format
         output.remove(name)
+    with suppress(OSError):  # it is not there, or holds something
+        (output.folder / RUNTIME).rmdir()
     console.print(_summary(step, found[0]))
     sizes = {path: path.stat().st_size for path in (output.folder / name for name in there)}
     model = output.folder / NAMES[options.format]
@@ -113,6 +126,21 @@ def _export(
             f"wrote {output.folder / 'index.html'} ({sum(sizes.values()) / 1e6:.1f} MB with all "
             f"files); serve it: {shlex.join([*serve, str(output.folder)])}"
         )
+
+
+def _check(step: Step, file: Path) -> Agreement:
+    """Run what was written beside the model.
+
+    Raises:
+        UserError: if it cannot be run, or computes something else.
+    """
+    try:
+        run, _ = (load_aoti if file.suffix == ".pt2" else load_onnx)(file)
+        return check(step, run)
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds, by what runs it
+        raise UserError(f"what was exported cannot be run here: {reason(error)}") from error
 
 
 def _summary(step: Step, agreement: Agreement) -> str:
@@ -126,4 +154,6 @@ def _summary(step: Step, agreement: Agreement) -> str:
 
 def _name(options: ExportOptions) -> str:
     """What the page calls the model: a page may be published, a path is nobody's business."""
-    return Path(options.checkpoint).absolute().name if options.checkpoint else "The model in HAMT"
+    if options.checkpoint is None:
+        return "The model in HAMT"
+    return Path(os.path.abspath(options.checkpoint)).name

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from hamt.errors import UserError, reason
@@ -67,11 +68,18 @@ def _check_version(files: dict[str, Path], place: Path) -> str | None:
 
 def _fetched() -> dict[str, Path]:
     """The files in the user's cache; fetched if they are not there, or not as they were."""
-    folder = user_cache() / f"{PACKAGE}-{VERSION}"
+    try:
+        folder = user_cache() / f"{PACKAGE}-{VERSION}"
+    except RuntimeError as error:  # there is no home
+        raise UserError(
+            f"there is no home to keep {PACKAGE} in: set XDG_CACHE_HOME, or give its folder as "
+            "--runtime"
+        ) from error
     files = {name: folder / name for name in FILES}
     if all(path.is_file() and _sha256(path) == FILES[name] for name, path in files.items()):
         return files
-    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        shutil.rmtree(folder)
     new_folder(folder, _fetch)
     return files
 
@@ -85,7 +93,7 @@ def _fetch(target: Path) -> None:
         raise UserError(f"--format web takes {PACKAGE} from npm, which is not here: {mend}")
     with tempfile.TemporaryDirectory() as folder:
         # No script of the package runs.
-        command = [npm, "pack", wanted, "--ignore-scripts", "--silent"]
+        command = [npm, "pack", wanted, "--ignore-scripts", "--loglevel=error"]
         try:
             done = subprocess.run(
                 command, cwd=folder, capture_output=True, text=True, timeout=SECONDS

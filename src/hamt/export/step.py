@@ -54,7 +54,7 @@ class Value(NamedTuple):
 
 
 class Step(nn.Module):
-    """The module that is exported, in float32.
+    """The module that is exported. ``model`` itself becomes float32, and is set to evaluation.
 
     Raises:
         UserError: if the state of a layer grows with the text.

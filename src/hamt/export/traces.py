@@ -111,14 +111,17 @@ class TracedStep(Step):
                 "at": {name: start for (owner, name), start in at.items() if owner == index},
             })  # fmt: skip
         kept = sum(math.prod(shape) for (_, name), shape in self.parts.items() if name != "mixing")
-        mixes = any("mixing" in each["at"] for each in layers)
+        matrices = sum(math.prod(shape) for shape in self.parts.values()) - kept
+        most = WINDOW_BYTES // (4 * (kept + math.ceil(matrices / self.every)))
+        window = max(LEAST_WINDOW, min(WINDOW, most))
         page = {
             "layers": layers,
             "all_layers": config.num_layers,
             "kept": kept,
-            "window": max(LEAST_WINDOW, min(WINDOW, WINDOW_BYTES // (4 * kept))),
+            "window": window,
+            "window_bytes": 4 * (window * kept + math.ceil(window / self.every) * matrices),
             "read_before_write": config.read_before_write,
-            "boundary_every": self.every if mixes else None,
+            "boundary_every": self.every if matrices else None,
             # Keys and values in float32, as the state is.
             "cache_bytes_per_token": 8 * config.num_layers * config.hidden_dim,
         }

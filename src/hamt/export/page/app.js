@@ -5,6 +5,7 @@ import {Model} from "./model.js";
 import {choose} from "./sampling.js";
 import {Decoder} from "./tokenizer.js";
 
+removeEventListener("error", cannotRun);  // this and tell are those of notice.js
 const SHOWN = 8;  // sources that are listed
 const SLICE = 80, FOLLOWED = 300;  // milliseconds until the browser may paint, and sources are told
 const LEAVING = 64;  // tokens that leave the list together: each time all of the text is laid out
@@ -16,6 +17,7 @@ older.className = "older";
 
 let model, decoder, logits = null, running = false, chosen = null;
 let tokens = [];  // that can be chosen: {index, piece, element}
+let unread = [];  // tokens that were given, and not read when the user paused
 let loadedBytes = 0, told = 0;
 
 // ------------------------------------------------------------------ loading
@@ -24,13 +26,11 @@ async function start() {
   try {
     model = await Model.load((bytes) => {
       loadedBytes += bytes;
-      status.textContent = `Loading: ${inBytes(loadedBytes)} so far …`;
+      // Other files come when one has failed.
+      if (find("notice").hidden) status.textContent = `Loading: ${inBytes(loadedBytes)} so far …`;
     });
   } catch (error) {
-    find("notice").textContent = `The model cannot be loaded: ${error.message}`;
-    find("notice").hidden = false;
-    status.textContent = "Not running.";
-    find("progress").hidden = true;
+    tell(`The model cannot be loaded: ${error.message}`);
     throw error;
   }
   decoder = new Decoder(model.tokenizer);
@@ -41,7 +41,7 @@ async function start() {
   addLayers();
   find("kept").textContent =
     `To tell where tokens come from, this page also keeps what the memories did with the last ` +
-    `${model.step.page.window} tokens: ${inBytes(model.record.bytes)}, whatever was read. The ` +
+    `${model.step.page.window} tokens: ${inBytes(model.step.page.window_bytes)}, whatever was read. The ` +
     `cache is that of ordinary attention with keys and values in float32.`;
   anew();
   status.textContent = "Ready.";
@@ -60,7 +60,7 @@ function addLayers() {
   }));
   if (layers.length < count) {
     find("not-shown").textContent = `${count - layers.length} of the ${count} layers are no ` +
-      "memories but attention over a window of tokens; what those read is not told here.";
+      "memories; what those read is not told here.";
   }
 }
 
@@ -71,6 +71,7 @@ function anew() {
   model.reset();
   decoder.reset();
   tokens = [];
+  unread = [];
   logits = chosen = null;
   older.textContent = "";
   text.replaceChildren(older);
@@ -114,10 +115,12 @@ async function write() {
   running = true;
   showButtons();
   status.textContent = "Reading.";
-  const typed = find("prompt").value, given = model.tokenizer.encode(typed);
-  const wanted = Math.max(1, Number(find("count").value) || 200), {page} = model.step;
-  if (!model.length && !given.length) given.push(page.start_token);
+  const goesOn = model.length > 0, {page} = model.step, count = find("count");
+  const given = unread.concat(model.tokenizer.encode(find("prompt").value, goesOn));
+  const wanted = Math.max(1, Math.floor(count.value || count.defaultValue));
+  if (!goesOn && !given.length) given.push(page.start_token);
   find("prompt").value = "";
+  count.value = wanted;  // where it was none, it is seen what is taken
   let done = 0, ended = false, since = performance.now(), slice = since, newText = "";
   for (const id of given) {
     if (!running) break;
@@ -127,7 +130,7 @@ async function write() {
       slice = await breathe(`Reading: ${done} of ${given.length} tokens.`);
     }
   }
-  if (done < given.length) find("prompt").value = decodeAll(given.slice(done));
+  unread = given.slice(done);
   done = 0;
   since = slice = performance.now();
   while (running && done < wanted) {
@@ -151,7 +154,9 @@ async function write() {
   find("written").textContent = newText;
   status.textContent = ended
     ? "The model ended its text here. Type more for it to read, or start anew."
-    : "Paused. Go on, type more for it to read, or start anew.";
+    : unread.length
+      ? `Paused: ${unread.length} tokens are still to be read. Go on, or start anew.`
+      : "Paused. Go on, type more for it to read, or start anew.";
 }
 
 /** Let the browser paint and hear clicks. */
@@ -160,11 +165,6 @@ async function breathe(message) {
   show();
   await new Promise((resolve) => setTimeout(resolve));
   return performance.now();
-}
-
-function decodeAll(ids) {
-  const other = new Decoder(model.tokenizer);
-  return ids.map((id) => other.push(id)).join("");
 }
 
 // ------------------------------------------------------------------ showing
@@ -189,6 +189,10 @@ function showFigures() {
   chart.update(model.length, model.stateBytes, model.cacheBytes);
 }
 
+function showTemperature() {
+  find("temperature-value").textContent = Number(find("temperature").value).toFixed(1);
+}
+
 /** Where the chosen token comes from; if none is, the last one. */
 function showSources() {
   told = performance.now();
@@ -207,8 +211,9 @@ function showSources() {
   if (query < begin) {
     tokens.forEach(({element}) => tint(element, 0, 1));
     find("sources").replaceChildren();
-    find("asked").replaceChildren(quoted(shown.piece), " is the first token that is known here: " +
-      "nothing was read before it.");
+    find("asked").replaceChildren(quoted(shown.piece), begin > 0
+      ? " is the first token that is known here: what it comes from is forgotten."
+      : " is the first token: nothing was read before it.");
     return;
   }
   const layer = Number(document.querySelector("#layers :checked").value);
@@ -271,16 +276,21 @@ function select(index) {
 find("form").addEventListener("submit", (event) => {
   event.preventDefault();
   if (running) running = false;
-  else write();
+  else {
+    write().catch((error) => {
+      running = false;
+      showButtons();
+      tell(`The model cannot go on: ${error.message}`);
+      throw error;
+    });
+  }
 });
 find("anew").addEventListener("click", () => {
   anew();
   status.textContent = "Ready.";
   find("prompt").focus();
 });
-find("temperature").addEventListener("input", () => {
-  find("temperature-value").textContent = Number(find("temperature").value).toFixed(1);
-});
+find("temperature").addEventListener("input", showTemperature);
 text.addEventListener("click", (event) => {
   const token = tokens.find(({element}) => element === event.target);
   if (token) select(token.index);
@@ -298,4 +308,5 @@ text.addEventListener("keydown", (event) => {
   else select(Math.min(last, Math.max(first, moves[event.key])));
 });
 
+addEventListener("pageshow", showTemperature);  // who comes back finds filled in what was chosen
 start();

@@ -3,7 +3,7 @@
 import {Record} from "./sources.js";
 import {Tokenizer} from "./tokenizer.js";
 
-const RUNTIME = "./runtime/ort.wasm.bundle.min.mjs", BINARY = "./runtime/ort-wasm-simd-threaded.wasm";
+const RUNTIME = "./runtime/ort.wasm.bundle.min.js", BINARY = "./runtime/ort-wasm-simd-threaded.wasm";
 
 export class Model {
   /** Load all files; `progress(bytes)` hears of every piece that comes. */
@@ -66,7 +66,8 @@ export class Model {
 }
 
 async function download(path, progress) {
-  const response = await fetch(path);
+  // What the browser keeps may be of an earlier export, other files of a later one.
+  const response = await fetch(path, {cache: "no-cache"});
   if (!response.ok) throw new Error(`${path} is not there (${response.status})`);
   const parts = [];
   for (const reader = response.body.getReader(); ;) {

@@ -28,17 +28,12 @@ export class Record {
 
   reset() {
     this.length = 0;  // tokens read, those that are forgotten included
-    this.boundaries = new Map();  // token -> its whole trace
+    this.boundaries = new Map();  // token -> the matrices behind all else in its trace
   }
 
   /** The first token that is still known. */
   get begin() {
     return Math.max(0, this.length - this.window);
-  }
-
-  /** Bytes that are kept of `window` tokens, without matrices of boundaries. */
-  get bytes() {
-    return this.numbers.byteLength;
   }
 
   /**
@@ -49,7 +44,7 @@ export class Record {
   add(trace, boundary = false) {
     this.numbers.set(trace.subarray(0, this.size), this.length % this.window * this.size);
     this.boundaries.delete(this.length - this.window);
-    if (boundary) this.boundaries.set(this.length, trace.slice());
+    if (boundary) this.boundaries.set(this.length, trace.slice(this.size));
     this.length += 1;
   }
 
@@ -91,7 +86,8 @@ export class Record {
     let weight = Float64Array.from(numbers.subarray(read, read + slots));
     for (let j = query; j >= begin; j--) {
       if (j < query && "mixing" in at && this.boundaries.has(j)) {
-        weight = transposed(this.boundaries.get(j), at.mixing + head * slots * slots, weight);
+        const start = at.mixing - this.size + head * slots * slots;
+        weight = transposed(this.boundaries.get(j), start, weight);
       }
       if (j === query && this.readsFirst) continue;
       const token = place(j), bound = token + at.bound + head * features;

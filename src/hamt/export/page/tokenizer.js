@@ -27,33 +27,42 @@ export class Tokenizer {
       this.ranks.set(Array.isArray(merge) ? merge.join(" ") : merge, rank);
     });
     this.addsSpace = file.pre_tokenizer.add_prefix_space;
-    this.added = new Map(file.added_tokens.map((token) => [token.content, token.id]));
-    this.special = new Map(file.added_tokens.map((token) => [token.id, token.content]));
-    // The longest of those that begin at a place.
-    const longestFirst = [...this.added.keys()].sort((a, b) => b.length - a.length);
-    const escaped = longestFirst.map((text) => text.replace(/[\\^$.*+?()[\]{}|/-]/g, "\\$&"));
-    this.between = escaped.length ? new RegExp(`(${escaped.join("|")})`, "u") : null;
+    this.added = new Map(file.added_tokens.map(({content, id}) => [content, id]));
+    for (const {content, id} of file.added_tokens) this.pieces[id] = content;
+    this.special = new Set(file.added_tokens.filter(({special}) => special).map(({id}) => id));
+    // The longest of those that begin at a place; what is found as it stands goes before the others.
+    this.between = [false, true].map((normalized) => {
+      const these = file.added_tokens.filter((token) => token.normalized === normalized);
+      const longestFirst = these.map(({content}) => content).sort((a, b) => b.length - a.length);
+      const escaped = longestFirst.map((text) => text.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"));
+      return escaped.length ? new RegExp(`(${escaped.join("|")})`, "u") : null;
+    });
     this.known = new Map();
   }
 
-  /** The tokens of a text, special ones only where they are written out. */
-  encode(text) {
-    const ids = [];
-    for (let part of this.between ? text.split(this.between) : [text]) {
-      if (this.added.has(part)) {
-        ids.push(this.added.get(part));
-        continue;
-      }
-      if (this.addsSpace && part && !part.startsWith(" ")) part = " " + part;
-      for (const [word] of part.matchAll(WORDS)) ids.push(...this.#word(word));
+  /**
+   * The tokens of a text, special ones only where they are written out. If it goes on from another
+   * text, no space is put before it.
+   */
+  encode(text, goesOn = false) {
+    let parts = [text];
+    for (const between of this.between) {
+      if (between) parts = parts.flatMap((part) => this.added.has(part) ? part : part.split(between));
     }
-    return ids;
+    return parts.flatMap((part, place) => {
+      if (this.added.has(part)) return this.added.get(part);
+      const joins = goesOn && place === 0;
+      const begun = this.addsSpace && part && !part.startsWith(" ") && !joins ? " " + part : part;
+      return Array.from(begun.matchAll(WORDS)).flatMap(([word]) => this.#word(word));
+    });
   }
 
   /** The bytes of a token; of a special one none. */
   bytes(id) {
-    if (this.special.has(id)) return new Uint8Array();
-    return Uint8Array.from(this.pieces[id] ?? "", (character) => BYTES.get(character));
+    const piece = this.special.has(id) ? "" : this.pieces[id] ?? "";
+    const bytes = Array.from(piece, (character) => BYTES.get(character));
+    // Tokens that were added are written as they are, unless they look like the others.
+    return bytes.includes(undefined) ? new TextEncoder().encode(piece) : Uint8Array.from(bytes);
   }
 
   #word(word) {
@@ -62,14 +71,17 @@ export class Tokenizer {
     const bytes = new TextEncoder().encode(word);
     // Bytes that the vocabulary lacks are left out.
     const parts = Array.from(bytes, (byte) => CHARACTERS[byte]).filter((x) => this.ids.has(x));
+    // Of each part and the next one; the last has none. Looking all of them up after each merge
+    // would take minutes for a word of 50,000 letters.
+    const rank = (i) => this.ranks.get(`${parts[i]} ${parts[i + 1] ?? ""}`) ?? Infinity;
+    const ranks = parts.map((_, i) => rank(i));
     for (;;) {
-      let best = Infinity, at = -1;
-      for (let i = 0; i + 1 < parts.length; i++) {
-        const rank = this.ranks.get(`${parts[i]} ${parts[i + 1]}`);
-        if (rank < best) [best, at] = [rank, i];
-      }
-      if (at < 0) break;
+      let at = 0;
+      for (let i = 1; i < ranks.length; i++) if (ranks[i] < ranks[at]) at = i;
+      if (!(ranks[at] < Infinity)) break;
       parts.splice(at, 2, parts[at] + parts[at + 1]);
+      ranks.splice(at, 1);
+      for (const i of [at - 1, at]) if (i >= 0) ranks[i] = rank(i);
     }
     ids = parts.map((part) => this.ids.get(part));
     if (this.known.size >= MOST_CACHED) this.known.clear();
