@@ -15,7 +15,7 @@ from hamt.export.step import Run, Step, read_tokens
 # Largest difference of a logit, as a share of the largest logit. A model that rounds its slots may
 # round the other way where a number lies between two steps.
 TOLERANCE, ROUNDED_TOLERANCE = 1e-4, 5e-2
-CHECKED = 32  # tokens, after every export
+CHECKED = 72  # tokens, after every export: past the first boundary of the default
 ROWS = (1, 5)  # of texts that are read at once, by the same file
 
 
