@@ -70,7 +70,10 @@ REFUSED = [
     ({"hidden_dim": 33}, "got 66, try 64 or 72"),
     ({"num_attention_heads": 3}, "got 512, try 510 or 516"),
     ({"binding_type": "hrr"}, "one of elementwise, circular_conv, phasor; got 'hrr'"),
-    ({"write_rule": "add"}, "write_rule must be one of gated, convex, delta; got 'add'"),
+    (
+        {"write_rule": "add"},
+        "write_rule must be one of gated, normalized, convex, delta; got 'add'",
+    ),
     ({"rotation": "own"}, "one of none, constant, data_dependent, learned; got 'own'"),
     (
         {"binding_type": "elementwise", "rotation": "constant"},

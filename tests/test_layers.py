@@ -111,6 +111,8 @@ def literal_layer(layer: HAMTLayer, inputs: Tensor) -> Tensor:
         forget = torch.sigmoid(logits[0])
         if config.write_rule == "convex":
             forget = (1 - write) * (1 - config.decay_rate)
+        if config.write_rule == "normalized":
+            write = write * (1 - forget**2).sqrt()
         if tiers == 2:
             if config.write_rule != "convex":
                 forget = forget * (1 - config.decay_rate)

@@ -65,8 +65,9 @@ class HAMTConfig(StandardNamesConfig):
         num_heads: H, heads; an item of a head has hcm_dim / num_heads features.
         binding_type: ``phasor``, ``circular_conv`` or ``elementwise`` (see
             ``hamt.memory.algebra``).
-        write_rule: ``gated`` (forget and write gates), ``convex`` (one gate for both) or ``delta``
-            (error-correcting, see ``hamt.memory.write_rules``).
+        write_rule: ``gated`` (forget and write gates), ``normalized`` (the same, with slots of one
+            size), ``convex`` (one gate for both) or ``delta`` (error-correcting, see
+            ``hamt.memory.write_rules``).
         rotation: ``none``, ``constant`` (position keys at many time scales; where the binding has
             phases), ``learned`` (the same with a learned frequency for each head and phase, ten
             times as slow at initialisation) or ``data_dependent`` (each token turns the position by

@@ -107,7 +107,7 @@ def test_entropies():
     assert effective_rank(torch.zeros(3, 8)) == 0
 
 
-@pytest.mark.parametrize("rule", ["gated", "convex", "delta"])
+@pytest.mark.parametrize("rule", ["gated", "normalized", "convex", "delta"])
 def test_a_survey_is_what_was_recorded(rule):
     model, ids = build(write_rule=rule, rotation="data_dependent"), text(50, rows=2)
     traces = record(model, ids).traces

@@ -166,7 +166,10 @@ MULTIPLE = "hcm_dim must be a multiple of"
 WRONG = [
     ({"hcm_dim": 100, "num_heads": 8}, rf"{MULTIPLE} 2 \* num_heads = 16; got 100"),
     ({"hcm_dim": 7}, MULTIPLE),
-    ({"write_rule": "sum"}, "write_rule must be one of gated, convex, delta; got 'sum'"),
+    (
+        {"write_rule": "sum"},
+        "write_rule must be one of gated, normalized, convex, delta; got 'sum'",
+    ),
     ({"decay_rate": 1.0}, r"decay_rate must lie in \[0, 1\); got 1.0"),
     ({"binding_type": "xor"}, "binding_type must be one of"),
     ({"hcm_dim": 0}, "must be at least 1"),

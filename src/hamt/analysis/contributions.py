@@ -8,7 +8,7 @@ before them, under every write rule:
 The coefficients follow from the adjoint of the recurrence, from t backwards:
 λ = r_t, and for j = t, t-1, ...
 
-    gated, convex   c_tj = Σ_s λ[s] w_j[s]               λ ← α_j ⊙ λ
+    any but delta   c_tj = Σ_s λ[s] w_j[s]               λ ← α_j ⊙ λ
     delta           c_tj = β_j Σ_s λ[s] ŵ_j[s]           λ ← α_j ⊙ (λ - ŵ_j c_tj)
 
 until b_t = λ. Under the delta rule this is what the triangular solve of

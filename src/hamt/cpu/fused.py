@@ -29,7 +29,7 @@ from hamt.memory.forms import (
     recurrent,
     spoiled,
 )
-from hamt.memory.write_rules import Convex, Delta, Gated
+from hamt.memory.write_rules import Convex, Delta, Gated, Normalized
 
 # Tokens between the states that the backward pass starts from: its workspace stays in the second
 # cache.
@@ -85,8 +85,8 @@ def fused(memory: Memory, tokens: Tokens, state: MemoryState) -> tuple[Tensor, M
     return output, MemoryState(slots, last)
 
 
-# Rules that ``fused.cpp`` computes; the convex rule is the gated one, its gates complete.
-RULES = (Gated, Convex, Delta)
+# Rules that ``fused.cpp`` computes; all but delta are the gated one, once their gates are there.
+RULES = (Gated, Normalized, Convex, Delta)
 FORMS["fused"] = Form(fused, lambda rule: type(rule) in RULES, fused_available)
 
 

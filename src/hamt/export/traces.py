@@ -29,10 +29,10 @@ from torch import Tensor
 from hamt.analysis.record import Trace, memory_layers, observe
 from hamt.errors import UserError
 from hamt.export.step import Step, Value
-from hamt.memory.write_rules import Convex, Delta, Gated
+from hamt.memory.write_rules import Convex, Delta, Gated, Normalized
 from hamt.model import HAMTForCausalLM
 
-RULES = (Gated, Convex, Delta)  # of which the page knows the adjoint
+RULES = (Gated, Normalized, Convex, Delta)  # of which the page knows the adjoint
 # Of a page: it looks back over so many tokens, fewer where they would take more memory than this.
 WINDOW, LEAST_WINDOW, WINDOW_BYTES = 512, 16, 64 * 2**20
 

@@ -46,8 +46,9 @@ class HolographicMemory:
         num_heads: heads H.
         binding_type: ``elementwise``, ``circular_conv`` or ``phasor`` (see
             ``hamt.memory.algebra``).
-        write_rule: ``gated`` takes α from the caller; ``convex`` sets α = (1-w)(1-λ); ``delta``
-            corrects what a slot holds, with w a unit vector and a strength β; or one of your own in
+        write_rule: ``gated`` takes α from the caller, and so does ``normalized``, which differs in
+            how a gating network makes w; ``convex`` sets α = (1-w)(1-λ); ``delta`` corrects what a
+            slot holds, with w a unit vector and a strength β; or one of your own in
             ``hamt.memory.write_rules.WRITE_RULES``.
         decay_rate: λ of the convex rule, the share forgotten at every token.
         chunk_size: tokens in a tile of the chunked form; never changes a result.

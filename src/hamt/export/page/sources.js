@@ -5,7 +5,7 @@
 // that token t reads is Σ_j c_tj x_j, and c follows from the recurrence backwards: λ = r_t, and for
 // j = t, t-1, …
 //
-//   gated, convex   c_tj = Σ_s λ[s] w_j[s]         λ ← α_j ⊙ λ
+//   any but delta   c_tj = Σ_s λ[s] w_j[s]         λ ← α_j ⊙ λ
 //   delta           c_tj = β_j Σ_s λ[s] w_j[s]     λ ← α_j ⊙ (λ - w_j c_tj)
 //
 // A boundary between two tokens has multiplied the slots by a matrix T: λ ← Tᵀ λ. The share of

@@ -9,8 +9,11 @@ from hamt.memory.write_rules.base import INITIAL_WRITE_LOGIT, Gates, WriteRule
 from hamt.memory.write_rules.convex import Convex
 from hamt.memory.write_rules.delta import Delta
 from hamt.memory.write_rules.gated import Gated
+from hamt.memory.write_rules.normalized import Normalized
 
-WRITE_RULES: dict[str, type[WriteRule]] = {"gated": Gated, "convex": Convex, "delta": Delta}
+WRITE_RULES: dict[str, type[WriteRule]] = {
+    rule.name: rule for rule in (Gated, Normalized, Convex, Delta)
+}
 
 __all__ = [
     "INITIAL_WRITE_LOGIT",
@@ -19,5 +22,6 @@ __all__ = [
     "Delta",
     "Gated",
     "Gates",
+    "Normalized",
     "WriteRule",
 ]
