@@ -54,6 +54,12 @@ def test_ticks_are_plain_numbers_at_what_was_measured():
     assert "15,000" in tick_labels(axes.xaxis)
 
 
+def test_no_two_of_many_series_look_alike():
+    (axes,) = scaling({"a": {str(i): Series([8], [i]) for i in range(20)}}, "MB").axes
+    lines = [points.lines[0] for points in axes.containers]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 20
+
+
 def test_one_point_has_a_tick_and_no_line():
     series = {"hamt": Series([32768], [0.006]), "static": Series([32768], [0.1])}
     (axes,) = scaling({"batch 4": series}, "seconds").axes
