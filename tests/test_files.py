@@ -1,5 +1,11 @@
 """Files and folders that are written whole or not at all."""
 
+from pathlib import Path
+
+import pytest
+
+from hamt.data.cache import cached
+from hamt.errors import UserError
 from hamt.files import write_folder
 from hamt.output import claim
 
@@ -19,3 +25,13 @@ def test_a_folder_is_written_in_the_place_of_an_earlier_one(tmp_path):
         (file,) = (tmp_path / folder / "templates").iterdir()
         assert file.read_text() == "new"
         assert file.parent.stat().st_mode & 0o111
+
+
+def test_without_a_home_it_is_told_what_has_no_place(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(UserError, match="no home to keep tokens in: set XDG_CACHE_HOME"):
+        cached(None, "name", lambda folder: None, lambda folder: None)

@@ -5,13 +5,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from hamt.errors import reason
+from hamt.errors import UserError, reason
 
 WRITING = ".writing-"  # begins the name of a folder that is being written
 
@@ -19,8 +19,7 @@ WRITING = ".writing-"  # begins the name of a folder that is being written
 def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary folder, then move each of its files into ``folder``.
 
-    A crash while ``write`` runs leaves ``folder`` as it was. Files get the mode that any new file
-    has here, as safetensors makes its own readable by their owner alone.
+    A crash while ``write`` runs leaves ``folder`` as it was.
     """
     folder = Path(folder)
     try:
@@ -28,12 +27,8 @@ def write_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]
         with tempfile.TemporaryDirectory(dir=folder, prefix=WRITING) as temporary:
             fill(write, Path(temporary))
             files = sorted(Path(temporary).iterdir())
-            probe = Path(temporary) / "mode-probe"
-            probe.touch()
+            make_lasting(files, Path(temporary))
             for file in files:
-                if file.is_file():
-                    shutil.copymode(probe, file)
-                sync(file)
                 replace(file, folder / file.name)
             sync(folder)
     except OSError as error:  # it names the temporary file, or none
@@ -80,6 +75,19 @@ def new_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]) 
         sync(folder.parent)
 
 
+def make_lasting(paths: Iterable[Path], folder: Path) -> None:
+    """Sync what was written into ``folder``, with the mode that any new file has there.
+
+    safetensors makes files that only their owner reads.
+    """
+    probe = folder / "mode-probe"
+    probe.touch()
+    for path in paths:
+        if path.is_file():
+            shutil.copymode(probe, path)
+        sync(path)
+
+
 def replace(path: Path, target: Path) -> None:
     """Rename a file or a folder to ``target``, in the place of what is there."""
     if path.is_dir() and target.is_dir():  # a folder that holds something is in the way
@@ -118,14 +126,17 @@ def json_object(file: Path, first_line: bool = False) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def user_cache() -> Path:
+def user_cache(what: str, mend: str = "set XDG_CACHE_HOME") -> Path:
     """The folder for what can be made again: ``$XDG_CACHE_HOME/hamt``, or ``~/.cache/hamt``.
 
     Raises:
-        RuntimeError: if the user has no home.
+        UserError: if the user has no home; it names ``what`` is to be kept, and what to do.
     """
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (named if named.is_absolute() else Path.home() / ".cache") / "hamt"
+    try:
+        return (named if named.is_absolute() else Path.home() / ".cache") / "hamt"
+    except RuntimeError as error:
+        raise UserError(f"there is no home to keep {what} in: {mend}") from error
 
 
 def existing(folder: str | os.PathLike[str]) -> Path:

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from hamt.errors import UserError
-from hamt.files import WRITING, fill, json_object, replace, sync, write_json, write_text
+from hamt.files import (
+    WRITING,
+    fill,
+    json_object,
+    make_lasting,
+    replace,
+    sync,
+    write_json,
+    write_text,
+)
 from hamt.locks import locked
 
 NOTES = ".hamt"  # the folder of what is noted about an output folder
@@ -92,12 +101,7 @@ class Output:
             files = {self._name(target / file.name): file for file in sorted(fresh.iterdir())}
             self._check(files)
             known = {name: Written(self.command, _sha256(file)) for name, file in files.items()}
-            probe = fresh / "mode-probe"
-            probe.touch()
-            for file in files.values():
-                if file.is_file():  # safetensors makes files that only their owner reads
-                    shutil.copymode(probe, file)
-                sync(file)
+            make_lasting(files.values(), fresh)
             # Whatever the moment it is killed at: what is there is noted, and no hash is of others.
             self._note({name: Written(self.command, None) for name in files})
             for name, file in files.items():

@@ -70,12 +70,7 @@ def rivals_folder(checkpoint: Path) -> Path:
     """Where rivals are kept: beside the checkpoint, or in the user's cache for HAMT's own model."""
     if checkpoint.resolve() != PRETRAINED.resolve():
         return checkpoint / "rivals"
-    try:
-        return user_cache() / "rivals" / PRETRAINED.name
-    except RuntimeError as error:  # there is no home
-        raise UserError(
-            "there is no home to keep rivals of HAMT's own model in: set XDG_CACHE_HOME"
-        ) from error
+    return user_cache("rivals of HAMT's own model") / "rivals" / PRETRAINED.name
 
 
 def train_rivals(

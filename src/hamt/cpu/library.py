@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from hamt.errors import UserError
 from hamt.files import WRITING, user_cache
 
 SOURCE = Path(__file__).with_name("fused.cpp")
@@ -126,7 +127,7 @@ def _folder() -> Path:
     has opened to the user's group is closed.
     """
     try:
-        folder = user_cache()
+        folder = user_cache("libraries")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         mode = stat.S_IMODE(status.st_mode)
@@ -134,7 +135,7 @@ def _folder() -> Path:
             folder.chmod(mode & ~0o020)
         if _own(folder.stat()) and os.access(folder, os.W_OK):
             return folder
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
+    except (OSError, UserError):  # UserError: there is no home
         pass
     folder = Path(tempfile.mkdtemp(prefix="hamt-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -31,9 +31,9 @@ def cached(
     ``cache`` None is ``tokens`` in the user's cache. Another content needs another ``name``.
 
     Raises:
-        UserError: if the folder cannot be written.
+        UserError: if the folder cannot be written, or there is no home for it.
     """
-    folder = (user_cache() / "tokens" if cache is None else Path(cache)) / name
+    folder = (user_cache("tokens") / "tokens" if cache is None else Path(cache)) / name
     try:
         if folder.is_dir():
             try:

@@ -68,13 +68,8 @@ def _check_version(files: dict[str, Path], place: Path) -> str | None:
 
 def _fetched() -> dict[str, Path]:
     """The files in the user's cache; fetched if they are not there, or not as they were."""
-    try:
-        folder = user_cache() / f"{PACKAGE}-{VERSION}"
-    except RuntimeError as error:  # there is no home
-        raise UserError(
-            f"there is no home to keep {PACKAGE} in: set XDG_CACHE_HOME, or give its folder as "
-            "--runtime"
-        ) from error
+    mend = "set XDG_CACHE_HOME, or give its folder as --runtime"
+    folder = user_cache(PACKAGE, mend) / f"{PACKAGE}-{VERSION}"
     files = {name: folder / name for name in FILES}
     if all(path.is_file() and _sha256(path) == FILES[name] for name, path in files.items()):
         return files
