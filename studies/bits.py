@@ -1,12 +1,11 @@
 """What weights of fewer bits cost and bring: docs/results/bits.
 
-OMP_NUM_THREADS=1 venv/bin/python studies/bits.py --checkpoint checkpoints/wikitext2
-
-It needs torchao 0.18.0, which writes a warning wherever Transformers is imported; so it is no part
-of requirements-dev.txt. In a folder of its own it is there for this study alone:
-
 venv/bin/pip install --no-deps --target checkpoints/torchao torchao==0.18.0
-PYTHONPATH=checkpoints/torchao OMP_NUM_THREADS=1 venv/bin/python studies/bits.py
+PYTHONPATH=checkpoints/torchao OMP_NUM_THREADS=1 venv/bin/python studies/bits.py \\
+    --checkpoint checkpoints/wikitext2 --characters 400000
+
+torchao has a folder of its own, as it writes a warning wherever Transformers is imported; so it is
+no part of requirements-dev.txt.
 """
 
 import argparse

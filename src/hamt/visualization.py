@@ -26,7 +26,7 @@ from hamt.files import write_file
 
 # Okabe and Ito 2008, without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = "osD^vPXh"  # one more than there are colours: no two of 56 series look alike
+MARKERS = "osD^vPX*"  # one more than there are colours: no two of 56 series look alike
 SEQUENTIAL, DIVERGING = "cividis", "PuOr"  # both made for colour-blind readers
 FEW_POINTS = 20  # of a curve; with so many or fewer each is marked
 TICK_DISTANCE = 0.06  # of the length of an axis, at least, between two ticks that are labelled

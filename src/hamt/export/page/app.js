@@ -41,8 +41,8 @@ async function start() {
   addLayers();
   find("kept").textContent =
     `To tell where tokens come from, this page also keeps what the memories did with the last ` +
-    `${model.step.page.window} tokens: ${inBytes(model.step.page.window_bytes)}, whatever was read. The ` +
-    `cache is that of ordinary attention with keys and values in float32.`;
+    `${model.step.page.window} tokens: ${inBytes(model.step.page.window_bytes)}, whatever was ` +
+    `read. The cache is that of ordinary attention with keys and values in float32.`;
   anew();
   status.textContent = "Ready.";
 }

@@ -30,7 +30,8 @@ export class Tokenizer {
     this.added = new Map(file.added_tokens.map(({content, id}) => [content, id]));
     for (const {content, id} of file.added_tokens) this.pieces[id] = content;
     this.special = new Set(file.added_tokens.filter(({special}) => special).map(({id}) => id));
-    // The longest of those that begin at a place; what is found as it stands goes before the others.
+    // The longest of those that begin at a place; what is found as it stands goes before the
+    // others.
     this.between = [false, true].map((normalized) => {
       const these = file.added_tokens.filter((token) => token.normalized === normalized);
       const longestFirst = these.map(({content}) => content).sort((a, b) => b.length - a.length);
@@ -47,7 +48,8 @@ export class Tokenizer {
   encode(text, goesOn = false) {
     let parts = [text];
     for (const between of this.between) {
-      if (between) parts = parts.flatMap((part) => this.added.has(part) ? part : part.split(between));
+      if (!between) continue;
+      parts = parts.flatMap((part) => this.added.has(part) ? part : part.split(between));
     }
     return parts.flatMap((part, place) => {
       if (this.added.has(part)) return this.added.get(part);
