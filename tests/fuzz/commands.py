@@ -195,11 +195,9 @@ def line(seed: int) -> list[str]:
         given[field.name] = [_value(draw, field) for _ in range(count)]
         if draw.random() < 0.05:
             given.pop(draw.choice(list(given)))
-    if command == "demo":
-        given.setdefault("data", ["my_text.txt"])
-        given["num_steps"] = given.get("num_steps", ["1"])
-    if command == "ablate":  # the default one is a day's work
-        given.setdefault("recipe", ["ablation.yaml"])
+    for name, value in BASE[command].items():  # without these a command may work for minutes
+        if name in WORK | {"recipe", "parts"} or (command, name) == ("demo", "data"):
+            given.setdefault(name, [str(value)])
     if command in ("explore", "serve"):
         given["port"] = ["0"]
     words = [command]
