@@ -21,6 +21,9 @@ from hamt.data.tokenizer import train_tokenizer
 settings.register_profile("hamt", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("hamt")
 
+# Tests load onnxruntime themselves, too: it is to report nothing to its makers.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 
 @pytest.fixture(scope="session")
 def tokenizer():

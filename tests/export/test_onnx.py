@@ -1,6 +1,7 @@
 """The step as an ONNX file in onnxruntime."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -34,6 +35,15 @@ def exported(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     write_onnx(step, path)
     return step, path
+
+
+def test_onnxruntime_reports_nothing_unless_it_may(monkeypatch):
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
+    require_onnx()
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    require_onnx()
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "0"
 
 
 def test_onnxruntime_computes_what_the_model_does(exported):

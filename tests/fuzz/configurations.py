@@ -92,7 +92,8 @@ def survives(fields: dict) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)
         again = HAMTModel.from_pretrained(folder).eval()
-        assert torch.equal(again(ids).logits, model(ids).logits), "other logits after loading"
+        # Weights of a file lie elsewhere in memory, which may change the last bit of a product.
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
 
 
 def case(number: int) -> Case:

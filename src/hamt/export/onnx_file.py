@@ -1,6 +1,8 @@
 """The step as an ONNX file, which onnxruntime and others run."""
 
+import importlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,20 @@ def require_onnx() -> None:
     """
     try:
         import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
+
+        _onnxruntime()
     except ImportError as error:
         name = getattr(error, "name", None)
         raise UserError(f"this format needs {name or reason(error)}: pip install {PACKAGES}") from (
             error
         )
+
+
+def _onnxruntime() -> Any:
+    """The package, told before it is loaded to report nothing to its makers."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    return importlib.import_module("onnxruntime")
 
 
 def write_onnx(step: Step, path: Path, described: dict[str, Any] | None = None) -> None:
@@ -103,8 +112,7 @@ def _store_narrow(model: Any) -> None:
 
 def load_onnx(path: Path, threads: int = 1) -> tuple[Run, dict[str, Any]]:
     """The step in an ONNX file as onnxruntime runs it on a CPU, and its description."""
-    import onnxruntime
-
+    onnxruntime = _onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
