@@ -38,6 +38,11 @@ _TOKENIZER_SETTINGS = (
 PRETRAINED = Path(__file__).parent / "pretrained" / "sotu"
 
 
+def named_or_own(checkpoint: str | None) -> str:
+    """The checkpoint that an option names; if it names none, the model that comes with HAMT."""
+    return str(PRETRAINED) if checkpoint is None else checkpoint
+
+
 def save_checkpoint(
     folder: str | os.PathLike[str],
     model: HAMTForCausalLM,

@@ -260,6 +260,23 @@ def test_checkpoints_of_other_models_and_broken_ones_are_refused(checkpoint, tmp
     assert "not a HAMT checkpoint" in refusal(tmp_path / "other.pt")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["analyze"], ["chat"], ["compare"], ["evaluate"], ["explore"], ["export"], ["serve"]),
+        *(["generate", "x"], ["read", "x.txt", "--save", "x.state"], ["finetune", "x.csv"]),
+    ],
+    ids=lambda command: command[0],
+)
+def test_an_empty_checkpoint_is_not_the_model_in_hamt(command, capsys, tmp_path, monkeypatch):
+    """As of a shell variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    Path("x.txt").write_text("Once upon a time.")
+    Path("x.csv").write_text("text,label\n" + "one,a\ntwo,b\n" * 20)
+    line = fails([*command, "--checkpoint", ""], capsys, silent=False)
+    assert "no checkpoint at" in line or "no model ''" in line
+
+
 def test_ctrl_c_leaves_a_usable_checkpoint(text, tmp_path):
     command = [sys.executable, str(ROOT / "experiments" / "quick_train.py"), *TINY, "--data", text]
     process = subprocess.Popen(

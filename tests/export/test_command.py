@@ -111,11 +111,6 @@ def test_what_cannot_be_exported_is_told_in_one_line(
     assert not (tmp_path / "out").exists(), "nothing is left behind"
 
 
-def test_an_empty_checkpoint_is_not_the_model_in_hamt(capsys):
-    """As of a shell variable that is not set."""
-    assert "no checkpoint at" in fails(["export", *words(checkpoint="")], capsys)
-
-
 def test_what_cannot_be_run_here_is_told_in_one_line(checkpoint, tmp_path, capsys, monkeypatch):
     """And leaves nothing: as a library that this processor has not the instructions for."""
 

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from hamt.analysis.analyse import TRACED, Analysis, analyse, name_of_attention, summarise
 from hamt.analysis.dashboard import dashboard
 from hamt.analysis.record import memory_layers
-from hamt.checkpoint import PRETRAINED, load_checkpoint
+from hamt.checkpoint import load_checkpoint, named_or_own
 from hamt.console import PlainConsole
 from hamt.data.documents import plain_text
 from hamt.environment import describe_environment, environment
@@ -61,8 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _analyze(options: AnalyzeOptions, text: str, output: Output) -> None:
-    checkpoint = PRETRAINED if options.checkpoint is None else options.checkpoint
-    model, tokenizer = load_checkpoint(checkpoint)
+    model, tokenizer = load_checkpoint(named_or_own(options.checkpoint))
     if not memory_layers(model):
         raise UserError("this model has no memory to look into: all its mixers are of other kinds")
     name = options.checkpoint or "The model in HAMT"

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hamt.checkpoint import PRETRAINED, load_checkpoint
+from hamt.checkpoint import load_checkpoint, named_or_own
 from hamt.console import PlainConsole
 from hamt.errors import UserError, reason
 from hamt.export.aoti import load_aoti, require_compiler, write_aoti
@@ -69,9 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.runtime is not None and options.format != "web":
         raise UserError("--runtime is for --format web: leave it out")
     (require_compiler if options.format == "aoti" else require_onnx)()
-    model, tokenizer = load_checkpoint(
-        PRETRAINED if options.checkpoint is None else options.checkpoint
-    )
+    model, tokenizer = load_checkpoint(named_or_own(options.checkpoint))
     console, step = PlainConsole(), Step(model)
     runtime: dict[str, Path] = {}
     if options.format == "web":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from hamt.checkpoint import PRETRAINED, load_checkpoint
+from hamt.checkpoint import load_checkpoint, named_or_own
 from hamt.console import PlainConsole
 from hamt.errors import UserError, reason
 from hamt.options import option, parse
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     from hamt.serving.states import StateStore
 
     check_address(options.host, options.port)
-    model, tokenizer = load_checkpoint(options.checkpoint or PRETRAINED)
+    model, tokenizer = load_checkpoint(named_or_own(options.checkpoint))
     model.fuse_projections()
     path = Path(options.checkpoint or "hamt").resolve()
     name = options.name or (path.name if path.is_dir() else path.stem)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hamt.analysis.explorer.session import Explorer
 from hamt.analysis.record import memory_layers
-from hamt.checkpoint import PRETRAINED, load_checkpoint
+from hamt.checkpoint import load_checkpoint, named_or_own
 from hamt.console import PlainConsole
 from hamt.errors import UserError, reason
 from hamt.options import option, parse
@@ -42,8 +42,7 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError("hamt explore needs Gradio: pip install 'gradio>=6'") from error
         raise UserError(f"Gradio cannot be used here: {reason(error)}") from error
     check_address(options.host, options.port)
-    checkpoint = PRETRAINED if options.checkpoint is None else options.checkpoint
-    explorer = Explorer(*load_checkpoint(checkpoint))
+    explorer = Explorer(*load_checkpoint(named_or_own(options.checkpoint)))
     if len(memory_layers(explorer.model)) < len(explorer.model.model.layers):
         raise UserError("hamt explore looks into memories: not all mixers of this model are one")
     name = options.checkpoint or "The model in HAMT"

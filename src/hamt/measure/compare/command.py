@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from hamt.baselines.catalogue import RIVALS
 from hamt.baselines.loading import Loaded
-from hamt.checkpoint import PRETRAINED
+from hamt.checkpoint import named_or_own
 from hamt.console import PlainConsole
 from hamt.data.corpus import load_documents
 from hamt.environment import environment
@@ -88,7 +88,7 @@ def _compare(options: CompareOptions, output: Output, console: Console) -> None:
     torch.manual_seed(options.seed)
     name, documents = load_documents(options.data, options.text_column)
     texts, scored = chosen_texts(documents, options.max_documents, options.max_characters)
-    checkpoint = options.hamt_checkpoint or str(PRETRAINED)
+    checkpoint = named_or_own(options.hamt_checkpoint)
     ours = load_hamt(checkpoint)
     rates = options.rival_learning_rates
     rivals, missing = trained_rivals(options.rivals, Path(checkpoint), rates, console)

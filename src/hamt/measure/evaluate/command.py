@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from hamt.baselines.loading import Loaded, load_any_model, longest_context
-from hamt.checkpoint import PRETRAINED
+from hamt.checkpoint import named_or_own
 from hamt.console import PlainConsole
 from hamt.data.corpus import load_documents
 from hamt.environment import environment
@@ -145,7 +145,7 @@ def _check(options: EvaluateOptions) -> None:
 
 
 def _load(options: EvaluateOptions) -> Loaded:
-    loaded = load_any_model(options.checkpoint or str(PRETRAINED), options.trust_remote_code)
+    loaded = load_any_model(named_or_own(options.checkpoint), options.trust_remote_code)
     limit = longest_context(loaded.model)
     if limit is not None and (options.context or 0) > limit:
         raise UserError(f"{loaded.name} has {limit:,} positions: give --context {limit} or less")
@@ -165,7 +165,7 @@ def _documents(
     options: EvaluateOptions, named: tuple[str, Iterable[str] | None] | None, loaded: Loaded
 ) -> tuple[str, Iterable[str] | None, str | None]:
     """Name and documents of the text to score, and what the user should know of it."""
-    checkpoint, note = options.checkpoint or str(PRETRAINED), None
+    checkpoint, note = named_or_own(options.checkpoint), None
     documents: Iterable[str] | None
     if named is None:
         name, documents, note = own_text(checkpoint, loaded.tokenizer)
