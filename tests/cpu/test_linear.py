@@ -231,4 +231,4 @@ def test_compiled_for_any_number_of_rows():
         found = torch.autograd.grad(compiled(inputs).tanh().sum(), [inputs, *layer.parameters()])
         expected = torch.autograd.grad(layer(inputs).tanh().sum(), [inputs, *layer.parameters()])
         for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)

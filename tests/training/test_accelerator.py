@@ -31,19 +31,29 @@ def test_a_run_is_where_it_is_wanted_whatever_ran_before_it(monkeypatch):
     assert make_accelerator(on_cpu=True).device.type == "cpu"
 
 
-def test_two_processes_reach_the_losses_of_one(text, tmp_path):
-    """Equal but for the order of sums, which Muon's bfloat16 iterations enlarge."""
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"optimizer": "adamw"}, 1e-4),
+        # Muon's bfloat16 iterations enlarge what the order of sums changes, and with small
+        # embeddings a residual near zero, whose normalisation has a steep gradient, does so again.
+        ({"embedding_multiplier": 6}, 0.01),
+    ],
+    ids=["adamw", "muon"],
+)
+def test_two_processes_reach_the_losses_of_one(options, tolerance, text, tmp_path):
+    """Equal but for the order of sums."""
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
-    pair = start(flags(text, tmp_path / "two", num_steps=20), *launcher[:4])
+    pair = start(flags(text, tmp_path / "two", num_steps=20, **options), *launcher[:4])
     out = finish(pair)
     # Told once, by the main process: steps 0 and 20, and at the end.
     assert out.count("held-out loss") == 3
-    assert main(flags(text, tmp_path / "one", num_steps=20)) == 0
+    assert main(flags(text, tmp_path / "one", num_steps=20, **options)) == 0
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert two[0][1] == pytest.approx(one[0][1], rel=1e-6)
     assert two[0][2] == pytest.approx(one[0][2], rel=1e-3)
     for (_, expected, _), (_, got, _) in zip(one, two, strict=True):
-        assert got == pytest.approx(expected, rel=0.01)
+        assert got == pytest.approx(expected, rel=tolerance)
 
 
 def test_the_clock_of_the_main_process_sets_the_learning_rate_of_all(text, tmp_path):
