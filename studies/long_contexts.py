@@ -1,6 +1,12 @@
 """Loss far beyond the training length, and after a change of text: docs/results/long_contexts.
 
-Checkpoints of one name are seeds of one model, in the order of the seeds:
+Checkpoints of one name are seeds of one model, in the order of the seeds. Those of the published
+table are made so, with seeds 0, 1, ..., once as it stands, once with ``--mixers
+hierarchical_memory``, and once with ``--mixers memory sliding_attention memory memory
+--sliding_window 256``:
+
+hamt train configs/sotu.yaml --rotation none --max_length 512 --batch_size 8 --num_epochs 2 \\
+    --seed 0 --output_dir FOLDER
 
 OMP_NUM_THREADS=1 venv/bin/python studies/long_contexts.py --models NAME=FOLDER NAME=FOLDER ...
 """
