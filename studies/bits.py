@@ -152,7 +152,7 @@ def main() -> None:
         markdown(headings, table, text=[0]),
         describe_environment(header),
     )
-    with claim(options.output_dir, "bits", [r"bits\.(json|md)"]) as output:
+    with claim(options.output_dir, "bits", [r"bits\.(json|md)"], adopt=True) as output:
         write_report(output, "bits", {"environment": header, "runs": runs}, page, {})
 
 

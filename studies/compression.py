@@ -91,7 +91,9 @@ def main() -> None:
         markdown(headings, rows, text=[0]),
         describe_environment(header),
     )
-    with claim(options.output_dir, "compression", [r"compression\.(json|md)"]) as output:
+    with claim(
+        options.output_dir, "compression", [r"compression\.(json|md)"], adopt=True
+    ) as output:
         write_report(output, "compression", {"environment": header, "runs": figures}, page, {})
 
 

@@ -1,8 +1,10 @@
 """Every check of HAMT beside other libraries: docs/results/ecosystem.
 
-OMP_NUM_THREADS=1 venv/bin/python studies/ecosystem.py
+venv/bin/pip install --no-deps --target checkpoints/torchao torchao==0.18.0
+OMP_NUM_THREADS=1 venv/bin/python studies/ecosystem.py --packages checkpoints/torchao
 
-``--only`` runs the checks whose library or name has these words.
+torchao has a folder of its own, which other processes do not see, as it writes a warning wherever
+Transformers is imported. ``--only`` runs the checks whose library or name has these words.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import importlib
 import os
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,6 +34,7 @@ MODULES = (
 for _module in MODULES:
     importlib.import_module(f"ecosystem_checks.{_module}")
 
+NAMES = [r"ecosystem\.(json|md)"]  # what it writes
 KINDS = ("works", "refused", "not installed", "FAILED")
 # What the names of groups begin with, and the packages that are tried there.
 LIBRARIES = {
@@ -103,19 +107,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", default="docs/results/ecosystem")
     parser.add_argument("--only", default="", help="words of a library or of a check's name")
+    parser.add_argument("--packages", help="a folder with further packages")
     options = parser.parse_args()
-    header, outcomes = environment(), []
-    for each in CHECKS:
-        if options.only.lower() in f"{each.group} {each.name}".lower():
-            outcomes.append(found := outcome(each))
-            print(f"{found.outcome:<14}{found.seconds:6.1f} s  {found.group}: {found.name}", end="")
-            print("" if found.outcome == "works" else f" ({found.told})", flush=True)
-    text = page(outcomes, libraries := versions(), header)
-    if not options.only:
-        rows = [each._asdict() for each in outcomes]
-        content = {"environment": header, "libraries": libraries, "checks": rows}
-        with claim(options.output_dir, "ecosystem-study", [r"ecosystem\.(json|md)"]) as output:
-            write_report(output, "ecosystem", content, text, {})
+    if options.packages:
+        sys.path.append(options.packages)
+    with (
+        nullcontext()
+        if options.only
+        else claim(options.output_dir, "ecosystem-study", NAMES, adopt=True) as output
+    ):
+        header, outcomes = environment(), []
+        for each in CHECKS:
+            if options.only.lower() in f"{each.group} {each.name}".lower():
+                outcomes.append(found := outcome(each))
+                print(
+                    f"{found.outcome:<14}{found.seconds:6.1f} s  {found.group}: {found.name}",
+                    end="",
+                )
+                print("" if found.outcome == "works" else f" ({found.told})", flush=True)
+        if output is not None:
+            libraries = versions()
+            rows = [each._asdict() for each in outcomes]
+            content = {"environment": header, "libraries": libraries, "checks": rows}
+            write_report(output, "ecosystem", content, page(outcomes, libraries, header), {})
     print(", ".join(f"{n} {kind}" for kind, n in Counter(e.outcome for e in outcomes).items()))
     return int(any(each.outcome == "FAILED" for each in outcomes))
 

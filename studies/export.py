@@ -198,7 +198,7 @@ def main() -> None:
         f"Chromium {found['browser']}; {describe_environment(header)}",
     )
     content = {"environment": header, "formats": figures, "exports": sizes, "page": found}
-    with claim(options.output_dir, "export-study", [r"export\.(json|md)"]) as output:
+    with claim(options.output_dir, "export-study", [r"export\.(json|md)"], adopt=True) as output:
         write_report(output, "export", content, page, {})
     print(page)
 

@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--output_dir", default="docs/results/labels")
     options = parser.parse_args()
-    with claim(options.output_dir, "labels", [r"labels\.(json|md)"]) as output:
+    with claim(options.output_dir, "labels", [r"labels\.(json|md)"], adopt=True) as output:
         runs = []
         for task in TASKS:
             for model in (str(PRETRAINED), options.llama):

@@ -165,7 +165,7 @@ def main() -> None:
         describe_environment(header),
     )
     names = [r"long_contexts\.(json|md)"]
-    with claim(options.output_dir, "long_contexts", names) as output:
+    with claim(options.output_dir, "long_contexts", names, adopt=True) as output:
         write_report(output, "long_contexts", {"environment": header, "runs": runs}, page, {})
 
 

@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--output_dir", default="docs/results/serve")
     options = parser.parse_args()
     header, shape = environment(), dict(vars(options))
-    claimed = claim(options.output_dir, "serve", [r"serve\.(json|md)"])
+    claimed = claim(options.output_dir, "serve", [r"serve\.(json|md)"], adopt=True)
     with claimed as output, tempfile.TemporaryDirectory() as folder:
         parameters = save_models(Path(folder))
         result = {"environment": header, "shape": shape, "parameters": parameters, "runs": []}

@@ -191,7 +191,7 @@ def main() -> None:
     header = environment()
     with tempfile.TemporaryDirectory() as folder:
         result = {"environment": header, **measured(options, Path(folder))}
-    with claim(options.output_dir, "state", [r"state\.(json|md)"]) as output:
+    with claim(options.output_dir, "state", [r"state\.(json|md)"], adopt=True) as output:
         for path in write_report(output, "state", result, page(result), {}):
             print(f"wrote {path}")
 

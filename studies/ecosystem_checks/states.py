@@ -137,6 +137,11 @@ def _state_of(make: Any) -> Any:
     return _generate(past_key_values=make(tiny_model().config))
 
 
+def _other_rows() -> Any:
+    model, state = read(random_ids(2, 9))
+    return model(random_ids(3, 3), past_key_values=state)
+
+
 def _of_another() -> Any:
     model, state = read(random_ids(1, 9))
     return tiny_model(1)(random_ids(1, 3), past_key_values=state), model
@@ -160,7 +165,7 @@ ASKED: dict[str, tuple[Any, str]] = {
     ),
     "a state of another model": (_of_another, "made by another model"),
     "a state with other rows": (
-        lambda: tiny_model()(random_ids(3, 3), past_key_values=read(random_ids(2, 9))[1]),
+        _other_rows,
         "rows",
     ),
     "cropping a state": (lambda: read(random_ids(1, 9))[1].crop(3), ""),
