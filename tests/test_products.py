@@ -10,7 +10,7 @@ from linear_inputs import FEATURES, OUTPUTS, random, without_onednn
 from model_inputs import VARIANTS
 from torch import nn
 
-from hamt import HAMTConfig, HAMTModel
+from hamt import HAMTConfig, HAMTModel, base_model
 from hamt.cpu.linear import MIN_NUMEL, MIN_SIDE
 from hamt.products import MAX_FUSED_ROWS, FusedLinear, fuse, plain_weights, project, unfuse
 
@@ -36,6 +36,12 @@ class Siblings(nn.Module):
 
     def expected(self, inputs):
         return tuple(F.linear(inputs, each.weight) for each in self.maps)
+
+
+@pytest.fixture(autouse=True)
+def without_decoder(monkeypatch):
+    """As without a compiler: models of memories are not left to ``hamt.decoding``."""
+    monkeypatch.setattr(base_model, "make_decoder", lambda *_: None)
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from hamt.block import HAMTBlock
 from hamt.boundaries import Feedback
 from hamt.config import HAMTConfig
 from hamt.convolution import ShortConvolution
+from hamt.decoding import WEIGHTS, make_decoder
 from hamt.hierarchical_memory import Consolidation
 from hamt.loading import refuse_incomplete
 from hamt.parts import GatingNetwork, RetrievalHead
-from hamt.products import fuse, unfuse
+from hamt.products import fuse, library_found, unfuse
 from hamt.remote_code import INSTALLED
 from hamt.rotation import Rotation
 
@@ -111,18 +112,46 @@ class HAMTPreTrainedModel(PreTrainedModel):
         else:  # a copy of that code, or a class of the user's own
             super().register_for_auto_class(auto_class)
 
-    def fuse_projections(self) -> int:
+    def fuse_projections(self, weights: torch.dtype = torch.float32) -> int:
         """Decode faster on a CPU, at the price of a second copy of the weights; returns its bytes.
 
-        Maps with the same input become one product (``hamt.products.fuse``). Until
-        ``unfuse_projections`` the model computes with the weights as they are now: call it again if
-        you change them. Training and a change of dtype or device undo it.
+        A model whose mixers are all memories reads a token in one call of compiled code
+        (``hamt.decoding``); in any other, maps with the same input become one product
+        (``hamt.products.fuse``). Training, a change of dtype or device, and
+        ``unfuse_projections`` undo it. Where weights were exchanged or changed, PyTorch computes;
+        not noticed are changes through ``.data`` and, in models of other mixers, in place: call it
+        again.
+
+        Args:
+            weights: how the copy keeps matrices: float32, or bfloat16 or int8 (with a scale for
+                each row of a matrix), which are faster and not the same.
+
+        Raises:
+            ValueError: if ``weights`` is another dtype, or one that this model cannot have.
         """
-        return fuse(self)
+        if weights not in WEIGHTS:
+            raise ValueError(f"weights are one of {', '.join(map(str, WEIGHTS))}; got {weights}")
+        self.unfuse_projections()
+        backbone: Any = self.base_model
+        native = None
+        if library_found():  # compiles, or says that there is no compiler: now, not amid a text
+            native = make_decoder(backbone, getattr(self, "lm_head", None), weights)
+        if native is None and weights != torch.float32:
+            raise ValueError(
+                f"this model cannot decode with {weights} weights: that needs a C++ compiler, and "
+                "memories without boundaries in all layers"
+            )
+        if native is None:
+            return fuse(self)
+        backbone.native = native
+        return native.nbytes
 
     def unfuse_projections(self) -> None:
         """Undo ``fuse_projections``."""
         unfuse(self)
+        for module in self.modules():
+            if module.__dict__.get("native") is not None:
+                module.native = None  # type: ignore[assignment]
 
     def init_continuous_batching(self, *arguments: Any, **options: Any) -> NoReturn:
         """Refused: continuous batching hands out pages of keys and values.
@@ -153,14 +182,14 @@ class HAMTPreTrainedModel(PreTrainedModel):
     def train(self, mode: bool = True):
         """As ``nn.Module.train``; weights that are about to change are not fused any more."""
         if mode:
-            unfuse(self)
+            self.unfuse_projections()
         return super().train(mode)
 
     def load_state_dict(self, *arguments, **options):
         """As ``nn.Module.load_state_dict``; what was fused of the old weights is dropped."""
-        unfuse(self)
+        self.unfuse_projections()
         return super().load_state_dict(*arguments, **options)
 
     def _apply(self, *arguments, **options):
-        unfuse(self)
+        self.unfuse_projections()
         return super()._apply(*arguments, **options)

@@ -8,6 +8,7 @@ names the tensors of its own state; what is here knows none of them.
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,13 @@ from hamt.mixers import State
 from hamt.state_file import narrowed, read_state, widened, write_state
 
 logger = logging.getLogger(__name__)
+
+
+# What another library hands over, as PEFT's prefix tuning does.
+OTHER_CACHE = (
+    "past_key_values must be a HAMTCache; got {}, which keeps keys and values: leave it out, and a "
+    "state is made"
+)
 
 
 class HAMTCache(Cache):
@@ -290,3 +298,24 @@ class HAMTCache(Cache):
                 "%s does not say which model made it: whether this one did is not checked", path
             )
         return cache
+
+
+def check_cache(cache: object, model: Any, rows: int) -> None:
+    """Refuse a cache of another library, model or number of rows.
+
+    Raises:
+        ValueError: with what it is and what it would have to be.
+    """
+    if not isinstance(cache, HAMTCache):
+        raise ValueError(OTHER_CACHE.format(type(cache).__name__))
+    if len(cache.layers) != len(model.layers):
+        raise ValueError(
+            f"this state has {len(cache.layers)} layers, the model {len(model.layers)}: "
+            "it comes from another model"
+        )
+    cache.check_origin(model)
+    if cache.past is not None and len(cache.past.num_tokens) != rows:
+        raise ValueError(
+            f"this state has {len(cache.past.num_tokens)} rows, the input {rows}: "
+            "change its rows with HAMTCache.batch_repeat_interleave or batch_select_indices"
+        )

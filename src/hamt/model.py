@@ -39,20 +39,16 @@ from transformers.utils.output_capturing import capture_outputs
 from hamt.base_model import HAMTPreTrainedModel
 from hamt.batch import Batch, names_of_documents, padding_mask, rows_and_length
 from hamt.block import HAMTBlock
-from hamt.cache import HAMTCache
+from hamt.cache import OTHER_CACHE, HAMTCache, check_cache
 from hamt.config import HAMTConfig
 from hamt.continuation import HAMTGenerationMixin
 from hamt.cross_entropy import IGNORE_INDEX, head_loss
+from hamt.decoding import Decoder
 from hamt.fingerprint import embedded
 from hamt.identity import Origin
+from hamt.mixers import State
 from hamt.parts import RMSNorm, embedding
 from hamt.products import project
-
-# What another library hands over, as PEFT's prefix tuning does.
-_OTHER_CACHE = (
-    "past_key_values must be a HAMTCache; got {}, which keeps keys and values: leave it out, and a "
-    "state is made"
-)
 
 
 class _WithMemories:
@@ -96,6 +92,7 @@ class HAMTBackbone(HAMTPreTrainedModel):
         self.embed_tokens = embedding(config)
         self.layers = nn.ModuleList(HAMTBlock(config, mixer) for mixer in config.layer_mixers)
         self.norm = RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
+        self.native: Decoder | None = None
         self.post_init()
 
     def mixer_summary(self) -> str:
@@ -147,8 +144,13 @@ class HAMTBackbone(HAMTPreTrainedModel):
         if seq_idx is None:
             seq_idx, past = names_of_documents(position_ids, cu_seq_lens_q, hidden_states, past)
         batch = Batch.of(padding_mask(attention_mask, length), seq_idx, past)
-        new_states, aux_losses = [], []
-        for layer, state in zip(self.layers, states, strict=True):
+        new_states: list[State] = []
+        aux_losses, decoded = [], None
+        if self.native is not None:
+            decoded = self.native.run(hidden_states, batch, states)
+        if decoded is not None:
+            hidden_states, new_states = decoded
+        for layer, state in () if decoded else zip(self.layers, states, strict=True):
             hidden_states, state, aux_loss = layer(hidden_states, batch, state)
             new_states.append(state)
             if aux_loss is not None:
@@ -162,27 +164,6 @@ class HAMTBackbone(HAMTPreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             past_key_values=cache,
             aux_loss=torch.stack(aux_losses).mean() if aux_losses else None,
-        )
-
-
-def check_cache(cache: object, model: HAMTBackbone, rows: int) -> None:
-    """Refuse a cache of another library, model or number of rows.
-
-    Raises:
-        ValueError: with what it is and what it would have to be.
-    """
-    if not isinstance(cache, HAMTCache):
-        raise ValueError(_OTHER_CACHE.format(type(cache).__name__))
-    if len(cache.layers) != len(model.layers):
-        raise ValueError(
-            f"this state has {len(cache.layers)} layers, the model {len(model.layers)}: "
-            "it comes from another model"
-        )
-    cache.check_origin(model)
-    if cache.past is not None and len(cache.past.num_tokens) != rows:
-        raise ValueError(
-            f"this state has {len(cache.past.num_tokens)} rows, the input {rows}: "
-            "change its rows with HAMTCache.batch_repeat_interleave or batch_select_indices"
         )
 
 
@@ -207,7 +188,7 @@ class HAMTForCausalLM(HAMTPreTrainedModel, HAMTGenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
         if given is not None and not isinstance(given, HAMTCache):
-            raise ValueError(_OTHER_CACHE.format(type(given).__name__))
+            raise ValueError(OTHER_CACHE.format(type(given).__name__))
         if kind not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation={kind!r} is a way to keep keys and values; HAMT has a state "
@@ -261,7 +242,9 @@ class HAMTForCausalLM(HAMTPreTrainedModel, HAMTGenerationMixin):
             kept = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
-            logits = project(self.lm_head, hidden_states[:, kept])
+            native, seen = self.model.native, hidden_states[:, kept]
+            logits = None if native is None else native.head(seen)
+            logits = project(self.lm_head, seen) if logits is None else logits
         # Trainer takes every argument whose name has "label" in it for one that it must give.
         targets = kwargs.pop("shift_labels", None)
         if targets is None and labels is not None:

@@ -23,19 +23,19 @@ def cache(monkeypatch, tmp_path):
     """An empty cache folder, and no memory of a library found before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("HAMT_FUSED", raising=False)
-    build.fused_library.cache_clear()
+    build.compiled_library.cache_clear()
     yield tmp_path / "hamt"
-    build.fused_library.cache_clear()
+    build.compiled_library.cache_clear()
 
 
 @pytest.fixture
 def compiler(monkeypatch, cache) -> Callable[..., list[list[str]]]:
     """A stand-in for every compiler hands out a library compiled before and logs its commands."""
-    build.fused_library.cache_clear()
+    build.compiled_library.cache_clear()
     monkeypatch.delenv("XDG_CACHE_HOME")
     library = build.fused_library()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
-    build.fused_library.cache_clear()
+    build.compiled_library.cache_clear()
 
     def stand_in(refuses: str = "nothing") -> list[list[str]]:
         commands = []
@@ -122,7 +122,7 @@ def test_what_was_compiled_before_is_not_compiled_again(cache, compiler):
     assert fused_available(torch.empty(0))
     assert ["--version" in command for command in commands] == [True, False, False]
     commands.clear()
-    build.fused_library.cache_clear()
+    build.compiled_library.cache_clear()
     assert fused_available(torch.empty(0))
     assert ["--version" in command for command in commands] == [True]
 
@@ -130,14 +130,15 @@ def test_what_was_compiled_before_is_not_compiled_again(cache, compiler):
 @needs_fused
 def test_another_source_or_processor_is_compiled_anew(monkeypatch, cache, compiler, tmp_path):
     compiler()
-    source = tmp_path / "fused.cpp"
-    source.write_text(build.SOURCE.read_text(encoding="utf-8") + "// changed\n", encoding="utf-8")
-    changes = {"SOURCE": source, "_processor": lambda: "another"}
+    folder = shutil.copytree(build.FOLDER, tmp_path / "cpu")
+    with (folder / "recurrence.h").open("a", encoding="utf-8") as header:
+        header.write("// changed\n")
+    changes = {"FOLDER": folder, "_processor": lambda: "another"}
     for expected, (name, change) in enumerate(changes.items(), start=1):
         assert fused_available(torch.empty(0))
         assert len(list(cache.glob("*.so"))) == expected
         monkeypatch.setattr(build, name, change)
-        build.fused_library.cache_clear()
+        build.compiled_library.cache_clear()
     assert fused_available(torch.empty(0))
     assert len(list(cache.glob("*.so"))) == 3
 
@@ -202,12 +203,12 @@ def test_a_damaged_library_is_not_loaded_but_built_anew(damage, cache, compiler)
     copy.replace(library)
     damage(library)
     commands.clear()
-    build.fused_library.cache_clear()
+    build.compiled_library.cache_clear()
     assert fused_available(torch.empty(0))
     assert any("-c" in command for command in commands), "it was compiled"
     whole(CASE.memory(), "fused")(random_inputs(CASE, 20))
     commands.clear()
-    build.fused_library.cache_clear()
+    build.compiled_library.cache_clear()
     assert fused_available(torch.empty(0))
     assert ["--version" in command for command in commands] == [True], "and is sound now"
 
@@ -219,7 +220,7 @@ def test_what_other_words_built_is_left_to_them(words, monkeypatch, cache, compi
     monkeypatch.setenv("CXX", words)
     assert fused_available(torch.empty(0))
     monkeypatch.delenv("CXX")
-    build.fused_library.cache_clear()
+    build.compiled_library.cache_clear()
     commands.clear()
     assert fused_available(torch.empty(0))
     assert any("-c" in command for command in commands)
@@ -234,7 +235,7 @@ def test_a_umask_that_opens_files_to_a_group_compiles_once(made_by, cache, compi
         if made_by != "this":
             (cache / "tokens").mkdir(parents=True)
         for compiled in (True, False):
-            build.fused_library.cache_clear()
+            build.compiled_library.cache_clear()
             commands.clear()
             assert fused_available(torch.empty(0))
             assert any("-c" in command for command in commands) == compiled
@@ -247,8 +248,11 @@ def test_a_umask_that_opens_files_to_a_group_compiles_once(made_by, cache, compi
 @needs_fused
 def test_two_builds_at_once_both_have_their_library(cache, compiler):
     compiler()
+    source = build.FOLDER / "fused.cpp"
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda flag: build._compile(["g++"], [flag]), ["-fopenmp"] * 4))
+        found = list(
+            pool.map(lambda flag: build._compile(source, ["g++"], [flag]), ["-fopenmp"] * 4)
+        )
     assert all(build._sound(library) for library in found)
     assert sorted(cache.iterdir()) == sorted(set(found))
 
@@ -323,7 +327,7 @@ def test_the_command_says_once_and_before_the_text_that_there_is_no_library(tmp_
     paths = {
         "HOME": str(tmp_path),
         "PATH": str(tmp_path),
-        "PYTHONPATH": str(build.SOURCE.parents[2]),
+        "PYTHONPATH": str(build.FOLDER.parents[1]),
     }
     words = ["-m", "hamt", "generate", "Fellow", "--max_new_tokens", "2", "--seed", "0"]
     ran = subprocess.run(

@@ -1,4 +1,4 @@
-"""The compiled library of ``hamt.cpu.fused``: built when needed, kept in the user's cache.
+"""The compiled libraries of this folder: built when needed, kept in the user's cache.
 
 It needs a C++ compiler: g++ or clang++, or the one that CXX names; several threads need g++. The
 environment variable HAMT_FUSED=0 switches the library off.
@@ -24,7 +24,7 @@ import torch
 from hamt.errors import UserError
 from hamt.files import WRITING, user_cache
 
-SOURCE = Path(__file__).with_name("fused.cpp")
+FOLDER = Path(__file__).parent
 logger = logging.getLogger(__name__)
 
 
@@ -34,8 +34,13 @@ def library_found() -> bool:
     return fused_library() is not None
 
 
-@lru_cache(maxsize=1)
 def fused_library() -> ctypes.CDLL | None:
+    """What ``fused.cpp`` is compiled to."""
+    return compiled_library("fused.cpp")
+
+
+@lru_cache
+def compiled_library(source: str) -> ctypes.CDLL | None:
     """Compile, or find what was compiled before; None, with a warning, where that does not work."""
     if os.environ.get("HAMT_FUSED") == "0":
         return None
@@ -47,7 +52,7 @@ def fused_library() -> ctypes.CDLL | None:
         if compiler is None:
             break
         try:
-            return ctypes.CDLL(str(_compile(compiler, flags)))
+            return ctypes.CDLL(str(_compile(FOLDER / source, compiler, flags)))
         except (OSError, subprocess.SubprocessError) as error:
             said = str(getattr(error, "stderr", None) or error).strip().splitlines()
             complaints = [line for line in said if "error" in line] or said
@@ -60,8 +65,8 @@ def fused_library() -> ctypes.CDLL | None:
     return None
 
 
-def _compile(compiler: list[str], flags: list[str]) -> Path:
-    """Path of a library as it was built, from this source, with these words, on such a machine.
+def _compile(source: Path, compiler: list[str], flags: list[str]) -> Path:
+    """Path of a library as it was built, from these sources and words, on such a machine.
 
     Its name tells what it was built from, and what it holds: one that a crash or a disk has cut
     short or altered would end the process when it is loaded. It is built anew.
@@ -78,8 +83,9 @@ def _compile(compiler: list[str], flags: list[str]) -> Path:
     run = partial(subprocess.run, capture_output=True, text=True, check=True, timeout=300)
     version = run([*compiler, "--version"]).stdout
     systems = [*platform.libc_ver(), torch.__version__, platform.python_version()]
-    words = [SOURCE.read_text(encoding="utf-8"), *compiler, *flags, version, *systems, _processor()]
-    folder, name = _folder(), f"fused-{_digest(chr(10).join(words).encode())}"
+    sources = [each.read_text(encoding="utf-8") for each in (source, *sorted(FOLDER.glob("*.h")))]
+    words = [*sources, *compiler, *flags, version, *systems, _processor()]
+    folder, name = _folder(), f"{source.stem}-{_digest(chr(10).join(words).encode())}"
     for library in folder.glob(f"{name}-*.so"):
         if _sound(library):
             logger.debug("found %s", library)
@@ -88,8 +94,8 @@ def _compile(compiler: list[str], flags: list[str]) -> Path:
     with tempfile.TemporaryDirectory(dir=folder, prefix=WRITING) as temporary:
         # Linked without -fopenmp: the calls then go to the thread pool that PyTorch has brought
         # along, where a second one would compete with it for the cores.
-        unit, built = Path(temporary) / "fused.o", Path(temporary) / "fused.so"
-        run([*compiler, *flags, "-c", str(SOURCE), "-o", str(unit)])
+        unit, built = Path(temporary) / "unit.o", Path(temporary) / "built.so"
+        run([*compiler, *flags, "-c", str(source), "-o", str(unit)])
         run([*compiler, "-shared", str(unit), "-o", str(built)])
         built.chmod(0o700)  # whatever the umask is
         with built.open("rb") as content:

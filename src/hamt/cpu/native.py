@@ -1,0 +1,137 @@
+"""A step of ``step.cpp``: one token of a whole model without Python and PyTorch in between.
+
+The model is one block of bytes, in the order in which a step reads it; programs without Python read
+the same block (``step.h``). ``hamt.decoding`` packs models.
+
+Shape legend: B rows, d hidden_dim, V vocab_size, O outputs and I inputs of a map.
+"""
+
+import ctypes
+import struct
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hamt.cpu.library import compiled_library
+
+# What step.cpp calls them, in its order.
+KINDS = (torch.float32, torch.bfloat16, torch.int8)
+RULES = ("gated", "normalized", "convex", "delta")
+BINDINGS = ("elementwise", "phasor", "circular_conv")
+TURNING = ("none", "fixed", "by token")
+STATE = ("slots", "position_key", "conv")  # the tensors of a layer, as ``hamt_layer`` has them
+
+_MAGIC, _LANES, _ALIGNED = b"HAMTstp1", 16, 64
+_COUNTS = (
+    *("kind", "vocab", "width", "layers", "heads", "slots", "features", "keys", "taps", "inner"),
+    *("rule", "binding", "turning", "turning_heads", "turning_phases", "gates", "gating"),
+    *("output_gate", "tied"),
+)
+_SCALES = ("eps", "decay_rate", "multiplier")
+
+
+class Packed:
+    """The bytes of a model: a header, and tensors, each from a multiple of 64 bytes on.
+
+    ``kind``: the dtype of matrices, one of ``KINDS``; int8 has a scale for each row.
+    """
+
+    def __init__(self, kind: torch.dtype) -> None:
+        self.kind, self.parts, self.size = kind, list[Tensor](), 0
+
+    def vector(self, tensor: Tensor) -> None:
+        """Anything that stays float32."""
+        self._add(tensor.float())
+
+    def matrix(self, weight: Tensor, kind: torch.dtype | None = None) -> None:
+        """(O, I), in panels of 16 rows: (O / 16, I, 16), of int8 (O / 16, I / 4, 16, 4)."""
+        kind, (rows, columns) = kind or self.kind, weight.shape
+        whole = F.pad(weight.detach().float(), (0, -columns % 4, 0, -rows % _LANES))
+        panels = whole.unflatten(0, (-1, _LANES))
+        if kind != torch.int8:
+            self._add(panels.mT.to(kind))
+            return
+        scales = panels.abs().amax(dim=2, keepdim=True).clamp(min=torch.finfo().tiny) / 127
+        self._add((panels / scales).round().unflatten(2, (-1, 4)).transpose(1, 2).to(kind))
+        self._add(scales)
+
+    def _add(self, tensor: Tensor) -> None:
+        content = tensor.detach().contiguous().flatten().view(torch.uint8)
+        self.parts.append(F.pad(content, (0, -content.numel() % _ALIGNED)))
+        self.size += self.parts[-1].numel()
+
+    def finish(self, counts: Mapping[str, int], scales: Mapping[str, float]) -> Tensor:
+        """The bytes, with what the header says beside ``kind``."""
+        words = f"<8s{1 + len(_COUNTS)}q{len(_SCALES)}d"
+        length = -(-struct.calcsize(words) // _ALIGNED) * _ALIGNED
+        counts = {**counts, "kind": KINDS.index(self.kind)}
+        header = struct.pack(
+            words,
+            _MAGIC,
+            length + self.size,
+            *(counts[name] for name in _COUNTS),
+            *(scales[name] for name in _SCALES),
+        )
+        first = torch.frombuffer(bytearray(header.ljust(length, b"\0")), dtype=torch.uint8)
+        return torch.cat((first, *self.parts))
+
+
+class NativeModel:
+    """A packed model, ready to step.
+
+    Raises:
+        RuntimeError: if nothing can be compiled here, or the bytes hold no model.
+    """
+
+    def __init__(self, packed: Tensor) -> None:
+        library = compiled_library("step.cpp")
+        if library is None:
+            raise RuntimeError("the native step needs a C++ compiler")
+        self.library, self.packed = _declared(library), packed.contiguous()
+        self.handle = library.hamt_open(self.packed.data_ptr(), self.packed.numel())
+        if not self.handle:
+            raise RuntimeError("these bytes hold no model for the native step of this version")
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self.library.hamt_close(self.handle)
+
+    def run(self, hidden: Tensor, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """All layers on hidden states (B, d) and states, which are both written in place.
+
+        All are contiguous float32.
+        """
+        layers = (_Layer * len(states))()
+        for layer, state in zip(layers, states, strict=True):
+            for name in state:
+                setattr(layer, name, state[name].data_ptr())
+        threads = torch.get_num_threads()
+        self.library.hamt_run(self.handle, len(hidden), hidden.data_ptr(), layers, threads)
+
+    def head(self, normed: Tensor, vocab: int) -> Tensor:
+        """Logits (B, V) of contiguous float32 hidden states (B, d), normalised."""
+        logits = torch.empty(len(normed), vocab)
+        threads = torch.get_num_threads()
+        self.library.hamt_head(
+            self.handle, len(normed), normed.data_ptr(), logits.data_ptr(), threads
+        )
+        return logits
+
+
+class _Layer(ctypes.Structure):
+    """What step.h calls ``hamt_layer``."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in STATE]
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, with the types of step.h."""
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    library.hamt_open.restype, library.hamt_open.argtypes = pointer, [pointer, size]
+    library.hamt_close.restype, library.hamt_close.argtypes = None, [pointer]
+    for name in ("hamt_run", "hamt_head"):
+        function = getattr(library, name)
+        function.restype, function.argtypes = None, [pointer, size, pointer, pointer, size]
+    return library

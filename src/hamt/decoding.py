@@ -1,0 +1,236 @@
+"""Decoding on a CPU without PyTorch: a copy of a model for the step of ``hamt.cpu.native``.
+
+It is made by ``HAMTPreTrainedModel.fuse_projections``, and takes over where a model reads one token
+in each row after a state. It knows models whose mixers are all memories without boundaries, and
+nothing that an adapter, a hook or a quantiser does: those stay with PyTorch.
+
+Shape legend: B rows, d hidden_dim, H heads, K key size, V vocab_size.
+"""
+
+from collections.abc import Mapping, Sequence
+from operator import getitem, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
+
+from hamt.batch import Batch
+from hamt.block import HAMTMLP, HAMTBlock
+from hamt.config import HAMTConfig
+from hamt.convolution import ShortConvolution
+from hamt.layers import HAMTLayer
+from hamt.mixers import State
+from hamt.parts import GatingNetwork, RetrievalHead, RMSNorm, ScaledEmbedding
+from hamt.products import has_extra_behaviour
+from hamt.rotation import Rotation
+
+try:
+    from hamt.cpu.native import BINDINGS, RULES, TURNING, NativeModel, Packed
+except ModuleNotFoundError:  # hamt/cpu was deleted
+    NativeModel = None  # type: ignore[assignment,misc]
+
+WEIGHTS = (torch.float32, torch.bfloat16, torch.int8)  # how the copy may keep matrices
+
+# Modules of which all that they do is known.
+_KNOWN = (
+    *(nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList, RMSNorm, ScaledEmbedding),
+    *(HAMTBlock, HAMTMLP, HAMTLayer, ShortConvolution, GatingNetwork, RetrievalHead, Rotation),
+)
+
+
+class Decoder:
+    """The layers and the head of a model, with the weights as they are now."""
+
+    def __init__(self, backbone: Any, head: nn.Linear | None, kind: torch.dtype) -> None:
+        self.config: HAMTConfig = backbone.config
+        self.native = NativeModel(_packed(backbone, head, kind))
+        self.nbytes = self.native.packed.numel()
+        parts = list(backbone.modules()) + ([] if head is None else [head])
+        # What a user may put in the place of a part or a weight, change, or hang on a part. It is
+        # looked at for every token, so it is laid out for what loops without Python.
+        tables = [table for part in parts for table in (part._modules, part._parameters)]
+        held = [(table, name, value) for table in tables for name, value in table.items()]
+        self._tables, self._names, self._values = zip(*held, strict=True)
+        self._weights = [value for value in self._values if isinstance(value, Tensor)]
+        self._marks = _marks(self._weights)
+        self._hooks = [
+            hooks
+            for part in parts
+            for hooks in (part._forward_hooks, part._forward_pre_hooks)
+            if part is not backbone
+        ]
+
+    def __reduce__(self):
+        return type(None), ()  # a copied or pickled model has none
+
+    def applies(self, hidden: Tensor) -> bool:
+        """Whether hidden states (B, 1, d) may be left to the copy: it is still one, and exact."""
+        return (
+            hidden.device.type == "cpu"
+            and hidden.dtype == torch.float32
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and not any(self._hooks)
+            and not hooks_of_all._has_any_global_hook()
+            and all(map(is_, map(getitem, self._tables, self._names), self._values))
+            and _marks(self._weights) == self._marks
+        )
+
+    def run(
+        self, hidden: Tensor, batch: Batch, states: Sequence[State | None]
+    ) -> tuple[Tensor, list[State]] | None:
+        """Hidden states (B, 1, d) through all layers, and the states after them.
+
+        None where the layers have to be called one by one.
+        """
+        if (
+            torch.compiler.is_compiling()
+            or hidden.shape[1] != 1
+            or batch.mask is not None
+            or not all(states)
+        ):
+            return None
+        if batch.documents is not None and bool(batch.documents.any()):
+            return None
+        if not self.applies(hidden):
+            return None
+        after = [self._copied(state) for state in states if state]
+        if any(x.dtype != torch.float32 for state in after for x in state.values()):
+            return None
+        written = hidden[:, 0].clone(memory_format=torch.contiguous_format)
+        self.native.run(written, after)
+        return written[:, None], after
+
+    def head(self, normed: Tensor) -> Tensor | None:
+        """Logits (B, 1, V) of normalised hidden states (B, 1, d), or None as for ``run``."""
+        if torch.compiler.is_compiling() or normed.shape[1] != 1 or not self.applies(normed):
+            return None
+        return self.native.head(normed[:, 0].contiguous(), self.config.vocab_size)[:, None]
+
+    def _copied(self, state: Mapping[str, Tensor]) -> State:
+        """States are values: the step writes into new ones."""
+        copied = {name: x.clone(memory_format=torch.contiguous_format) for name, x in state.items()}
+        if "position_key" in copied:  # may be one for all heads
+            key = copied["position_key"]
+            copied["position_key"] = key.expand(-1, self.config.num_heads, -1).contiguous()
+        return copied
+
+
+def _marks(weights: Sequence[Tensor]) -> list[int]:
+    """What changes when a weight is written to, or gets other memory."""
+    return [weight._version for weight in weights] + [weight.data_ptr() for weight in weights]
+
+
+def make_decoder(
+    backbone: Any, head: nn.Module | None, kind: torch.dtype = torch.float32
+) -> Decoder | None:
+    """A decoder for a backbone and its head; None for a model that the step does not know.
+
+    ``kind``: how matrices are kept, float32, bfloat16 or int8 with a scale for each row.
+    """
+    if NativeModel is None or not _known(backbone, head):
+        return None
+    try:
+        return Decoder(backbone, head, kind)  # type: ignore[arg-type]
+    except RuntimeError:  # there is no compiler, which has been said
+        return None
+
+
+def _known(backbone: Any, head: nn.Module | None) -> bool:
+    """Whether the step computes all that a model does."""
+    config: HAMTConfig = backbone.config
+    parts = [part for part in backbone.modules() if part is not backbone]
+    parts += [] if head is None else [head]
+    return (
+        all(type(part) in _KNOWN and not has_extra_behaviour(part, type(part)) for part in parts)
+        and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in backbone.parameters())
+        and not config.read_before_write
+        and all(layer.mixer.boundary is None for layer in backbone.layers)
+        and config.write_rule in RULES
+        and backbone.layers[0].mixer.memory.algebra.name in BINDINGS
+        and getattr(head, "bias", None) is None
+    )
+
+
+def _packed(backbone: Any, head: nn.Linear | None, kind: torch.dtype) -> Tensor:
+    """The bytes of a model; without a head, with one that is never asked."""
+    config, packed = backbone.config, Packed(kind)
+    mixer: HAMTLayer = backbone.layers[0].mixer
+    algebra, features = mixer.memory.algebra, mixer.memory.head_dim
+    own_head = head is not None and head.weight is not backbone.embed_tokens.weight
+    packed.matrix(backbone.embed_tokens.weight)
+    if head is not None and own_head:
+        packed.matrix(head.weight)
+    packed.vector(backbone.norm.weight)
+    if algebra.name == "circular_conv":
+        packed.vector(algebra.lift(torch.eye(features)).T)
+        packed.vector(algebra.lower(torch.eye(features)).T)
+    for layer in backbone.layers:
+        _pack_layer(packed, layer)
+    heads, phases = config.turning(mixer.memory.key_size)
+    turning = {"none": "none", "data_dependent": "by token"}.get(config.rotation, "fixed")
+    counts = {
+        "vocab": config.vocab_size,
+        "width": config.hidden_dim,
+        "layers": config.num_layers,
+        "heads": config.num_heads,
+        "slots": config.num_slots,
+        "features": features,
+        "keys": mixer.memory.key_size,
+        "taps": config.conv_kernel_size,
+        "inner": config.intermediate_dim,
+        "rule": RULES.index(config.write_rule),
+        "binding": BINDINGS.index(algebra.name),
+        "turning": TURNING.index(turning),
+        "turning_heads": heads,
+        "turning_phases": phases,
+        "gates": len(mixer.gating.bias),
+        "gating": int(mixer.gating.weight is not None),
+        "output_gate": int(mixer.gate_proj is not None),
+        "tied": int(not own_head),
+    }
+    scales = {
+        "eps": config.rms_norm_eps,
+        "decay_rate": config.decay_rate,
+        "multiplier": config.embedding_multiplier,
+    }
+    return packed.finish(counts, scales)
+
+
+def _pack_layer(packed: "Packed", layer: HAMTBlock) -> None:
+    mixer: Any = layer.mixer
+    packed.vector(layer.mixer_norm.weight)
+    if mixer.conv is not None:
+        packed.vector(mixer.conv.weight)
+    head = mixer.retrieval
+    maps = (mixer.item_proj, mixer.key_proj, head.key_proj, head.read_proj)
+    packed.matrix(torch.cat([each.weight for each in maps]))
+    by_token = None if mixer.rotation is None else mixer.rotation.weight
+    exact = [weight for weight in (mixer.gating.weight, by_token) if weight is not None]
+    if exact:  # as in ``GatingNetwork``: errors of gates and turns add up from token to token
+        packed.matrix(torch.cat(exact), torch.float32)
+    packed.vector(mixer.gating.bias)
+    packed.vector(head.read_bias)
+    if mixer.rotation is not None:
+        packed.vector(_turn(mixer.rotation))
+    packed.vector(mixer.norm.weight)
+    if mixer.gate_proj is not None:
+        packed.matrix(mixer.gate_proj.weight)
+    packed.matrix(mixer.output_proj.weight)
+    if layer.mlp is not None and layer.mlp_norm is not None:
+        packed.vector(layer.mlp_norm.weight)
+        for each in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            packed.matrix(each.weight)
+
+
+def _turn(rotation: Rotation) -> Tensor:
+    """What every token turns a position by, (H, K), before what depends on the token is added."""
+    shape = (rotation.num_heads, rotation.num_phases)
+    if rotation.log_frequency is not None:
+        turn = rotation.log_frequency.detach().exp().view(shape)
+    else:
+        turn = rotation.frequencies(torch.float32).expand(shape)
+    whole = torch.full((rotation.config.num_heads, rotation.key_size), rotation.algebra.identity)
+    whole[: shape[0], : shape[1]] = turn
+    return whole

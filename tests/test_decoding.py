@@ -1,0 +1,291 @@
+"""A copy of a model decodes without PyTorch: it computes the same, or leaves it to PyTorch."""
+
+import copy
+import io
+import pickle
+
+import peft
+import pytest
+import torch
+from memory_inputs import needs_fused
+from model_inputs import VARIANTS, name_of, random_ids, tiny_model
+from torch import nn
+
+from hamt.decoding import WEIGHTS, Decoder
+
+pytestmark = needs_fused
+BASE = {"hidden_dim": 40, "hcm_dim": 48, "num_slots": 3, "num_heads": 2}
+OTHER_LAYERS = {"gate_feedback", "read_before_write", "normalize_state", "mixers"}
+OTHERS = [
+    {"rotation": "constant"},
+    {"rotation": "constant", "binding_type": "circular_conv", "rotation_share": 0.5},
+    {"use_gating": False, "rotation": "data_dependent"},
+    {"use_gating": False, "write_rule": "delta"},
+    {"use_output_gate": False},
+    {"conv_kernel_size": 1},
+    {"conv_kernel_size": 2, "embedding_multiplier": 7},
+    {"intermediate_dim": 0},
+    {"tie_word_embeddings": False},
+]
+KNOWN = [each for each in (*VARIANTS, *OTHERS) if not OTHER_LAYERS & each.keys()]
+
+
+def model_of(**options):
+    """With weights of no special value: zeros and ones hide what is left out."""
+    model = tiny_model(**{**BASE, "num_layers": 2, **options}).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn_like(weight) * weight.square().mean().sqrt())
+    return model
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """How often a copy has taken over, True, or left it to PyTorch, False."""
+    found, run = [], Decoder.run
+
+    def counted(self, *arguments):
+        result = run(self, *arguments)
+        found.append(result is not None)
+        return result
+
+    monkeypatch.setattr(Decoder, "run", counted)
+    return found
+
+
+@torch.no_grad()
+def decode(model, ids, prompt=9, **options):
+    """Logits (B, N - prompt, V), a token at a time, and the last state."""
+    cache = model(ids[:, :prompt], use_cache=True).past_key_values
+    logits = [
+        model(ids[:, t : t + 1], past_key_values=cache, **options).logits
+        for t in range(prompt, ids.shape[1])
+    ]
+    return torch.cat(logits, dim=1), cache
+
+
+def close(found, expected, tolerance=2e-5):
+    scale = expected.abs().max()
+    assert (found - expected).abs().max() <= tolerance * scale
+
+
+@pytest.mark.parametrize(
+    "options",
+    KNOWN,
+    ids=name_of,
+)
+@pytest.mark.parametrize("rows", [1, 15])  # 8 + 4 + 2 + 1
+def test_every_model_of_memories_computes_the_same(options, rows, steps):
+    model, ids = model_of(**options), random_ids(rows, 30)
+    expected, state = decode(model, ids)
+    assert model.fuse_projections() == model.model.native.nbytes
+    found, after = decode(model, ids)
+    assert steps == [False] + 21 * [True]
+    close(found, expected)
+    for a, b in zip(after.states, state.states, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            close(a[name], b[name].expand_as(a[name]))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_the_work(threads):
+    model, ids = model_of(), random_ids(3, 14)
+    expected, _ = decode(model, ids)
+    model.fuse_projections()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found, _ = decode(model, ids)
+    finally:
+        torch.set_num_threads(before)
+    close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": True, "temperature": 0.7},
+        {"do_sample": False, "repetition_penalty": 1.3},
+    ],
+    ids=str,
+)
+def test_generate_writes_the_same(options, steps):
+    model, ids = model_of(), random_ids(3, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    written = []
+    for fused in (False, True):
+        if fused:
+            model.fuse_projections()
+        torch.manual_seed(0)
+        written.append(model.generate(ids, attention_mask=mask, max_new_tokens=12, **options))
+    assert torch.equal(*written)
+    assert steps.count(True) == 11
+
+
+def test_states_are_values():
+    model, ids = model_of(rotation="constant"), random_ids(2, 12)
+    model.fuse_projections()
+    _, cache = decode(model, ids)
+    before = {name: x.clone() for name, x in cache.states[1].items()}
+    kept = cache.fork()
+    with torch.no_grad():
+        model(ids[:, :1], past_key_values=cache)
+    for name, x in kept.states[1].items():
+        assert torch.equal(x, before[name])
+        assert not torch.equal(x, cache.states[1][name]), name
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8], ids=str)
+@torch.no_grad()
+def test_weights_of_fewer_bits_are_rounded_and_nothing_else(kind):
+    model, ids = model_of(hidden_dim=64, tie_word_embeddings=False), random_ids(3, 20)
+    whole = model.fuse_projections()
+    rounded = copy.deepcopy(model)
+    assert model.fuse_projections(kind) < whole
+    for name, weight in rounded.named_parameters():
+        if weight.ndim < 2 or any(part in name for part in ("gating", "conv", "embed")):
+            continue
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        narrow = weight.to(kind) if kind == torch.bfloat16 else (weight / scale).round() * scale
+        weight.copy_(narrow)
+    cache = model(ids[:, :9], use_cache=True).past_key_values
+    other = cache.fork()
+    other.origin = None  # of a model that was not rounded
+    for t in range(9, 20):
+        found = model(ids[:, t : t + 1], past_key_values=cache).logits
+        close(found, rounded(ids[:, t : t + 1], past_key_values=other).logits)
+
+
+def hooked(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def in_place(model):
+    with torch.no_grad():
+        model.model.layers[0].mixer.key_proj.weight.mul_(1.5)
+
+
+def exchanged(model):
+    weight = model.model.layers[0].mixer.item_proj.weight
+    model.model.layers[0].mixer.item_proj.weight = nn.Parameter(weight.detach() * 2)
+
+
+def another_part(model):
+    model.model.layers[1].mixer.output_proj = nn.Linear(48, 40, bias=False)
+
+
+def adapted(model):
+    targets = ["item_proj", "up_proj"]
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    peft.get_peft_model(model, config)
+
+
+def trained_further(model):
+    model.train()
+    model.eval()
+
+
+def another_head(model):
+    model.resize_token_embeddings(170)
+
+
+CHANGES = [hooked, in_place, exchanged, another_part, adapted, trained_further, another_head]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by PEFT
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_is_changed_is_left_to_pytorch(change, steps):
+    model, ids = model_of(), random_ids(2, 13)
+    model.fuse_projections()
+    torch.manual_seed(0)
+    change(model)
+    expected, _ = decode(copy.deepcopy(model), ids)
+    steps.clear()
+    found, _ = decode(model, ids)
+    assert True not in steps
+    assert torch.equal(found, expected)
+
+
+def test_other_weights_for_one_call_are_used():
+    model, ids = model_of(), random_ids(2, 10)
+    model.fuse_projections()
+    others = {name: 1.5 * weight for name, weight in model.named_parameters()}
+    with torch.no_grad():
+        cache = model(ids[:, :9], use_cache=True).past_key_values
+        arguments = {"past_key_values": cache.fork()}
+        found = torch.func.functional_call(model, others, (ids[:, 9:],), arguments).logits
+        model.unfuse_projections()
+        arguments = {"past_key_values": cache.fork()}
+        expected = torch.func.functional_call(model, others, (ids[:, 9:],), arguments).logits
+    assert torch.equal(found, expected)
+
+
+def test_gradients_autocast_and_padding_are_left_to_pytorch(steps):
+    model, ids = model_of(), random_ids(2, 12)
+    model.fuse_projections()
+    _, cache = decode(model, ids)
+    steps.clear()
+    loss = model(ids[:, :1], past_key_values=cache.fork()).logits.sum()
+    assert loss.requires_grad
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(ids[:, :1], past_key_values=cache.fork())
+    with torch.no_grad():
+        mask = torch.tensor([[1], [0]])
+        model(ids[:, :1], past_key_values=cache.fork(), attention_mask=mask)
+        named = cache.fork()
+        model(ids[:, :2], past_key_values=named, seq_idx=torch.zeros(2, 2, dtype=torch.long))
+        model(ids[:, :1], past_key_values=named, seq_idx=torch.tensor([[0], [5]]))
+        states = model(ids[:, :1], past_key_values=cache.fork(), output_hidden_states=True)
+    assert len(states.hidden_states) == 3
+    assert steps == 6 * [False]
+
+
+def test_a_copy_of_the_model_has_none():
+    model = model_of()
+    model.fuse_projections()
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), again):
+        assert other.model.native is None
+    assert model.model.native is not None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixers": ["memory", "sliding_attention"], "sliding_window": 4, "attention_head_dim": 8},
+        {"mixers": "hierarchical_memory", "num_slots": 4},
+        {"normalize_state": True},
+        {"gate_feedback": True},
+        {"read_before_write": True},
+        {"state_precision": "bfloat16"},
+    ],
+    ids=name_of,
+)
+def test_other_models_are_fused_as_before(options):
+    model = model_of(**options)
+    model.fuse_projections()
+    assert model.model.native is None
+    with pytest.raises(ValueError, match="this model cannot decode with"):
+        model.fuse_projections(torch.int8)
+    with pytest.raises(ValueError, match="weights are one of"):
+        model.fuse_projections(torch.float64)
+
+
+def test_bytes_that_hold_no_model_are_refused():
+    from hamt.cpu.native import NativeModel
+
+    model = model_of()
+    model.fuse_projections()
+    packed = model.model.native.native.packed
+    for damaged in (packed[:-64], packed[:40], torch.cat((packed, packed[:64])), packed + 1):
+        with pytest.raises(RuntimeError, match="hold no model"):
+            NativeModel(damaged)
+    assert WEIGHTS[0] == torch.float32
