@@ -23,6 +23,7 @@ from hamt.cli import main as hamt
 from hamt.environment import describe_environment, environment
 from hamt.export.aoti import load_aoti
 from hamt.export.check import compare
+from hamt.export.native import load_native
 from hamt.export.onnx_file import load_onnx
 from hamt.export.step import Run, Step, empty_state, run_eagerly
 from hamt.measure.report import write_report
@@ -149,7 +150,7 @@ def main() -> None:
     ids = torch.randint(model.config.vocab_size, (5, WARM + TIMED), generator=draw)
     rows, figures, sizes = [], {}, {}
     with tempfile.TemporaryDirectory() as temporary:
-        folders = {name: Path(temporary) / name for name in ("onnx", "aoti", "web")}
+        folders = {name: Path(temporary) / name for name in ("onnx", "aoti", "c", "web")}
         runs: dict[str, Run] = {"PyTorch, eager": run_eagerly(step)}
         for name, folder in folders.items():
             begun = time.perf_counter()
@@ -157,7 +158,12 @@ def main() -> None:
             sizes[name] = {"seconds": time.perf_counter() - begun}
         runs["ONNX, onnxruntime"] = load_onnx(folders["onnx"] / "model.onnx")[0]
         runs["AOTInductor"] = load_aoti(folders["aoti"] / "model.pt2")[0]
-        files = {"ONNX, onnxruntime": "onnx/model.onnx", "AOTInductor": "aoti/model.pt2"}
+        runs["C++"] = load_native(folders["c"] / "model.hamt", step)[0]
+        files = {
+            "ONNX, onnxruntime": "onnx/model.onnx",
+            "AOTInductor": "aoti/model.pt2",
+            "C++": "c/model.hamt",
+        }
         for name, run in runs.items():
             wall, processor = native(step, run, ids[:1])
             agreement = [compare(step, run, ids[:n, :COMPARED]) for n in (1, 5)]

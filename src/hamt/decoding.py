@@ -26,9 +26,9 @@ from hamt.products import has_extra_behaviour
 from hamt.rotation import Rotation
 
 try:
-    from hamt.cpu.native import BINDINGS, RULES, TURNING, NativeModel, Packed
+    from hamt.cpu.native import BINDINGS, RULES, SOURCES, TURNING, NativeModel, Packed
 except ModuleNotFoundError:  # hamt/cpu was deleted
-    NativeModel = None  # type: ignore[assignment,misc]
+    NativeModel, SOURCES = None, []  # type: ignore[assignment,misc]
 
 WEIGHTS = (torch.float32, torch.bfloat16, torch.int8)  # how the copy may keep matrices
 
@@ -44,7 +44,7 @@ class Decoder:
 
     def __init__(self, backbone: Any, head: nn.Linear | None, kind: torch.dtype) -> None:
         self.config: HAMTConfig = backbone.config
-        self.native = NativeModel(_packed(backbone, head, kind))
+        self.native = NativeModel(pack(backbone, head, kind))
         self.nbytes = self.native.packed.numel()
         parts = list(backbone.modules()) + ([] if head is None else [head])
         # What a user may put in the place of a part or a weight, change, or hang on a part. It is
@@ -129,7 +129,7 @@ def make_decoder(
 
     ``kind``: how matrices are kept, float32, bfloat16 or int8 with a scale for each row.
     """
-    if NativeModel is None or not _known(backbone, head):
+    if NativeModel is None or not is_known(backbone, head):
         return None
     try:
         return Decoder(backbone, head, kind)  # type: ignore[arg-type]
@@ -137,7 +137,7 @@ def make_decoder(
         return None
 
 
-def _known(backbone: Any, head: nn.Module | None) -> bool:
+def is_known(backbone: Any, head: nn.Module | None) -> bool:
     """Whether the step computes all that a model does."""
     config: HAMTConfig = backbone.config
     parts = [part for part in backbone.modules() if part is not backbone]
@@ -153,8 +153,8 @@ def _known(backbone: Any, head: nn.Module | None) -> bool:
     )
 
 
-def _packed(backbone: Any, head: nn.Linear | None, kind: torch.dtype) -> Tensor:
-    """The bytes of a model; without a head, with one that is never asked."""
+def pack(backbone: Any, head: nn.Linear | None, kind: torch.dtype) -> Tensor:
+    """The bytes of a model that is known; without a head, with one that is never asked."""
     config, packed = backbone.config, Packed(kind)
     mixer: HAMTLayer = backbone.layers[0].mixer
     algebra, features = mixer.memory.algebra, mixer.memory.head_dim

@@ -9,6 +9,8 @@ Shape legend: B rows, d hidden_dim, V vocab_size, O outputs and I inputs of a ma
 import ctypes
 import struct
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,11 @@ RULES = ("gated", "normalized", "convex", "delta")
 BINDINGS = ("elementwise", "phasor", "circular_conv")
 TURNING = ("none", "fixed", "by token")
 STATE = ("slots", "position_key", "conv")  # the tensors of a layer, as ``hamt_layer`` has them
+
+# What a program without Python is built of, an example among it.
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("step.h", "recurrence.h", "step.cpp", "continue.c")
+]
 
 _MAGIC, _LANES, _ALIGNED = b"HAMTstp1", 16, 64
 _COUNTS = (
@@ -98,25 +105,36 @@ class NativeModel:
         if getattr(self, "handle", None):
             self.library.hamt_close(self.handle)
 
+    @staticmethod
+    def can_be_built() -> bool:
+        """Whether the step is compiled, or can be."""
+        return compiled_library("step.cpp") is not None
+
+    def step(self, ids: Tensor, states: Sequence[Mapping[str, Tensor]], vocab: int) -> Tensor:
+        """Tokens (B,) -> logits (B, V); states are written in place.
+
+        Raises:
+            IndexError: if one is no token.
+        """
+        ids, logits = ids.to(torch.int64).contiguous(), torch.empty(len(ids), vocab)
+        addresses = (ids.data_ptr(), _layers(states), logits.data_ptr())
+        if self.library.hamt_step(self.handle, len(ids), *addresses, torch.get_num_threads()):
+            raise IndexError(f"tokens are from 0 to {vocab - 1}")
+        return logits
+
     def run(self, hidden: Tensor, states: Sequence[Mapping[str, Tensor]]) -> None:
         """All layers on hidden states (B, d) and states, which are both written in place.
 
         All are contiguous float32.
         """
-        layers = (_Layer * len(states))()
-        for layer, state in zip(layers, states, strict=True):
-            for name in state:
-                setattr(layer, name, state[name].data_ptr())
-        threads = torch.get_num_threads()
-        self.library.hamt_run(self.handle, len(hidden), hidden.data_ptr(), layers, threads)
+        addresses = (hidden.data_ptr(), _layers(states))
+        self.library.hamt_run(self.handle, len(hidden), *addresses, torch.get_num_threads())
 
     def head(self, normed: Tensor, vocab: int) -> Tensor:
         """Logits (B, V) of contiguous float32 hidden states (B, d), normalised."""
         logits = torch.empty(len(normed), vocab)
-        threads = torch.get_num_threads()
-        self.library.hamt_head(
-            self.handle, len(normed), normed.data_ptr(), logits.data_ptr(), threads
-        )
+        addresses = (normed.data_ptr(), logits.data_ptr())
+        self.library.hamt_head(self.handle, len(normed), *addresses, torch.get_num_threads())
         return logits
 
 
@@ -124,6 +142,15 @@ class _Layer(ctypes.Structure):
     """What step.h calls ``hamt_layer``."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in STATE]
+
+
+def _layers(states: Sequence[Mapping[str, Tensor]]) -> Any:
+    """Where the tensors of each layer are, which are contiguous float32."""
+    layers = (_Layer * len(states))()
+    for layer, state in zip(layers, states, strict=True):
+        for name in state:
+            setattr(layer, name, state[name].data_ptr())
+    return layers
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -134,4 +161,5 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for name in ("hamt_run", "hamt_head"):
         function = getattr(library, name)
         function.restype, function.argtypes = None, [pointer, size, pointer, pointer, size]
+    library.hamt_step.argtypes = [pointer, size, pointer, pointer, pointer, size]
     return library

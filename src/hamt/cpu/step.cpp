@@ -252,7 +252,8 @@ void turn_keys(const hamt_model& m, const Layer& layer, const float* by_token, i
     if (m.turning == BY_TOKEN && h < m.turning_heads && i < m.turning_phases)
       turn += by_token[h * m.turning_phases + i];
     if (m.binding == ELEMENTWISE) {
-      position[i] *= turn >= 0 ? 1.f : -1.f;
+      if (position[i] == 0) position[i] = 1;  // before the first token
+      if (turn < 0) position[i] = -position[i];
       keys[i] *= position[i];
       unbinding[i] *= position[i];
       continue;
@@ -443,15 +444,6 @@ void hamt_close(hamt_model* model) { delete model; }
 hamt_sizes hamt_sizes_of(const hamt_model* m) {
   return {m->heads * m->slots * m->features, m->turning == STILL ? 0 : m->heads * m->keys,
           std::max<int64_t>(m->taps - 1, 0) * m->width, m->layers, m->vocab};
-}
-
-void hamt_clear(const hamt_model* m, int64_t rows, const hamt_layer* layers) {
-  const hamt_sizes sizes = hamt_sizes_of(m);
-  for (int64_t l = 0; l < m->layers; l++) {
-    std::fill_n(layers[l].slots, rows * sizes.slots, 0.f);
-    if (sizes.position) std::fill_n(layers[l].position, rows * sizes.position, m->binding == ELEMENTWISE ? 1.f : 0.f);
-    if (sizes.conv) std::fill_n(layers[l].conv, rows * sizes.conv, 0.f);
-  }
 }
 
 void hamt_run(const hamt_model* m, int64_t rows, float* hidden, const hamt_layer* layers, int64_t threads) {

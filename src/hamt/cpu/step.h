@@ -1,7 +1,7 @@
 /* One token of a whole HAMT model on a CPU, for programs without Python.
  *
- * A model is one block of bytes, as hamt.cpu.native.pack writes it; it stays the caller's, and has
- * to stay where it is. States are the caller's, too: what a step leaves in them is all that there is
+ * A model is one block of bytes, the file model.hamt that `hamt export --format c` writes; it stays
+ * the caller's, and has to stay where it is, at a multiple of 64 bytes, as mmap puts it. States are the caller's, too: what a step leaves in them is all that there is
  * of the text. Functions may be called from several threads, with states of their own.
  */
 #pragma once
@@ -15,7 +15,7 @@ typedef struct hamt_model hamt_model;
 
 /* The state of one layer for some rows, contiguous float32: slots (rows, heads, slots, features),
  * position (rows, heads, key size) or NULL without rotation, conv (rows, taps - 1, width) or NULL
- * without a convolution. */
+ * without a convolution. Zeros have read nothing. */
 typedef struct {
   float *slots, *position, *conv;
 } hamt_layer;
@@ -29,9 +29,6 @@ typedef struct {
 hamt_model *hamt_open(const void *bytes, int64_t count);
 void hamt_close(hamt_model *model);
 hamt_sizes hamt_sizes_of(const hamt_model *model);
-
-/* Empty the states of all layers. */
-void hamt_clear(const hamt_model *model, int64_t rows, const hamt_layer *layers);
 
 /* The parts of a step: all layers on hidden states (rows, width), which are replaced; and logits of
  * normalised ones. */

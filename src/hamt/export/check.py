@@ -28,7 +28,7 @@ class Agreement(NamedTuple):
 
 
 @torch.no_grad()
-def compare(step: Step, run: Run, ids: Tensor) -> Agreement:
+def compare(step: Step, run: Run, ids: Tensor, tolerance: float | None = None) -> Agreement:
     """Read tokens (B, N) with the model and with what was exported, one by one."""
     model, cache = step.model, HAMTCache(len(step.model.model.layers))
     found, wanted = [], []
@@ -40,12 +40,15 @@ def compare(step: Step, run: Run, ids: Tensor) -> Agreement:
     worst = (torch.cat(found, dim=1) - logits).abs().max()
     largest = logits.abs().max().clamp(min=torch.finfo(logits.dtype).tiny)
     rounds = model.config.state_precision != "float32"
-    tolerance = ROUNDED_TOLERANCE if rounds else TOLERANCE
+    if tolerance is None:
+        tolerance = ROUNDED_TOLERANCE if rounds else TOLERANCE
     return Agreement((worst / largest).item(), tolerance, ids.shape[1])
 
 
-def check(step: Step, run: Run, seed: int = 0) -> Agreement:
+def check(step: Step, run: Run, seed: int = 0, tolerance: float | None = None) -> Agreement:
     """Compare on random tokens, with one text and with several; the larger difference.
+
+    ``tolerance``: how large it may be; None is what arithmetic alone explains.
 
     Raises:
         UserError: if they differ by more than they may.
@@ -54,7 +57,7 @@ def check(step: Step, run: Run, seed: int = 0) -> Agreement:
     found = []
     for rows in ROWS:
         ids = torch.randint(step.model.config.vocab_size, (rows, CHECKED), generator=draw)
-        found.append(compare(step, run, ids))
+        found.append(compare(step, run, ids, tolerance))
         if not found[-1].difference <= found[-1].tolerance:  # as NaN is not
             raise UserError(
                 f"what was exported does not compute what the model does: logits differ by "

@@ -1,4 +1,4 @@
-"""``hamt export``: a model as an ONNX file, as an AOTInductor package, or as a web page."""
+"""``hamt export``: a model as an ONNX file, an AOTInductor package, a web page, or C++."""
 
 import os
 import re
@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from hamt.checkpoint import load_checkpoint, named_or_own
 from hamt.console import PlainConsole
+from hamt.decoding import SOURCES
 from hamt.errors import UserError, reason
 from hamt.export.aoti import load_aoti, require_compiler, write_aoti
 from hamt.export.check import Agreement, check
+from hamt.export.native import MODEL, WEIGHTS, load_native, require_native, write_native
 from hamt.export.onnx_file import load_onnx, require_onnx, write_onnx
 from hamt.export.runtime import find_runtime
 from hamt.export.step import Step
@@ -33,15 +35,18 @@ from hamt.files import write_json
 from hamt.options import option, parse
 from hamt.output import Output, claim
 
-FORMATS = ("onnx", "aoti", "web")
-NAMES = {"onnx": "model.onnx", "aoti": "model.pt2", "web": "model.onnx"}
-TAKES = {"onnx": "up to a minute", "aoti": "minutes", "web": "up to a minute"}
+FORMATS = ("onnx", "aoti", "web", "c")
+NAMES = {"onnx": "model.onnx", "aoti": "model.pt2", "web": "model.onnx", "c": MODEL}
+TAKES = {"onnx": "up to a minute", "aoti": "minutes", "web": "up to a minute", "c": "seconds"}
+REQUIRE = {"aoti": require_compiler, "c": require_native}
+# How far logits may differ where weights are rounded, as a share of the largest.
+TOLERANCES = {"bfloat16": 0.1, "int8": 0.3}
 # All that any format writes.
 WRITTEN = (
     *{*NAMES.values(), f"{NAMES['onnx']}.data", "step.json"},
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("chat_template.jinja", "additional_chat_templates"),
-    *(*PAGE, *RUNTIME_FILES.values()),
+    *(*PAGE, *RUNTIME_FILES.values(), *(source.name for source in SOURCES)),
 )
 
 
@@ -51,7 +56,7 @@ class ExportOptions:
 
     format: str = option(
         "onnx",
-        "an ONNX file for onnxruntime, an AOTInductor package for PyTorch, or a web page",
+        "an ONNX file for onnxruntime, an AOTInductor package for PyTorch, a web page, or C++",
         choices=FORMATS,
     )
     checkpoint: str | None = option(
@@ -61,6 +66,7 @@ class ExportOptions:
     runtime: str | None = option(
         None, "for web: a folder with the npm package onnxruntime-web; none lets npm fetch it"
     )
+    weights: str = option("float32", "for c: how matrices are kept", choices=tuple(WEIGHTS))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -68,7 +74,9 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(ExportOptions, arguments, "export")
     if options.runtime is not None and options.format != "web":
         raise UserError("--runtime is for --format web: leave it out")
-    (require_compiler if options.format == "aoti" else require_onnx)()
+    if options.weights != "float32" and options.format != "c":
+        raise UserError("--weights is for --format c: leave it out")
+    REQUIRE.get(options.format, require_onnx)()
     model, tokenizer = load_checkpoint(named_or_own(options.checkpoint))
     console, step = PlainConsole(), Step(model)
     runtime: dict[str, Path] = {}
@@ -100,11 +108,14 @@ def _export(
         if isinstance(step, TracedStep):
             write_page(step, tokenizer, _name(options), target)
         else:
-            (write_aoti if options.format == "aoti" else write_onnx)(step, file)
+            if options.format == "c":
+                write_native(step, target, options.weights)
+            else:
+                (write_aoti if options.format == "aoti" else write_onnx)(step, file)
             write_json(target / "step.json", step.describe())
             tokenizer.save_pretrained(target)
         names.update(path.name for path in target.iterdir())
-        found.append(_check(step, file))
+        found.append(_check(step, file, TOLERANCES.get(options.weights)))
 
     output.write(write)
     if runtime:
@@ -126,15 +137,18 @@ def _export(
         )
 
 
-def _check(step: Step, file: Path) -> Agreement:
+def _check(step: Step, file: Path, tolerance: float | None = None) -> Agreement:
     """Run what was written beside the model.
 
     Raises:
         UserError: if it cannot be run, or computes something else.
     """
     try:
-        run, _ = (load_aoti if file.suffix == ".pt2" else load_onnx)(file)
-        return check(step, run)
+        if file.name == MODEL:
+            run, _ = load_native(file, step)
+        else:
+            run, _ = (load_aoti if file.suffix == ".pt2" else load_onnx)(file)
+        return check(step, run, tolerance=tolerance)
     except UserError:
         raise
     except Exception as error:  # of many kinds, by what runs it
