@@ -11,7 +11,7 @@ from memory_inputs import needs_fused
 from model_inputs import VARIANTS, name_of, random_ids, tiny_model
 from torch import nn
 
-from hamt.decoding import WEIGHTS, Decoder
+from hamt.decoding import Decoder
 
 pytestmark = needs_fused
 BASE = {"hidden_dim": 40, "hcm_dim": 48, "num_slots": 3, "num_heads": 2}
@@ -285,7 +285,14 @@ def test_bytes_that_hold_no_model_are_refused():
     model = model_of()
     model.fuse_projections()
     packed = model.model.native.native.packed
-    for damaged in (packed[:-64], packed[:40], torch.cat((packed, packed[:64])), packed + 1):
+    others = []
+    for place in range(8, 8 + 8 * 20, 8):  # each number of the header
+        for value in (-1, 2**62):
+            other = packed.clone()
+            other[place : place + 8] = torch.tensor([value]).view(torch.uint8)
+            others.append(other)
+    # The last three only say whether a part is there.
+    cut = (packed[:-64], packed[:40], torch.cat((packed, packed[:64])), packed + 1)
+    for damaged in (*cut, *others[:-6]):
         with pytest.raises(RuntimeError, match="hold no model"):
             NativeModel(damaged)
-    assert WEIGHTS[0] == torch.float32

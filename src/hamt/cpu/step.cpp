@@ -404,11 +404,30 @@ struct Reader {
 
 }  // namespace
 
+namespace {
+
+// Whether sizes are such as a model has: a file may hold anything.
+bool sound(const Header& h) {
+  const int64_t most = int64_t(1) << 24;
+  for (int64_t size : {h.vocab, h.width, h.layers, h.heads, h.slots, h.features})
+    if (size < 1 || size > most) return false;
+  for (int64_t size : {h.taps, h.inner, h.turning_heads, h.turning_phases})
+    if (size < 0 || size > most) return false;
+  const int64_t of_a_rule[] = {2 * h.heads * h.slots, 2 * h.heads * h.slots, h.heads * h.slots,
+                               2 * h.heads * h.slots + h.heads};
+  return h.kind >= FLOAT && h.kind <= INT8 && h.rule >= GATED && h.rule <= DELTA && h.binding >= ELEMENTWISE &&
+         h.binding <= CIRCULAR && h.turning >= STILL && h.turning <= BY_TOKEN && h.turning_heads <= h.heads &&
+         h.turning_phases <= h.keys && h.features % 2 == 0 && h.gates == of_a_rule[h.rule] &&
+         h.keys == (h.binding == ELEMENTWISE ? h.features : h.features / 2);
+}
+
+}  // namespace
+
 hamt_model* hamt_open(const void* bytes, int64_t count) {
   auto m = std::make_unique<hamt_model>();
   if (count < int64_t(sizeof(Header))) return nullptr;
   std::memcpy(static_cast<Header*>(m.get()), bytes, sizeof(Header));
-  if (std::memcmp(m->magic, MAGIC, sizeof MAGIC) || m->bytes != count) return nullptr;
+  if (std::memcmp(m->magic, MAGIC, sizeof MAGIC) || m->bytes != count || !sound(*m)) return nullptr;
   Reader from = {static_cast<const char*>(bytes), count, 0};
   from.take(sizeof(Header));
   const int64_t d = m->width, kind = m->kind, F = m->features;
