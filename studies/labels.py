@@ -53,8 +53,8 @@ def page(runs: list[dict[str, Any]], epochs: float) -> str:
         "# The century and the party of a passage",
         "Passages of 200 words of State of the Union addresses, those of 12 addresses held out, "
         "which the language models were not trained on either. Both models were trained on the "
-        f"same text before, with 1.4M parameters each, and then for {epochs:g} epochs on the "
-        "labels, at the default learning rate, with one seed.",
+        "same text before, with 1.4M parameters each, and then on the labels "
+        f"({epochs:g} {'epoch' if epochs == 1 else 'epochs'}, the default learning rate, one seed).",
         "The standard error takes passages for independent; those of one address are alike, so it "
         "is too small.",
         markdown(["what is told", "by", "% right", "macro F1"], lines, text=[0, 1]),
