@@ -28,12 +28,18 @@ def ratios() -> dict[str, Series]:
         )
         for row in train
     ]
-    decoding = decode["decode"]["rows"]
+    one, several = (
+        [row for row in decode["decode"]["rows"] if (row["batch"] == 1) == alone]
+        for alone in (True, False)
+    )
+
+    def decoding(rows: list[dict]) -> Series:
+        medians = [row["ratios"]["hamt over static"]["median"] for row in rows]
+        return Series([row["length"] for row in rows], medians)
+
     return {
-        "decoding: HAMT": Series(
-            [row["length"] for row in decoding],
-            [row["ratios"]["hamt over static"]["median"] for row in decoding],
-        ),
+        "decoding 16 rows (4 at 32,768): HAMT": decoding(several),
+        "decoding one row: HAMT": decoding(one),
         "training: HAMT": Series(
             lengths, [row["ratios"]["hamt over sdpa"]["median"] for row in train]
         ),
@@ -50,7 +56,7 @@ def draw() -> Figure:
     axes.set_yscale("log", base=2)
     contexts = [2**power for power in range(7, 16)]
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
-    axes.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+    axes.set_yticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
     return figure
 
 

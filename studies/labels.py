@@ -37,7 +37,7 @@ def tuned(task: str, model: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def page(runs: list[dict[str, Any]], epochs: float) -> str:
     """The figures in a table."""
-    lines = []
+    lines, counted = [], f"{epochs:g} {'epoch' if epochs == 1 else 'epochs'}"
     for run in runs:
         for name, scores in run["scores"].items():
             right = f"{100 * scores['accuracy']:.1f} ± {100 * scores['standard_error']:.1f}"
@@ -54,7 +54,7 @@ def page(runs: list[dict[str, Any]], epochs: float) -> str:
         "Passages of 200 words of State of the Union addresses, those of 12 addresses held out, "
         "which the language models were not trained on either. Both models were trained on the "
         "same text before, with 1.4M parameters each, and then on the labels "
-        f"({epochs:g} {'epoch' if epochs == 1 else 'epochs'}, the default learning rate, one seed).",
+        f"({counted}, the default learning rate, one seed).",
         "The standard error takes passages for independent; those of one address are alike, so it "
         "is too small.",
         markdown(["what is told", "by", "% right", "macro F1"], lines, text=[0, 1]),
