@@ -12,6 +12,7 @@ from model_inputs import VARIANTS, name_of, random_ids, tiny_model
 from torch import nn
 
 from hamt.decoding import Decoder
+from hamt.memory import WRITE_RULES
 
 pytestmark = needs_fused
 BASE = {"hidden_dim": 40, "hcm_dim": 48, "num_slots": 3, "num_heads": 2}
@@ -243,6 +244,29 @@ def test_gradients_autocast_and_padding_are_left_to_pytorch(steps):
         states = model(ids[:, :1], past_key_values=cache.fork(), output_hidden_states=True)
     assert len(states.hidden_states) == 3
     assert steps == 6 * [False]
+
+
+def test_a_state_of_other_sizes_never_reaches_the_compiled_code(steps):
+    """It would be read and written beyond its end."""
+    model, ids = model_of(), random_ids(2, 10)
+    model.fuse_projections()
+    for name in ("slots", "conv"):
+        cache = model(ids[:, :9], use_cache=True).past_key_values
+        state = cache.layers[1].state
+        cache.layers[1].state = {**state, name: state[name][:, :-1]}
+        steps.clear()
+        with torch.no_grad(), pytest.raises(ValueError, match="comes from another model"):
+            model(ids[:, 9:], past_key_values=cache)
+        assert steps == [False]
+
+
+def test_a_rule_of_the_users_own_is_left_to_pytorch(monkeypatch):
+    """Whatever it is called."""
+    own = type("Own", (WRITE_RULES["gated"],), {})
+    monkeypatch.setitem(WRITE_RULES, "gated", own)
+    model = model_of(write_rule="gated")
+    model.fuse_projections()
+    assert model.model.native is None
 
 
 def test_a_copy_of_the_model_has_none():

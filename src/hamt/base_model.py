@@ -149,9 +149,8 @@ class HAMTPreTrainedModel(PreTrainedModel):
     def unfuse_projections(self) -> None:
         """Undo ``fuse_projections``."""
         unfuse(self)
-        for module in self.modules():
-            if module.__dict__.get("native") is not None:
-                module.native = None  # type: ignore[assignment]
+        backbone: Any = self.base_model
+        backbone.native = None
 
     def init_continuous_batching(self, *arguments: Any, **options: Any) -> NoReturn:
         """Refused: continuous batching hands out pages of keys and values.

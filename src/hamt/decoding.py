@@ -7,7 +7,7 @@ nothing that an adapter, a hook or a quantiser does: those stay with PyTorch.
 Shape legend: B rows, d hidden_dim, H heads, K key size, V vocab_size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from operator import getitem, is_
 from typing import Any
 
@@ -26,11 +26,9 @@ from hamt.products import has_extra_behaviour
 from hamt.rotation import Rotation
 
 try:
-    from hamt.cpu.native import BINDINGS, RULES, SOURCES, TURNING, NativeModel, Packed
+    from hamt.cpu.native import BINDINGS, RULES, SOURCES, TURNING, WEIGHTS, NativeModel, Packed
 except ModuleNotFoundError:  # hamt/cpu was deleted
-    NativeModel, SOURCES = None, []  # type: ignore[assignment,misc]
-
-WEIGHTS = (torch.float32, torch.bfloat16, torch.int8)  # how the copy may keep matrices
+    NativeModel, SOURCES, WEIGHTS = None, [], (torch.float32,)  # type: ignore[assignment,misc]
 
 # Modules of which all that they do is known.
 _KNOWN = (
@@ -46,6 +44,8 @@ class Decoder:
         self.config: HAMTConfig = backbone.config
         self.native = NativeModel(pack(backbone, head, kind))
         self.nbytes = self.native.packed.numel()
+        # The compiled code trusts sizes.
+        self._shapes = [layer.mixer.state_shapes() for layer in backbone.layers]
         parts = list(backbone.modules()) + ([] if head is None else [head])
         # What a user may put in the place of a part or a weight, change, or hang on a part. It is
         # looked at for every token, so it is laid out for what loops without Python.
@@ -84,37 +84,37 @@ class Decoder:
 
         None where the layers have to be called one by one.
         """
-        if (
-            torch.compiler.is_compiling()
-            or hidden.shape[1] != 1
-            or batch.mask is not None
-            or not all(states)
-        ):
+        if torch.compiler.is_compiling() or hidden.shape[1] != 1 or batch.mask is not None:
             return None
         if batch.documents is not None and bool(batch.documents.any()):
             return None
-        if not self.applies(hidden):
+        if not self.applies(hidden) or not self._fit(states, len(hidden)):
             return None
-        after = [self._copied(state) for state in states if state]
-        if any(x.dtype != torch.float32 for state in after for x in state.values()):
-            return None
+        # States are values: the step writes into new ones.
+        after = [
+            {name: x.clone(memory_format=torch.contiguous_format) for name, x in state.items()}
+            for state in states
+            if state is not None
+        ]
         written = hidden[:, 0].clone(memory_format=torch.contiguous_format)
         self.native.run(written, after)
         return written[:, None], after
+
+    def _fit(self, states: Sequence[State | None], rows: int) -> bool:
+        """Whether there is a state of this model for so many rows; of others PyTorch tells."""
+        return all(
+            state is not None
+            and state.keys() == shapes.keys()
+            and all(x.shape == (rows, *shapes[name]) for name, x in state.items())
+            and all(x.dtype == torch.float32 for x in state.values())
+            for state, shapes in zip(states, self._shapes, strict=True)
+        )
 
     def head(self, normed: Tensor) -> Tensor | None:
         """Logits (B, 1, V) of normalised hidden states (B, 1, d), or None as for ``run``."""
         if torch.compiler.is_compiling() or normed.shape[1] != 1 or not self.applies(normed):
             return None
         return self.native.head(normed[:, 0].contiguous(), self.config.vocab_size)[:, None]
-
-    def _copied(self, state: Mapping[str, Tensor]) -> State:
-        """States are values: the step writes into new ones."""
-        copied = {name: x.clone(memory_format=torch.contiguous_format) for name, x in state.items()}
-        if "position_key" in copied:  # may be one for all heads
-            key = copied["position_key"]
-            copied["position_key"] = key.expand(-1, self.config.num_heads, -1).contiguous()
-        return copied
 
 
 def _marks(weights: Sequence[Tensor]) -> list[int]:
@@ -129,12 +129,9 @@ def make_decoder(
 
     ``kind``: how matrices are kept, float32, bfloat16 or int8 with a scale for each row.
     """
-    if NativeModel is None or not is_known(backbone, head):
+    if NativeModel is None or not is_known(backbone, head) or not NativeModel.can_be_built():
         return None
-    try:
-        return Decoder(backbone, head, kind)  # type: ignore[arg-type]
-    except RuntimeError:  # there is no compiler, which has been said
-        return None
+    return Decoder(backbone, head, kind)  # type: ignore[arg-type]
 
 
 def is_known(backbone: Any, head: nn.Module | None) -> bool:
@@ -147,7 +144,7 @@ def is_known(backbone: Any, head: nn.Module | None) -> bool:
         and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in backbone.parameters())
         and not config.read_before_write
         and all(layer.mixer.boundary is None for layer in backbone.layers)
-        and config.write_rule in RULES
+        and type(backbone.layers[0].mixer.memory.rule) in RULES
         and backbone.layers[0].mixer.memory.algebra.name in BINDINGS
         and getattr(head, "bias", None) is None
     )
@@ -180,7 +177,7 @@ def pack(backbone: Any, head: nn.Linear | None, kind: torch.dtype) -> Tensor:
         "keys": mixer.memory.key_size,
         "taps": config.conv_kernel_size,
         "inner": config.intermediate_dim,
-        "rule": RULES.index(config.write_rule),
+        "rule": RULES.index(type(mixer.memory.rule)),
         "binding": BINDINGS.index(algebra.name),
         "turning": TURNING.index(turning),
         "turning_heads": heads,

@@ -85,7 +85,8 @@ def fused(memory: Memory, tokens: Tokens, state: MemoryState) -> tuple[Tensor, M
     return output, MemoryState(slots, last)
 
 
-# Rules that ``fused.cpp`` computes; all but delta are the gated one, once their gates are there.
+# Rules that ``fused.cpp`` computes, and ``step.cpp`` in this order; all but delta are the gated
+# one, once their gates are there.
 RULES = (Gated, Normalized, Convex, Delta)
 FORMS["fused"] = Form(fused, lambda rule: type(rule) in RULES, fused_available)
 

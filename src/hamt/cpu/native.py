@@ -16,14 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hamt.cpu.fused import RULES
 from hamt.cpu.library import compiled_library
 
-# What step.cpp calls them, in its order.
-KINDS = (torch.float32, torch.bfloat16, torch.int8)
-RULES = ("gated", "normalized", "convex", "delta")
+# What step.cpp calls them, in its order; its rules are in that of ``hamt.cpu.fused.RULES``.
+WEIGHTS = (torch.float32, torch.bfloat16, torch.int8)  # how matrices may be kept
 BINDINGS = ("elementwise", "phasor", "circular_conv")
 TURNING = ("none", "fixed", "by token")
 STATE = ("slots", "position_key", "conv")  # the tensors of a layer, as ``hamt_layer`` has them
+
+__all__ = ["BINDINGS", "RULES", "SOURCES", "TURNING", "WEIGHTS", "NativeModel", "Packed"]
 
 # What a program without Python is built of, an example among it.
 SOURCES = [
@@ -42,7 +44,7 @@ _SCALES = ("eps", "decay_rate", "multiplier")
 class Packed:
     """The bytes of a model: a header, and tensors, each from a multiple of 64 bytes on.
 
-    ``kind``: the dtype of matrices, one of ``KINDS``; int8 has a scale for each row.
+    ``kind``: the dtype of matrices, one of ``WEIGHTS``; int8 has a scale for each row.
     """
 
     def __init__(self, kind: torch.dtype) -> None:
@@ -73,7 +75,7 @@ class Packed:
         """The bytes, with what the header says beside ``kind``."""
         words = f"<8s{1 + len(_COUNTS)}q{len(_SCALES)}d"
         length = -(-struct.calcsize(words) // _ALIGNED) * _ALIGNED
-        counts = {**counts, "kind": KINDS.index(self.kind)}
+        counts = {**counts, "kind": WEIGHTS.index(self.kind)}
         header = struct.pack(
             words,
             _MAGIC,

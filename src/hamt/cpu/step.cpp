@@ -8,6 +8,8 @@
 
 #include "step.h"
 
+#include <iterator>
+#include <limits>
 #include <memory>
 
 #include "recurrence.h"

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from hamt.decoding import SOURCES, NativeModel, is_known, pack
+from hamt.decoding import WEIGHTS as KINDS
 from hamt.errors import UserError
 from hamt.export.step import Run, Step
 from hamt.mixers import State
 
 MODEL = "model.hamt"
-WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+WEIGHTS = {str(kind).removeprefix("torch."): kind for kind in KINDS}
 
 
 def require_native() -> None:
