@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, broadcast
 
 from hamt.errors import UserError
+from hamt.training.sharding import check_plugin, wants_shards
 
 
 def make_accelerator(mixed_precision: str = "no", *, on_cpu: bool = False) -> Accelerator:
@@ -21,6 +22,8 @@ def make_accelerator(mixed_precision: str = "no", *, on_cpu: bool = False) -> Ac
     on_cpu = on_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if on_cpu and mixed_precision == "fp16":
         raise UserError("--mixed_precision fp16 needs a GPU: bf16 also works on a CPU")
+    if wants_shards():
+        check_plugin(mixed_precision)
     # All accelerators of a process share one state, in which the first one fixes device and
     # precision: a second one with another precision is refused, or would silently get the first
     # one's device.

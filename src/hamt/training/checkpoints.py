@@ -20,10 +20,12 @@ from hamt.cache import HAMTCache
 from hamt.errors import UserError, reason
 from hamt.files import existing
 from hamt.loading import pretrained_model
+from hamt.model import HAMTForCausalLM
 from hamt.output import Output, damaged
 from hamt.training.held_out import Loss
 from hamt.training.loop import Trainer, TrainingResult
 from hamt.training.plan import Plan
+from hamt.training.sharding import load_optimizer, load_weights, whole_model, whole_tensors
 
 STATE = "training_state.pt"
 logger = logging.getLogger(__name__)
@@ -39,8 +41,10 @@ def save_state(plan: Plan, trainer: Trainer[Loss], output: Output) -> None:
         UserError: if it cannot be written; those that are there stay.
     """
     folder, result, scaler = plan.checkpoints, trainer.result, trainer.accelerator.scaler
-    processes = gather_object([_process_state(trainer)])
-    if not trainer.accelerator.is_main_process:
+    is_main, processes = trainer.accelerator.is_main_process, gather_object([_process_state(trainer)])
+    states = [each.state_dict() for each in trainer.optimizers]
+    model, states = whole_model(trainer.model), whole_tensors(states, keep=is_main)
+    if not is_main:
         return
     target = folder / f"step_{result.steps}"
     if target in find_states(folder):
@@ -48,7 +52,7 @@ def save_state(plan: Plan, trainer: Trainer[Loss], output: Output) -> None:
     held_out = [(step, tuple(loss)) for step, loss in result.held_out]
     state = {
         "identity": plan.identity,
-        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "optimizers": states,
         "scaler": scaler.state_dict() if scaler else None,
         "result": asdict(result) | {"held_out": held_out},
         "recent": list(trainer.recent),
@@ -57,7 +61,7 @@ def save_state(plan: Plan, trainer: Trainer[Loss], output: Output) -> None:
     }
 
     def write(fresh: Path) -> None:
-        trainer.model.save_pretrained(fresh)
+        model.save_pretrained(fresh)
         plan.tokenizer.save_pretrained(fresh)
         torch.save(state, fresh / STATE)
 
@@ -104,7 +108,7 @@ def load_state(plan: Plan, trainer: Trainer[Loss]) -> None:
         # A second model for a moment: Transformers knows in how many files it has written the
         # weights, and which of them are tied.
         saved_model = pretrained_model(
-            type(trainer.model), str(path), dtype=trainer.model.dtype, local_files_only=True
+            HAMTForCausalLM, str(path), dtype=trainer.model.dtype, local_files_only=True
         )
         if not isinstance(state, dict) or not state.keys() >= SAVED:
             raise ValueError(f"{STATE} holds something else")
@@ -124,9 +128,9 @@ def load_state(plan: Plan, trainer: Trainer[Loss]) -> None:
 
 
 def _restore(trainer: Trainer[Loss], saved_model: nn.Module, state: dict[str, Any]) -> None:
-    trainer.model.load_state_dict(saved_model.state_dict())
+    load_weights(trainer.model, saved_model.state_dict())
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+        load_optimizer(optimizer, saved)
     if trainer.accelerator.scaler and state["scaler"]:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     result = state["result"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hamt.data.loader import batch_at
 from hamt.data.tokens import Split
+from hamt.training.sharding import drop_gathered, is_sharded
 
 # While training so many blocks are scored, or a few more; at the end all of them are.
 SAMPLE = 16
@@ -62,12 +63,19 @@ def held_out_loss(
     rest = len(split) - 1 - num_blocks * length
     if rest and (every == 1 or not num_blocks):
         batches.append((np.array([num_blocks * length]), rest))
+    first, fillers = batches[:1], 0
     if accelerator is not None:
+        calls = -(-len(batches) // accelerator.num_processes)
         batches = batches[accelerator.process_index :: accelerator.num_processes]
+        # Weights in pieces are gathered by all: one without a block left reads another once more.
+        fillers = calls - len(batches) if is_sharded(model) else 0
     # Summed loss and number of tokens; in float64, since there are millions of them.
     total = torch.zeros(2, dtype=torch.float64)
     for begins, size in batches:
         total += _score(model, batch_at(split, begins, size, documents_flow))
+    for begins, size in first * fillers:
+        _score(model, batch_at(split, begins, size, documents_flow))
+    drop_gathered(model)
     if accelerator is not None and accelerator.num_processes > 1:
         total = accelerator.reduce(total.to(accelerator.device), "sum").cpu()
     model.train(was_training)

@@ -24,6 +24,7 @@ from hamt.training.accelerator import in_any_process, make_accelerator, of_main_
 from hamt.training.divergence import DivergenceError, LossSpikes
 from hamt.training.interrupt import deferred_interrupt
 from hamt.training.optim import build_optimizers, learning_rate_scale, set_learning_rate, update
+from hamt.training.sharding import is_sharded, shard
 
 T = TypeVar("T")
 
@@ -128,6 +129,7 @@ class Trainer(Generic[T]):
         self.model, self.evaluate, self.options = model, evaluate, options
         self.until, self.listeners = until, list(listeners)
         self.peak_tokens_per_second = peak_tokens_per_second
+        shard(model, self.accelerator)
         optimizers = build_optimizers(
             model,
             options.optimizer,
@@ -135,8 +137,14 @@ class Trainer(Generic[T]):
             weight_decay=options.weight_decay,
             eps=options.eps,
         )
-        prepared = self.accelerator.prepare(model if compiled is None else compiled, *optimizers)
-        # Where there are several processes, this one also exchanges gradients with them.
+        # Where there are several processes, the model that is called also exchanges gradients with
+        # them. A model in pieces does so by itself, and Accelerate tells its parameters apart by
+        # their addresses, which empty pieces do not have.
+        called: Any = model if compiled is None else compiled
+        if is_sharded(model):
+            prepared = [called, *map(self.accelerator.prepare_optimizer, optimizers)]
+        else:
+            prepared = self.accelerator.prepare(called, *optimizers)
         self.called_model: Callable = prepared[0]
         self.optimizers: list[AcceleratedOptimizer] = list(prepared[1:])
         self.spikes = LossSpikes(options.spike)
@@ -208,10 +216,12 @@ class Trainer(Generic[T]):
         num_targets = accelerator.reduce(num_targets, "sum")
         loss, aux_loss = torch.zeros((), device=accelerator.device), None
         for index, part in enumerate(parts):
-            last = index == len(parts) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.called_model):
+            # Gradients that are exchanged once for all parts are whole ones in each process: where
+            # weights are in pieces, that would take the memory which pieces save.
+            now = index == len(parts) - 1 or is_sharded(self.model)
+            with contextlib.nullcontext() if now else accelerator.no_sync(self.called_model):
                 part_loss, aux_loss = self._forward(part, index, num_targets)
-                # Gradients of all processes are to be added up; DDP takes their mean.
+                # Gradients of all processes are to be added up; DDP and FSDP take their mean.
                 accelerator.backward(part_loss * accelerator.num_processes)
             loss += part_loss.detach()
         loss = accelerator.reduce(loss, "sum").item()

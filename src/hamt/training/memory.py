@@ -23,13 +23,15 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def check_memory(model: nn.Module, device: torch.device) -> None:
+def check_memory(model: nn.Module, device: torch.device, pieces: int = 1) -> None:
     """Refuse to make a model, which may be one without numbers, that cannot be trained here.
+
+    Of weights that are in ``pieces`` each process has one.
 
     Raises:
         UserError: with what is needed and what there is.
     """
-    needed, free = training_bytes(model), free_bytes(device)
+    needed, free = training_bytes(model) // pieces, free_bytes(device)
     if needed > free:
         raise UserError(
             f"a model of these sizes needs {needed / 2**30:.1f} GiB to be trained, this machine "

@@ -28,6 +28,7 @@ from hamt.training.accelerator import make_accelerator
 from hamt.training.loop import LoopOptions
 from hamt.training.memory import check_memory
 from hamt.training.options import SIZES, TrainOptions
+from hamt.training.sharding import wants_shards
 
 # The options that a resumed run must share with the run that it goes on with.
 FIXED = (
@@ -115,7 +116,7 @@ def make_plan(options: TrainOptions) -> Plan:
     with torch.device("meta"):  # no memory is taken before it is known that there is enough
         model = _model(options, tokenizer, trained)
     if not options.dry_run:
-        check_memory(model, accelerator.device)
+        check_memory(model, accelerator.device, processes if wants_shards() else 1)
         torch.manual_seed(options.seed)
         model = _model(options, tokenizer, trained)
     if options.gradient_checkpointing:

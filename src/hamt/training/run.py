@@ -38,6 +38,7 @@ from hamt.training.ngrams import ngram_losses
 from hamt.training.options import TrainOptions
 from hamt.training.plan import Plan, check_options, make_plan
 from hamt.training.record import RECORD, training_info
+from hamt.training.sharding import whole_model
 from hamt.training.tracking import check_loggers, watchers
 from hamt.visualization import save_figure, training_curves
 
@@ -240,8 +241,9 @@ class _Saver(Listener[Loss]):
             save_state(self.plan, trainer, self.output)
 
     def _save_model(self, name: str) -> None:
+        model = whole_model(self.plan.model)
         if self.plan.accelerator.is_main_process:
-            write = partial(save_pt, model=self.plan.model, tokenizer=self.plan.tokenizer)
+            write = partial(save_pt, model=model, tokenizer=self.plan.tokenizer)
             self.output.write_file(f"checkpoints/{name}", write)
 
 
@@ -316,9 +318,10 @@ def _finish(plan: Plan, trainer: Trainer[Loss], output: Output, console: Console
                 console.print(f"{limit}: {result.steps:,} of {plan.loop.num_steps:,} steps")
             console.print("measuring the loss on all of the held-out text")
         final = _measure(plan, whole=True)
+    model = whole_model(plan.model)
     if plan.accelerator.is_main_process:
         output.write(
-            lambda fresh: save_checkpoint(fresh, plan.model, plan.tokenizer, dtype),
+            lambda fresh: save_checkpoint(fresh, model, plan.tokenizer, dtype),
         )
         output.write_json(RECORD, training_info(plan, result, final))
         output.write_text("README.md", model_card(plan, result, final))
@@ -331,4 +334,4 @@ def _finish(plan: Plan, trainer: Trainer[Loss], output: Output, console: Console
             f"stopped after {result.steps:,} steps; {further}all is in {plan.options.output_dir}"
         )
     plan.accelerator.wait_for_everyone()
-    return FinishedRun(plan.model, plan.tokenizer, plan.corpus, result, final)
+    return FinishedRun(model, plan.tokenizer, plan.corpus, result, final)
