@@ -57,7 +57,12 @@ def losses(folder):
 
 def start(arguments, *launcher):
     """A process that runs the command."""
-    command = [sys.executable, *launcher, "-m", "hamt.cli", *arguments]
+    return start_python(*launcher, "-m", "hamt.cli", *arguments)
+
+
+def start_python(*arguments):
+    """A process of Python, with one thread and without network."""
+    command = [sys.executable, *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, text=True, env=env, **pipes)

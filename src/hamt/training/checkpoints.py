@@ -41,9 +41,12 @@ def save_state(plan: Plan, trainer: Trainer[Loss], output: Output) -> None:
         UserError: if it cannot be written; those that are there stay.
     """
     folder, result, scaler = plan.checkpoints, trainer.result, trainer.accelerator.scaler
-    is_main, processes = trainer.accelerator.is_main_process, gather_object([_process_state(trainer)])
+    is_main, processes = (
+        trainer.accelerator.is_main_process,
+        gather_object([_process_state(trainer)]),
+    )
     states = [each.state_dict() for each in trainer.optimizers]
-    model, states = whole_model(trainer.model), whole_tensors(states, keep=is_main)
+    model, states = whole_model(plan.model), whole_tensors(states, keep=is_main)
     if not is_main:
         return
     target = folder / f"step_{result.steps}"
