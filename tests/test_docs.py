@@ -163,7 +163,7 @@ def test_commands_and_their_options_exist(page, line, only_parse, monkeypatch, c
         words.pop(0)
     program, *arguments = words or ["#"]
     program = program.removeprefix("venv/bin/")
-    if program == "torchrun":
+    if program in ("torchrun", "accelerate"):
         program, arguments = "hamt", arguments[arguments.index("hamt.cli") + 1 :]
     if program == "hamt":
         try:
