@@ -14,7 +14,9 @@ from training_inputs import finish, flags, losses, start_python
 from two_processes import CASES, FSDP2, IDS, WHOLE, train_rows
 
 from hamt.checkpoint import load_checkpoint
+from hamt.errors import UserError
 from hamt.model import HAMTForCausalLM
+from hamt.training import memory
 from hamt.training.cost import Weights, ddp_bytes, fsdp2_bytes
 from hamt.training.sharding import check_plugin, wants_shards
 
@@ -134,3 +136,11 @@ def test_bytes_that_are_exchanged_are_those_of_the_cost_model(found):
     # Muon orthogonalises whole matrices: of pieces its step takes messages, too.
     assert ddp[1][0] == {}
     assert sum(fsdp2[1][0].values()) > 0
+
+
+def test_of_weights_in_pieces_a_process_needs_room_for_one(monkeypatch):
+    model, device = torch.nn.Linear(100, 100, bias=False), torch.device("cpu")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 50_000)
+    memory.check_memory(model, device, pieces=4)  # 40,000 of 160,000 bytes
+    with pytest.raises(UserError, match="this machine has 0.0 GiB free"):
+        memory.check_memory(model, device, pieces=2)
