@@ -142,5 +142,5 @@ def test_of_weights_in_pieces_a_process_needs_room_for_one(monkeypatch):
     model, device = torch.nn.Linear(100, 100, bias=False), torch.device("cpu")
     monkeypatch.setattr(memory, "free_bytes", lambda device: 50_000)
     memory.check_memory(model, device, pieces=4)  # 40,000 of 160,000 bytes
-    with pytest.raises(UserError, match="this machine has 0.0 GiB free"):
+    with pytest.raises(UserError, match="this machine has 0"):
         memory.check_memory(model, device, pieces=2)
