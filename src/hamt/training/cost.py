@@ -25,7 +25,7 @@ class Device:
     """Figures of a GPU and of the machine around it, from the vendor's data sheets.
 
     ``source`` names them. Rates are a second and in one direction: that of NVLink is half of what
-    the sheets add up.
+    the sheets add up. Operations are dense: half of what the sheet of H100 says with sparsity.
     """
 
     flops: float  # dense matrix products in bfloat16
