@@ -16,7 +16,7 @@ from hamt.config import HAMTConfig, usual_head_dim
 from hamt.convolution import ConvolvedMixer
 from hamt.mixers import State
 from hamt.parts import residual_linear
-from hamt.products import MAX_FUSED_ROWS, FusedLinear, linear, plain_weights, project
+from hamt.products import FusedLinear, multiply_as_one, plain_weights, project
 
 
 class Attention(ConvolvedMixer):
@@ -59,15 +59,8 @@ class Attention(ConvolvedMixer):
         products, weights = None, self.fusable_weights()
         if self.fused is not None:
             products = self.fused(hidden_states, weights)
-        # What is exported is for any number of rows.
-        many = (
-            not torch.compiler.is_exporting()
-            and hidden_states.numel() > MAX_FUSED_ROWS * hidden_states.shape[-1]
-        )
-        if products is None and weights and many:
-            # One product instead of three; the copy of the matrices is small beside it.
-            products = linear(hidden_states, torch.cat(weights)).chunk(3, dim=-1)
-        if products is None:
+        products = products or multiply_as_one(hidden_states, weights)
+        if not products:
             maps = (self.query_proj, self.key_proj, self.value_proj)
             products = tuple(project(each, hidden_states) for each in maps)
         return tuple(x.unflatten(-1, (self.num_heads, -1)) for x in products)
@@ -135,8 +128,7 @@ class FullAttention(Attention):
         if "keys" in before:
             keys = torch.cat((before["keys"], keys), dim=1)
             values = torch.cat((before["values"], values), dim=1)
-        # A copy where they are views of one product with the queries.
-        new_state |= {"keys": keys, "values": values.contiguous()}
+        new_state |= {"keys": keys, "values": values}
         past = keys.shape[1] - hidden_states.shape[1]
         mask = self._mask(batch, before.get("visible"), hidden_states, past, new_state)
         queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))

@@ -3,7 +3,6 @@
 Shape legend: B batch, N tokens, d hidden_dim.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -11,6 +10,7 @@ from hamt.batch import Batch
 from hamt.config import HAMTConfig
 from hamt.mixers import MIXERS, State, look_up
 from hamt.parts import RMSNorm, residual_linear
+from hamt.passes import swiglu
 from hamt.products import FusedLinear, plain_weights, project
 
 
@@ -38,7 +38,7 @@ class HAMTMLP(nn.Module):
             project(self.gate_proj, hidden_states),
             project(self.up_proj, hidden_states),
         )
-        return project(self.down_proj, F.silu(gate) * up)
+        return project(self.down_proj, swiglu(gate, up))
 
 
 class HAMTBlock(GradientCheckpointingLayer):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hamt.batch import Batch, take
 from hamt.config import HAMTConfig
 from hamt.mixers import Mixer, State
+from hamt.passes import convolve
 
 
 class ShortConvolution(nn.Module):
@@ -45,19 +46,18 @@ class ShortConvolution(nn.Module):
             inputs = take(inputs, order)
             documents = None if documents is None else documents.gather(1, order)
         tail = inputs.new_zeros(batch, reach, width) if tail is None else tail.to(inputs.dtype)
-        window = torch.cat((tail, inputs), dim=1)
-        documents = None if documents is None else F.pad(documents, (reach, 0))
-        # A compiler finds the passes by itself, and warns of autograd functions.
-        plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-        output = (_taps if plain else _Taps.apply)(window, self.weight.to(inputs.dtype), documents)
+        output = convolve(inputs, tail, self.weight.to(inputs.dtype), documents)
         if mask is None and documents is None:
-            return output, window[:, length:].clone()  # a view would keep the whole sequence
+            # Not views of the inputs, which would keep the whole sequence.
+            return output, torch.cat((tail, inputs[:, -reach:]), dim=1)[:, -reach:].clone()
         # The new tail: the last real tokens, those of an earlier document as zeros.
         index = (length + torch.arange(reach, device=inputs.device)).expand(batch, -1)
         if mask is not None:
             index = index - padding.sum(dim=1, keepdim=True)
+        window = torch.cat((tail, inputs), dim=1)
         tail = take(window, index)
         if documents is not None:
+            documents = F.pad(documents, (reach, 0))
             same = documents.gather(1, index).eq(documents.gather(1, index[:, -1:]))
             tail = tail * same[..., None]
         return output if mask is None else take(output, order.argsort(dim=1)), tail
@@ -88,46 +88,3 @@ class ConvolvedMixer(Mixer):
             return hidden_states, {}
         output, tail = self.conv(hidden_states, state.get("conv"), batch.documents, batch.mask)
         return output, {"conv": tail}
-
-
-def _taps(window: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
-    """Σ_j weight[j] ⊙ window_{t+j} within a document: (B, reach + N, d) -> (B, N, d)."""
-    reach = len(weight) - 1
-    output = window[:, reach:] * weight[reach]
-    for tap in range(reach):
-        past = window[:, tap : tap - reach]
-        if documents is not None:
-            past = past * _same(documents, tap, reach)
-        output = torch.addcmul(output, past, weight[tap])
-    return output
-
-
-class _Taps(torch.autograd.Function):
-    """``_taps`` with a backward pass into one tensor; autograd would zero one for each tap."""
-
-    @staticmethod
-    def forward(window: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
-        return _taps(window, weight, documents)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        window, weight, documents = ctx.saved_tensors
-        reach = len(weight) - 1
-        grad_window, grad_weight = torch.zeros_like(window), torch.empty_like(weight)
-        for tap in range(reach + 1):
-            past, part = slice(tap, tap + grad.shape[1]), grad
-            if documents is not None:
-                part = grad * _same(documents, tap, reach)
-            grad_window[:, past].addcmul_(part, weight[tap])
-            grad_weight[tap] = (part * window[:, past]).sum(dim=(0, 1))
-        return grad_window, grad_weight, None
-
-
-def _same(documents: Tensor, tap: int, reach: int) -> Tensor:
-    """Whether the token that a tap reaches is of the same document, (B, N, 1)."""
-    length = documents.shape[1] - reach
-    return documents[:, tap : tap + length].eq(documents[:, reach:])[..., None]

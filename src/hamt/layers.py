@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hamt.batch import Batch
@@ -29,7 +28,7 @@ from hamt.losses import contrastive_loss, reconstruction_loss
 from hamt.memory import WRITE_RULES, Gates, HolographicMemory, MemoryState, get_algebra
 from hamt.mixers import GATING_NETWORKS, RETRIEVAL_HEADS, State, look_up
 from hamt.parts import GatingNetwork, RetrievalHead, RMSNorm, as_keys, residual_linear
-from hamt.products import FusedLinear, has_extra_behaviour, plain_weights, project
+from hamt.products import FusedLinear, has_extra_behaviour, multiply_as_one, plain_weights, project
 from hamt.rotation import Rotation
 
 __all__ = ["GatingNetwork", "HAMTLayer", "RetrievalHead", "as_keys"]
@@ -155,9 +154,10 @@ class HAMTLayer(ConvolvedMixer):
         new_state["slots"] = carried.slots
         if carried.position_key is not None:
             new_state["position_key"] = carried.position_key
-        output = self.norm(output).flatten(-2)
-        if self.gate_proj is not None:
-            output = output * F.silu(project(self.gate_proj, hidden_states))
+        if self.gate_proj is None:
+            output = self.norm(output).flatten(-2)
+        else:
+            output = self.norm(output, project(self.gate_proj, hidden_states))
         return project(self.output_proj, output), new_state, aux_loss
 
     def _run(
@@ -224,10 +224,11 @@ class HAMTLayer(ConvolvedMixer):
 
     def _project(self, conditioned: Tensor) -> "_Projected":
         """What tokens c (B, N, d) give the memory."""
-        products, logits = None, []
+        products, logits, weights = None, [], self.fusable_weights()
         if self.fused is not None:
-            products = self.fused(conditioned, self.fusable_weights())
-        if products is None:
+            products = self.fused(conditioned, weights)
+        products = products or multiply_as_one(conditioned, weights)
+        if not products:
             items, keys = project(self.item_proj, conditioned), project(self.key_proj, conditioned)
             unbinding_keys, read = self.retrieval(conditioned)
         else:

@@ -6,21 +6,24 @@ Shape legend: B batch, N tokens, d hidden_dim, H heads, S slots, F features of a
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hamt.config import HAMTConfig
 from hamt.memory import WRITE_RULES, Algebra, Gates
 from hamt.memory.precision import without_autocast
+from hamt.passes import rms_norm
 from hamt.products import linear, project
 
 
 class RMSNorm(nn.RMSNorm):
     """RMSNorm (Zhang and Sennrich 2019) that stays in the dtype of its input, as under autocast."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Normalise the last dimension; the mean square is taken in float32 at least."""
-        return F.rms_norm(inputs, self.normalized_shape, self.weight.to(inputs.dtype), self.eps)
+    def forward(self, inputs: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Normalise the last dimension; the mean square is taken in float32 at least.
+
+        With a ``gate``, the result is multiplied by its SiLU, and has its shape.
+        """
+        return rms_norm(inputs, self.weight.to(inputs.dtype), self.eps, gate)
 
 
 def residual_linear(inputs: int, outputs: int) -> nn.Linear:

@@ -33,7 +33,7 @@ from hamt.memory.write_rules import Convex, Delta, Gated, Normalized
 
 # Tokens between the states that the backward pass starts from: its workspace stays in the second
 # cache.
-CHUNK = 16
+CHUNK = 32
 # Slot features above which it pays to wake other threads: those of a decoding step do not
 # (docs/LOG.md).
 SERIAL = 2**20

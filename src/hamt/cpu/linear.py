@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from hamt.again import to_keep
+
 # Private operators: what torch.compile makes of maps with constant weights. Without them everything
 # is as PyTorch does it.
 _PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -179,18 +181,24 @@ def _(inputs, weight, bias):
 def _setup_context(ctx, inputs, output) -> None:
     rows, weight, _ = inputs
     needed = ctx.needs_input_grad
-    ctx.save_for_backward(rows if needed[1] else None, weight if needed[0] else None)
+    kept, ctx.make_inputs = to_keep(rows) if needed[1] else ((), None)
+    kept_weights, ctx.make_weight = to_keep(weight) if needed[0] else ((), None)
+    ctx.save_for_backward(*kept, *kept_weights)
+    ctx.num_kept = len(kept)
 
 
 def _backward(ctx, grad):
-    inputs, weight = ctx.saved_tensors
+    kept, kept_weights = ctx.saved_tensors[: ctx.num_kept], ctx.saved_tensors[ctx.num_kept :]
     rows, needed = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
     grad_weight = None
     if needed[1]:
+        inputs = ctx.make_inputs(*kept)
         # The other way round, (rows.T, inputs.T), is slower for a large O.
         rows_in = _padded(inputs.reshape(-1, inputs.shape[-1]))
         grad_weight = _linear(rows_in.T, _padded(rows).T, None).T
-    grad_inputs = _linear(grad, weight.T, None) if needed[0] else None
+    grad_inputs = None
+    if needed[0]:
+        grad_inputs = _linear(grad, ctx.make_weight(*kept_weights).T, None)
     return grad_inputs, grad_weight, rows.sum(0) if needed[2] else None
 
 

@@ -1,0 +1,73 @@
+"""What layers do to each token between two matrix products: RMSNorm, SwiGLU, a short convolution.
+
+Each is one pass over memory where ``hamt.cpu`` has it: in float32 or float64 on a CPU, and large.
+Everywhere else, and without that folder, it is as PyTorch does it.
+
+Shape legend: B batch, N tokens, d width, F numbers that are normalised together.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from hamt.cpu import rows
+except ModuleNotFoundError:  # hamt/cpu was deleted
+    rows = None  # type: ignore[assignment]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float | None, gate: Tensor | None = None) -> Tensor:
+    """RMSNorm over the last dimension, with the ``weight`` (F); times silu(``gate``), if given.
+
+    The gate has as many numbers as x, perhaps in another shape, which is then that of the result.
+    """
+    plain = partial(_rms_norm, eps=eps)
+    if rows is None or eps is None or not rows.suits(x, weight, gate):
+        return plain(x, weight, gate)
+    forward = partial(rows.norm_forward, eps=eps)
+    backward = partial(rows.norm_backward, eps=eps)
+    return rows.Pass(plain, forward, backward)(x, weight, gate)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, gate: Tensor | None, *, eps: float | None) -> Tensor:
+    normed = F.rms_norm(x, weight.shape, weight, eps)
+    return normed if gate is None else normed.reshape(gate.shape) * F.silu(gate)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) ⊙ up."""
+    if rows is None or not rows.suits(gate, up):
+        return _swiglu(gate, up)
+    return rows.Pass(_swiglu, rows.swiglu_forward, rows.swiglu_backward)(gate, up)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def convolve(x: Tensor, tail: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
+    """Σ_j weight[j] ⊙ x_{t + j - (taps - 1)}, within a document: (B, N, d) -> (B, N, d).
+
+    ``tail`` (B, taps - 1, d) is what was before x; ``weight`` (taps, d); ``documents`` (B, N), 0
+    for that of the tail, or None for one document.
+    """
+    inputs = (x, tail, weight, documents)
+    if rows is None or not rows.suits(*inputs):
+        return _convolve(*inputs)
+    return rows.Pass(_convolve, rows.convolve_forward, rows.convolve_backward)(*inputs)
+
+
+def _convolve(x: Tensor, tail: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
+    reach = len(weight) - 1
+    window = torch.cat((tail, x), dim=1)
+    documents = None if documents is None else F.pad(documents, (reach, 0))
+    output = x * weight[reach]
+    for tap in range(reach):
+        past = window[:, tap : tap - reach]
+        if documents is not None:
+            same = documents[:, tap : tap - reach].eq(documents[:, reach:])
+            past = past * same[..., None]
+        output = torch.addcmul(output, past, weight[tap])
+    return output
