@@ -26,6 +26,7 @@ from hamt.config import HAMTConfig
 from hamt.convolution import ConvolvedMixer
 from hamt.losses import contrastive_loss, reconstruction_loss
 from hamt.memory import WRITE_RULES, Gates, HolographicMemory, MemoryState, get_algebra
+from hamt.memory.precision import is_narrow
 from hamt.mixers import GATING_NETWORKS, RETRIEVAL_HEADS, State, look_up
 from hamt.parts import GatingNetwork, RetrievalHead, RMSNorm, as_keys, residual_linear
 from hamt.products import FusedLinear, has_extra_behaviour, multiply_as_one, plain_weights, project
@@ -227,7 +228,11 @@ class HAMTLayer(ConvolvedMixer):
         products, logits, weights = None, [], self.fusable_weights()
         if self.fused is not None:
             products = self.fused(conditioned, weights)
-        products = products or multiply_as_one(conditioned, weights)
+        if products is None:
+            # The gates' product is made in float32 at least.
+            if is_narrow(conditioned):
+                weights = weights[:4]
+            products = multiply_as_one(conditioned, weights)
         if not products:
             items, keys = project(self.item_proj, conditioned), project(self.key_proj, conditioned)
             unbinding_keys, read = self.retrieval(conditioned)

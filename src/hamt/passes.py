@@ -60,14 +60,51 @@ def convolve(x: Tensor, tail: Tensor, weight: Tensor, documents: Tensor | None) 
 
 
 def _convolve(x: Tensor, tail: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
-    reach = len(weight) - 1
     window = torch.cat((tail, x), dim=1)
-    documents = None if documents is None else F.pad(documents, (reach, 0))
-    output = x * weight[reach]
+    documents = None if documents is None else F.pad(documents, (len(weight) - 1, 0))
+    # A compiler finds the passes by itself, and warns of autograd functions.
+    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    return (_taps if plain else _Taps.apply)(window, weight, documents)
+
+
+def _taps(window: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
+    """Σ_j weight[j] ⊙ window_{t+j} within a document: (B, reach + N, d) -> (B, N, d)."""
+    reach = len(weight) - 1
+    output = window[:, reach:] * weight[reach]
     for tap in range(reach):
         past = window[:, tap : tap - reach]
         if documents is not None:
-            same = documents[:, tap : tap - reach].eq(documents[:, reach:])
-            past = past * same[..., None]
+            past = past * _same(documents, tap, reach)
         output = torch.addcmul(output, past, weight[tap])
     return output
+
+
+class _Taps(torch.autograd.Function):
+    """``_taps`` with a backward pass into one tensor; autograd would zero one for each tap."""
+
+    @staticmethod
+    def forward(window: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
+        return _taps(window, weight, documents)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        window, weight, documents = ctx.saved_tensors
+        reach = len(weight) - 1
+        grad_window, grad_weight = torch.zeros_like(window), torch.empty_like(weight)
+        for tap in range(reach + 1):
+            past, part = slice(tap, tap + grad.shape[1]), grad
+            if documents is not None:
+                part = grad * _same(documents, tap, reach)
+            grad_window[:, past].addcmul_(part, weight[tap])
+            grad_weight[tap] = (part * window[:, past]).sum(dim=(0, 1))
+        return grad_window, grad_weight, None
+
+
+def _same(documents: Tensor, tap: int, reach: int) -> Tensor:
+    """Whether the token that a tap reaches is of the same document, (B, N, 1)."""
+    length = documents.shape[1] - reach
+    return documents[:, tap : tap + length].eq(documents[:, reach:])[..., None]

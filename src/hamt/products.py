@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
-from hamt.again import made_of
-
 try:
     import hamt.cpu.fused  # noqa: F401  (the memory has its form from here on)
     from hamt.cpu.library import library_found
@@ -106,25 +104,14 @@ def multiply_as_one(inputs: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, 
     """Several maps of many rows of one input as one product: (..., I) -> (..., O) for each matrix.
 
     There are fewer, larger products then, and the copy of the matrices is small beside them. None
-    of the results keeps the memory of the others. Empty where that is not so, or not worth it:
-    few rows, no matrices, half precision, or an exported program, which is for any number of rows.
+    of the results keeps the memory of the others. Empty where it is not worth it: few rows, no
+    matrices, or an exported program, which is for any number of rows.
     """
-    if (
-        not weights
-        or inputs.numel() <= MAX_FUSED_ROWS * inputs.shape[-1]
-        or inputs.dtype not in (torch.float32, torch.float64)
-        or any(each.dtype is not inputs.dtype for each in weights)
-        or torch.is_autocast_enabled(inputs.device.type)
-        or torch.compiler.is_exporting()
-    ):
+    few = inputs.numel() <= MAX_FUSED_ROWS * inputs.shape[-1]
+    if not weights or few or torch.compiler.is_exporting():
         return ()
-    products = linear(inputs, made_of(_below(*weights), _below, *weights))
+    products = linear(inputs, torch.cat(list(weights)))
     return tuple(x.contiguous() for x in products.split([len(each) for each in weights], dim=-1))
-
-
-def _below(*weights: Tensor) -> Tensor:
-    """Matrices one below the other."""
-    return torch.cat(weights)
 
 
 def plain_weights(*maps: nn.Module) -> list[Tensor]:

@@ -1,12 +1,14 @@
 """What layers do between two products, in one pass on CPUs: as PyTorch does it, gradients too."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from model_inputs import tiny_config
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from hamt import passes
 from hamt.again import made_of, to_keep
@@ -151,6 +153,19 @@ def test_a_block_keeps_half_as_much(monkeypatch):
     assert few < 0.6 * many
     for name, parameter in block.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_block_may_be_computed_twice():
+    block = HAMTBlock(tiny_config(hidden_dim=64, intermediate_dim=256, num_slots=4)).train()
+    inputs = torch.randn(4, 128, 64, requires_grad=True)
+    wanted = torch.autograd.grad(block(inputs)[0].square().mean(), [inputs, *block.parameters()])
+    block.gradient_checkpointing = True
+    block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    few, output = saved_bytes(lambda: block(inputs)[0])
+    assert few == inputs.nbytes
+    seen = torch.autograd.grad(output.square().mean(), [inputs, *block.parameters()])
+    for mine, right in zip(seen, wanted, strict=True):
+        assert torch.equal(mine, right)
 
 
 def test_what_pytorch_has_to_do_itself():

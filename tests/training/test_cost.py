@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hamt.cpu.library
-from hamt import HAMTConfig, HAMTForCausalLM
+from hamt import HAMTConfig, HAMTForCausalLM, passes
 from hamt.config import PRESETS
 from hamt.training.cost import (
     DEVICES,
@@ -32,6 +32,7 @@ JSON = ROOT / "docs" / "results" / "scale" / "cost.json"
 def no_fused_operator(monkeypatch):
     """PyTorch's operators, as on the meta device and on a GPU."""
     monkeypatch.setattr(hamt.cpu.library, "fused_library", lambda: None)
+    monkeypatch.setattr(passes, "rows", None)
 
 
 @pytest.mark.parametrize(("name", "least", "most"), [

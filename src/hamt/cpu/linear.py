@@ -182,13 +182,11 @@ def _setup_context(ctx, inputs, output) -> None:
     rows, weight, _ = inputs
     needed = ctx.needs_input_grad
     kept, ctx.make_inputs = to_keep(rows) if needed[1] else ((), None)
-    kept_weights, ctx.make_weight = to_keep(weight) if needed[0] else ((), None)
-    ctx.save_for_backward(*kept, *kept_weights)
-    ctx.num_kept = len(kept)
+    ctx.save_for_backward(weight if needed[0] else None, *kept)
 
 
 def _backward(ctx, grad):
-    kept, kept_weights = ctx.saved_tensors[: ctx.num_kept], ctx.saved_tensors[ctx.num_kept :]
+    weight, *kept = ctx.saved_tensors
     rows, needed = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
     grad_weight = None
     if needed[1]:
@@ -196,9 +194,7 @@ def _backward(ctx, grad):
         # The other way round, (rows.T, inputs.T), is slower for a large O.
         rows_in = _padded(inputs.reshape(-1, inputs.shape[-1]))
         grad_weight = _linear(rows_in.T, _padded(rows).T, None).T
-    grad_inputs = None
-    if needed[0]:
-        grad_inputs = _linear(grad, ctx.make_weight(*kept_weights).T, None)
+    grad_inputs = _linear(grad, weight.T, None) if needed[0] else None
     return grad_inputs, grad_weight, rows.sum(0) if needed[2] else None
 
 

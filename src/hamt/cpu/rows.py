@@ -93,7 +93,8 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        others, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors  # once: checkpointing counts
+        others, kept = saved[: ctx.count], saved[ctx.count :]
         inputs = (ctx.make(*kept), *others)
         if not torch.is_grad_enabled():
             return None, *ctx.work.backward(grad, *inputs)

@@ -29,3 +29,10 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     if x.device.type == "meta":  # which has no autocast, and no numbers
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def is_narrow(x: Tensor) -> bool:
+    """Whether what is multiplied with ``x`` is in half precision: by its dtype, or by autocast."""
+    device = x.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return casts or x.dtype not in (torch.float32, torch.float64)
