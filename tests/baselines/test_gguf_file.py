@@ -89,7 +89,7 @@ def llama_cpp():
     return LlamaCpp
 
 
-@pytest.mark.parametrize(("weights", "far"), [("F32", 1e-3), ("Q8_0", 0.1)])
+@pytest.mark.parametrize(("weights", "far"), [("F32", 4e-3), ("Q8_0", 0.1)])
 @pytest.mark.parametrize("flash_attention", [True, False])
 @torch.no_grad()
 def test_llama_cpp_computes_the_same_logits(tmp_path, llama_cpp, weights, far, flash_attention):
@@ -124,7 +124,7 @@ def test_llama_cpp_goes_on_from_a_cache_that_was_filled(tmp_path, llama_cpp, fla
             found = rival.logits()
         text = piece.repeat(2, 3)[:, :length]
         expected = model(torch.cat([text, token], dim=1)).logits[:, -1]
-        assert off(found, expected) < 1e-3
+        assert off(found, expected) < 4e-3
 
 
 def test_llama_cpp_says_what_it_cannot_do(tmp_path, llama_cpp):
@@ -133,7 +133,7 @@ def test_llama_cpp_says_what_it_cannot_do(tmp_path, llama_cpp):
         llama_cpp(tmp_path / "no.gguf", 1, 8)
     write_gguf(random_llama(), tmp_path / "model.gguf")
     with closing(llama_cpp(tmp_path / "model.gguf", 1, 256)) as rival:
-        with pytest.raises(RuntimeError, match="could not read 1 tokens"):
-            rival.reading(tokens(1, 1), 9)()
+        with pytest.raises(RuntimeError, match=r"could not read 1 tokens \(.*-1"):
+            rival.reading(torch.tensor([[96]]), 0)()
         with pytest.raises(RuntimeError, match="could not set"):
             rival.set_state(0, bytes(64))

@@ -4,7 +4,6 @@ Shape legend: B rows, N tokens, V vocab_size.
 """
 
 import ctypes
-import logging
 import weakref
 from collections.abc import Callable
 from contextlib import closing
@@ -16,8 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# As without it: the library would print what it does. Errors are still printed.
-logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_errors: list[str] = []  # what llama.cpp has said of the latest
+
+
+@library.llama_log_callback
+def _log(level: int, text: bytes, _: Any) -> None:
+    if level == ERROR:
+        _errors[:] = [text.decode(errors="replace").strip()]
+
+
+library.llama_log_set(_log, ctypes.c_void_p(0))  # it would print all that it does
+
+
+def _failed(what: str) -> RuntimeError:
+    return RuntimeError(f"llama.cpp {what} ({', '.join(_errors) or 'no reason given'})")
 
 
 class LlamaCpp:
@@ -56,11 +68,11 @@ class LlamaCpp:
         model = library.llama_model_default_params()
         self._model: Any = library.llama_model_load_from_file(str(path).encode(), model)
         if not self._model:
-            raise RuntimeError(f"llama.cpp cannot read {path}")
+            raise _failed(f"cannot read {path}")
         self._context: Any = library.llama_init_from_model(self._model, asked)
         if not self._context:
             library.llama_model_free(self._model)
-            raise RuntimeError(f"llama.cpp has no memory for {rows} rows of {length} tokens")
+            raise _failed(f"has no memory for {rows} rows of {length} tokens")
         self._memory: Any = library.llama_get_memory(self._context)
 
     def close(self) -> None:
@@ -92,8 +104,8 @@ class LlamaCpp:
         def call() -> None:
             for row in range(rows):
                 library.llama_memory_seq_rm(self._memory, row, position, -1)
-            if code := library.llama_decode(self._context, batch):
-                raise RuntimeError(f"llama.cpp could not read {ids.numel()} tokens: code {code}")
+            if library.llama_decode(self._context, batch):
+                raise _failed(f"could not read {ids.numel()} tokens")
             library.llama_synchronize(self._context)
 
         weakref.finalize(call, library.llama_batch_free, batch)
@@ -128,24 +140,29 @@ class LlamaCpp:
             text.reading(piece[:, :1], length)()  # moved keys are turned when a token is read
             library.llama_memory_seq_rm(text._memory, 0, length, -1)
             state = text.state(0)
+        # As for a cache of as many streams: their number stands after two other numbers of 4 bytes,
+        # and all streams but this one are empty.
+        head, rest = state[:8], state[12:]
+        state = head + self.rows.to_bytes(4, "little") + rest + bytes(4 * (self.rows - 1))
         for row in range(self.rows):
             self.set_state(row, state)
 
-    def state(self, row: int) -> Any:
+    def state(self, row: int) -> bytes:
         """The keys and values of a row, as bytes of llama.cpp's own."""
         size = library.llama_state_seq_get_size(self._context, row)
         state = (ctypes.c_uint8 * size)()
         library.llama_state_seq_get_data(self._context, state, size, row)
-        return state
+        return bytes(state)
 
-    def set_state(self, row: int, state: Any) -> None:
+    def set_state(self, row: int, state: bytes) -> None:
         """Replace the keys and values of a row by those that ``state`` returned.
 
         Raises:
             RuntimeError: if there is no room for them.
         """
-        if not library.llama_state_seq_set_data(self._context, state, len(state), row):
-            raise RuntimeError("llama.cpp could not set the keys and values of a row")
+        numbers = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if not library.llama_state_seq_set_data(self._context, numbers, len(state), row):
+            raise _failed("could not set the keys and values of a row")
 
     def cache_bytes(self) -> int:
         """Bytes of the keys and values of all rows."""
