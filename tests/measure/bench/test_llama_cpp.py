@@ -81,11 +81,12 @@ def measured(**options):
 
 
 def check_rows(found):
-    cases = [(8, 1), (16, 1), (16, 2), (16, 2), (32, 1)]
+    cases = 2 * [(8, 1), (16, 1), (16, 2)] + 2 * [(16, 2), (32, 1)]
     rows = found["rows"]
-    assert [(row["length"], row["batch"]) for row in rows] == 2 * cases
-    assert [row["phase"] for row in rows] == 2 * (3 * ["decode"] + 2 * ["prefill"])
-    assert [row["weights"] for row in rows] == 5 * ["F32"] + 5 * ["Q8_0"]
+    assert [(row["length"], row["batch"]) for row in rows] == cases
+    assert [row["phase"] for row in rows] == 6 * ["decode"] + 4 * ["prefill"]
+    kinds = 3 * ["F32"] + 3 * ["Q8_0"] + 2 * ["F32"] + 2 * ["Q8_0"]
+    assert [row["weights"] for row in rows] == kinds
     for row in rows:
         assert list(row["seconds"]) == ["hamt", "llama_cpp"]
         assert row["ratios"].keys() == {"hamt over llama_cpp"}
@@ -122,16 +123,16 @@ def test_hamt_decodes_with_as_many_bits(stand_in, monkeypatch):
     monkeypatch.setattr(StandIn, "__init__", seen)
     measured(decode_contexts=[8], decode_batches=[1], lengths=[16])
     assert set(kinds) == {(torch.float32, False), (torch.int8, True)}
-    assert fused == list(WEIGHTS.values())
+    assert fused == 2 * list(WEIGHTS.values())
 
 
 def test_what_would_take_too_long_or_too_much_is_named(stand_in):
     rows = measured(max_bytes=1000, max_seconds=1e-9)["rows"]
     assert rows[0]["left_out"] == {"llama_cpp": "keys and values would take 0.0 GB"}
     # Time is known from the second context on.
-    assert "llama_cpp" in rows[3]["seconds"]
-    assert rows[4]["left_out"]["llama_cpp"].startswith("would take about")
-    assert rows[0]["seconds"].keys() == rows[4]["seconds"].keys() == {"hamt"}
+    assert "llama_cpp" in rows[6]["seconds"]
+    assert rows[7]["left_out"]["llama_cpp"].startswith("would take about")
+    assert rows[0]["seconds"].keys() == rows[7]["seconds"].keys() == {"hamt"}
 
 
 def test_tables_and_plots(result):
@@ -145,8 +146,8 @@ def test_tables_and_plots(result):
     assert "AVX512 = 1" in text
     titles = [line[4:] for line in text.splitlines() if line.startswith("### ")]
     assert titles == [
-        "decode, float32 beside F32", "prefill, float32 beside F32",
-        "decode, int8 beside Q8_0", "prefill, float32 beside Q8_0",
+        "decode, float32 beside F32", "decode, int8 beside Q8_0",
+        "prefill, float32 beside F32", "prefill, float32 beside Q8_0",
     ]  # fmt: skip
     assert "| 16 | 2 | 40.0 | 20.0 | 2.00× (2.00–2.00) | on |" in text
     assert "| 32 | 1 | 320.0 | 160.0 | 2.00× (2.00–2.00) | on |" in text

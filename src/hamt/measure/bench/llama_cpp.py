@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -56,8 +56,8 @@ def check_llama_cpp(options: BenchOptions) -> None:
 def measure_llama_cpp(options: BenchOptions) -> Iterator[Row]:
     """Yield all rows so far after each new one.
 
-    With each kind of weights there is a row for every context that is decoded after, with its
-    batch, and one for every context and batch that are read.
+    First comes, with each kind of weights, a row for every context that is decoded after, with its
+    batch, and then one for every context and batch that are read.
     """
     from hamt.baselines.gguf_file import write_gguf
     from hamt.baselines.llama_cpp import description
@@ -66,11 +66,11 @@ def measure_llama_cpp(options: BenchOptions) -> Iterator[Row]:
     parameters = {"hamt": ours.num_parameters(), "llama_cpp": theirs.num_parameters()}
     rows: list[Row] = []
     with TemporaryDirectory() as folder:
-        for weights, dtype in WEIGHTS.items():
-            path = Path(folder) / f"{weights}.gguf"
-            write_gguf(theirs, path, weights)
+        for weights in WEIGHTS:
+            write_gguf(theirs, Path(folder, weights), weights)
+        for measured, (weights, dtype) in product((_decoding, _reading), WEIGHTS.items()):
             ours.fuse_projections(dtype)
-            for row in chain(_decoding(options, ours, path), _reading(options, ours, path)):
+            for row in measured(options, ours, Path(folder, weights)):
                 rows.append({"weights": weights, **row})
                 yield {"parameters": parameters, "built": description(), "rows": rows}
 
