@@ -12,6 +12,7 @@ import torch
 from command_inputs import fails, read_json, words
 
 from hamt.cli import main
+from hamt.errors import UserError
 from hamt.measure.bench.llama_cpp import WEIGHTS, measure_llama_cpp
 from hamt.measure.bench.options import BenchOptions
 from hamt.measure.bench.report import bench_figures, bench_tables
@@ -167,6 +168,15 @@ def test_a_package_that_is_missing_is_named(package, monkeypatch, capsys):
     said = fails(["bench", "--parts", "llama_cpp"], capsys)
     assert MISSING in said
     assert "pip install 'hamt[llama-cpp]'" in said
+
+
+def test_a_cache_without_room_ends_in_one_line(stand_in, monkeypatch):
+    def full(*arguments):
+        raise RuntimeError("llama.cpp has no memory for 1 rows of 9 tokens (no reason given)")
+
+    monkeypatch.setattr(StandIn, "__init__", full)
+    with pytest.raises(UserError, match=r"no memory for 1 rows .* or a smaller --max_bytes"):
+        measured()
 
 
 def test_widths_are_its_own(stand_in, capsys):

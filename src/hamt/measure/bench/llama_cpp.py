@@ -119,11 +119,18 @@ class _Task:
     text: Tensor | None = None  # (1, M), which is repeated up to ``position``
 
     def start(self, flash_attention: bool) -> "LlamaCpp":
-        """llama.cpp with a cache that holds what comes before the ids."""
+        """llama.cpp with a cache that holds what comes before the ids.
+
+        Raises:
+            UserError: if there is no room for it.
+        """
         from hamt.baselines.llama_cpp import LlamaCpp
 
         batch, length = self.ids.shape
-        rival = LlamaCpp(self.path, batch, self.position + length, flash_attention)
+        try:
+            rival = LlamaCpp(self.path, batch, self.position + length, flash_attention)
+        except RuntimeError as error:
+            raise UserError(f"{error}: give shorter contexts, or a smaller --max_bytes") from error
         if self.text is not None:
             rival.fill(self.text, self.position)
         return rival
