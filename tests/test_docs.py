@@ -177,7 +177,7 @@ def test_commands_and_their_options_exist(page, line, only_parse, monkeypatch, c
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
     elif program == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        extras = re.findall(r"\[([\w,]+)\]", line)
+        extras = re.findall(r"\[([\w,-]+)\]", line)
         assert set(extras) <= project["optional-dependencies"].keys()
     elif program == "python" and arguments[0] == "-m":
         assert importlib.util.find_spec(arguments[1])

@@ -117,6 +117,15 @@ TRAINING = {r["length"]: r for r in ROWS if r["phase"] == "train"}
 DECODING = load("decode/bench.json")["decode"]["rows"]
 ONE_ROW = {r["length"]: r for r in DECODING if r["batch"] == 1}
 MANY_ROWS = {r["length"]: r for r in DECODING if r["batch"] > 1}
+LLAMA_CPP = {
+    (phase, weights): {
+        r["length"]: r
+        for r in load("llama_cpp/bench.json")["llama_cpp"]["rows"]
+        if (r["phase"], r["weights"], r["batch"]) == (phase, weights, 1)
+    }
+    for phase in ("decode", "prefill")
+    for weights in ("F32", "Q8_0")
+}
 
 
 def times_as_fast(step):
@@ -131,6 +140,10 @@ def ceiling(step):
 
 def decoding(cache):
     return lambda step: step["ratios"][f"hamt over {cache}"]["median"]
+
+
+def over_llama_cpp(step):
+    return step["ratios"]["hamt over llama_cpp"]["median"]
 
 
 def megabytes(model):
@@ -149,6 +162,9 @@ MEASURED = [
     (OVERVIEW, "decoding one row, over a Llama, cache of fixed", 0, decoding("static"), ONE_ROW),
     (OVERVIEW, "the same of 16 rows (4 at 32,768)", 0, decoding("static"), MANY_ROWS),
     (OVERVIEW, "decoding 16 rows (4 at 32,768)", 0, decoding("dynamic"), MANY_ROWS),
+    (OVERVIEW, "decoding one row, over llama.cpp", 0, over_llama_cpp, LLAMA_CPP["decode", "F32"]),
+    (OVERVIEW, "the same, int8 over", 0, over_llama_cpp, LLAMA_CPP["decode", "Q8_0"]),
+    (OVERVIEW, "reading one row, over llama.cpp", 0, over_llama_cpp, LLAMA_CPP["prefill", "F32"]),
     (OVERVIEW, "what is carried while decoding, MB a row: HAMT", 0, megabytes("hamt"), ONE_ROW),
     (OVERVIEW, "the Llama |", 0, megabytes("static"), ONE_ROW),
 ]
@@ -163,7 +179,10 @@ def test_what_it_costs(page, label, place, measured, steps):
     same(row(page, label, place), expected)
 
 
-@pytest.mark.parametrize(("name", "part"), [("bench", "model"), ("decode", "decode")])
+COSTS = [("bench", "model"), ("decode", "decode"), ("llama_cpp", "llama_cpp")]
+
+
+@pytest.mark.parametrize(("name", "part"), COSTS)
 def test_costs_are_of_the_models_that_the_table_names(name, part):
     found = load(f"{name}/bench.json")
     assert (found["environment"]["cores"], found["options"]["dtype"]) == (2, "float32")

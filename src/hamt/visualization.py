@@ -44,6 +44,7 @@ LABELS = {
     "ceiling": "RoPE, no attention",
     "static": "Llama, static cache",
     "dynamic": "Llama, growing cache",
+    "llama_cpp": "llama.cpp",
 }
 # Settings that labels leave out: the width, which the axis of states shows, and the default.
 UNNAMED_SETTINGS = ("hcm_dim", "rotation=none")

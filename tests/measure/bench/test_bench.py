@@ -283,7 +283,7 @@ def test_the_command_writes_figures_tables_and_plots(tmp_path, capsys):
 
 
 WRONG = [
-    (["--parts", "nothing"], "--parts must be one of model, mixer, decode, memory; got 'nothing'"),
+    (["--parts", "nothing"], "of model, mixer, decode, memory, llama_cpp; got 'nothing'"),
     (["--dtype", "int8"], "--dtype must be one of float32, bfloat16; got 'int8'"),
     (["--decode_batches", "1"], "one number for each"),
     (["--rounds", "0"], "at least 1"),

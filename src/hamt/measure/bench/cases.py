@@ -12,6 +12,7 @@ from hamt.products import linear
 
 # Score matrices that eager attention holds at once: scores, masked scores and their softmax.
 EAGER_MATRICES = 3
+QUADRATIC = ("sdpa", "eager", "llama_cpp")  # whose time may grow with the square of the context
 MIN_SECONDS = 0.5  # that all measured calls take together, before the rounds end
 
 
@@ -55,7 +56,7 @@ def too_large(
     """
     if name == "eager" and score_bytes > options.max_bytes:
         return "scores would take too much memory"
-    seconds = predictor.seconds(f"{kind} {name}", *size, quadratic=name in ("sdpa", "eager"))
+    seconds = predictor.seconds(f"{kind} {name}", *size, quadratic=name in QUADRATIC)
     return f"would take about {seconds:.0f} s a call" if seconds > options.max_seconds else None
 
 

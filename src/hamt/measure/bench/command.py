@@ -10,6 +10,7 @@ from hamt.console import PlainConsole
 from hamt.environment import environment
 from hamt.errors import UserError, user_errors
 from hamt.measure.bench.decode import measure_decoding
+from hamt.measure.bench.llama_cpp import check_llama_cpp, measure_llama_cpp
 from hamt.measure.bench.memory import measure_memory
 from hamt.measure.bench.mixers import measure_mixers
 from hamt.measure.bench.models import make_models, measure_models
@@ -20,12 +21,13 @@ from hamt.options import parse
 from hamt.output import Output
 from hamt.peak_memory import keep_freed_memory
 
-WRITTEN = (r"bench\.(json|md)", r"(model_time|mixer_time|decode_time|memory)\.png")
+WRITTEN = (r"bench\.(json|md)", r"(model_time|mixer_time|decode_time|memory|llama_cpp)\.png")
 MEASURES = {
     "model": measure_models,
     "mixer": measure_mixers,
     "decode": measure_decoding,
     "memory": measure_memory,
+    "llama_cpp": measure_llama_cpp,
 }
 
 
@@ -76,6 +78,8 @@ def _check(options: BenchOptions) -> None:
     if len(options.decode_contexts) != len(options.decode_batches):
         raise UserError("--decode_batches must give one number for each of --decode_contexts")
     # Before minutes are spent on the parts that could be measured.
+    if "llama_cpp" in options.parts:
+        check_llama_cpp(options)
     with user_errors(), torch.device("meta"):
         for width in (options.hidden_dim, options.mixer_dim):
             for kind in ("hamt", "transformer"):

@@ -41,6 +41,21 @@ def make_decoders(options: BenchOptions) -> tuple[HAMTForCausalLM, LlamaForCausa
     return ours.to(dtype), theirs.eval().to(dtype)
 
 
+@torch.no_grad()
+def some_state(model: HAMTForCausalLM, batch: int) -> HAMTCache:
+    """A state after two segments, since a step costs the same after any context."""
+    state = HAMTCache(model.config.num_layers)
+    for _ in range(2):
+        ids = torch.randint(model.config.vocab_size, (batch, 64))
+        model(ids, past_key_values=state, logits_to_keep=1)
+    return state
+
+
+def decode_rounds(options: BenchOptions) -> int:
+    """Rounds of ``decode_tokens`` steps each that are measured."""
+    return max(-(-options.decode_steps // options.decode_tokens), MIN_ROUNDS)
+
+
 def key_value_bytes(model: LlamaForCausalLM, length: int, batch: int) -> int:
     """Bytes of keys and values of ``length`` tokens."""
     numbers = 2 * model.config.num_hidden_layers * model.config.hidden_size
@@ -67,12 +82,9 @@ def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
     rows, steps = [], options.decode_tokens
     for length, batch in zip(options.decode_contexts, options.decode_batches, strict=True):
         token = torch.zeros(batch, 1, dtype=torch.long)
-        state = HAMTCache(ours.config.num_layers)
-        for _ in range(2):  # a step costs the same after any context: two segments are enough
-            ids = torch.randint(options.vocab_size, (batch, 64))
-            ours(ids, past_key_values=state, logits_to_keep=1)
+        state = some_state(ours, batch)
         cases: dict[str, Callable[[], object]] = {}
-        cases["hamt"] = partial(_decode, ours, token, state, steps)
+        cases["hamt"] = partial(decode, ours, token, state, steps)
         sizes, left_out = {"hamt": cache_bytes(state)}, {}
         needed = key_value_bytes(theirs, length, batch)
         if needed > options.max_bytes:
@@ -82,19 +94,18 @@ def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
             # With room for one token: each step writes where the one before did.
             static: Cache = StaticCache(theirs.config, max_cache_len=length + 1)
             filled(theirs, static, length, batch)
-            cases["static"] = partial(_decode, theirs, token, static, steps, length)
+            cases["static"] = partial(decode, theirs, token, static, steps, length)
             dynamic = filled(theirs, DynamicCache(config=theirs.config), length, batch)
-            cases["dynamic"] = partial(_decode, theirs, token, dynamic, steps)
+            cases["dynamic"] = partial(decode, theirs, token, dynamic, steps)
             sizes |= {"static": cache_bytes(static), "dynamic": cache_bytes(dynamic)}
-        rounds = max(-(-options.decode_steps // steps), MIN_ROUNDS)
-        measured = measure(cases, left_out, {}, rounds, options.warmup, least=0)
+        measured = measure(cases, left_out, {}, decode_rounds(options), options.warmup, least=0)
         shape = {"phase": "decode", "length": length, "batch": batch, "steps": steps}
         rows.append({**shape, **measured, "cache_bytes": sizes})
         yield {"parameters": parameters, "packed_bytes": packed, "rows": rows}
 
 
 @torch.no_grad()
-def _decode(
+def decode(
     model: HAMTForCausalLM | LlamaForCausalLM,
     token: torch.Tensor,
     cache: Cache,

@@ -10,6 +10,7 @@ from hamt.options import MAX_SEED, option
 
 SEGMENT = 1024  # tokens of a long text that are read at a time
 PARTS = ("model", "mixer", "decode", "memory")
+MORE_PARTS = ("llama_cpp",)  # which need packages of their own, and are asked for by name
 
 
 # What --quick puts in the place of defaults.
@@ -42,7 +43,7 @@ class BenchOptions:
 
     config: str | None = option(None, "a YAML file with any of these options; flags override it")
     quick: bool = option(False, "small models and short contexts: two minutes")
-    parts: list[str] = option(list(PARTS), "what is measured", choices=PARTS)
+    parts: list[str] = option(list(PARTS), "what is measured", choices=(*PARTS, *MORE_PARTS))
     lengths: list[int] = option(
         [128, 512, 2048, 8192, 16384, 65536], "contexts of models and mixers", at_least=1
     )

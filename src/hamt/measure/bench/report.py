@@ -31,7 +31,13 @@ def bench_page(result: Mapping[str, Any]) -> str:
 
 def bench_tables(result: Mapping[str, Any]) -> str:
     """Markdown: medians, and in brackets the quartiles of ratios (of few rounds the extremes)."""
-    tables = {"model": _models, "mixer": _mixers, "decode": _decoding, "memory": _memory}
+    tables = {
+        "model": _models,
+        "mixer": _mixers,
+        "decode": _decoding,
+        "memory": _memory,
+        "llama_cpp": _llama_cpp,
+    }
     parts = [table(result[part]) for part, table in tables.items() if part in result]
     if "model" in result and "flops_per_token" in result:
         parts.append(_operations(result["flops_per_token"]))
@@ -134,6 +140,44 @@ def _memory(part: Mapping[str, Any]) -> str:
     return paragraphs(*tables)
 
 
+def _llama_cpp(part: Mapping[str, Any]) -> str:
+    counts = ", ".join(f"{name} {count:,}" for name, count in part["parameters"].items())
+    built = part["built"]
+    tables = [
+        "## Beside llama.cpp",
+        f"Parameters: {counts}. llama_cpp: a random Llama in llama.cpp {built['llama_cpp']} of "
+        f"llama-cpp-python {built['llama_cpp_python']}, with its cache of 16 bits, and with flash "
+        "attention where that was faster.",
+        f"Built with: {built['system_info']}",
+    ]
+    columns = [
+        ("context", _LENGTH[1]),
+        _BATCH,
+        _column("hamt tokens/s", _rate, "hamt", 1),
+        _column("llama.cpp", _rate, "llama_cpp", 1),
+        _over("llama_cpp", "llama.cpp"),
+        ("flash attention", _flash),
+    ]
+    sizes = [
+        _column("hamt state MB", _megabytes, "cache_bytes", "hamt"),
+        _column("keys and values MB", _megabytes, "cache_bytes", "llama_cpp"),
+    ]
+    for title, rows in _by_weights(part["rows"]).items():
+        decoding = rows[0]["phase"] == "decode"
+        tables.append(_section(f"### {title}", columns + (sizes if decoding else []), rows))
+    return paragraphs(*tables)
+
+
+def _by_weights(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows of one phase and one kind of weights; HAMT reads with weights of 32 bits only."""
+
+    def title(row: Row) -> str:
+        ours = "int8" if (row["phase"], row["weights"]) == ("decode", "Q8_0") else "float32"
+        return f"{row['phase']}, {ours} beside {row['weights']}"
+
+    return grouped(rows, title)
+
+
 def _operations(part: Mapping[str, Mapping[str, float]]) -> str:
     columns = ["N", "hamt GFLOP/token", "transformer GFLOP/token"]
     lines = [
@@ -178,6 +222,13 @@ def bench_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
         by_batch = grouped(rows, lambda row: f"decoding, batch {row['batch']}")
         plots = {title: _series(rows, "steps") for title, rows in by_batch.items()}
         figures["decode_time"] = scaling(plots, "seconds for one step", "context (tokens)")
+    if "llama_cpp" in result:
+        plots = {}
+        for title, rows in _by_weights(result["llama_cpp"]["rows"]).items():
+            for batch, same in grouped(rows, lambda row: row["batch"]).items():
+                unit = "steps" if same[0]["phase"] == "decode" else "batch"
+                plots[f"{title}, batch {batch}"] = _series(same, unit)
+        figures["llama_cpp"] = scaling(plots, "seconds for one step or row", "context (tokens)")
     if "memory" in result:
         rows = [row for row in result["memory"]["rows"] if row["phase"] == "memory"]
         plots = {
@@ -264,6 +315,10 @@ def _ratio(row: Row, name: str) -> str:
         return "–"
     low, middle, high = (row["ratios"][name][which] for which in ("low", "median", "high"))
     return f"{middle:.2f}× ({low:.2f}–{high:.2f})"
+
+
+def _flash(row: Row) -> str:
+    return {True: "on", False: "off", None: "–"}[row.get("flash_attention")]
 
 
 def _ceiling_over_sdpa(row: Row) -> str:
