@@ -60,20 +60,30 @@ class Decoder:
             for hooks in (part._forward_hooks, part._forward_pre_hooks)
             if part is not backbone
         ]
+        self._head = head
+        self._head_weight = None if head is None else head.weight
+        self._head_marks = [] if head is None else _marks([head.weight])
 
     def __reduce__(self):
         return type(None), ()  # a copied or pickled model has none
 
-    def applies(self, hidden: Tensor) -> bool:
-        """Whether hidden states (B, 1, d) may be left to the copy: it is still one, and exact."""
+    def _suits(self, hidden: Tensor) -> bool:
+        """Whether hidden states (B, 1, d) are of the kind that the copy computes with, exactly."""
         return (
-            hidden.device.type == "cpu"
+            not torch.compiler.is_compiling()
+            and hidden.shape[1] == 1
+            and hidden.device.type == "cpu"
             and hidden.dtype == torch.float32
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
             and not any(self._hooks)
             and not hooks_of_all._has_any_global_hook()
-            and all(map(is_, map(getitem, self._tables, self._names), self._values))
+        )
+
+    def _is_copy(self) -> bool:
+        """Whether parts and weights are still those that were copied."""
+        return (
+            all(map(is_, map(getitem, self._tables, self._names), self._values))
             and _marks(self._weights) == self._marks
         )
 
@@ -84,11 +94,11 @@ class Decoder:
 
         None where the layers have to be called one by one.
         """
-        if torch.compiler.is_compiling() or hidden.shape[1] != 1 or batch.mask is not None:
+        if not self._suits(hidden) or batch.mask is not None:
             return None
         if batch.documents is not None and bool(batch.documents.any()):
             return None
-        if not self.applies(hidden) or not self._fit(states, len(hidden)):
+        if not self._is_copy() or not self._fit(states, len(hidden)):
             return None
         # States are values: the step writes into new ones.
         after = [
@@ -110,9 +120,16 @@ class Decoder:
             for state, shapes in zip(states, self._shapes, strict=True)
         )
 
-    def head(self, normed: Tensor) -> Tensor | None:
-        """Logits (B, 1, V) of normalised hidden states (B, 1, d), or None as for ``run``."""
-        if torch.compiler.is_compiling() or normed.shape[1] != 1 or not self.applies(normed):
+    def logits(self, head: nn.Module, normed: Tensor) -> Tensor | None:
+        """Logits (B, 1, V) of the model's head and normalised hidden states (B, 1, d).
+
+        None where the head has to be called: it is another, or as for ``run``.
+        """
+        # Of all weights those of the head alone: looking at each takes time.
+        weight = self._head_weight
+        if head is not self._head or weight is None or head.weight is not weight:
+            return None
+        if not self._suits(normed) or _marks([weight]) != self._head_marks:
             return None
         return self.native.head(normed[:, 0].contiguous(), self.config.vocab_size)[:, None]
 

@@ -243,7 +243,7 @@ class HAMTForCausalLM(HAMTPreTrainedModel, HAMTGenerationMixin):
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
             native, seen = self.model.native, hidden_states[:, kept]
-            logits = None if native is None else native.head(seen)
+            logits = None if native is None else native.logits(self.lm_head, seen)
             logits = project(self.lm_head, seen) if logits is None else logits
         # Trainer takes every argument whose name has "label" in it for one that it must give.
         targets = kwargs.pop("shift_labels", None)

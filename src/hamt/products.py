@@ -103,12 +103,12 @@ def multiply(module: nn.Module, inputs: Tensor) -> Tensor:
 def multiply_as_one(inputs: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Several maps of many rows of one input as one product: (..., I) -> (..., O) for each matrix.
 
-    There are fewer, larger products then, and the copy of the matrices is small beside them. None
-    of the results keeps the memory of the others. Empty where it is not worth it: few rows, no
-    matrices, or an exported program, which is for any number of rows.
+    There are fewer, larger products then. None of the results keeps the memory of the others. Empty
+    where it is not worth it: no matrices; so few rows that the copy of the matrices is not small
+    beside them; or an exported program, which is for any number of rows.
     """
-    few = inputs.numel() <= MAX_FUSED_ROWS * inputs.shape[-1]
-    if not weights or few or torch.compiler.is_exporting():
+    rows, outputs = inputs.numel() // inputs.shape[-1], sum(map(len, weights))
+    if not weights or rows <= max(MAX_FUSED_ROWS, 2 * outputs) or torch.compiler.is_exporting():
         return ()
     products = linear(inputs, torch.cat(list(weights)))
     return tuple(x.contiguous() for x in products.split([len(each) for each in weights], dim=-1))

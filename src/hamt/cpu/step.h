@@ -1,8 +1,9 @@
 /* One token of a whole HAMT model on a CPU, for programs without Python.
  *
  * A model is one block of bytes, the file model.hamt that `hamt export --format c` writes; it stays
- * the caller's, and has to stay where it is, at a multiple of 64 bytes, as mmap puts it. States are the caller's, too: what a step leaves in them is all that there is
- * of the text. Functions may be called from several threads, with states of their own.
+ * the caller's, and has to stay where it is, at a multiple of 64 bytes, as mmap puts it. States are
+ * the caller's, too: what a step leaves in them is all that there is of the text. Functions may be
+ * called from several threads, with states of their own.
  */
 #pragma once
 #include <stdint.h>
