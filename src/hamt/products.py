@@ -2,13 +2,15 @@
 
 The maps of a model are plain ``nn.Linear`` modules, so that adapters, quantisers and hooks find
 what they look for; who calls a map chooses the product, by ``project``. ``hamt.cpu.linear`` has a
-faster one for CPUs. Without that folder everything is multiplied as PyTorch does it.
+faster one for CPUs. Without that folder everything is multiplied as PyTorch does it. The forms of
+the memory for CPUs and GPUs are imported here, too.
 
 Shape legend: I inputs and O outputs of a map.
 """
 
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, runtime_checkable
 
 import torch.nn.functional as F
@@ -34,6 +36,9 @@ except ModuleNotFoundError:  # hamt/cpu was deleted
         """Nothing was packed."""
         return None
 
+
+with suppress(ModuleNotFoundError):  # hamt/gpu was deleted
+    import hamt.gpu.kernels  # noqa: F401  (the memory has its form from here on)
 
 # Rows up to which maps of one input are multiplied as one: beyond, each product is worth its call.
 MAX_FUSED_ROWS = 128
