@@ -89,9 +89,14 @@ def fla_suits(items: Tensor) -> bool:
 
     On a GPU, the kernels multiply float32 in TF32. Of one token they multiply no matrices.
     """
-    exact = items.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    rounds = exact and items.device.type == "cuda" and items.shape[1] > 1
-    return not rounds and fla_available(items)
+    rounds = items.dtype == torch.float32 and items.device.type == "cuda" and items.shape[1] > 1
+    return (_tf32_allowed() or not rounds) and fla_available(items)
+
+
+@torch.compiler.assume_constant_result
+def _tf32_allowed() -> bool:
+    """Whether PyTorch, too, may multiply float32 in TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def fla(memory: Memory, tokens: Tokens, state: MemoryState) -> tuple[Tensor, MemoryState]:

@@ -19,11 +19,12 @@ def interpret() -> None:
     Written for Triton 3.9.0. Of the configurations that a kernel can be tuned to, the first runs.
 
     Raises:
-        RuntimeError: if Triton has been imported before.
+        RuntimeError: if Triton was imported before the interpreter was switched on.
     """
-    if "triton" in sys.modules:
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("Triton decides when it is imported whether it interprets")
     os.environ["TRITON_INTERPRET"] = "1"
+    np.seterr(over="ignore", invalid="ignore")  # of numbers that a kernel leaves out
     import triton.language as tl
     from triton.runtime import autotuner, interpreter
 
@@ -51,6 +52,7 @@ def interpret() -> None:
         return self.create_fp_ext(handle, tl.float32) if is_narrow(handle) else handle
 
     binary_op, unary_op, dot = builder.binary_op, builder.unary_op, builder.create_dot
+    add_up, machine = interpreter.ReduceOps.sum, interpreter.interpreter_builder
 
     def binary_in_float32(self, lhs, rhs, op):
         result = binary_op(self, widen(self, lhs), widen(self, rhs), op)
@@ -64,8 +66,18 @@ def interpret() -> None:
     def dot_in_float32(self, a, b, d, *options):
         return dot(self, widen(self, a), widen(self, b), d, *options)
 
+    def sum_in_float32(self, values):
+        if not is_narrow(values.handle):
+            return add_up(self, values)
+        wide = builder.create_fp_ext(machine, values.handle, tl.float32)
+        total = np.sum(wide.data, axis=self.axis, keepdims=self.keep_dims)
+        narrow = interpreter.TensorHandle(np.asarray(total, np.float32), tl.float32)
+        return self.to_tensor(
+            builder.create_fp_trunc(machine, narrow, tl.bfloat16).data, tl.bfloat16
+        )
+
     builder.binary_op, builder.unary_op = binary_in_float32, unary_in_float32
-    builder.create_dot = dot_in_float32
+    builder.create_dot, interpreter.ReduceOps.sum = dot_in_float32, sum_in_float32
 
     with warnings.catch_warnings():  # that this is no GPU
         warnings.simplefilter("ignore")
