@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
 try:
-    import hamt.cpu.fused  # noqa: F401  (the memory has its form from here on)
+    import hamt.cpu.fused
     from hamt.cpu.library import library_found
     from hamt.cpu.linear import linear, pack, packed_linear
 except ModuleNotFoundError:  # hamt/cpu was deleted

@@ -3,7 +3,7 @@
 Shape legend: B rows, N tokens, H heads, S slots, F features, K key size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -57,9 +57,13 @@ class Case:
     floor: float = 0.0
 
     def __str__(self) -> str:
-        words = [self.rule, self.dtype, f"{self.length} tokens"]
+        words = [
+            self.rule,
+            self.dtype,
+            "one token" if self.length == 1 else f"{self.length} tokens",
+        ]
         words.append(f"{self.slots} × {self.features}")
-        words += [f"{len(self.documents)} documents"] if self.documents else []
+        words += [f"{len(self.documents)} documents"] if len(self.documents) > 1 else []
         words += ["padded"] if self.padding else []
         words += [f"{self.floor:.0%} of gates at the floor"] if self.floor else []
         return ", ".join(words)
@@ -105,6 +109,23 @@ def cases() -> list[Case]:
     ]
     found += [Case(rule, dtype, length=1, documents=(1,)) for rule in RULES for dtype in DTYPES]
     return found
+
+
+def cases_on_a_gpu() -> list[Case]:
+    """The sizes of real models, and one below those of tensor cores: each size is compiled anew."""
+    large = {"length": 1000, "rows": 4, "heads": 4, "slots": 16, "features": 80}
+    found = [packed(Case(rule, dtype, **large)) for rule in RULES for dtype in DTYPES]
+    found += [
+        packed(Case(rule, floor=share, **large))
+        for rule in ("gated", "delta")
+        for share in (0.2, 1)
+    ]
+    found += [
+        Case(rule, dtype, **{**large, "length": 1})
+        for rule in ("gated", "delta")
+        for dtype in DTYPES
+    ]
+    return [*found, packed(Case("gated", "bfloat16")), packed(Case("delta", "bfloat16"))]
 
 
 def draw(case: Case, seed: int = 0) -> dict[str, Tensor]:
@@ -193,6 +214,17 @@ def errors(case: Case, device: str) -> dict[str, dict[str, float]]:
 
 
 @contextmanager
+def untuned() -> Iterator[None]:
+    """Let kernels run in the first of their configurations: trying all of them takes minutes."""
+    from triton.runtime.autotuner import Autotuner
+
+    prune = Autotuner.prune_configs
+    first = lambda self, kwargs: prune(self, kwargs)[:1]  # noqa: E731
+    with mock.patch.object(Autotuner, "prune_configs", first):
+        yield
+
+
+@contextmanager
 def only(form: str) -> Iterator[None]:
     """Let models compute their memories in one form."""
     with mock.patch.dict(FORMS, {form: FORMS[form]._replace(suits=lambda items: True)}, clear=True):
@@ -221,4 +253,9 @@ def model_errors(model: HAMTForCausalLM, length: int) -> dict[str, float]:
         name: float((actual[name] - x).abs().max() / x.abs().max()) for name, x in expected.items()
     }
     found = {name: shares.pop(name) for name in ("logits", "loss")}
-    return {**found, "worst gradient": max(shares.values())}
+    return {**found, "worst gradient": worst(shares)}
+
+
+def worst(shares: Mapping[str, float]) -> float:
+    """The largest; NaN if one is."""
+    return float(torch.tensor(list(shares.values())).max())

@@ -22,7 +22,16 @@ from packaging.version import Version
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hamt.memory.forms import FORMS, Form, Memory, MemoryState, Tokens, chunked, positions_of
+from hamt.memory.forms import (
+    FORMS,
+    Form,
+    Memory,
+    MemoryState,
+    Tokens,
+    chunked,
+    positions_of,
+    recurrent,
+)
 from hamt.memory.precision import without_autocast
 from hamt.memory.write_rules import Convex, Delta, Gated, Normalized
 
@@ -102,7 +111,8 @@ def _tf32_allowed() -> bool:
 def fla(memory: Memory, tokens: Tokens, state: MemoryState) -> tuple[Tensor, MemoryState]:
     """The form ``fla`` of ``hamt.memory.forms``.
 
-    A state in float64, and more than 256 slots, are left to the chunked form.
+    A state in float64, and more than 256 slots, are left to the chunked form, and no rows at all to
+    the loop.
 
     Raises:
         ValueError: if it is not available here.
@@ -113,7 +123,9 @@ def fla(memory: Memory, tokens: Tokens, state: MemoryState) -> tuple[Tensor, Mem
             "pip install 'hamt[gpu]'; leave form out"
         )
     slots = state.slots
-    if slots.dtype != torch.float32 or slots.shape[2] > MOST_SLOTS or 0 in tokens.items.shape:
+    if 0 in tokens.items.shape:
+        return recurrent(memory, tokens, state)
+    if slots.dtype != torch.float32 or slots.shape[2] > MOST_SLOTS:
         return chunked(memory, tokens, state)
     algebra, keys, unbinding_keys = memory.algebra, tokens.keys, tokens.unbinding_keys
     positions, last = positions_of(algebra, tokens, state)
@@ -251,14 +263,14 @@ _scan.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.hamt.fla_scan)
-def _flops(x, r, w, log_forget, beta, *shapes, out_shape=None, **_) -> int:
+def _flops(x, r, w, log_forget, beta, *shapes, **_) -> int:
     """The operations of the recurrence, from shapes."""
     return (Gated if beta is None else Delta).operations * r[-1] * math.prod(x)
 
 
 @register_flop_formula(torch.ops.hamt.fla_scan_backward)
-def _flops_backward(*shapes, **options) -> int:
-    return 2 * _flops(*shapes, **options)
+def _flops_backward(*shapes, **_) -> int:
+    return 2 * _flops(*shapes)
 
 
 class _Rows(NamedTuple):
@@ -312,15 +324,10 @@ def _call(
     if kernels is None:
         raise RuntimeError("the form fla is not available here: see hamt.gpu.kernels")
     x, r, w, log_forget, *beta = tensors
-    gated, delta = kernels[1::2] if step else kernels[::2]
-    return (delta if beta else gated)(
-        r,
-        w,
-        x,
-        log_forget,
-        *beta,
-        scale=1.0,
-        initial_state=states,
-        output_final_state=True,
-        cu_seqlens=None if rows is None else rows.bounds,
-    )
+    if beta:
+        kernel = kernels.recurrent_kda if step else kernels.chunk_kda
+    else:
+        kernel = kernels.recurrent_gla if step else kernels.chunk_gla
+    bounds = None if rows is None else rows.bounds
+    told = {"scale": 1.0, "initial_state": states, "output_final_state": True}
+    return kernel(r, w, x, log_forget, *beta, **told, cu_seqlens=bounds)
