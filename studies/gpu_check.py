@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def run(device: str, tiny: bool, minutes: float, path: Path) -> dict[str, Any]:
     result: dict[str, Any] = {
         "environment": environment(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "none",
+        "versions": {name: version(name) for name in ("fla-core", "triton")},
+        "cuda": torch.version.cuda or torch.version.hip,
         "tiny": tiny,
         "agreement": [],
         "speed": [],

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
+with suppress(ModuleNotFoundError):  # hamt/gpu was deleted
+    import hamt.gpu.kernels  # the memory has its form from here on
 try:
-    import hamt.cpu.fused
+    import hamt.cpu.fused  # noqa: F401  (and this one)
     from hamt.cpu.library import library_found
     from hamt.cpu.linear import linear, pack, packed_linear
 except ModuleNotFoundError:  # hamt/cpu was deleted
@@ -36,9 +38,6 @@ except ModuleNotFoundError:  # hamt/cpu was deleted
         """Nothing was packed."""
         return None
 
-
-with suppress(ModuleNotFoundError):  # hamt/gpu was deleted
-    import hamt.gpu.kernels  # noqa: F401  (the memory has its form from here on)
 
 # Rows up to which maps of one input are multiplied as one: beyond, each product is worth its call.
 MAX_FUSED_ROWS = 128

@@ -82,7 +82,7 @@ def reason(error: Exception) -> str:
 
 def configuration(recipe: str, tiny: bool) -> HAMTConfig:
     """That of a recipe; a tiny one has its choices, and next to no size."""
-    options = parse(TrainOptions, ["--config", f"configs/{recipe}.yaml"], "train")
+    options = parse(TrainOptions, ["--config", recipe], "train")
     fields = {**(SIZES[options.size] if options.size else {}), **options.architecture()}
     sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": options.max_length}
     if tiny:

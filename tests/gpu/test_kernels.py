@@ -80,6 +80,29 @@ def test_the_page_is_what_was_measured_and_within_the_tolerances():
         assert study["worst"](each["errors"]["fla"]) <= case.tolerance("cpu") == each["tolerance"]
 
 
+def test_the_worst_errors_of_the_page_are_those_of_the_file():
+    result = json.loads((RESULTS / "interpreter.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+
+    def largest(dtype: str, form: str, gradients: bool | None, floor: bool = False) -> str:
+        found = (
+            error
+            for case in result["cases"]
+            if case["dtype"] == dtype and (case["floor"] > 0) == floor
+            for name, error in case["errors"][form].items()
+            if gradients in (None, name.startswith("gradient"))
+        )
+        return f"{max(found):.1e}"
+
+    for dtype in ("float32", "float16", "bfloat16"):
+        cells = [largest(dtype, "fla", gradients) for gradients in (False, True)]
+        assert f"| {' | '.join([dtype, *cells, largest(dtype, 'chunked', None)])} |" in page
+    assert f"float32 is\n{largest('float32', 'fla', None, floor=True)} off" in page
+    model = {name: f"{error:.1e}" for name, error in result["model"].items()}
+    told = f"gives logits {model['logits']} and gradients {model['worst gradient']} off"
+    assert told in " ".join(page.split())
+
+
 def test_on_a_cpu_nothing_is_imported_and_the_form_is_refused_in_one_line():
     memory, inputs = Case("phasor").memory(), random_inputs(Case("phasor"), 5, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"^form='fla' is not available here: .*hamt\[gpu\]"):

@@ -86,10 +86,10 @@ def _kernels() -> Kernels | None:
 def fla_available(items: Tensor) -> bool:
     """Whether the form runs for ``items``; an exported program runs elsewhere."""
     return (
-        items.dtype in _TYPES
+        kernels_found(items.device)
+        and items.dtype in _TYPES
         and not torch.compiler.is_exporting()
         and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
-        and kernels_found(items.device)
     )
 
 
@@ -99,7 +99,7 @@ def fla_suits(items: Tensor) -> bool:
     On a GPU, the kernels multiply float32 in TF32. Of one token they multiply no matrices.
     """
     rounds = items.dtype == torch.float32 and items.device.type == "cuda" and items.shape[1] > 1
-    return (_tf32_allowed() or not rounds) and fla_available(items)
+    return (not rounds or _tf32_allowed()) and fla_available(items)
 
 
 @torch.compiler.assume_constant_result
