@@ -78,7 +78,7 @@ def main() -> None:
     model, _ = load_checkpoint(PRETRAINED)
     result["model"] = model_errors(model, TOKENS)
     print(result["model"])
-    with claim(options.output_dir, "gpu", [r"interpreter\.(json|md)"]) as output:
+    with claim(options.output_dir, "gpu", [r"interpreter\.(json|md)"], adopt=True) as output:
         write_report(output, "interpreter", result, page(result), {})
     failed = [
         each["name"]
