@@ -75,8 +75,8 @@ def _kernels() -> Kernels | None:
         return None
     except Exception as error:  # whatever a compiler of another version says
         warnings.warn(
-            f"HAMT runs without the kernels of flash-linear-attention, several times slower: they "
-            f"could not be imported ({type(error).__name__}: {error})",
+            "HAMT runs with PyTorch's operators in the place of flash-linear-attention's kernels, "
+            f"which could not be imported ({type(error).__name__}: {error})",
             stacklevel=2,
         )
         return None
@@ -171,7 +171,8 @@ def fla_scan(bound: Tensor, tokens: Tokens, slots: Tensor) -> tuple[Tensor, Tens
     step = step and not torch.compiler.is_compiling()
     run: Callable[..., tuple[Tensor, Tensor]] = _forward if step else _scan
     output, slots = run(*inputs)
-    return output[..., :features], slots[:, :, :count, :features]
+    # A view of the state would keep what is empty alive.
+    return output[..., :features], slots[:, :, :count, :features].contiguous()
 
 
 def _at_least(x: Tensor, size: int) -> Tensor:
