@@ -33,8 +33,21 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.timeout(1000)
-def test_the_kernels_interpreted_on_a_cpu():
+def test_interpreted_the_kernels_equal_the_chunked_form_in_float64(tmp_path):
     """In a process of its own: Triton decides when it is imported whether it interprets."""
+    pytest.importorskip("triton", minversion="3.9")
+    words = ["--output_dir", str(tmp_path)]
+    done = run("-W", "ignore", "studies/gpu_interpreter.py", *words)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    found = json.loads((tmp_path / "interpreter.json").read_text(encoding="utf-8"))
+    dtypes = {(case["rule"], case["dtype"]) for case in found["cases"]}
+    assert len(dtypes) == 4 * 3
+    assert found["model"]["logits"] < 1e-5
+    assert found["model"]["worst gradient"] < 1e-4
+
+
+@pytest.mark.timeout(1000)
+def test_models_and_operators_interpreted():
     pytest.importorskip("triton", minversion="3.9")
     tests = "tests/gpu/interpreted.py"
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, TRITON_INTERPRET="1")
