@@ -19,7 +19,7 @@ LAYERS = (
     {"console", "environment", "guard", "files", "locks", "recipes"},
     {"loading", "options", "output", "remote_code", "visualization"},
     {"memory"},
-    {"cpu"},
+    {"cpu", "gpu"},
     {"batch", "passes", "peak_memory", "products"},
     {"adapters", "cross_entropy", "losses", "mixers"},
     {"standard_config"},
@@ -100,15 +100,22 @@ def test_nothing_is_imported_by_way_of_the_package(file):
             assert {alias.name for alias in node.names} <= {"__version__"}
 
 
-def test_little_reaches_for_what_only_makes_a_cpu_faster():
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("cpu", {"hamt.decoding", "hamt.passes", "hamt.peak_memory", "hamt.products"}),
+        ("gpu", {"hamt.products"}),
+    ],
+)
+def test_little_reaches_for_what_only_makes_a_machine_faster(folder, expected):
     """So that the folder can be deleted (``tests/cpu/test_deletable.py``)."""
     reaching = {
         module_name(file)
         for file in FILES
-        if layer(module_name(file) + ".") != "cpu"
-        and any(".cpu" in name for name in own_imports(file))
+        if layer(module_name(file) + ".") != folder
+        and any(f".{folder}" in name for name in own_imports(file))
     }
-    assert reaching == {"hamt.decoding", "hamt.passes", "hamt.peak_memory", "hamt.products"}
+    assert reaching == expected
 
 
 def test_no_circle_of_imports():

@@ -2,13 +2,15 @@
 
 The maps of a model are plain ``nn.Linear`` modules, so that adapters, quantisers and hooks find
 what they look for; who calls a map chooses the product, by ``project``. ``hamt.cpu.linear`` has a
-faster one for CPUs. Without that folder everything is multiplied as PyTorch does it.
+faster one for CPUs. Without that folder everything is multiplied as PyTorch does it. The forms of
+the memory for CPUs and GPUs are imported here, too.
 
 Shape legend: I inputs and O outputs of a map.
 """
 
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
+with suppress(ModuleNotFoundError):  # hamt/gpu was deleted
+    import hamt.gpu.kernels  # the memory has its form from here on
 try:
-    import hamt.cpu.fused  # noqa: F401  (the memory has its form from here on)
+    import hamt.cpu.fused  # noqa: F401  (and this one)
     from hamt.cpu.library import library_found
     from hamt.cpu.linear import linear, pack, packed_linear
 except ModuleNotFoundError:  # hamt/cpu was deleted

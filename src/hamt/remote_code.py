@@ -2,7 +2,8 @@
 
 Transformers copies a model's file and those that it imports relatively, all into one folder. HAMT's
 modules import each other by their full names and lie in several folders, so they are written as
-flat modules with relative imports. ``hamt.cpu``, which only makes them faster, stays behind.
+flat modules with relative imports. ``hamt.cpu`` and ``hamt.gpu``, which only make them faster, stay
+behind.
 """
 
 import re
@@ -19,7 +20,7 @@ CLASSES = {
     "AutoModelForQuestionAnswering": "HAMTForQuestionAnswering",
 }
 _IMPORT = re.compile(r"^( *)from (hamt[\w.]*) import ", re.MULTILINE)
-_CPU = re.compile(r"^( *)(?:from|import) hamt\.cpu.*$", re.MULTILINE)
+_FASTER = re.compile(r"^( *)(?:from|import) hamt\.[cg]pu.*$", re.MULTILINE)
 _NAMED = re.compile(r'"(hamt[\w.]*):(\w+)"')  # of a class that is imported when it is needed
 
 
@@ -39,7 +40,7 @@ def write_code(folder: Path) -> None:
         if module in written:
             continue
         written.add(module)
-        text = _CPU.sub(r"\1raise ModuleNotFoundError", _source(module))
+        text = _FASTER.sub(r"\1raise ModuleNotFoundError", _source(module))
         waiting += [match[2] for match in _IMPORT.finditer(text)]
         named |= {name: home for home, name in _NAMED.findall(text)}
         waiting += named.values()

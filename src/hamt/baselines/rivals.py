@@ -7,7 +7,11 @@ on a CPU: there their quality can be compared, and their speed says nothing.
 ``hamt.baselines.catalogue`` says how their sizes are matched with those of HAMT.
 """
 
+import functools
+import inspect
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -21,16 +25,37 @@ from transformers import (
     Mamba2ForCausalLM,
     PreTrainedModel,
     Qwen3NextConfig,
-    Qwen3NextForCausalLM,
 )
 from transformers import initialization as init
 
 from hamt.baselines.products import use_onednn_linear
 from hamt.config import usual_head_dim
 
+with warnings.catch_warnings():  # flash-linear-attention, if it is installed, misses a GPU
+    warnings.simplefilter("ignore")
+    from transformers.models.qwen3_next import modeling_qwen3_next
+
 M = TypeVar("M", bound=PreTrainedModel)
 
 EMBEDDING_STD = 0.02
+
+
+def _not_on_cpus(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Let Transformers run its reference code on a CPU.
+
+    Where flash-linear-attention and Triton are installed it would run their kernels everywhere.
+    """
+    reference = inspect.unwrap(kernel)
+
+    @functools.wraps(reference)
+    def run(query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (reference if query.device.type == "cpu" else kernel)(query, *args, **kwargs)
+
+    return run
+
+
+for _name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+    setattr(modeling_qwen3_next, _name, _not_on_cpus(getattr(modeling_qwen3_next, _name)))
 
 
 def gpt2(
@@ -110,7 +135,7 @@ def gated_deltanet(
     mlp_width: int,
     key_dim: int = 32,
     value_dim: int = 32,
-) -> Qwen3NextForCausalLM:
+) -> modeling_qwen3_next.Qwen3NextForCausalLM:
     """Gated DeltaNet (Yang et al. 2025, arXiv 2412.06464), in every block, as Qwen3-Next has it.
 
     The model has dense MLPs and no attention. Transformers' cache for this class does not work
@@ -140,7 +165,7 @@ def gated_deltanet(
         use_cache=False,
         **_common(hidden_dim),
     )
-    model = _initialised(Qwen3NextForCausalLM(config))
+    model = _initialised(modeling_qwen3_next.Qwen3NextForCausalLM(config))
     for layer in model.model.layers:
         _draw_time_steps(layer.linear_attn.dt_bias)
         if not mlp_width:

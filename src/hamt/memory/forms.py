@@ -4,7 +4,7 @@ Every form takes a sequence (``Tokens``) and the state before it, and gives the 
 state after it. ``recurrent`` is the equations of ``hamt.memory.holographic`` line by line;
 ``chunked`` computes the same with matrix products inside tiles of tokens and a short scan across
 tiles (the secondary chunking of Gated Linear Attention, Yang et al. 2024, arXiv 2312.06635).
-``hamt.cpu`` adds ``fused``, one operator for CPUs.
+``hamt.cpu`` adds ``fused``, one operator for CPUs, and ``hamt.gpu`` ``fla``, kernels for GPUs.
 
 Shape legend: B batch, N tokens, H heads, S slots, F features of an item, K key size.
 """

@@ -196,8 +196,9 @@ class HolographicMemory:
 
         What is no number (infinite or NaN) stays in its document, and reaches no token before its
         own; padding may hold it. So do gradients, where outputs or the state tell of it. Not so in
-        the chunked form on a GPU, compiled or under ``torch.func``, nor, in that form and for a
-        data-dependent ``rotation``, where only the gradient that comes in is no number.
+        the form ``fla``, nor in the chunked form on a GPU, compiled or under ``torch.func``, nor,
+        in that form and for a data-dependent ``rotation``, where only the gradient that comes in is
+        no number.
 
         Raises:
             ValueError: if there is no such form here, a gate is missing or not the write rule's, or
