@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 @torch.compiler.assume_constant_result  # torch.compile is not to trace the search for a compiler
 def library_found() -> bool:
-    """Whether the libraries are there that all models use, or can be built."""
-    return fused_library() is not None and compiled_library("rows.cpp") is not None
+    """Whether the library is there, or can be built."""
+    return fused_library() is not None
 
 
 def fused_library() -> ctypes.CDLL | None:

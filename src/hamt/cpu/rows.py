@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from hamt.again import made_of, to_keep
-from hamt.cpu.library import compiled_library
+from hamt.cpu.library import compiled_library, library_found
 
 # Numbers below which PyTorch's operations are as fast, and one thread is.
 MIN_NUMEL, SERIAL = 2**14, 2**16
@@ -46,6 +46,7 @@ def suits(x: Tensor, *others: Tensor | None) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and not torch.jit.is_tracing()
         and forward_ad._current_level < 0
+        and library_found()
         and compiled_library("rows.cpp") is not None
     )
 
