@@ -111,8 +111,10 @@ def multiply_as_one(inputs: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, 
     where it is not worth it: no matrices; so few rows that the copy of the matrices is not small
     beside them; or an exported program, which is for any number of rows.
     """
+    if not weights or torch.compiler.is_exporting():
+        return ()
     rows, outputs = inputs.numel() // inputs.shape[-1], sum(map(len, weights))
-    if not weights or rows <= max(MAX_FUSED_ROWS, 2 * outputs) or torch.compiler.is_exporting():
+    if rows <= max(MAX_FUSED_ROWS, 2 * outputs):
         return ()
     products = linear(inputs, torch.cat(list(weights)))
     return tuple(x.contiguous() for x in products.split([len(each) for each in weights], dim=-1))
