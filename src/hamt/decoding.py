@@ -90,7 +90,7 @@ class Decoder:
     def run(
         self, hidden: Tensor, batch: Batch, states: Sequence[State | None]
     ) -> tuple[Tensor, list[State]] | None:
-        """Hidden states (B, 1, d) through all layers, and the states after them.
+        """Hidden states (B, 1, d) through all layers and the last norm, and the states after them.
 
         None where the layers have to be called one by one.
         """

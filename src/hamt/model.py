@@ -150,18 +150,20 @@ class HAMTBackbone(HAMTPreTrainedModel):
             decoded = self.native.run(hidden_states, batch, states)
         if decoded is not None:
             hidden_states, new_states = decoded
-        for layer, state in () if decoded else zip(self.layers, states, strict=True):
-            hidden_states, state, aux_loss = layer(hidden_states, batch, state)
-            new_states.append(state)
-            if aux_loss is not None:
-                aux_losses.append(aux_loss)
+        else:
+            for layer, state in zip(self.layers, states, strict=True):
+                hidden_states, state, aux_loss = layer(hidden_states, batch, state)
+                new_states.append(state)
+                if aux_loss is not None:
+                    aux_losses.append(aux_loss)
+            hidden_states = self.norm(hidden_states)
         if cache is not None:
             read = embedded(hidden_states) if input_ids is None else input_ids
             cache.advance(new_states, batch.after(hidden_states, read, cache.past), length)
             if cache.origin is None or not cache.origin.is_of(self):
                 cache.origin = Origin(self)
         return HAMTBackboneOutput(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=hidden_states,
             past_key_values=cache,
             aux_loss=torch.stack(aux_losses).mean() if aux_losses else None,
         )

@@ -125,7 +125,7 @@ class NativeModel:
         return logits
 
     def run(self, hidden: Tensor, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """All layers on hidden states (B, d) and states, which are both written in place.
+        """All layers and the last norm on hidden states (B, d), with states; all written in place.
 
         All are contiguous float32.
         """

@@ -471,7 +471,7 @@ void hamt_run(const hamt_model* m, int64_t rows, float* hidden, const hamt_layer
   Space space(*m, rows);
   copy_rows(rows, m->width, hidden, m->width, space.x, space.d);
   together(threads, [&](Team team) { run(*m, team, rows, layers, space); });
-  copy_rows(rows, m->width, space.x, space.d, hidden, m->width);
+  for (int64_t b = 0; b < rows; b++) rms_norm(space.x + b * space.d, m->norm, m->width, m->eps, hidden + b * m->width);
 }
 
 void hamt_head(const hamt_model* m, int64_t rows, const float* normed, float* logits, int64_t threads) {
@@ -488,10 +488,6 @@ int hamt_step(const hamt_model* m, int64_t rows, const int64_t* tokens, const ha
   std::vector<float> hidden(rows * m->width);
   for (int64_t b = 0; b < rows; b++) m->token(tokens[b], hidden.data() + b * m->width);
   hamt_run(m, rows, hidden.data(), layers, threads);
-  for (int64_t b = 0; b < rows; b++) {
-    float* row = hidden.data() + b * m->width;
-    rms_norm(row, m->norm, m->width, m->eps, row);
-  }
   hamt_head(m, rows, hidden.data(), logits, threads);
   return 0;
 }

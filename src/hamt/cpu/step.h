@@ -31,8 +31,8 @@ hamt_model *hamt_open(const void *bytes, int64_t count);
 void hamt_close(hamt_model *model);
 hamt_sizes hamt_sizes_of(const hamt_model *model);
 
-/* The parts of a step: all layers on hidden states (rows, width), which are replaced; and logits of
- * normalised ones. */
+/* The parts of a step: all layers and the last norm on hidden states (rows, width), which are
+ * replaced; and logits of what has come out. */
 void hamt_run(const hamt_model *model, int64_t rows, float *hidden, const hamt_layer *layers,
               int64_t threads);
 void hamt_head(const hamt_model *model, int64_t rows, const float *normed, float *logits,
