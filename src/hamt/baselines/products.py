@@ -1,9 +1,11 @@
 """The library that computes matrix products, made the same for all models that are compared."""
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hamt.products import linear, multiply
+from hamt.base_model import HAMTPreTrainedModel
+from hamt.products import fuse, linear, multiply, unfuse
 
 
 class OneDNNLinear(nn.Linear):
@@ -32,3 +34,22 @@ def use_onednn_linear(model: nn.Module) -> None:
             module.__class__ = OneDNNLinear
         elif type(module) is Conv1D:
             module.__class__ = _Conv1D
+
+
+def pack_weights(model: PreTrainedModel) -> int:
+    """Let a model decode on a CPU from a second copy of its weights, and return the copy's bytes.
+
+    HAMT does as in ``hamt generate``; of others those matrices are packed that
+    ``use_onednn_linear`` has found. ``unpack_weights`` undoes it.
+    """
+    if isinstance(model, HAMTPreTrainedModel):
+        return model.fuse_projections()
+    return fuse(model, (OneDNNLinear,))
+
+
+def unpack_weights(model: PreTrainedModel) -> None:
+    """Drop the copy."""
+    if isinstance(model, HAMTPreTrainedModel):
+        model.unfuse_projections()
+    else:
+        unfuse(model)

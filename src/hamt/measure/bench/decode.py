@@ -15,13 +15,12 @@ import torch
 from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 
 from hamt.baselines.catalogue import ARCHITECTURES, with_parameters
-from hamt.baselines.products import OneDNNLinear
+from hamt.baselines.products import pack_weights
 from hamt.cache import HAMTCache
 from hamt.measure.bench.cases import measure
 from hamt.measure.bench.options import SEGMENT, BenchOptions
 from hamt.model import HAMTForCausalLM
 from hamt.peak_memory import cache_bytes
-from hamt.products import fuse
 
 MIN_ROUNDS = 3  # a median of fewer says nothing
 
@@ -77,7 +76,7 @@ def filled(model: LlamaForCausalLM, cache: Cache, length: int, batch: int) -> Ca
 def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
     """Yield all rows so far after each new one: a row for every context, with its batch."""
     ours, theirs = make_decoders(options)
-    packed = {"hamt": ours.fuse_projections(), "transformer": fuse(theirs, (OneDNNLinear,))}
+    packed = {"hamt": pack_weights(ours), "transformer": pack_weights(theirs)}
     parameters = {"hamt": ours.num_parameters(), "transformer": theirs.num_parameters()}
     rows, steps = [], options.decode_tokens
     for length, batch in zip(options.decode_contexts, options.decode_batches, strict=True):

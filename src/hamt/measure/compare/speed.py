@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hamt.baselines.loading import longest_context
+from hamt.baselines.products import pack_weights, unpack_weights
 from hamt.cache import HAMTCache
 from hamt.errors import reason
 from hamt.measure.bench.cases import Predictor, measure
@@ -70,7 +71,10 @@ def _decoding(
     steps: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """The row for decoding; in every round the context grows by ``steps``."""
+    """The row for decoding; in every round the context grows by ``steps``.
+
+    All models decode from a copy of their weights (``pack_weights``).
+    """
     cases: dict[str, Callable[[], object]] = {}
     sizes: dict[str, int] = {}
     left_out = dict(left_out)
@@ -86,8 +90,11 @@ def _decoding(
             left_out[name] = "has no cache that works"
         else:
             sizes[name] = cache_bytes(cache)
+            pack_weights(model)
             cases[name] = partial(_decode, model, batch, cache, steps)
     measured = measure(cases, left_out, {}, rounds, 1, least=0)
+    for name in cases:
+        unpack_weights(models[name])
     shape = {"phase": "decode", "length": length, "batch": batch, "steps": steps}
     return {**shape, **measured, "cache_bytes": sizes}
 
