@@ -184,7 +184,7 @@ def test_impossible_options_are_refused(options, message):
 
 
 def test_an_unknown_form_is_refused():
-    message = "form must be one of recurrent, chunked, fused; got 'parallel'"
+    message = "form must be one of recurrent, chunked, fla, fused; got 'parallel'"
     with pytest.raises(ValueError, match=message):
         whole(Case("phasor").memory(), "parallel")(random_inputs(Case("phasor"), 3))
 
