@@ -1,12 +1,28 @@
-"""What the operators of ``hamt.cpu.fused`` may be given: the library trusts sizes and types.
+"""What compiled code may be given: it trusts sizes and types.
 
-Shape legend as there.
+Shape legend: that of ``hamt.cpu.fused``.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 TYPES = (torch.float32, torch.float64)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor is just numbers in this machine's memory, of whatever type."""
+    return (
+        x.is_cpu
+        and type(x) in (Tensor, nn.Parameter)
+        and x.layout is torch.strided
+        and not x.is_nested
+    )
+
+
+def is_transformed() -> bool:
+    """Whether functions are transformed here: that wants operators which PyTorch knows."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def check_devices(x: Tensor, *others: Tensor | None) -> None:

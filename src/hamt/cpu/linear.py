@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from hamt.again import to_keep
+from hamt.cpu.checks import is_plain, is_transformed
 
 # Private operators: what torch.compile makes of maps with constant weights. Without them everything
 # is as PyTorch does it.
@@ -103,21 +103,13 @@ def _fits(inputs: Tensor, size: int, bias: Tensor | None, outputs: int) -> bool:
         and _plain(inputs)
         and (bias is None or (_plain(bias) and bias.shape == (outputs,)))
         and not torch.is_autocast_enabled("cpu")
-        # Transformations of functions want operators that they know.
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not is_transformed()
     )
 
 
 def _plain(x: Tensor) -> bool:
     """Whether a tensor is just float32 numbers in this machine's memory."""
-    return (
-        x.dtype is torch.float32
-        and x.is_cpu
-        and type(x) in (Tensor, nn.Parameter)
-        and x.layout is torch.strided
-        and not x.is_nested
-    )
+    return x.dtype is torch.float32 and is_plain(x)
 
 
 def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 
 from hamt.again import made_of, to_keep
+from hamt.cpu.checks import is_plain, is_transformed
 from hamt.cpu.library import compiled_library, library_found
 
 # Numbers below which PyTorch's operations are as fast, and one thread is.
@@ -41,23 +41,15 @@ def suits(x: Tensor, *others: Tensor | None) -> bool:
         not torch.compiler.is_compiling()
         and x.dtype in _TYPES
         and x.numel() >= MIN_NUMEL
-        and all(each is None or _plain(each, x.dtype) for each in (x, *others))
-        and not torch._C._are_functorch_transforms_active()
+        and all(
+            each is None or (is_plain(each) and each.dtype in (x.dtype, torch.int64))
+            for each in (x, *others)
+        )
+        and not is_transformed()
         and not torch._C._len_torch_dispatch_stack()
         and not torch.jit.is_tracing()
-        and forward_ad._current_level < 0
         and library_found()
         and compiled_library("rows.cpp") is not None
-    )
-
-
-def _plain(x: Tensor, dtype: torch.dtype) -> bool:
-    return (
-        type(x) in (Tensor, nn.Parameter)
-        and x.is_cpu
-        and x.layout is torch.strided
-        and not x.is_nested
-        and x.dtype in (dtype, torch.int64)
     )
 
 
