@@ -54,4 +54,4 @@ def __dir__() -> list[str]:
 # subcommand needs it, so that its help answers without importing torch.
 _NAMED = Path(sys.argv[0]).name in ("hamt", "hamt.exe")
 if not (_NAMED or (sys.argv[0] == "-m" and {"hamt", "hamt.cli"} & {*sys.orig_argv})):
-    importlib.import_module("hamt.model")
+    importlib.import_module("hamt.converted_model")

@@ -5,6 +5,7 @@ Shape legend: B batch, N tokens, d hidden_dim, V vocab_size.
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,19 +145,13 @@ class HAMTBackbone(HAMTPreTrainedModel):
         if seq_idx is None:
             seq_idx, past = names_of_documents(position_ids, cu_seq_lens_q, hidden_states, past)
         batch = Batch.of(padding_mask(attention_mask, length), seq_idx, past)
-        new_states: list[State] = []
-        aux_losses, decoded = [], None
+        decoded, aux_losses = None, list[Tensor]()
         if self.native is not None:
             decoded = self.native.run(hidden_states, batch, states)
         if decoded is not None:
             hidden_states, new_states = decoded
         else:
-            for layer, state in zip(self.layers, states, strict=True):
-                hidden_states, state, aux_loss = layer(hidden_states, batch, state)
-                new_states.append(state)
-                if aux_loss is not None:
-                    aux_losses.append(aux_loss)
-            hidden_states = self.norm(hidden_states)
+            hidden_states, new_states, aux_losses = self.run_layers(hidden_states, batch, states)
         if cache is not None:
             read = embedded(hidden_states) if input_ids is None else input_ids
             cache.advance(new_states, batch.after(hidden_states, read, cache.past), length)
@@ -167,6 +162,22 @@ class HAMTBackbone(HAMTPreTrainedModel):
             past_key_values=cache,
             aux_loss=torch.stack(aux_losses).mean() if aux_losses else None,
         )
+
+    def run_layers(
+        self, hidden_states: Tensor, batch: Batch, states: Sequence[State | None]
+    ) -> tuple[Tensor, list[State], list[Tensor]]:
+        """Embeddings (B, N, d) through all layers and the last norm.
+
+        Returns:
+            (B, N, d), the state of each layer after the last token, and auxiliary losses.
+        """
+        new_states, aux_losses = list[State](), list[Tensor]()
+        for layer, state in zip(self.layers, states, strict=True):
+            hidden_states, state, aux_loss = layer(hidden_states, batch, state)
+            new_states.append(state)
+            if aux_loss is not None:
+                aux_losses.append(aux_loss)
+        return self.norm(hidden_states), new_states, aux_losses
 
 
 class HAMTForCausalLM(HAMTPreTrainedModel, HAMTGenerationMixin):

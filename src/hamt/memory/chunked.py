@@ -49,6 +49,21 @@ def chunked_scan(
     return output, slots.clone()  # a view would keep the states at all tiles alive
 
 
+def states_after(rule: WriteRule, bound: Tensor, gates: Gates, slots: Tensor, every: int) -> Tensor:
+    """M after every ``every``-th token of one document, (B, N / every, H, S, F).
+
+    The arguments are those of ``chunked_scan``; N is a multiple of ``every``.
+    """
+    if rule.has_states():
+        tiled = gates.map(lambda gate: _tile(gate.to(slots.dtype), every))
+        return rule.states(_tile(bound, every), tiled, slots).transpose(1, 2)
+    found = []
+    for t, item in enumerate(bound.unbind(1)):
+        slots = rule.turn(slots, item, gates.tokens([t]).map(lambda gate: gate.squeeze(1)))
+        found.append(slots)
+    return torch.stack(found[every - 1 :: every], dim=1)
+
+
 def _tile(x: Tensor, size: int) -> Tensor:
     """Cut (B, N, H, ·), or (B, N, H), into tiles (B, H, T, size, ·), filled up with zeros."""
     if x.ndim == 3:

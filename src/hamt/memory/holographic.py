@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hamt.memory.algebra import get_algebra
+from hamt.memory.chunked import states_after
 from hamt.memory.forms import (
     FORMS,
     MemoryState,
@@ -256,6 +257,30 @@ class HolographicMemory:
         if state.position_key is not None:
             state = state._replace(position_key=self.algebra.reduce(state.position_key))
         return there[form].run(self, tokens, state)
+
+    def after_each(
+        self,
+        every: int,
+        items: Tensor,
+        keys: Tensor,
+        gates: Gates,
+        state: MemoryState,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The slots after each ``every`` of N tokens of one document, (B, N / every, H, S, F).
+
+        Raises:
+            ValueError: if N is no multiple of ``every``.
+        """
+        if items.shape[1] % every:
+            raise ValueError(f"{items.shape[1]} tokens are no multiple of {every}")
+        with without_autocast(items):
+            gates = self.rule.complete(gates, state.slots.dtype)
+            if mask is not None:
+                items = items.where(mask.bool()[..., None, None], 0)
+                gates = gates.masked(mask)
+            bound = self.algebra.bind(self.algebra.lift(items), keys)
+            return states_after(self.rule, bound, gates, state.slots, every)
 
     def glance(
         self,

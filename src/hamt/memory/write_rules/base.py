@@ -119,10 +119,25 @@ class WriteRule:
         """
         raise NotImplementedError
 
+    def states(self, bound: Tensor, gates: Gates, slots: Tensor) -> Tensor:
+        """M after each tile of one document, (B, H, T, S, F); arguments as for ``tiles``.
+
+        Raises:
+            NotImplementedError: for a rule that has no faster way than ``turn``.
+        """
+        raise NotImplementedError
+
     def has_tiles(self) -> bool:
         """Whether ``tiles`` is written, and is that of the ``turn`` that the rule has."""
-        wrote = next(each for each in type(self).__mro__ if {"turn", "tiles"} & vars(each).keys())
-        return wrote is not WriteRule and "tiles" in vars(wrote)
+        return self._has("tiles")
+
+    def has_states(self) -> bool:
+        """The same of ``states``."""
+        return self._has("states")
+
+    def _has(self, name: str) -> bool:
+        wrote = next(each for each in type(self).__mro__ if {"turn", name} & vars(each).keys())
+        return wrote is not WriteRule and name in vars(wrote)
 
     def adjoint(self, weight: Tensor, gates: Gates) -> tuple[Tensor, Tensor]:
         """One turn backwards, with the gates held fixed.

@@ -43,10 +43,28 @@ class Gated(WriteRule):
         output = scores(read, decays(total, documents), write).to(narrow) @ bound
         # Into the state at the end of the tile, across tiles, and out of the state that enters one.
         from_start, to_end = boundary_decays(total, documents, ends)
-        delta = ((write * to_end).to(narrow).mT @ bound).to(slots.dtype)
-        entering, slots = scan(total[..., -1, :], delta, slots, ends)
+        entering, slots = _carry(bound, write * to_end, total, slots, ends)
         return output + (read * from_start).to(narrow) @ entering.to(narrow), slots
+
+    def states(self, bound, gates, slots):
+        """What tiles add, and a scan across them."""
+        total = gates.log_forget.cumsum(dim=-2)
+        _, to_end = boundary_decays(total, None, None)
+        entering, slots = _carry(bound, gates.write * to_end, total, slots, None)
+        return torch.cat((entering[:, :, 1:], slots[:, :, None]), dim=2)
 
     def adjoint(self, weight: Tensor, gates: Gates) -> tuple[Tensor, Tensor]:
         """λ · w, and α ⊙ λ."""
         return (weight * gates.write).sum(dim=-1), weight * self.kept(gates)
+
+
+def _carry(
+    bound: Tensor, weight: Tensor, total: Tensor, slots: Tensor, ends: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``scan`` over tiles of items (B, H, T, C, F).
+
+    At the end of its tile an item counts ``weight`` (B, H, T, C, S); ``total`` (B, H, T, C, S) is
+    log α, cumulated within tiles.
+    """
+    delta = (weight.to(bound.dtype).mT @ bound).to(slots.dtype)
+    return scan(total[..., -1, :], delta, slots, ends)

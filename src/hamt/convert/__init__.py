@@ -1,0 +1,1 @@
+"""A pretrained transformer's attention taken over by a window and a memory."""

@@ -1,0 +1,40 @@
+"""A loaded transformer becomes a converted model: its attention is exchanged, its weights stay."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hamt.converted_config import ConvertedConfig
+from hamt.converted_model import ConvertedForCausalLM, take_over
+from hamt.window_and_memory.sizes import Sizes
+
+
+def exchange(
+    model: PreTrainedModel, layers: Sequence[Sizes] | Sizes, reach: int = 2048
+) -> ConvertedForCausalLM:
+    """A converted model with the weights of ``model``, which cannot be used any more.
+
+    Args:
+        model: a causal language model of Transformers.
+        layers: the sizes of window and memory, for all layers or for each.
+        reach: tokens; what is further away is seen as if it were so far away.
+
+    Raises:
+        ValueError: if the model is of a kind that cannot be converted, or the sizes do not fit.
+    """
+    fields: dict[str, Any] = model.config.to_dict()
+    for name in ("quantization_config", "architectures", "dtype", "transformers_version"):
+        fields.pop(name, None)  # a file of quantised weights was read as numbers
+    count = fields["num_hidden_layers"]
+    sizes = [layers] * count if isinstance(layers, Sizes) else layers
+    config = ConvertedConfig(fields, [list(each) for each in sizes], reach)
+    with torch.device("meta"):
+        converted = ConvertedForCausalLM(config)
+    body: Any = model.base_model
+    take_over(body, config)
+    converted.model.body = body
+    converted.lm_head = model.get_output_embeddings()
+    converted.generation_config = model.generation_config
+    return converted.eval()

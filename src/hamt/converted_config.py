@@ -1,0 +1,110 @@
+"""The configuration of a transformer whose attention was taken over by window and memory."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from hamt.window_and_memory.sizes import Sizes
+
+# Models whose attention is queries, keys and values with rotary positions in a softmax, no more.
+KNOWN = ("llama", "mistral", "qwen2", "qwen3")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class ConvertedConfig(PreTrainedConfig):
+    """A configuration of Transformers, and the sizes of window and memory in each layer.
+
+    Args:
+        transformer: the fields of the transformer's own configuration, with its ``model_type``.
+        layers: W, Z, S, E and C of each layer (``hamt.window_and_memory.mixer.Sizes``).
+        reach: tokens; what is further away is seen as if it were so far away.
+    """
+
+    model_type = "hamt_converted"
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        transformer: dict[str, Any] | None = None,
+        layers: list[list[int]] | None = None,
+        reach: int = 2048,
+        **options: Any,
+    ) -> None:
+        self.transformer = {} if transformer is None else dict(transformer)
+        self.reach = reach
+        inner = self.transformer_config() if self.transformer else None
+        count = 0 if inner is None else inner.num_hidden_layers
+        self.layers = [list(Sizes()) for _ in range(count)] if layers is None else layers
+        if inner is not None:
+            for name in _TOKENS:
+                options.setdefault(name, getattr(inner, name, None))
+            options.setdefault("tie_word_embeddings", inner.tie_word_embeddings)
+            self._take(inner)
+        super().__init__(**options)
+        if inner is not None:
+            self.validate_architecture()
+
+    def _take(self, inner: PreTrainedConfig) -> None:
+        """What other code reads of a configuration, by the names of Transformers and of HAMT."""
+        self.vocab_size, self.hidden_size = inner.vocab_size, inner.hidden_size
+        self.num_hidden_layers, self.num_layers = (inner.num_hidden_layers,) * 2
+        self.num_attention_heads, self.hidden_dim = inner.num_attention_heads, inner.hidden_size
+        self.max_position_embeddings = inner.max_position_embeddings
+        self.use_cache, self.aux_loss_weight = True, 0.0
+
+    def transformer_config(self) -> PreTrainedConfig:
+        """The transformer's own configuration.
+
+        Raises:
+            ValueError: if it is of a kind whose attention cannot be taken over.
+        """
+        fields = dict(self.transformer)
+        kind = fields.pop("model_type", None)
+        if kind not in KNOWN:
+            raise ValueError(f"only models of {', '.join(KNOWN)} can be converted; this is {kind}")
+        return AutoConfig.for_model(kind, **fields)
+
+    @property
+    def sizes(self) -> list[Sizes]:
+        """Window and memory of each layer."""
+        return [Sizes(*layer) for layer in self.layers]
+
+    def validate_architecture(self) -> None:
+        """Refuse sizes that do not fit together.
+
+        Raises:
+            ValueError: with what would be right.
+        """
+        if len(self.layers) != self.num_layers:
+            raise ValueError(f"layers has {len(self.layers)} entries for {self.num_layers} layers")
+        if any(len(layer) != len(Sizes._fields) for layer in self.layers):
+            raise ValueError(f"each of layers must have {', '.join(Sizes._fields)}")
+        for sizes in self.sizes:
+            sizes.check()
+        if self.reach < 1:
+            raise ValueError(f"reach must be at least 1; got {self.reach}")
+
+    def frequencies(self) -> torch.Tensor:
+        """(D / 2,) the angles by which one position turns pairs of features.
+
+        Raises:
+            ValueError: if they depend on the length of the text, or some features do not turn.
+        """
+        inner: Any = self.transformer_config()
+        told = inner.rope_parameters
+        kind = told["rope_type"]
+        if kind in ("dynamic", "longrope") or told.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(f"rotary positions of the kind {kind!r} cannot be taken over")
+        if kind != "default":
+            return ROPE_INIT_FUNCTIONS[kind](inner, torch.device("cpu"))[0]
+        half = head_dim_of(inner) // 2
+        with torch.device("cpu"):
+            power = torch.arange(half, dtype=torch.float64) / half
+            return told["rope_theta"] ** -power
+
+
+def head_dim_of(inner: Any) -> int:
+    """D of a configuration of Transformers."""
+    return getattr(inner, "head_dim", None) or inner.hidden_size // inner.num_attention_heads

@@ -1,0 +1,195 @@
+"""A transformer of Transformers whose attention was taken over by window and memory.
+
+Its own code runs, but for what attention computes of queries, keys and values: that is asked of
+``hamt.window_and_memory``. Its weights have their own names.
+
+Shape legend: B batch, N tokens, d hidden_size, H query heads, G key-value heads, D head features.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hamt.base_model import HAMTPreTrainedModel
+from hamt.batch import Batch
+from hamt.converted_config import ConvertedConfig, head_dim_of
+from hamt.mixers import State
+from hamt.model import HAMTBackbone, HAMTForCausalLM
+from hamt.window_and_memory.mixer import WindowAndMemory
+
+ATTENTION = "hamt_window_and_memory"
+
+
+@dataclass
+class Pass:
+    """What attention is told in one forward pass, and the states that it leaves, by layer.
+
+    ``instead`` is called in the place of window and memory, if there is one: with the attention
+    module, queries (B, N, H, D), keys and values (B, N, G, D), and what q · k is multiplied with;
+    it gives (B, N, H, D).
+    """
+
+    batch: Batch = field(default_factory=Batch)
+    before: Sequence[State | None] = ()
+    after: dict[int, State] = field(default_factory=dict)
+    instead: Callable[[Any, Tensor, Tensor, Tensor, float], Tensor] | None = None
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    hamt_pass: Pass | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What Transformers calls for (B, H, N, D) and twice (B, G, N, D): -> (B, N, H, D).
+
+    Queries and keys have no rotary position: the model is told that all tokens stand at position 0.
+    """
+    told, index = hamt_pass or Pass(), module.layer_idx
+    queries, keys, values = (x.transpose(1, 2) for x in (query, key, value))
+    scale = module.head_dim**-0.5 if scaling is None else scaling
+    if told.instead is not None:
+        return told.instead(module, queries, keys, values, scale), None
+    taker: WindowAndMemory = module.window_and_memory
+    before = told.before[index] if told.before else None
+    mixed, told.after[index] = taker(queries, keys, values, told.batch, before, scale)
+    return mixed, None
+
+
+def full_attention(
+    module: Any, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> Tensor:
+    """``Pass.instead`` with which the model is the transformer that it was: it sees all tokens."""
+    taker: WindowAndMemory = module.window_and_memory
+    places = torch.arange(queries.shape[1], device=queries.device)[:, None]
+    queries, keys = taker.turn(queries, places), taker.turn(keys, places)
+    queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+    mixed = F.scaled_dot_product_attention(
+        queries, keys, values, is_causal=True, scale=scale, enable_gqa=True
+    )
+    return mixed.transpose(1, 2)
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, lambda *arguments, **options: None)
+
+
+def take_over(body: nn.Module, config: ConvertedConfig) -> None:
+    """Let window and memory do what attention does in a headless model of Transformers."""
+    inner: Any = body.config
+    frequencies = config.frequencies()
+    for layer, sizes in zip(body.layers, config.sizes, strict=True):  # type: ignore[arg-type]
+        heads, groups = inner.num_attention_heads, inner.num_key_value_heads
+        layer.self_attn.window_and_memory = WindowAndMemory(
+            heads, groups, head_dim_of(inner), sizes, frequencies, config.reach
+        )
+    inner._attn_implementation = ATTENTION
+
+
+class ConvertedBackbone(HAMTBackbone):
+    """The transformer without its head; what ``AutoModel`` gives."""
+
+    config_class = ConvertedConfig  # type: ignore[assignment]
+    config: ConvertedConfig  # type: ignore[assignment]
+    _no_split_modules = None  # type: ignore[assignment]
+    _can_record_outputs = {}  # noqa: RUF012
+
+    def __init__(self, config: ConvertedConfig) -> None:
+        HAMTPreTrainedModel.__init__(self, config)
+        config.validate_architecture()
+        self.body = AutoModel.from_config(config.transformer_config())
+        take_over(self.body, config)
+        self.native = None
+        self.post_init()
+
+    @property
+    def embed_tokens(self) -> nn.Embedding:  # type: ignore[override]
+        """The transformer's embedding."""
+        return self.body.get_input_embeddings()
+
+    @property
+    def layers(self) -> nn.ModuleList:  # type: ignore[override]
+        """The transformer's layers."""
+        return self.body.layers
+
+    def get_input_embeddings(self):
+        """The transformer's."""
+        return self.body.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        """The transformer's."""
+        self.body.set_input_embeddings(value)
+
+    def mixer_summary(self) -> str:
+        """Window and memory of all layers, for people."""
+        return ", ".join(
+            f"{count} × window of {sizes.window}, {sizes.num_sinks} sinks, {sizes.num_exact} exact "
+            f"entries and {sizes.num_slots} slots"
+            for sizes, count in Counter(self.config.sizes).items()
+        )
+
+    def run_layers(
+        self, hidden_states: Tensor, batch: Batch, states: Sequence[State | None]
+    ) -> tuple[Tensor, list[State], list[Tensor]]:
+        """As ``HAMTBackbone.run_layers``, by the transformer's own code."""
+        told = Pass(batch, states)
+        hidden_states = self.run_body(hidden_states, told)
+        return hidden_states, [told.after[index] for index in range(len(states))], []
+
+    def run_body(self, hidden_states: Tensor, told: Pass) -> Tensor:
+        """Embeddings (B, N, d) through all layers and the last norm."""
+        # Window and memory turn queries and keys by themselves.
+        places = torch.zeros(
+            1, hidden_states.shape[1], dtype=torch.long, device=hidden_states.device
+        )
+        outputs = self.body(
+            inputs_embeds=hidden_states, position_ids=places, use_cache=False, hamt_pass=told
+        )
+        return outputs.last_hidden_state
+
+
+class ConvertedForCausalLM(HAMTForCausalLM):
+    """The language model: the transformer with its head."""
+
+    config_class = ConvertedConfig  # type: ignore[assignment]
+    config: ConvertedConfig  # type: ignore[assignment]
+    _tied_weights_keys = {"lm_head.weight": "model.body.embed_tokens.weight"}  # noqa: RUF012
+    _no_split_modules = None  # type: ignore[assignment]
+    _can_record_outputs = {}  # noqa: RUF012
+
+    def __init__(self, config: ConvertedConfig) -> None:
+        HAMTPreTrainedModel.__init__(self, config)
+        self.model = ConvertedBackbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+def _register() -> None:
+    """Let Transformers, and what builds on it, find the classes by their configuration or name."""
+    AutoConfig.register(ConvertedConfig.model_type, ConvertedConfig)
+    AutoModel.register(ConvertedConfig, ConvertedBackbone)
+    AutoModelForCausalLM.register(ConvertedConfig, ConvertedForCausalLM)
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ConvertedConfig.model_type] = ConvertedForCausalLM.__name__
+    for kind in (ConvertedBackbone, ConvertedForCausalLM):
+        for home in (transformers, sys.modules["transformers"]):
+            setattr(home, kind.__name__, kind)
+
+
+if ConvertedConfig.model_type not in CONFIG_MAPPING:
+    _register()

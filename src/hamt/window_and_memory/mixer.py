@@ -1,0 +1,347 @@
+"""Attention over a window, joined in one softmax with a memory of what has left it.
+
+A query sees the tokens of a window, as before. After every C-th token, at a boundary, the C oldest
+leave the window: the first ones of a text are kept as attention sinks (StreamingLLM, Xiao et al.
+2023, arXiv 2309.17453), E others as exact entries, and the rest is written to slots. A query sees
+each slot as one token that counts for all that were written to it. What is further away than
+``reach`` is seen as if it were that far away, so that no rotation occurs that was not learned.
+
+Shape legend: B batch, N tokens, L tokens of each of the M blocks of a run, H query heads, G
+key-value heads, R = H / G, D features of a head, W window, C tokens of a block, Z sinks, S slots, E
+exact entries, K = Z + E + S, F = 2 D + 2 features of a slot.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hamt.batch import Batch, take
+from hamt.mixers import State
+from hamt.window_and_memory.exact import Candidates, admit, looked_at
+from hamt.window_and_memory.runs import RUN, Run, runs_of
+from hamt.window_and_memory.sizes import Sizes
+from hamt.window_and_memory.slots import Slots
+
+
+class Seen(NamedTuple):
+    """What the queries of a run see: keys and values (B, M, G, ., D).
+
+    ``bias`` (B, M, G, K) is added to far scores, ``mask`` (1 or B, M, L, .) says which of the near
+    ones each query sees, and ``sees_far`` (B, L) whether it sees what is far, if not all of one
+    block do. Far are sinks, exact entries and slots, in this order.
+    """
+
+    far_keys: Tensor
+    far_values: Tensor
+    bias: Tensor
+    near_keys: Tensor
+    near_values: Tensor
+    mask: Tensor
+    sees_far: Tensor | None = None
+
+
+class WindowAndMemory(nn.Module):
+    """Attention of one layer; queries, keys and values come from projections of somebody else.
+
+    Args:
+        num_heads: H.
+        num_groups: G, of which H is a multiple.
+        head_dim: D, even.
+        sizes: of its state.
+        frequencies: (D / 2,) angles by which one position turns the pairs (f, f + D/2) of features.
+        reach: tokens; what is further away is seen from there.
+
+    Raises:
+        ValueError: if the sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_groups: int,
+        head_dim: int,
+        sizes: Sizes,
+        frequencies: Tensor,
+        reach: int = 2048,
+    ) -> None:
+        super().__init__()
+        sizes.check()
+        self.num_heads, self.num_groups, self.head_dim = num_heads, num_groups, head_dim
+        self.sizes, self.reach = sizes, reach
+        # No buffer: models are made on the device meta and then filled from a file without it.
+        self.frequencies = frequencies.double()
+        self.slots = None
+        if sizes.num_slots:
+            self.slots = Slots(num_heads, num_groups, head_dim, sizes.num_slots)
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape for one row of each tensor that is carried.
+
+        ``keys`` (rotated) and ``values`` of the last W tokens, of sinks and of exact entries;
+        ``exact_places`` (E, G), the position + 1, 0 where there is none, and ``exact_use``;
+        ``slots`` (G, S, F).
+        """
+        sizes, groups, width = self.sizes, self.num_groups, self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {}
+        kept = {"": sizes.window, "sink_": sizes.num_sinks, "exact_": sizes.num_exact}
+        for prefix, count in kept.items():
+            if count:
+                names = f"{prefix}keys", f"{prefix}values"
+                shapes |= dict.fromkeys(names, (count, groups, width))
+        if sizes.num_exact:
+            shapes |= dict.fromkeys(("exact_places", "exact_use"), (sizes.num_exact, groups))
+        if self.slots is not None:
+            shapes["slots"] = (groups, sizes.num_slots, self.slots.width)
+        return shapes
+
+    def empty_state(self, like: Tensor) -> State:
+        """A state of zeros for the rows of (B, ...), in its dtype, sums in float32 at least."""
+        wide = torch.promote_types(like.dtype, torch.float32)
+        sums = ("slots", "exact_places", "exact_use")
+        return {
+            name: like.new_zeros(len(like), *shape, dtype=wide if name in sums else like.dtype)
+            for name, shape in self.state_shapes().items()
+        }
+
+    def forward(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: Batch | None = None,
+        state: State | None = None,
+        scale: float | None = None,
+    ) -> tuple[Tensor, State]:
+        """Mix a sequence, or continue one.
+
+        Args:
+            queries: (B, N, H, D), without rotary position, as are
+            keys: (B, N, G, D).
+            values: (B, N, G, D).
+            batch: padding, documents, and how much was read before.
+            state: what an earlier call returned; None starts empty.
+            scale: what q · k is multiplied with; None is 1 / √D.
+
+        Returns:
+            (B, N, H, D), and the state after the last token.
+        """
+        batch = batch or Batch()
+        scale = self.head_dim**-0.5 if scale is None else scale
+        state = self.empty_state(keys) if state is None else dict(state)
+        if not queries.shape[1]:
+            return queries, state
+        places = batch.positions(queries)
+        turned = self.turn(queries, places[..., None]), self.turn(keys, places[..., None])
+        runs, segments = runs_of(batch, queries, self.sizes.block, self.most)
+        mixed = []
+        for run in runs:
+            at, *tokens = (run.segment.take(x) for x in (places, *turned, values))
+            seen, state = self.look(run, at, tokens[1], tokens[2], state)
+            far, near = self.scores(tokens[0], seen, scale)
+            output, weights = self.mix(far, near, seen)
+            mixed.append(output)
+            if self.sizes.num_exact:
+                exact = weights[:, 0, ..., self.sizes.num_sinks :][..., : self.sizes.num_exact]
+                state = looked_at(state, exact, run.segment.mask)
+            if run.blocks == 1:
+                state = self.leave(run, at, state, scale)
+        return segments.join(mixed), {name: state[name] for name in self.state_shapes()}
+
+    @property
+    def most(self) -> int:
+        """Blocks of a run: exact entries are chosen after each."""
+        return 1 if self.sizes.num_exact else RUN
+
+    # ---------------------------------------------------------------- reading
+
+    def look(
+        self, run: Run, places: Tensor, keys: Tensor, values: Tensor, state: State
+    ) -> tuple[Seen, State]:
+        """What the queries of a run see.
+
+        Args:
+            run: which tokens they are.
+            places: (1 or B, M · L) their positions.
+            keys: (B, M · L, G, D), rotated, and
+            values: (B, M · L, G, D).
+            state: before the run.
+
+        Returns:
+            What is seen, and the state with the tokens in it: a run of many blocks has been written
+            already, one of one block stands in ``entries_keys`` and ``entries_values`` (B, W + L,
+            G, D), behind the window.
+        """
+        window, size = self.sizes.window, self.sizes.block
+        entries = [
+            torch.cat((state[name].to(x.dtype), x), dim=1)
+            for name, x in (("keys", keys), ("values", values))
+        ]
+        first = places.unflatten(1, (run.blocks, -1))[..., 0]
+        begun = first - first % size  # tokens before the last boundary, (1 or B, M)
+        left = (begun - window + size).clamp(min=0)  # those that have left the window
+        slots = None if self.slots is None else state["slots"][:, None]
+        if run.blocks == 1:
+            near = [x[:, None].transpose(2, 3) for x in entries]
+            before = places[:, :1] - window + torch.arange(window, device=places.device)
+            mask = run.visible(places, before, left)[:, None]
+            state = {**state, "entries_keys": entries[0], "entries_values": entries[1]}
+        else:
+            # Block i sees the W entries that end with it.
+            near = [x[:, size:].unfold(1, window, size).mT for x in entries]
+            back = torch.arange(size - window, size, device=places.device)
+            within = torch.arange(size, device=places.device)[:, None]
+            mask = ((begun[..., None] + back) >= 0)[..., None, :] & (back <= within)
+            state = {
+                **self.kept_first(entries, int(places[0, 0]), state),
+                "keys": entries[0][:, -window:].clone(),
+                "values": entries[1][:, -window:].clone(),
+            }
+            if self.slots is not None and slots is not None:
+                leaving, held = (x[:, size : size + run.blocks * size] for x in entries)
+                at = (places - window + size)[..., None].expand(*keys.shape[:3])
+                after = self.write(
+                    leaving, held, at, at >= self.sizes.num_sinks, state["slots"], size
+                )
+                slots = torch.cat((slots, after[:, :-1]), dim=1)
+                state["slots"] = after[:, -1].clone()
+        far = self.far(begun, left, slots, state, keys)
+        documents = run.segment.documents
+        sees_far = None if documents is None else documents.eq(0)
+        return Seen(*far, near[0], near[1], mask, sees_far), state
+
+    def far(
+        self, begun: Tensor, left: Tensor, slots: Tensor | None, state: State, like: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values (B, M, G, K, D) of what has left the window, and their bias (B, M, G, K).
+
+        Args:
+            begun: (1 or B, M) tokens before the last boundary.
+            left: (1 or B, M) how many of them had left the window.
+            slots: (B, M, G, S, F) at that boundary, or None.
+            state: for sinks and exact entries.
+            like: of B rows, in the dtype that is wanted.
+        """
+        shape = len(like), begun.shape[1], self.num_groups
+        parts = []
+        for prefix, count in (("sink_", self.sizes.num_sinks), ("exact_", self.sizes.num_exact)):
+            if not count:
+                continue
+            kept = [state[f"{prefix}{name}"].to(like.dtype) for name in ("keys", "values")]
+            kept = [x.transpose(1, 2)[:, None].expand(*shape, -1, -1) for x in kept]
+            if prefix == "sink_":
+                place = torch.arange(count, device=like.device)
+                there = left.gt(0)[..., None, None].expand(*shape, count)
+            else:
+                place = state["exact_places"].mT[:, None] - 1
+                there = place.ge(0).expand(*shape, -1)
+            bias = torch.zeros(there.shape, device=like.device).masked_fill(~there, -torch.inf)
+            parts.append((self.reached(kept[0], begun, place), kept[1], bias))
+        if self.slots is not None and slots is not None:
+            means, held_values, place, mass = self.slots.means(slots)
+            means = self.reached(means * self.slots.key_gain[:, None], begun, place)
+            parts.append((means.to(like.dtype), held_values.to(like.dtype), mass))
+        if not parts:
+            nothing = like.new_zeros(*shape, 0, self.head_dim)
+            return nothing, nothing, nothing[..., 0]
+        keys, values, bias = (torch.cat(each, dim=3) for each in zip(*parts, strict=True))
+        return keys, values, bias
+
+    def reached(self, keys: Tensor, begun: Tensor, place: Tensor) -> Tensor:
+        """Rotated keys (B, M, G, ., D) from their positions to where they are seen from."""
+        beyond = (begun[..., None, None] - place - self.reach).clamp(min=0)
+        if not torch.compiler.is_compiling() and not beyond.any():
+            return keys
+        return self.turn(keys, beyond)
+
+    def turn(self, heads: Tensor, places: Tensor) -> Tensor:
+        """Turn pairs of features of (..., D) by the angles of positions (...)."""
+        # Angles are float64: in float32 they would be off by 0.03 rad at a million tokens.
+        angle = places[..., None].double() * self.frequencies.to(heads.device)
+        cos, sin = angle.cos().to(heads.dtype), angle.sin().to(heads.dtype)
+        first, second = heads.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    def scores(self, queries: Tensor, seen: Seen, scale: float) -> tuple[Tensor, Tensor]:
+        """Of queries (B, M · L, H, D), far (B, M, G, R, L, K) and near, float32 at least."""
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        repeats = self.num_heads // self.num_groups
+        asked = queries.unflatten(2, (-1, repeats)).unflatten(1, (seen.far_keys.shape[1], -1))
+        asked = asked.permute(0, 1, 3, 4, 2, 5)  # (B, M, G, R, L, D)
+        far, near = (
+            ((asked.flatten(3, 4) @ keys.mT) * scale).to(wide).unflatten(3, (repeats, -1))
+            for keys in (seen.far_keys, seen.near_keys)
+        )
+        bias = seen.bias[:, :, :, None, None].to(wide)
+        if self.slots is not None:
+            offset = self.slots.offset.to(wide).view(-1, repeats, 1, 1)
+            others, of_slots = bias.tensor_split([-self.sizes.num_slots], dim=-1)
+            others = others.expand(-1, -1, -1, repeats, -1, -1)
+            bias = torch.cat((others, of_slots + offset), dim=-1)
+        far = far + bias
+        if seen.sees_far is not None:
+            far = far.masked_fill(~seen.sees_far[:, None, None, None, :, None], -torch.inf)
+        return far, near.masked_fill(~seen.mask[:, :, None, None], -torch.inf)
+
+    def mix(self, far: Tensor, near: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
+        """One softmax over ``scores``: (B, M · L, H, D), and the weights of what is far."""
+        weights = torch.cat((far, near), dim=-1).softmax(dim=-1).to(seen.near_values.dtype)
+        of_far, of_near = weights.split((far.shape[-1], near.shape[-1]), dim=-1)
+        mixed = of_far.flatten(3, 4) @ seen.far_values + of_near.flatten(3, 4) @ seen.near_values
+        mixed = mixed.unflatten(3, far.shape[3:5]).permute(0, 1, 4, 2, 3, 5)
+        return mixed.flatten(3, 4).flatten(1, 2), of_far
+
+    # ---------------------------------------------------------------- writing
+
+    def kept_first(self, entries: list[Tensor], read: int, state: State) -> State:
+        """The state with the sinks, if the first of (B, W + M · C, G, D) leave the window."""
+        start, count = self.sizes.window - read, self.sizes.num_sinks
+        if not count or not 0 < start <= entries[0].shape[1] - self.sizes.window:
+            return state
+        kept = [x[:, start : start + count].clone() for x in entries]
+        return {**state, "sink_keys": kept[0], "sink_values": kept[1]}
+
+    def leave(self, run: Run, places: Tensor, state: State, scale: float) -> State:
+        """The state after a run of one block or less: the window moves on, and what leaves it."""
+        sizes, rows = self.sizes, len(state["keys"])
+        if (fresh := run.begins_anew()) is not None:
+            for name in ("slots", "exact_places", "exact_use"):
+                if name in state:
+                    x = state[name]
+                    state[name] = x.masked_fill(fresh.view(-1, *[1] * (x.ndim - 1)), 0)
+        read, index = run.last(places, rows, sizes.window)
+        for name in ("keys", "values"):
+            x = state[f"entries_{name}"]
+            state[name] = x[:, -sizes.window :].clone() if index is None else take(x, index)
+        boundary = run.segment.boundary
+        here = read.ge(sizes.window) & boundary
+        if boundary is False or not (torch.compiler.is_compiling() or here.any()):
+            return state
+        here = here.expand(rows)
+        keys, values = (state[name][:, : sizes.block] for name in ("keys", "values"))
+        if sizes.num_sinks:
+            first = (here & read.eq(sizes.window))[:, None, None, None]
+            for name, x in (("sink_keys", keys), ("sink_values", values)):
+                state[name] = x[:, : sizes.num_sinks].where(first, state[name].to(x.dtype))
+        if self.slots is None:
+            return state
+        oldest = (read - sizes.window)[:, None] + torch.arange(sizes.block, device=read.device)
+        oldest = oldest.expand(rows, -1)
+        real = (oldest >= sizes.num_sinks) & here[:, None]
+        at, real = (x[..., None].expand(-1, -1, self.num_groups) for x in (oldest, real))
+        leaving = Candidates(keys, values, at, real, torch.zeros_like(at, dtype=torch.float32))
+        if sizes.num_exact:
+            known = torch.cat((state["exact_keys"].to(keys.dtype), keys), dim=1)
+            recalled = self.slots.recall(known, state["slots"], scale)
+            state, leaving = admit(state, leaving, recalled, here, sizes.block)
+        written = self.write(*leaving[:4], state["slots"], sizes.block)[:, -1]
+        state["slots"] = written.where(here[:, None, None, None], state["slots"])
+        return state
+
+    def write(
+        self, keys: Tensor, values: Tensor, places: Tensor, mask: Tensor, slots: Tensor, every: int
+    ) -> Tensor:
+        """Write rotated keys and values (B, n, G, D) of positions (B, n, G) to slots."""
+        assert self.slots is not None
+        items = self.turn(keys, -places), keys, values, places
+        return self.slots.write(items, mask, slots, every)

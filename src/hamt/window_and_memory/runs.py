@@ -1,0 +1,99 @@
+"""In which pieces a text is read: up to the next boundary, or many whole blocks at once.
+
+Shape legend: B batch, N tokens, L tokens of a run, M blocks of C tokens each.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hamt.batch import Batch
+from hamt.boundaries import Segment, Segments, cut
+
+RUN = 64  # blocks that are computed at once: more would take more memory than they save time
+
+
+class Run(NamedTuple):
+    """Some tokens of each row: those up to its next boundary, or M whole blocks of all rows.
+
+    Without ``blocks`` a run is one block, or a part of one.
+    """
+
+    segment: Segment
+    blocks: int = 1
+
+    def visible(self, places: Tensor, before: Tensor, left: Tensor) -> Tensor:
+        """Which tokens each query of one block sees, (1 or B, L, W + L).
+
+        Args:
+            places: (1 or B, L) positions of the tokens.
+            before: (1 or B, W) those of the tokens in front of them.
+            left: (1 or B, 1) how many tokens have left the window.
+        """
+        length, (_, mask, documents, _) = places.shape[1], self.segment
+        there = (before >= left)[:, None, :].expand(-1, length, -1)
+        own = torch.ones(length, length, dtype=torch.bool, device=places.device).tril()[None]
+        if documents is not None:
+            there = there & documents.eq(0)[..., None]
+            own = own & documents[:, :, None].eq(documents[:, None, :])
+        if mask is not None:
+            # Padding sees itself: a softmax over nothing would be NaN.
+            itself = torch.eye(length, dtype=torch.bool, device=places.device)
+            own = own & mask[:, None, :] | itself
+        rows = max(len(there), len(own))
+        return torch.cat((there.expand(rows, -1, -1), own.expand(rows, -1, -1)), dim=-1)
+
+    def begins_anew(self) -> Tensor | None:
+        """(B,) in which rows the last document begins in this run; None: in none."""
+        documents = self.segment.documents
+        return None if documents is None else documents[:, -1].ne(0)
+
+    def last(self, places: Tensor, rows: int, window: int) -> tuple[Tensor, Tensor | None]:
+        """How many tokens of its last document each row has read after the run, (1 or B,).
+
+        Beside it where the last W real tokens stand among W + L, (B, W); None: at the end.
+        """
+        _, mask, documents, _ = self.segment
+        if mask is None and documents is None:
+            return places[:, -1] + 1, None
+        shape = rows, places.shape[1]
+        real = places.new_ones(shape, dtype=torch.bool) if mask is None else mask.expand(shape)
+        begun, counted = places[:, 0].expand(rows), real
+        if documents is not None:
+            begun = begun * documents[:, -1].eq(0)
+            counted = real & documents.eq(documents[:, -1:])
+        order = real.logical_not().byte().argsort(dim=1, stable=True)
+        front = torch.arange(window, device=places.device)
+        order = torch.cat((front.expand(rows, -1), window + order), dim=1)
+        return begun + counted.sum(dim=1), order.gather(1, real.sum(dim=1, keepdim=True) + front)
+
+
+def runs_of(batch: Batch, tokens: Tensor, size: int, most: int = RUN) -> tuple[list[Run], Segments]:
+    """The tokens of (B, N, ...) in runs, of ``most`` blocks of C = ``size`` tokens at most.
+
+    ``Segments.join`` puts together what they gave.
+    """
+    key = (runs_of, size, most)
+    if key not in batch.shared:
+        segments = cut(batch, tokens, size)
+        runs: list[Run] = []
+        for segment in segments.parts:
+            before = runs[-1] if runs else None
+            if before is not None and before.blocks < most and _whole(before, segment, size):
+                start = before.segment.tokens.start  # type: ignore[union-attr]
+                tokens_of = slice(start, segment.tokens.stop)  # type: ignore[union-attr]
+                runs[-1] = Run(segment._replace(tokens=tokens_of), before.blocks + 1)
+            else:
+                runs.append(Run(segment))
+        batch.shared[key] = runs, segments
+    return batch.shared[key]
+
+
+def _whole(before: Run, segment: Segment, size: int) -> bool:
+    """Whether a segment is a whole block of all rows, as are those in front of it."""
+    parts = before.segment.tokens, segment.tokens
+    if not all(isinstance(part, slice) for part in parts):
+        return False
+    lengths = [part.stop - part.start for part in parts]  # type: ignore[union-attr]
+    return lengths == [before.blocks * size, size] and segment.boundary is True

@@ -1,0 +1,32 @@
+"""How much a layer with a window and a memory carries."""
+
+from typing import NamedTuple
+
+
+class Sizes(NamedTuple):
+    """W, Z, S, E and C of a layer; W is a multiple of C.
+
+    Raises:
+        ValueError: by ``check``.
+    """
+
+    window: int = 128
+    num_sinks: int = 4
+    num_slots: int = 64
+    num_exact: int = 0
+    block: int = 32
+
+    def check(self) -> None:
+        """Refuse sizes that do not fit together.
+
+        Raises:
+            ValueError: with what would be right.
+        """
+        if min(self.window, self.block) < 1 or min(self[1:4]) < 0:
+            raise ValueError("window and block must be at least 1, the other sizes at least 0")
+        if self.window % self.block:
+            raise ValueError(f"window must be a multiple of {self.block}, the tokens of a block")
+        if self.num_sinks > self.block:
+            raise ValueError(f"num_sinks must be at most {self.block}, the tokens of a block")
+        if self.num_exact and not self.num_slots:
+            raise ValueError("num_exact needs slots to write to: num_slots must be at least 1")
