@@ -25,6 +25,7 @@ COMMANDS = {
     "chat": ("hamt.chat", "a conversation that is kept, and read once"),
     "serve": ("hamt.serving.command", "a model behind the interface of OpenAI's servers"),
     "finetune": ("hamt.finetune.command", "train a model further, on labels or conversations"),
+    "convert": ("hamt.convert.command", "a pretrained transformer gets a window and a memory"),
     "evaluate": ("hamt.measure.evaluate.command", "perplexity, benchmark tasks and samples"),
     "compare": ("hamt.measure.compare.command", "a model beside baselines: quality, speed, memory"),
     "bench": ("hamt.measure.bench.command", "speed and memory against the length of the context"),

@@ -40,7 +40,7 @@ def checkpoint(text, tmp_path_factory):
 
 def test_names_and_flags_are_pinned():
     assert list(COMMANDS) == [
-        "demo", "quick-train", "train", "generate", "read", "chat", "serve", "finetune",
+        "demo", "quick-train", "train", "generate", "read", "chat", "serve", "finetune", "convert",
         "evaluate", "compare", "bench", "recall", "ablate", "analyze", "export", "explore",
         "completion",
     ]  # fmt: skip

@@ -16,7 +16,7 @@ from hamt.batch import Batch
 from hamt.window_and_memory.mixer import WindowAndMemory
 from hamt.window_and_memory.runs import runs_of
 
-CHUNK = 256  # queries whose scores with all keys are computed at once
+CHUNK = 128  # queries whose scores with all keys are computed at once
 
 
 class Branches(NamedTuple):

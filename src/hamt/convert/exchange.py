@@ -27,7 +27,7 @@ def exchange(
     fields: dict[str, Any] = model.config.to_dict()
     for name in ("quantization_config", "architectures", "dtype", "transformers_version"):
         fields.pop(name, None)  # a file of quantised weights was read as numbers
-    count = fields["num_hidden_layers"]
+    count = model.config.num_hidden_layers
     sizes = [layers] * count if isinstance(layers, Sizes) else layers
     config = ConvertedConfig(fields, [list(each) for each in sizes], reach)
     with torch.device("meta"):
@@ -38,3 +38,15 @@ def exchange(
     converted.lm_head = model.get_output_embeddings()
     converted.generation_config = model.generation_config
     return converted.eval()
+
+
+def resize(model: ConvertedForCausalLM, layers: Sequence[Sizes]) -> None:
+    """Give the layers of a converted model other sizes; what slots had learned is lost.
+
+    Raises:
+        ValueError: if the sizes do not fit.
+    """
+    old = model.config
+    config = ConvertedConfig(old.transformer, [list(each) for each in layers], old.reach)
+    take_over(model.model.body, config)
+    model.config = model.model.config = config

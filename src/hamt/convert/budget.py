@@ -1,0 +1,45 @@
+"""How much each layer carries, by the options, and what that comes to."""
+
+from collections.abc import Sequence
+
+import torch
+
+from hamt.convert.options import ConvertOptions
+from hamt.converted_model import ConvertedForCausalLM
+from hamt.window_and_memory.sizes import Sizes
+
+
+def layer_sizes(options: ConvertOptions, wide_layers: Sequence[int], count: int) -> list[Sizes]:
+    """Window and memory of each layer."""
+    usual = Sizes(
+        options.window, options.num_sinks, options.num_slots, options.num_exact, options.block
+    )
+    wide = usual._replace(
+        window=options.wide_window, num_slots=options.wide_slots, num_exact=options.wide_exact
+    )
+    usual, wide = (_without_slots(each, options.memory) for each in (usual, wide))
+    return [wide if layer in wide_layers else usual for layer in range(count)]
+
+
+def _without_slots(sizes: Sizes, memory: str) -> Sizes:
+    """The same for other kinds of ``--memory``: a slot and an entry are about one token each."""
+    if memory == "slots":
+        return sizes
+    more = (sizes.num_slots + sizes.num_exact) * (memory == "window")
+    window = sizes.window + more // sizes.block * sizes.block
+    return sizes._replace(window=window, num_slots=0, num_exact=0)
+
+
+def state_floats(model: ConvertedForCausalLM) -> int:
+    """Numbers that a converted model carries for one row, whatever the length of its text."""
+    return sum(
+        torch.Size(shape).numel()
+        for layer in model.model.layers
+        for shape in layer.self_attn.window_and_memory.state_shapes().values()
+    )
+
+
+def key_value_floats(model: ConvertedForCausalLM) -> int:
+    """Numbers that the transformer keeps of one token."""
+    takers = [layer.self_attn.window_and_memory for layer in model.model.layers]
+    return sum(2 * taker.num_groups * taker.head_dim for taker in takers)

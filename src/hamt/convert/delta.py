@@ -1,0 +1,100 @@
+"""What a conversion has learned, apart from the transformer: slots and adapters, a few MB.
+
+A file of it and the transformer give the converted model again. Numbers are kept in bfloat16.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hamt.convert.exchange import exchange
+from hamt.converted_model import ConvertedForCausalLM
+from hamt.window_and_memory.sizes import Sizes
+
+FORMAT = "hamt-delta-1"
+ADAPTER = ".lora_"
+
+
+def learned(model: nn.Module) -> dict[str, Tensor]:
+    """Slots and adapters by name, as they are."""
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if ".slots." in name or ADAPTER in name
+    }
+
+
+def learn_again(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    """Give slots and adapters of a model the values that ``learned`` told.
+
+    Raises:
+        ValueError: if they are those of another model.
+    """
+    there = dict(model.named_parameters())
+    if wrong := [
+        name for name in kept if name not in there or there[name].shape != kept[name].shape
+    ]:
+        raise ValueError(f"{wrong[0]} is not a part of this model")
+    with torch.no_grad():
+        for name, x in kept.items():
+            there[name].copy_(x)
+
+
+def save_delta(
+    path: str | os.PathLike[str],
+    model: ConvertedForCausalLM,
+    scale: float,
+    about: Mapping[str, Any],
+) -> None:
+    """Write slots and adapters of a model.
+
+    Args:
+        path: of the file.
+        model: with adapters that are not merged.
+        scale: what the product of two adapter matrices is multiplied with.
+        about: what else is to be known, as JSON holds it.
+    """
+    told = {
+        "format": FORMAT,
+        "layers": model.config.layers,
+        "reach": model.config.reach,
+        "scale": scale,
+        "about": dict(about),
+    }
+    numbers = {name: x.to(torch.bfloat16).contiguous() for name, x in learned(model).items()}
+    save_file(numbers, path, metadata={"hamt": json.dumps(told)})
+
+
+def with_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> ConvertedForCausalLM:
+    """A converted model of a transformer, which cannot be used any more, and a delta.
+
+    Raises:
+        ValueError: if the file is no delta, or one of another transformer.
+    """
+    with safe_open(Path(path), "pt") as file:
+        told = json.loads((file.metadata() or {}).get("hamt", "{}"))
+        if told.get("format") != FORMAT:
+            raise ValueError(f"{path} is not what hamt convert has learned")
+        kept = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    converted = exchange(model, [Sizes(*layer) for layer in told["layers"]], told["reach"])
+    adapters = {name: kept.pop(name) for name in list(kept) if ADAPTER in name}
+    learn_again(converted, kept)
+    with torch.no_grad():
+        for name, inner in adapters.items():
+            if f"{ADAPTER}A." not in name:
+                continue
+            outer = adapters[name.replace(f"{ADAPTER}A.", f"{ADAPTER}B.")]
+            weight = converted.get_parameter(f"{name.partition(ADAPTER)[0]}.weight")
+            change = told["scale"] * (outer @ inner)
+            if change.shape != weight.shape:
+                raise ValueError(f"{path} was learned with another transformer")
+            weight.add_(change.to(weight.dtype))
+    return converted
