@@ -1,0 +1,97 @@
+"""From where a converted model's next token comes: what each earlier token added to its logit.
+
+What attention gives is a sum of the values of all earlier tokens, in the window or not: with its
+weights fixed, a slot gives its mean value, to which each token has a share. So the weight of a
+token is what the output changes by if its value does, and a derivative tells it exactly, whatever
+way the token went.
+
+Shape legend: N tokens, L layers, H query heads, G key-value heads, R = H / G, D head features.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hamt.batch import Batch
+from hamt.converted_model import ConvertedForCausalLM, Pass
+
+KINDS = ("window", "sinks", "memory")
+
+
+class Sources(NamedTuple):
+    """What the last of N tokens took from all of them.
+
+    ``weights`` (L, H, N) are those of attention, which sum to 1; ``logit`` (L, N) is what each
+    token added to the logit of ``token`` by way of attention in a layer, not by way of layers
+    behind it; ``window`` (L,) is where the window began.
+    """
+
+    token: int
+    weights: Tensor
+    logit: Tensor
+    window: Tensor
+    num_sinks: Tensor
+
+    def by_kind(self) -> dict[str, Tensor]:
+        """Of each of ``KINDS`` what it added to the logit in each layer, (L,)."""
+        place = torch.arange(self.logit.shape[1])
+        near = place >= self.window[:, None]
+        first = (place < self.num_sinks[:, None]) & ~near
+        parts = near, first, ~near & ~first
+        return {
+            kind: (self.logit * part).sum(dim=1) for kind, part in zip(KINDS, parts, strict=True)
+        }
+
+
+@torch.no_grad()
+def sources(model: ConvertedForCausalLM, input_ids: Tensor, token: int | None = None) -> Sources:
+    """Read ids (1, N), and tell from where the next token comes.
+
+    Args:
+        model: a converted model.
+        input_ids: of one row.
+        token: whose logit it is; None is the most probable one.
+    """
+    weights: list[Tensor] = []
+    values: list[Tensor] = []
+
+    def note(module: Any, queries: Tensor, keys: Tensor, value: Tensor, scale: float) -> Tensor:
+        taker, value = module.window_and_memory, value.detach().requires_grad_()
+        with torch.enable_grad():
+            mixed, _ = taker(queries, keys, value, Batch(), None, scale)
+            # Head r of each group is asked by feature r: one derivative tells of all heads.
+            last = mixed[0, -1].unflatten(0, (taker.num_groups, -1))
+            asked = torch.diagonal(last, dim1=1, dim2=2).sum()
+            (found,) = torch.autograd.grad(asked, value)
+        repeats = last.shape[1]
+        weights.append(found[0, ..., :repeats].permute(1, 2, 0).flatten(0, 1))
+        values.append(value.detach()[0].repeat_interleave(repeats, dim=1))
+        return mixed.detach()
+
+    body: Any = model.model.body
+    before: list[Tensor] = []
+    hook = body.norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
+    try:
+        final = model.model.run_body(model.model.embed_tokens(input_ids), Pass(instead=note))
+    finally:
+        hook.remove()
+    logits = model.lm_head(final[0, -1])
+    token = int(logits.argmax()) if token is None else token
+    # The last norm divides by a number, which is taken as it is.
+    factor = body.norm(before[0])[0, -1] / before[0][0, -1]
+    direction = model.lm_head.weight[token] * factor
+    added = []
+    for layer, weight, value in zip(body.layers, weights, values, strict=True):
+        back = (direction @ layer.self_attn.o_proj.weight).unflatten(0, (weight.shape[0], -1))
+        added.append(torch.einsum("hn,nhd,hd->n", weight, value, back))
+    length, sizes = input_ids.shape[1], model.config.sizes
+    begun = [(length - 1) // each.block * each.block for each in sizes]
+    left = [max(0, n - each.window + each.block) for n, each in zip(begun, sizes, strict=True)]
+    return Sources(
+        token,
+        torch.stack(weights),
+        torch.stack(added),
+        torch.tensor(left),
+        torch.tensor([each.num_sinks for each in sizes]),
+    )
