@@ -70,6 +70,7 @@ def test_anything_else_ends_at_once_in_one_line(read, content, reason):
 def test_recipes_of_the_package_are_found_by_name(tmp_path, monkeypatch):
     assert recipe_names() == sorted(path.stem for path in FOLDER.iterdir() if path.is_file())
     assert {"tiny", "sotu", "100M"} <= set(recipe_names())
+    assert find_recipe("convert/smollm2") == FOLDER / "convert" / "smollm2.yaml"
     monkeypatch.chdir(tmp_path)
     assert find_recipe("tiny") == FOLDER / "tiny.yaml"
     assert read_recipe("tiny")["hidden_dim"] == "64"

@@ -18,19 +18,20 @@ _NULL, _LIST, _LINES = (f"tag:yaml.org,2002:{name}" for name in ("null", "seq", 
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with HAMT."""
+    """The recipes of trainings that come with HAMT; those of other commands are in subfolders."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def find_recipe(name: str) -> Path | None:
     """The path of a recipe: ``name`` itself if it ends in ``.yaml`` or ``.yml``, even of no file.
 
-    Otherwise it is that of the recipe of HAMT with this name, or None: if there is none, or a path
-    has this name, too.
+    Otherwise it is that of the recipe of HAMT with this name (``tiny``, ``convert/smollm2``), or
+    None: if there is none, or a path has this name, too.
     """
     if Path(name).suffix in (".yaml", ".yml"):
         return Path(name)
-    known = name in recipe_names() and not os.path.exists(name)
+    there = {path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml")}
+    known = name in there and not os.path.exists(name)
     return FOLDER / f"{name}.yaml" if known else None
 
 

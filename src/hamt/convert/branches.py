@@ -114,11 +114,17 @@ def of_slots(
 
 
 @contextmanager
-def with_window(taker: WindowAndMemory, window: int) -> Iterator[None]:
-    """Another window for a while."""
+def slots_alone(taker: WindowAndMemory, window: int) -> Iterator[None]:
+    """For a while, another window and no exact entries: all that leaves the window is in slots."""
     sizes = taker.sizes
-    taker.sizes = sizes._replace(window=window)
+    taker.sizes = sizes._replace(window=window, num_exact=0)
     try:
         yield
     finally:
         taker.sizes = sizes
+
+
+def short_window(taker: WindowAndMemory, length: int) -> int:
+    """The window of a layer, or a quarter of so many tokens, so that something leaves it."""
+    size = taker.sizes.block
+    return min(taker.sizes.window, max(length // 4 // size, 1) * size)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamt.convert.branches import of_attention, of_slots
-from hamt.converted_model import ConvertedForCausalLM, Pass
+from hamt.convert.branches import of_attention, of_slots, short_window, slots_alone
+from hamt.converted_model import ConvertedForCausalLM, Pass, full_attention
 from hamt.window_and_memory.mixer import WindowAndMemory
 
 SHARPNESS = 12.0  # how far an address tells clusters apart, over the variance within them
@@ -31,7 +31,8 @@ def calibrate(model: ConvertedForCausalLM, rows: Iterable[Tensor]) -> None:
 
     def look(module: Any, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         index, taker = module.layer_idx, takers[module.layer_idx]
-        found = of_attention(taker, queries, keys, values, scale)
+        with slots_alone(taker, short_window(taker, queries.shape[1])):
+            found = of_attention(taker, queries, keys, values, scale)
         kept[index].append(keys[0].float())
         mass = found.mass[0]
         heads = (found.distance[0] * mass).sum(dim=0) / mass.sum(dim=0).clamp(min=1e-9)
@@ -49,8 +50,10 @@ def calibrate(model: ConvertedForCausalLM, rows: Iterable[Tensor]) -> None:
 
     def weigh(module: Any, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         taker = takers[module.layer_idx]
-        found = of_attention(taker, queries, keys, values, scale)
-        if taker.slots is not None:
+        if taker.slots is None:
+            return full_attention(module, queries, keys, values, scale)
+        with slots_alone(taker, short_window(taker, queries.shape[1])):
+            found = of_attention(taker, queries, keys, values, scale)
             _, total = of_slots(taker, queries, keys, values, scale)
             mass = found.mass[0] * total[0].isfinite()
             gap = (found.far_sum - total)[0].nan_to_num(0.0, 0.0, 0.0)

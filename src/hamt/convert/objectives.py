@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hamt.convert.branches import join, of_attention, of_slots, with_window
+from hamt.convert.branches import join, of_attention, of_slots, short_window, slots_alone
 from hamt.converted_model import ConvertedForCausalLM, Pass, full_attention
 
 CHUNK = 256  # tokens whose logits are there at once
@@ -53,8 +53,8 @@ class LayerByLayer(Objective):
     out, so that the slots cannot rest on it. For the same reason windows are drawn at random: the
     shorter they are, the more there is far away.
 
-    ``windows`` are those that are drawn from, beside the layer's own, which is taken every other
-    time, and always in evaluation mode.
+    ``windows`` are those that are drawn from, every other time. Otherwise, and always in evaluation
+    mode, a layer's own is taken, or a quarter of the row if that is less.
     """
 
     def __init__(self, model: ConvertedForCausalLM, windows: Sequence[int] = (32, 64, 128)) -> None:
@@ -78,9 +78,9 @@ class LayerByLayer(Objective):
             taker = module.window_and_memory
             if taker.slots is None:
                 return full_attention(module, queries, keys, values, scale)
-            size, own = taker.sizes.block, taker.sizes.window
+            own, size = short_window(taker, input_ids.shape[1]), taker.sizes.block
             window = own if draw is None else min(-(-draw // size) * size, own)
-            with with_window(taker, window):
+            with slots_alone(taker, window):
                 found = of_attention(taker, queries, keys, values, scale)
                 with torch.set_grad_enabled(learns):
                     far, far_sum = of_slots(taker, queries, keys, values, scale)

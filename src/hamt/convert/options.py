@@ -85,8 +85,8 @@ class ConvertOptions:
     select_rows: int = option(
         2, "rows by which --num_wide chooses layers, of calibrate_length", at_least=1, group="how"
     )
-    calibrate_rows: int = option(24, "rows that addresses are made from", at_least=1, group="how")
-    calibrate_length: int = option(1024, "tokens of each", at_least=2, group="how")
+    calibrate_rows: int = option(12, "rows that addresses are made from", at_least=1, group="how")
+    calibrate_length: int = option(2048, "tokens of each", at_least=2, group="how")
     layers_steps: int = option(
         400, "rows from which each layer learns by itself", at_least=1, group="how"
     )
