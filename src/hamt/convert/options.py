@@ -13,7 +13,8 @@ class ConvertOptions:
     """Give a pretrained transformer a window and a holographic memory in the place of attention."""
 
     model: str | None = option(
-        None, "what is converted: a folder of Transformers, a .gguf file, or a name on the hub"
+        None,
+        "what is converted: a folder of Transformers, a .gguf file, a name on the hub, or smollm2",
     )
     config: str | None = option(
         None, "a YAML file of these options, or the name of a recipe; flags go before it"
@@ -22,6 +23,10 @@ class ConvertOptions:
     resume: bool = option(False, "go on from the last checkpoint in --output_dir")
     overwrite: bool = option(False, "begin anew where --output_dir holds another conversion")
     dry_run: bool = option(False, "check everything, say what it will cost, and train nothing")
+    delta: str | None = option(
+        None, "what another conversion of this model has learned (its delta.safetensors); then "
+        "nothing is trained, and sizes are those of the file",
+    )  # fmt: skip
     trust_remote_code: bool = option(
         False, "run the code that comes with a model of somebody else; it can do anything"
     )
