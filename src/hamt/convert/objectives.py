@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from hamt.convert.branches import join, of_attention, of_slots, short_window, slots_alone
 from hamt.converted_model import ConvertedForCausalLM, Pass, full_attention
+from hamt.errors import UserError
 
 CHUNK = 256  # tokens whose logits are there at once
 ALPHA = 16  # of adapters: over their rank, it is what they are multiplied with
@@ -127,9 +128,15 @@ class Distillation(Objective):
 
 
 def add_adapters(model: nn.Module, rank: int) -> None:
-    """Adapters of PEFT on the maps of values and outputs."""
-    from peft import LoraConfig, inject_adapter_in_model
+    """Adapters of PEFT on the maps of values and outputs.
 
+    Raises:
+        UserError: if PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError("adapters need PEFT: pip install 'peft>=0.17', or --lora_rank 0") from error
     config = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=["v_proj", "o_proj"])
     inject_adapter_in_model(config, model)
 
