@@ -190,6 +190,16 @@ def test_wide_layers_are_those_that_lose_most(teacher, data, tmp_path, capsys):
     assert windows[lost.index(min(lost))] == 16
 
 
+def test_half_precision_learns_as_well(teacher, data, converted, tmp_path):
+    assert convert(teacher, data, tmp_path / "out", mixed_precision="bf16") == 0
+    found, wanted = (
+        read_json(folder / "convert_info.json")["stages"][-1]["divergence"]
+        for folder in (tmp_path / "out", converted)
+    )
+    assert found != wanted
+    assert abs(found / wanted - 1) < 0.05
+
+
 def test_a_dry_run_says_what_it_costs_and_writes_nothing(teacher, data, tmp_path, capsys):
     assert convert(teacher, data, tmp_path / "out", dry_run=True) == 0
     shown = capsys.readouterr().out

@@ -115,6 +115,10 @@ class ConvertOptions:
         8, "rank of adapters of value and output maps (PEFT); 0 leaves them as they are",
         at_least=0, group="how",
     )  # fmt: skip
+    mixed_precision: str = option(
+        "no", "bf16 computes in half precision, where a processor is faster at it",
+        choices=("no", "bf16"), group="how",
+    )  # fmt: skip
     gradient_checkpointing: bool = option(
         False, "compute layers again in the backward pass, to save memory", group="how"
     )

@@ -235,6 +235,7 @@ class _Run:
             batches,
             self.some(self.corpus.held_out, options.eval_rows, length),
             loop,
+            mixed_precision=options.mixed_precision,
             output=self.output,
             save_interval=options.save_interval,
             listeners=lambda step: [ProgressBar(steps, step), _Lines(self.console, name)],

@@ -12,6 +12,7 @@ from hamt.convert.objectives import Objective
 from hamt.data.loader import Batches
 from hamt.errors import UserError, reason
 from hamt.output import Output
+from hamt.training.accelerator import make_accelerator
 from hamt.training.loop import Listener, LoopOptions, Trainer, TrainingResult
 
 
@@ -22,6 +23,7 @@ def train_stage(
     held_out: list[Tensor],
     options: LoopOptions,
     *,
+    mixed_precision: str,
     output: Output,
     save_interval: int,
     listeners: Callable[[int], list[Listener[Any]]],
@@ -34,6 +36,7 @@ def train_stage(
         held_out: rows of ids, (1, N) each.
         batches: rows to learn from.
         options: of the loop.
+        mixed_precision: no or bf16.
         output: where the checkpoint is kept until the stage is over.
         save_interval: steps from one checkpoint to the next.
         listeners: open what watches a run that goes on after so many steps.
@@ -44,7 +47,13 @@ def train_stage(
         with torch.no_grad():
             return sum(float(objective.measure(row)) for row in held_out) / len(held_out)
 
-    trainer: Trainer[float] = Trainer(objective, measure, options)  # type: ignore[arg-type]
+    accelerator = make_accelerator(mixed_precision, on_cpu=objective.device.type == "cpu")
+    trainer: Trainer[float] = Trainer(
+        objective,  # type: ignore[arg-type]
+        measure,
+        options,
+        accelerator=accelerator,
+    )
     saver = _Saver(name, output, save_interval)
     saver.load(trainer)
     watching = listeners(trainer.result.steps)
