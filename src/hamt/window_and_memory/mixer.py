@@ -8,7 +8,7 @@ each slot as one token that counts for all that were written to it. What is furt
 
 Shape legend: B batch, N tokens, L tokens of each of the M blocks of a run, H query heads, G
 key-value heads, R = H / G, D features of a head, W window, C tokens of a block, Z sinks, S slots, E
-exact entries, K = Z + E + S, F = 2 D + 2 features of a slot.
+exact entries, K = Z + E + S, F features of a slot.
 """
 
 from typing import NamedTuple
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from hamt.batch import Batch, take
+from hamt.memory.precision import without_autocast
 from hamt.mixers import State
 from hamt.window_and_memory.exact import Candidates, admit, looked_at
 from hamt.window_and_memory.runs import RUN, Run, runs_of
 from hamt.window_and_memory.sizes import Sizes
-from hamt.window_and_memory.slots import Slots
+from hamt.window_and_memory.slots import Means, Slots
 
 
 class Seen(NamedTuple):
@@ -29,7 +30,8 @@ class Seen(NamedTuple):
 
     ``bias`` (B, M, G, K) is added to far scores, ``mask`` (1 or B, M, L, .) says which of the near
     ones each query sees, and ``sees_far`` (B, L) whether it sees what is far, if not all of one
-    block do. Far are sinks, exact entries and slots, in this order.
+    block do. Far are sinks, exact entries and slots, in this order; ``variance`` (B, M, G, S, 2) is
+    that of the keys in slots.
     """
 
     far_keys: Tensor
@@ -38,6 +40,7 @@ class Seen(NamedTuple):
     near_keys: Tensor
     near_values: Tensor
     mask: Tensor
+    variance: Tensor | None = None
     sees_far: Tensor | None = None
 
 
@@ -47,7 +50,7 @@ class WindowAndMemory(nn.Module):
     Args:
         num_heads: H.
         num_groups: G, of which H is a multiple.
-        head_dim: D, even.
+        head_dim: D, a multiple of 4.
         sizes: of its state.
         frequencies: (D / 2,) angles by which one position turns the pairs (f, f + D/2) of features.
         reach: tokens; what is further away is seen from there.
@@ -66,7 +69,7 @@ class WindowAndMemory(nn.Module):
         reach: int = 2048,
     ) -> None:
         super().__init__()
-        sizes.check()
+        sizes.check(num_heads, num_groups, head_dim)
         self.num_heads, self.num_groups, self.head_dim = num_heads, num_groups, head_dim
         self.sizes, self.reach = sizes, reach
         # No buffer: models are made on the device meta and then filled from a file without it.
@@ -205,20 +208,22 @@ class WindowAndMemory(nn.Module):
                 )
                 slots = torch.cat((slots, after[:, :-1]), dim=1)
                 state["slots"] = after[:, -1].clone()
-        far = self.far(begun, left, slots, state, keys)
+        means = None if self.slots is None or slots is None else self.slots.means(slots)
+        far = self.far(begun, left, means, state, keys)
         documents = run.segment.documents
         sees_far = None if documents is None else documents.eq(0)
-        return Seen(*far, near[0], near[1], mask, sees_far), state
+        variance = None if means is None else means.variance
+        return Seen(*far, near[0], near[1], mask, variance, sees_far), state
 
     def far(
-        self, begun: Tensor, left: Tensor, slots: Tensor | None, state: State, like: Tensor
+        self, begun: Tensor, left: Tensor, means: Means | None, state: State, like: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values (B, M, G, K, D) of what has left the window, and their bias (B, M, G, K).
 
         Args:
             begun: (1 or B, M) tokens before the last boundary.
             left: (1 or B, M) how many of them had left the window.
-            slots: (B, M, G, S, F) at that boundary, or None.
+            means: of slots (B, M, G, S, F) at that boundary, or None.
             state: for sinks and exact entries.
             like: of B rows, in the dtype that is wanted.
         """
@@ -237,10 +242,9 @@ class WindowAndMemory(nn.Module):
                 there = place.ge(0).expand(*shape, -1)
             bias = torch.zeros(there.shape, device=like.device).masked_fill(~there, -torch.inf)
             parts.append((self.reached(kept[0], begun, place), kept[1], bias))
-        if self.slots is not None and slots is not None:
-            means, held_values, place, mass = self.slots.means(slots)
-            means = self.reached(means * self.slots.key_gain[:, None], begun, place)
-            parts.append((means.to(like.dtype), held_values.to(like.dtype), mass))
+        if self.slots is not None and means is not None:
+            turned = self.reached(means.keys * self.slots.key_gain[:, None], begun, means.places)
+            parts.append((turned.to(like.dtype), means.values.to(like.dtype), means.log_mass))
         if not parts:
             nothing = like.new_zeros(*shape, 0, self.head_dim)
             return nothing, nothing, nothing[..., 0]
@@ -272,13 +276,12 @@ class WindowAndMemory(nn.Module):
             ((asked.flatten(3, 4) @ keys.mT) * scale).to(wide).unflatten(3, (repeats, -1))
             for keys in (seen.far_keys, seen.near_keys)
         )
-        bias = seen.bias[:, :, :, None, None].to(wide)
-        if self.slots is not None:
-            offset = self.slots.offset.to(wide).view(-1, repeats, 1, 1)
-            others, of_slots = bias.tensor_split([-self.sizes.num_slots], dim=-1)
-            others = others.expand(-1, -1, -1, repeats, -1, -1)
-            bias = torch.cat((others, of_slots + offset), dim=-1)
-        far = far + bias
+        far = far + seen.bias[:, :, :, None, None].to(wide)
+        if self.slots is not None and seen.variance is not None:
+            count = self.sizes.num_slots
+            with without_autocast(asked):
+                of_slots = far[..., -count:] + self.slots.added(asked, seen.variance, scale)
+            far = torch.cat((far[..., :-count], of_slots.to(wide)), dim=-1)
         if seen.sees_far is not None:
             far = far.masked_fill(~seen.sees_far[:, None, None, None, :, None], -torch.inf)
         return far, near.masked_fill(~seen.mask[:, :, None, None], -torch.inf)

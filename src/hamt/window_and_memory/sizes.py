@@ -16,8 +16,8 @@ class Sizes(NamedTuple):
     num_exact: int = 0
     block: int = 32
 
-    def check(self) -> None:
-        """Refuse sizes that do not fit together.
+    def check(self, num_heads: int = 1, num_groups: int = 1, head_dim: int = 4) -> None:
+        """Refuse sizes that do not fit together, or not the heads of a model.
 
         Raises:
             ValueError: with what would be right.
@@ -30,3 +30,8 @@ class Sizes(NamedTuple):
             raise ValueError(f"num_sinks must be at most {self.block}, the tokens of a block")
         if self.num_exact and not self.num_slots:
             raise ValueError("num_exact needs slots to write to: num_slots must be at least 1")
+        if head_dim % 4 or num_heads % num_groups:
+            raise ValueError(
+                f"heads must be of a multiple of 4 features, and as many for each of {num_groups} "
+                f"keys; there are {num_heads} heads of {head_dim}"
+            )

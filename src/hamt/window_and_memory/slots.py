@@ -1,19 +1,27 @@
 """The slots of the memory behind a window: what is written to them, and what a query sees of them.
 
-An item is a token's key with its rotary position, its value, a one, and its position. So the
-holographic memory (``hamt.memory``) keeps in each slot s sums over the tokens j that have left the
-window, and their count, the slot's mass:
+An item is a token's key with its rotary position, its value, a one, its position, and the squares
+of the key. So the holographic memory (``hamt.memory``) keeps in each slot s sums over the tokens j
+that have left the window, and their count, the slot's mass:
 
-    M[s] = Σ_j 2^(-age_j / h_s) w_j[s] (k_j, v_j, 1, j),    w_j = e^(u · k_j) softmax(W k_j + b)
+    M[s] = Σ_j 2^(-age_j / h_s) w_j[s] (k_j, v_j, 1, j, |k_j|²)
+    w_j = e^(u · k_j) softmax(W k_j + b)
 
-with keys without rotary position in W k_j and u · k_j. A query sees of a slot the means, as if they
-were one token, and adds the logarithm of the mass to its score.
+with keys without rotary position in w_j. A query q sees of a slot the mean key K and
+the mean value, as if they were one token, with the score
+
+    q · K / √D + log m + o + ½ c Var(q · k / √D)
+
+If keys in a slot were normally distributed, c = 1 would give the logarithm of the sum that
+attention takes over all its tokens; o and c are learned for each query head. The variance is that
+of features of keys, in two bands: pairs that a position turns fast, which differ most, and slowly.
 
 Shape legend: B batch, N tokens, M boundaries, G key-value heads, H query heads, D features of a
-head, S slots, F = 2 D + 2 features of an item.
+head, S slots, F = 2 D + 4 features of an item.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +33,22 @@ from hamt.memory.write_rules import Gates
 
 HALF_LIFE = 1024.0  # of a slot at initialisation, tokens
 EMPTY = 1e-6  # a mass that counts for none
+BANDS = 2  # of features, by how fast a position turns them
+SPREAD = 0.4  # c at initialisation
+
+
+class Means(NamedTuple):
+    """What a query sees of slots: mean keys and values (..., D), positions and log mass (...).
+
+    ``variance`` (..., 2) is that of a feature of the keys, by band. The mean of an empty slot is
+    zero, its log mass minus infinity.
+    """
+
+    keys: Tensor
+    values: Tensor
+    places: Tensor
+    log_mass: Tensor
+    variance: Tensor
 
 
 class Slots(nn.Module):
@@ -32,7 +56,7 @@ class Slots(nn.Module):
 
     def __init__(self, num_heads: int, num_groups: int, head_dim: int, num_slots: int) -> None:
         super().__init__()
-        self.head_dim, self.width = head_dim, 2 * head_dim + 2
+        self.head_dim, self.width = head_dim, 2 * head_dim + 2 + BANDS
         self.memory = HolographicMemory(num_groups * self.width, num_slots, num_groups)
         shape = (num_groups, num_slots)
         self.address = nn.Parameter(torch.randn(*shape, head_dim) / math.sqrt(head_dim))
@@ -41,6 +65,7 @@ class Slots(nn.Module):
         self.log_half_life = nn.Parameter(torch.full(shape, math.log(HALF_LIFE)))
         self.key_gain = nn.Parameter(torch.ones(num_groups, head_dim))
         self.offset = nn.Parameter(torch.zeros(num_heads))
+        self.spread = nn.Parameter(torch.full((num_heads, BANDS), SPREAD))
 
     def gates(self, keys: Tensor) -> Gates:
         """What keys (B, N, G, D) without rotary position write to each slot, and forget."""
@@ -66,26 +91,51 @@ class Slots(nn.Module):
         """
         with without_autocast(slots):
             plain, keys, values, places = (x.to(slots.dtype) for x in items)
-            whole = torch.cat((keys, values, F.pad(places[..., None], (1, 0), value=1.0)), dim=-1)
+            counts = F.pad(places[..., None], (1, 0), value=1.0)
+            whole = torch.cat((keys, values, counts, squares(keys)), dim=-1)
             gates = self.gates(plain)
             gates = gates._replace(write=gates.write * mask[..., None])
             identity = whole.new_zeros(1, 1, 1, self.memory.key_size)
             state = MemoryState(slots)
             return self.memory.after_each(every, whole, identity, gates, state)
 
-    def means(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of slots (..., G, S, F): mean keys and values (..., D), positions and log mass (...).
-
-        The mean of an empty slot is zero, its log mass minus infinity.
-        """
-        keys, values, mass, place = slots.split((self.head_dim, self.head_dim, 1, 1), dim=-1)
+    def means(self, slots: Tensor) -> "Means":
+        """What a query sees of slots (..., G, S, F)."""
+        sizes = (self.head_dim, self.head_dim, 1, 1, BANDS)
+        keys, values, mass, place, square = slots.split(sizes, dim=-1)
         empty, safe = mass.squeeze(-1) <= EMPTY, mass.clamp(min=EMPTY)
         log_mass = safe.squeeze(-1).log().masked_fill(empty, -torch.inf)
-        return keys / safe, values / safe, (place / safe).squeeze(-1), log_mass
+        keys = keys / safe
+        variance = (square / safe - squares(keys)).clamp(min=0) * BANDS / self.head_dim
+        return Means(keys, values / safe, (place / safe).squeeze(-1), log_mass, variance)
+
+    def added(self, queries: Tensor, variance: Tensor, scale: float) -> Tensor:
+        """What is added to scores of slots beside the mass.
+
+        Args:
+            queries: (B, M, G, R, L, D), R for each key-value head.
+            variance: (B, M, G, S, 2), of keys.
+            scale: what q · k is multiplied with.
+
+        Returns:
+            (B, M, G, R, L, S).
+        """
+        groups, repeats = queries.shape[2:4]
+        spread = 0.5 * scale**2 * self.spread.view(groups, repeats, 1, BANDS)
+        return self.offset.view(groups, repeats, 1, 1) + (
+            squares(queries.to(spread.dtype)) * spread @ variance[:, :, :, None].mT
+        )
 
     def recall(self, keys: Tensor, slots: Tensor, scale: float) -> Tensor:
         """The values (B, n, G, D) that rotated keys (B, n, G, D) find; zero in an empty memory."""
-        mean, value, _, log_mass = self.means(slots)
-        scores = torch.einsum("bngd,bgsd->bngs", keys.to(mean.dtype), mean) * scale
-        scores = scores + log_mass.clamp(min=-1e4)[:, None]
-        return torch.einsum("bngs,bgsd->bngd", scores.softmax(dim=-1), value)
+        means = self.means(slots)
+        scores = torch.einsum("bngd,bgsd->bngs", keys.to(slots.dtype), means.keys) * scale
+        scores = scores + means.log_mass.clamp(min=-1e4)[:, None]
+        return torch.einsum("bngs,bgsd->bngd", scores.softmax(dim=-1), means.values)
+
+
+def squares(heads: Tensor) -> Tensor:
+    """The sum of the squares of each band of features: (..., D) -> (..., 2)."""
+    # A position turns the pair (f, f + D/2) the more slowly the larger f is.
+    pairs = heads.square().unflatten(-1, (2, BANDS, -1))
+    return pairs.sum(dim=(-3, -1))
