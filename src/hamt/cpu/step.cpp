@@ -16,6 +16,10 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -408,6 +412,19 @@ struct Reader {
 
 namespace {
 
+// A step reads bytes from large pages half as fast again, and the kernel may put them there: it is
+// asked for once, and where it has none all stays as it is.
+void in_large_pages(const char* bytes, int64_t count) {
+#ifdef __linux__
+  constexpr int COLLAPSE = 25;  // MADV_COLLAPSE of Linux 6.1: now, and not some time later
+  const intptr_t page = sysconf(_SC_PAGESIZE), end = intptr_t(bytes) + count;
+  const intptr_t from = (intptr_t(bytes) + page - 1) / page * page, to = end / page * page;
+  if (from >= to) return;
+  madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(from), to - from, COLLAPSE);
+#endif
+}
+
 // Whether sizes are such as a model has: a file may hold anything.
 bool sound(const Header& h) {
   const int64_t most = int64_t(1) << 24;
@@ -457,7 +474,9 @@ hamt_model* hamt_open(const void* bytes, int64_t count) {
     }
     m->layer.push_back(layer);
   }
-  return from.at == count ? m.release() : nullptr;
+  if (from.at != count) return nullptr;
+  in_large_pages(from.bytes, count);
+  return m.release();
 }
 
 void hamt_close(hamt_model* model) { delete model; }
