@@ -229,6 +229,12 @@ class HAMTForCausalLM(HAMTPreTrainedModel, HAMTGenerationMixin):
             ``loss`` in nats per token (with labels; the weighted ``aux_loss`` is part of it),
             ``logits`` (B, N, V), ``past_key_values``.
         """
+        others = (position_ids, inputs_embeds, labels)
+        alone = return_logits and not kwargs and all(other is None for other in others)
+        if alone and self.model.native is not None:
+            logits = self.model.native.step(self, input_ids, past_key_values, attention_mask)
+            if logits is not None:
+                return HAMTCausalLMOutput(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
