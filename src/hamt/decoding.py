@@ -126,14 +126,14 @@ class Decoder:
         """
         backbone = model.model
         if (
-            not isinstance(cache, HAMTCache)
+            torch.compiler.is_compiling()
+            or self.config.output_hidden_states
+            or model.lm_head is not self._head
+            or not isinstance(cache, HAMTCache)
             or (past := cache.past) is None
             or past.seq_idx is not None
             or ids is None
             or ids.shape[1:] != (1,)
-            or has_extra_behaviour(backbone, type(backbone))
-            or model.lm_head is not self._head
-            or torch.compiler.is_compiling()
         ):
             return None
         check_cache(cache, backbone, len(ids))
