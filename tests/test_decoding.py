@@ -12,6 +12,7 @@ from memory_inputs import needs_fused
 from model_inputs import VARIANTS, name_of, random_ids, tiny_model
 from torch import nn
 
+from hamt import decoding
 from hamt.decoding import Decoder
 from hamt.memory import WRITE_RULES
 
@@ -215,6 +216,34 @@ def test_what_is_changed_is_left_to_pytorch(change, steps):
     found, _ = decode(model, ids)
     assert True not in steps
     close(found, expected)  # the head may be that of the copy
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_generate_looks_at_the_weights_once_and_each_time_anew(ends, steps, monkeypatch):
+    looked = []
+    original = decoding._marks
+    monkeypatch.setattr(decoding, "_marks", lambda weights: looked.append(1) or original(weights))
+
+    def interrupted(ids, scores):
+        raise KeyboardInterrupt
+
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    model, ids = model_of(), random_ids(2, 7)
+    model.fuse_projections()
+    looked.clear()
+    if ends == "well":
+        model.generate(ids, **options)
+        assert len(looked) == 2  # all, and after the prompt the head
+        assert steps.count(True) == 8
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(ids, stopping_criteria=[interrupted], **options)
+    in_place(model)
+    steps.clear()
+    decode(model, ids, prompt=3)
+    written = model.generate(ids, **options)
+    assert set(steps) == {False}
+    assert torch.equal(written, copy.deepcopy(model).generate(ids, **options))
 
 
 def of_its_own(model):

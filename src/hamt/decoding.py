@@ -7,7 +7,9 @@ nothing that an adapter, a hook or a quantiser does: those stay with PyTorch.
 Shape legend: B rows, d hidden_dim, H heads, K key size, V vocab_size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from operator import getitem, is_
 from typing import Any
 
@@ -37,6 +39,8 @@ _KNOWN = (
     *(nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList, RMSNorm, ScaledEmbedding),
     *(HAMTBlock, HAMTMLP, HAMTLayer, ShortConvolution, GatingNetwork, RetrievalHead, Rotation),
 )
+# The decoder whose model stays as it is, in this thread.
+_LOOKED_AT: ContextVar["Decoder | None"] = ContextVar("looked_at", default=None)
 
 
 class Decoder:
@@ -82,9 +86,18 @@ class Decoder:
             and not hooks_of_all._has_any_global_hook()
         )
 
+    @contextmanager
+    def looked_at_once(self) -> Iterator[None]:
+        """Within it parts and weights stay as they are, and are not looked at for every token."""
+        token = _LOOKED_AT.set(self if self._is_copy() else None)
+        try:
+            yield
+        finally:
+            _LOOKED_AT.reset(token)
+
     def _is_copy(self) -> bool:
         """Whether parts and weights are still those that were copied."""
-        return (
+        return _LOOKED_AT.get() is self or (
             all(map(is_, map(getitem, self._tables, self._names), self._values))
             and _marks(self._weights) == self._marks
         )
