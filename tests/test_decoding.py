@@ -4,20 +4,16 @@ import copy
 import io
 import pickle
 
-import peft
 import pytest
 import torch
 import transformers
+from decoding_inputs import close, counted_runs, decode, model_of
 from memory_inputs import needs_fused
-from model_inputs import VARIANTS, name_of, random_ids, tiny_model
-from torch import nn
+from model_inputs import VARIANTS, name_of, random_ids
 
-from hamt import decoding
-from hamt.decoding import Decoder
 from hamt.memory import WRITE_RULES
 
 pytestmark = needs_fused
-BASE = {"hidden_dim": 40, "hcm_dim": 48, "num_slots": 3, "num_heads": 2}
 OTHER_LAYERS = {"gate_feedback", "read_before_write", "normalize_state", "mixers"}
 OTHERS = [
     {"rotation": "constant"},
@@ -33,44 +29,9 @@ OTHERS = [
 KNOWN = [each for each in (*VARIANTS, *OTHERS) if not OTHER_LAYERS & each.keys()]
 
 
-def model_of(**options):
-    """With weights of no special value: zeros and ones hide what is left out."""
-    model = tiny_model(**{**BASE, "num_layers": 2, **options}).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.2 * torch.randn_like(weight) * weight.square().mean().sqrt())
-    return model
-
-
 @pytest.fixture
 def steps(monkeypatch):
-    """How often a copy has taken over, True, or left it to PyTorch, False."""
-    found, run = [], Decoder.run
-
-    def counted(self, *arguments):
-        result = run(self, *arguments)
-        found.append(result is not None)
-        return result
-
-    monkeypatch.setattr(Decoder, "run", counted)
-    return found
-
-
-@torch.no_grad()
-def decode(model, ids, prompt=9, **options):
-    """Logits (B, N - prompt, V), a token at a time, and the last state."""
-    cache = model(ids[:, :prompt], use_cache=True).past_key_values
-    logits = [
-        model(ids[:, t : t + 1], past_key_values=cache, **options).logits
-        for t in range(prompt, ids.shape[1])
-    ]
-    return torch.cat(logits, dim=1), cache
-
-
-def close(found, expected, tolerance=2e-5):
-    scale = expected.abs().max()
-    assert (found - expected).abs().max() <= tolerance * scale
+    return counted_runs(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -166,121 +127,6 @@ def test_weights_of_fewer_bits_are_rounded_and_nothing_else(kind):
     for t in range(9, 20):
         found = model(ids[:, t : t + 1], past_key_values=cache).logits
         close(found, rounded(ids[:, t : t + 1], past_key_values=other).logits)
-
-
-def hooked(model):
-    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
-
-
-def in_place(model):
-    with torch.no_grad():
-        model.model.layers[0].mixer.key_proj.weight.mul_(1.5)
-
-
-def exchanged(model):
-    weight = model.model.layers[0].mixer.item_proj.weight
-    model.model.layers[0].mixer.item_proj.weight = nn.Parameter(weight.detach() * 2)
-
-
-def another_part(model):
-    model.model.layers[1].mixer.output_proj = nn.Linear(48, 40, bias=False)
-
-
-def adapted(model):
-    targets = ["item_proj", "up_proj"]
-    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
-    peft.get_peft_model(model, config)
-
-
-def trained_further(model):
-    model.train()
-    model.eval()
-
-
-def another_head(model):
-    model.resize_token_embeddings(170)
-
-
-CHANGES = [hooked, in_place, exchanged, another_part, adapted, trained_further, another_head]
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by PEFT
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_what_is_changed_is_left_to_pytorch(change, steps):
-    model, ids = model_of(), random_ids(2, 13)
-    model.fuse_projections()
-    torch.manual_seed(0)
-    change(model)
-    expected, _ = decode(copy.deepcopy(model), ids)
-    steps.clear()
-    found, _ = decode(model, ids)
-    assert True not in steps
-    close(found, expected)  # the head may be that of the copy
-
-
-@pytest.mark.parametrize("ends", ["well", "badly"])
-def test_generate_looks_at_the_weights_once_and_each_time_anew(ends, steps, monkeypatch):
-    looked = []
-    original = decoding._marks
-    monkeypatch.setattr(decoding, "_marks", lambda weights: looked.append(1) or original(weights))
-
-    def interrupted(ids, scores):
-        raise KeyboardInterrupt
-
-    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
-    model, ids = model_of(), random_ids(2, 7)
-    model.fuse_projections()
-    looked.clear()
-    if ends == "well":
-        model.generate(ids, **options)
-        assert len(looked) == 2  # all, and after the prompt the head
-        assert steps.count(True) == 8
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            model.generate(ids, stopping_criteria=[interrupted], **options)
-    in_place(model)
-    steps.clear()
-    decode(model, ids, prompt=3)
-    written = model.generate(ids, **options)
-    assert set(steps) == {False}
-    assert torch.equal(written, copy.deepcopy(model).generate(ids, **options))
-
-
-def of_its_own(model):
-    model.lm_head = nn.Linear(40, model.config.vocab_size, bias=False)
-
-
-def written_to(model):
-    with torch.no_grad():
-        model.lm_head.weight.mul_(-1)
-
-
-def hooked_alone(model):
-    model.lm_head.register_forward_hook(lambda module, inputs, logits: -logits)
-
-
-@pytest.mark.parametrize("change", [of_its_own, written_to, hooked_alone])
-def test_another_head_is_the_one_that_is_asked(change):
-    model, ids = model_of(tie_word_embeddings=False), random_ids(2, 13)
-    model.fuse_projections()
-    change(model)
-    found, _ = decode(model, ids)
-    expected, _ = decode(copy.deepcopy(model), ids)
-    close(found, expected)
-
-
-def test_other_weights_for_one_call_are_used():
-    model, ids = model_of(), random_ids(2, 10)
-    model.fuse_projections()
-    others = {name: 1.5 * weight for name, weight in model.named_parameters()}
-    with torch.no_grad():
-        cache = model(ids[:, :9], use_cache=True).past_key_values
-        arguments = {"past_key_values": cache.fork()}
-        found = torch.func.functional_call(model, others, (ids[:, 9:],), arguments).logits
-        model.unfuse_projections()
-        arguments = {"past_key_values": cache.fork()}
-        expected = torch.func.functional_call(model, others, (ids[:, 9:],), arguments).logits
-    assert torch.equal(found, expected)
 
 
 def test_gradients_autocast_and_padding_are_left_to_pytorch(steps):
