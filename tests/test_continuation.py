@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from hamt import HAMTCache, HAMTModel
-from hamt.fingerprint import fingerprint
 
 MIXERS = {
     "memory": {},
@@ -332,17 +331,3 @@ def test_a_state_of_several_rows_takes_as_many_prompts():
     for rows in (1, 3):
         with pytest.raises(ValueError, match=f"2 rows, the input {rows}"):
             generate(model, NEW[:rows], 3, past_key_values=state)
-
-
-def test_a_fingerprint_does_not_depend_on_cuts_or_padding():
-    whole = torch.stack([fingerprint(row[None])[0] for row in FIRST])
-    assert torch.equal(fingerprint(OLD, OLD_MASK), whole)
-    parts = fingerprint(OLD[:, :9], OLD_MASK[:, :9])
-    assert torch.equal(fingerprint(OLD[:, 9:], OLD_MASK[:, 9:], parts), whole)
-    assert len({*whole.tolist()}) == 3
-
-
-def test_a_fingerprint_tells_orders_and_repetitions_apart():
-    rows = torch.tensor([[0, 0, 1], [0, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0], [2, 0, 0]])
-    found = {*fingerprint(rows).tolist(), *fingerprint(rows[:, :2]).tolist()}
-    assert len(found) == 6 + 5  # of three tokens, and of two

@@ -118,9 +118,9 @@ class HAMTPreTrainedModel(PreTrainedModel):
         A model whose mixers are all memories reads a token in one call of compiled code
         (``hamt.decoding``); in any other, maps with the same input become one product
         (``hamt.products.fuse``). Training, a change of dtype or device, and
-        ``unfuse_projections`` undo it. Where weights were exchanged or changed, PyTorch computes;
-        not noticed are changes through ``.data`` and, in models of other mixers, in place: call it
-        again.
+        ``unfuse_projections`` undo it. Where weights were exchanged or changed, PyTorch computes
+        (``generate`` looks at them once, when it begins); not noticed are changes through ``.data``
+        and, in models of other mixers, in place: call it again.
 
         Args:
             weights: how the copy keeps matrices: float32, or bfloat16 or int8 (with a scale for

@@ -14,6 +14,7 @@ state is as it was.
 Shape legend: B batch, N tokens.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -34,15 +35,16 @@ class HAMTGenerationMixin(GenerationMixin):
 
     def generate(self, *args, **kwargs):
         """As in Transformers; a state that is given is updated, or stays as it was on an error."""
-        state = kwargs.get("past_key_values")
-        if not isinstance(state, HAMTCache):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-        before = state.fork()
-        try:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-        except BaseException:  # Ctrl-C, too
-            state.become(before)
-            raise
+        state, native = kwargs.get("past_key_values"), self.model.native
+        with nullcontext() if native is None else native.looked_at_once():
+            if not isinstance(state, HAMTCache):
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
+            before = state.fork()
+            try:
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
+            except BaseException:  # Ctrl-C, too
+                state.become(before)
+                raise
 
     def _maybe_initialize_input_ids_for_generation(self, inputs, bos_token_id, model_kwargs):
         state = model_kwargs.get("past_key_values")

@@ -7,7 +7,9 @@ nothing that an adapter, a hook or a quantiser does: those stay with PyTorch.
 Shape legend: B rows, d hidden_dim, H heads, K key size, V vocab_size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from operator import getitem, is_
 from typing import Any
 
@@ -15,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
-from hamt.batch import Batch
+from hamt.batch import Batch, padding_mask
 from hamt.block import HAMTMLP, HAMTBlock
+from hamt.cache import HAMTCache, check_cache
 from hamt.config import HAMTConfig
 from hamt.convolution import ShortConvolution
+from hamt.identity import Origin
 from hamt.layers import HAMTLayer
 from hamt.mixers import State
 from hamt.parts import GatingNetwork, RetrievalHead, RMSNorm, ScaledEmbedding
@@ -35,6 +39,8 @@ _KNOWN = (
     *(nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList, RMSNorm, ScaledEmbedding),
     *(HAMTBlock, HAMTMLP, HAMTLayer, ShortConvolution, GatingNetwork, RetrievalHead, Rotation),
 )
+# The decoder whose model stays as it is, in this thread.
+_LOOKED_AT: ContextVar["Decoder | None"] = ContextVar("looked_at", default=None)
 
 
 class Decoder:
@@ -80,9 +86,18 @@ class Decoder:
             and not hooks_of_all._has_any_global_hook()
         )
 
+    @contextmanager
+    def looked_at_once(self) -> Iterator[None]:
+        """Within it parts and weights stay as they are, and are not looked at for every token."""
+        token = _LOOKED_AT.set(self if self._is_copy() else None)
+        try:
+            yield
+        finally:
+            _LOOKED_AT.reset(token)
+
     def _is_copy(self) -> bool:
         """Whether parts and weights are still those that were copied."""
-        return (
+        return _LOOKED_AT.get() is self or (
             all(map(is_, map(getitem, self._tables, self._names), self._values))
             and _marks(self._weights) == self._marks
         )
@@ -109,6 +124,43 @@ class Decoder:
         written = hidden[:, 0].clone(memory_format=torch.contiguous_format)
         self.native.run(written, after)
         return written[:, None], after
+
+    def step(
+        self, model: Any, ids: Tensor | None, cache: Any, attention_mask: Tensor | None = None
+    ) -> Tensor | None:
+        """Logits (B, 1, V) after one more token in each row, ids (B, 1), of a state, which goes on.
+
+        So does a language model's forward pass, when it is given nothing else, with more of Python
+        around. None, and all is as before, where it has to.
+
+        Raises:
+            ValueError: if the state is of another model, or has other rows.
+            IndexError: if one is no token.
+        """
+        backbone = model.model
+        if (
+            torch.compiler.is_compiling()
+            or self.config.output_hidden_states
+            or model.lm_head is not self._head
+            or not isinstance(cache, HAMTCache)
+            or (past := cache.past) is None
+            or past.seq_idx is not None
+            or ids is None
+            or ids.shape[1:] != (1,)
+        ):
+            return None
+        check_cache(cache, backbone, len(ids))
+        hidden = backbone.embed_tokens(ids)
+        batch = Batch.of(padding_mask(attention_mask, 1), None, past)
+        found = self.run(hidden, batch, cache.states)
+        if found is None:
+            return None
+        normed, states = found
+        logits = self.native.head(normed[:, 0], self.config.vocab_size)[:, None]
+        cache.advance(states, batch.after(hidden, ids, past), 1)
+        if cache.origin is None:
+            cache.origin = Origin(backbone)
+        return logits
 
     def _fit(self, states: Sequence[State | None], rows: int) -> bool:
         """Whether there is a state of this model for so many rows; of others PyTorch tells."""

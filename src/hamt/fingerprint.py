@@ -25,9 +25,10 @@ def fingerprint(ids: Tensor, mask: Tensor | None = None, before: Tensor | None =
     """
     if ids.shape[1] == 1:  # a decoding step, of which all below would be a few per cent
         token = ids[:, 0].long() + 1
-        known = torch.zeros_like(token) if before is None else before
-        longer = known * _MULTIPLIER + token
-        return longer if mask is None else longer.where(mask[:, 0].bool(), known)
+        longer = token if before is None else torch.add(token, before, alpha=_MULTIPLIER)
+        if mask is None:
+            return longer
+        return longer.where(mask[:, 0].bool(), 0 if before is None else before)
     real = torch.ones_like(ids) if mask is None else mask.long()
     powers = torch.full((ids.shape[1] + 1,), _MULTIPLIER, device=ids.device)
     powers[0] = 1

@@ -49,7 +49,7 @@ from hamt.fingerprint import embedded
 from hamt.identity import Origin
 from hamt.mixers import State
 from hamt.parts import RMSNorm, embedding
-from hamt.products import project
+from hamt.products import has_extra_behaviour, project
 
 
 class _WithMemories:
@@ -240,6 +240,17 @@ class HAMTForCausalLM(HAMTPreTrainedModel, HAMTGenerationMixin):
             ``loss`` in nats per token (with labels; the weighted ``aux_loss`` is part of it),
             ``logits`` (B, N, V), ``past_key_values``.
         """
+        native = self.model.native
+        others = (position_ids, inputs_embeds, labels)
+        if (
+            native is not None
+            and not (kwargs or has_extra_behaviour(self.model, HAMTBackbone))
+            and all(other is None for other in others)
+            and (return_logits and isinstance(logits_to_keep, int) and logits_to_keep >= 0)
+        ):
+            logits = native.step(self, input_ids, past_key_values, attention_mask)
+            if logits is not None:
+                return HAMTCausalLMOutput(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -255,7 +266,7 @@ class HAMTForCausalLM(HAMTPreTrainedModel, HAMTGenerationMixin):
             kept = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
-            native, seen = self.model.native, hidden_states[:, kept]
+            seen = hidden_states[:, kept]
             logits = None if native is None else native.logits(self.lm_head, seen)
             logits = project(self.lm_head, seen) if logits is None else logits
         # Trainer takes every argument whose name has "label" in it for one that it must give.

@@ -23,11 +23,11 @@ inline double exp_of(double x) { return std::exp(x); }
 inline float exp_of(float x) {
   x = std::min(std::max(x, -87.f), 87.f);
   const float shifted = x * 1.44269504f + 12582912.f;  // 1.5 · 2^23: n in the last bits
-  int32_t n;
+  uint32_t n;
   std::memcpy(&n, &shifted, 4);
   const float r = x - (shifted - 12582912.f) * 0.693147182f - (shifted - 12582912.f) * -1.90465421e-9f;
   float value = 1.f + r * (1.f + r * (0.5f + r * (0.166666672f + r * (0.0416664853f + r * (0.00833336077f + r * 0.00139449199f)))));
-  int32_t bits;
+  uint32_t bits;
   std::memcpy(&bits, &value, 4);
   bits += n << 23;
   std::memcpy(&value, &bits, 4);

@@ -16,6 +16,13 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -89,6 +96,16 @@ inline float number(const Matrix& m, int64_t row, int64_t column) {
   return found;
 }
 
+// Some rows of y = or += m x, as far as there are rows.
+inline void keep(const Matrix& m, int64_t row, V product, float* y, bool add) {
+  const int count = int(std::min<int64_t>(LANES, m.rows - row));
+  if (add) product += load(y + row, count);
+  store(y + row, product, count);
+}
+
+// How many of B inputs are multiplied together, from b on.
+inline int64_t together_from(int64_t b, int64_t B) { return B - b >= 8 ? 8 : B - b >= 4 ? 4 : B - b >= 2 ? 2 : 1; }
+
 // The products of a panel with a few inputs, x (columns, INPUTS), in several sums each, as one would
 // wait for itself.
 template <int KIND, int INPUTS, int SUMS>
@@ -100,22 +117,97 @@ inline void panel(const Matrix& m, int64_t row, const float* x, float* y, int64_
     for (int j = 0; j < 4; j++)
       for (int b = 0; b < INPUTS; b++) sums[b][j % SUMS] += four[j] * x[j * INPUTS + b];
   }
-  const int count = int(std::min<int64_t>(LANES, m.rows - row));
   for (int b = 0; b < INPUTS; b++) {
     V product = sums[b][0];
     for (int j = 1; j < SUMS; j++) product += sums[b][j];
     if (KIND == INT8) product *= load(m.scales + row, LANES);
-    if (add) product += load(y + b * stride + row, count);
-    store(y + b * stride + row, product, count);
+    keep(m, row, product, y + b * stride, add);
   }
 }
+
+#ifdef __AVX512VNNI__
+// Processors that multiply bytes need none converted: an input x (columns) is scaled to whole
+// numbers of 24 bits, three bytes d with signs, and y = scale Σ_k 256^k Σ_i w_i d_ik. What is lost
+// is 2^-24 of the largest x. They multiply signed bytes by unsigned ones, so it is w + 128, and
+// 128 Σ_i d_ik is taken off.
+struct Digits {
+  const int32_t* words;  // of four columns the first digits, the second, the third, and nothing
+  int32_t surplus[4];
+  float scale;
+
+  Digits() = default;
+  Digits(const float* x, int64_t columns, int32_t* out) : words(out) {
+    __m512i largest = _mm512_castps_si512(_mm512_set1_ps(1e-30f)), sums = _mm512_setzero_si512();
+    auto at = [&](int64_t i) { return __m512(load(x + i, int(std::min<int64_t>(LANES, columns - i)))); };
+    for (int64_t i = 0; i < columns; i += LANES)  // as bits: NaN is the largest of all
+      largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(at(i))));
+    constexpr float most = 8355000;  // 127 (1 + 256 + 256²), and room to round
+    const uint32_t bits = _mm512_reduce_max_epu32(largest);
+    std::memcpy(&scale, &bits, 4);
+    const __m512 pace = _mm512_set1_ps(most / scale);
+    scale /= most;
+    const __m512i signs = _mm512_set1_epi32(0x808080), half = _mm512_set1_epi8(char(128));
+    const __m512i transposed = _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
+    for (int64_t i = 0; i < columns; i += LANES) {
+      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(at(i), pace));
+      __m512i digits = _mm512_xor_si512(_mm512_add_epi32(whole, signs), signs);
+      digits = _mm512_shuffle_epi8(digits, transposed);
+      sums = _mm512_dpbusd_epi32(sums, half, digits);
+      std::memcpy(out + i, &digits, sizeof digits);
+    }
+    int32_t lanes[LANES];
+    std::memcpy(lanes, &sums, sizeof lanes);
+    for (int k = 0; k < 4; k++) surplus[k] = lanes[k] + lanes[4 + k] + lanes[8 + k] + lanes[12 + k];
+  }
+};
+
+// As ``panel``.
+template <int INPUTS>
+inline void panel_of_bytes(const Matrix& m, int64_t row, const Digits* x, float* y, int64_t stride, bool add) {
+  __m512i sums[INPUTS][3];
+  for (int b = 0; b < INPUTS; b++)
+    for (int k = 0; k < 3; k++) sums[b][k] = _mm512_set1_epi32(-x[b].surplus[k]);
+  const char* at = m.weights + row * m.columns;
+  for (int64_t i = 0; i < m.columns; i += 4, at += 4 * LANES) {
+    const __m512i w = _mm512_xor_si512(_mm512_loadu_si512(at), _mm512_set1_epi8(char(128)));
+    for (int b = 0; b < INPUTS; b++)
+      for (int k = 0; k < 3; k++) sums[b][k] = _mm512_dpbusd_epi32(sums[b][k], w, _mm512_set1_epi32(x[b].words[i + k]));
+  }
+  for (int b = 0; b < INPUTS; b++) {
+    V digit[3];
+    for (int k = 0; k < 3; k++) digit[k] = V(_mm512_cvtepi32_ps(sums[b][k]));
+    const V product = (digit[2] * 65536.f + digit[1] * 256.f + digit[0]) * (load(m.scales + row, LANES) * x[b].scale);
+    keep(m, row, product, y + b * stride, add);
+  }
+}
+
+inline void product_of_bytes(const Matrix& m, int64_t from, int64_t to, int64_t B, const float* x, int64_t x_stride,
+                             float* y, int64_t y_stride, bool add) {
+  thread_local std::vector<int32_t> words;
+  thread_local std::vector<Digits> inputs;
+  const int64_t length = padded(m.columns);
+  words.resize(B * length), inputs.resize(B);
+  for (int64_t b = 0; b < B; b++) inputs[b] = Digits(x + b * x_stride, m.columns, words.data() + b * length);
+  for (int64_t row = from; row < to; row += LANES)
+    for (int64_t b = 0; b < B; b += together_from(b, B)) {
+      float* out = y + b * y_stride;
+      switch (together_from(b, B)) {
+        case 8: panel_of_bytes<8>(m, row, &inputs[b], out, y_stride, add); break;
+        case 4: panel_of_bytes<4>(m, row, &inputs[b], out, y_stride, add); break;
+        case 2: panel_of_bytes<2>(m, row, &inputs[b], out, y_stride, add); break;
+        default: panel_of_bytes<1>(m, row, &inputs[b], out, y_stride, add);
+      }
+    }
+}
+#endif
+
 
 // Rows from..to of y (B, y_stride) = or += m x, of x (B, x_stride).
 template <int KIND>
 void product(const Matrix& m, int64_t from, int64_t to, int64_t B, const float* x, int64_t x_stride, float* y,
              int64_t y_stride, bool add) {
   thread_local std::vector<float> space;
-  auto next = [&](int64_t b) { return B - b >= 8 ? 8 : B - b >= 4 ? 4 : B - b >= 2 ? 2 : 1; };
+  auto next = [&](int64_t b) { return together_from(b, B); };
   if (B > 1) {  // inputs that are multiplied together lie together
     space.resize(B * m.columns);
     for (int64_t b = 0; b < B; b += next(b))
@@ -157,7 +249,11 @@ struct Team {
     const int64_t from = begin(m.rows, LANES), to = end(m.rows, LANES);
     if (m.kind == FLOAT) product<FLOAT>(m, from, to, B, x, xs, y, ys, add);
     else if (m.kind == BFLOAT) product<BFLOAT>(m, from, to, B, x, xs, y, ys, add);
+#ifdef __AVX512VNNI__
+    else product_of_bytes(m, from, to, B, x, xs, y, ys, add);
+#else
     else product<INT8>(m, from, to, B, x, xs, y, ys, add);
+#endif
   }
 };
 
@@ -408,6 +504,19 @@ struct Reader {
 
 namespace {
 
+// A step reads bytes from large pages half as fast again, and the kernel may put them there: it is
+// asked for once, and where it has none all stays as it is.
+void in_large_pages(const char* bytes, int64_t count) {
+#ifdef __linux__
+  constexpr int COLLAPSE = 25;  // MADV_COLLAPSE of Linux 6.1: now, and not some time later
+  const intptr_t page = sysconf(_SC_PAGESIZE), end = intptr_t(bytes) + count;
+  const intptr_t from = (intptr_t(bytes) + page - 1) / page * page, to = end / page * page;
+  if (from >= to) return;
+  madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(from), to - from, COLLAPSE);
+#endif
+}
+
 // Whether sizes are such as a model has: a file may hold anything.
 bool sound(const Header& h) {
   const int64_t most = int64_t(1) << 24;
@@ -457,7 +566,9 @@ hamt_model* hamt_open(const void* bytes, int64_t count) {
     }
     m->layer.push_back(layer);
   }
-  return from.at == count ? m.release() : nullptr;
+  if (from.at != count) return nullptr;
+  in_large_pages(from.bytes, count);
+  return m.release();
 }
 
 void hamt_close(hamt_model* model) { delete model; }

@@ -1,0 +1,135 @@
+"""What has changed since a model was copied is left to PyTorch, or noticed by the copy."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from decoding_inputs import close, counted_runs, decode, model_of
+from memory_inputs import needs_fused
+from model_inputs import random_ids
+from torch import nn
+
+from hamt import decoding
+
+pytestmark = needs_fused
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    return counted_runs(monkeypatch)
+
+
+def hooked(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def in_place(model):
+    with torch.no_grad():
+        model.model.layers[0].mixer.key_proj.weight.mul_(1.5)
+
+
+def exchanged(model):
+    weight = model.model.layers[0].mixer.item_proj.weight
+    model.model.layers[0].mixer.item_proj.weight = nn.Parameter(weight.detach() * 2)
+
+
+def another_part(model):
+    model.model.layers[1].mixer.output_proj = nn.Linear(48, 40, bias=False)
+
+
+def adapted(model):
+    targets = ["item_proj", "up_proj"]
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    peft.get_peft_model(model, config)
+
+
+def trained_further(model):
+    model.train()
+    model.eval()
+
+
+def another_head(model):
+    model.resize_token_embeddings(170)
+
+
+CHANGES = [hooked, in_place, exchanged, another_part, adapted, trained_further, another_head]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by PEFT
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_is_changed_is_left_to_pytorch(change, steps):
+    model, ids = model_of(), random_ids(2, 13)
+    model.fuse_projections()
+    torch.manual_seed(0)
+    change(model)
+    expected, _ = decode(copy.deepcopy(model), ids)
+    steps.clear()
+    found, _ = decode(model, ids)
+    assert True not in steps
+    close(found, expected)  # the head may be that of the copy
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_generate_looks_at_the_weights_once_and_each_time_anew(ends, steps, monkeypatch):
+    looked = []
+    original = decoding._marks
+    monkeypatch.setattr(decoding, "_marks", lambda weights: looked.append(1) or original(weights))
+
+    def interrupted(ids, scores):
+        raise KeyboardInterrupt
+
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    model, ids = model_of(), random_ids(2, 7)
+    model.fuse_projections()
+    looked.clear()
+    if ends == "well":
+        model.generate(ids, **options)
+        assert len(looked) == 2  # all, and after the prompt the head
+        assert steps.count(True) == 8
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(ids, stopping_criteria=[interrupted], **options)
+    in_place(model)
+    steps.clear()
+    decode(model, ids, prompt=3)
+    written = model.generate(ids, **options)
+    assert set(steps) == {False}
+    assert torch.equal(written, copy.deepcopy(model).generate(ids, **options))
+
+
+def of_its_own(model):
+    model.lm_head = nn.Linear(40, model.config.vocab_size, bias=False)
+
+
+def written_to(model):
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+
+
+def hooked_alone(model):
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: -logits)
+
+
+@pytest.mark.parametrize("change", [of_its_own, written_to, hooked_alone])
+def test_another_head_is_the_one_that_is_asked(change):
+    model, ids = model_of(tie_word_embeddings=False), random_ids(2, 13)
+    model.fuse_projections()
+    change(model)
+    found, _ = decode(model, ids)
+    expected, _ = decode(copy.deepcopy(model), ids)
+    close(found, expected)
+
+
+def test_other_weights_for_one_call_are_used():
+    model, ids = model_of(), random_ids(2, 10)
+    model.fuse_projections()
+    others = {name: 1.5 * weight for name, weight in model.named_parameters()}
+    with torch.no_grad():
+        cache = model(ids[:, :9], use_cache=True).past_key_values
+        arguments = {"past_key_values": cache.fork()}
+        found = torch.func.functional_call(model, others, (ids[:, 9:],), arguments).logits
+        model.unfuse_projections()
+        arguments = {"past_key_values": cache.fork()}
+        expected = torch.func.functional_call(model, others, (ids[:, 9:],), arguments).logits
+    assert torch.equal(found, expected)
