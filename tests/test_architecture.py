@@ -24,7 +24,7 @@ LAYERS = (
     {"adapters", "cross_entropy", "losses", "mixers"},
     {"standard_config"},
     {"config"},
-    {"boundaries", "convolution", "identity", "rotation", "state_file"},
+    {"boundaries", "convolution", "identity", "registration", "rotation", "state_file"},
     {"parts"},
     {"cache_layer", "layers", "utils"},
     {"attention", "block", "cache", "hierarchical_memory", "rerouting"},

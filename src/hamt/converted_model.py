@@ -6,7 +6,6 @@ Its own code runs, but for what attention computes of queries, keys and values: 
 Shape legend: B batch, N tokens, d hidden_size, H query heads, G key-value heads, D head features.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,19 +13,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hamt.base_model import HAMTPreTrainedModel
 from hamt.batch import Batch
 from hamt.converted_config import ConvertedConfig, head_dim_of
 from hamt.mixers import State
 from hamt.model import HAMTBackbone, HAMTForCausalLM
+from hamt.registration import register
 from hamt.window_and_memory.mixer import WindowAndMemory
 
 ATTENTION = "hamt_window_and_memory"
@@ -180,16 +177,4 @@ class ConvertedForCausalLM(HAMTForCausalLM):
         self.post_init()
 
 
-def _register() -> None:
-    """Let Transformers, and what builds on it, find the classes by their configuration or name."""
-    AutoConfig.register(ConvertedConfig.model_type, ConvertedConfig)
-    AutoModel.register(ConvertedConfig, ConvertedBackbone)
-    AutoModelForCausalLM.register(ConvertedConfig, ConvertedForCausalLM)
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ConvertedConfig.model_type] = ConvertedForCausalLM.__name__
-    for kind in (ConvertedBackbone, ConvertedForCausalLM):
-        for home in (transformers, sys.modules["transformers"]):
-            setattr(home, kind.__name__, kind)
-
-
-if ConvertedConfig.model_type not in CONFIG_MAPPING:
-    _register()
+register(ConvertedConfig, ConvertedBackbone, ConvertedForCausalLM)

@@ -3,7 +3,6 @@
 Shape legend: B batch, N tokens, d hidden_dim, V vocab_size.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,29 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-)
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -50,6 +33,7 @@ from hamt.identity import Origin
 from hamt.mixers import State
 from hamt.parts import RMSNorm, embedding
 from hamt.products import has_extra_behaviour, project
+from hamt.registration import register
 
 
 class _WithMemories:
@@ -317,41 +301,11 @@ class HAMTForQuestionAnswering(GenericForQuestionAnswering, HAMTPreTrainedModel)
 HAMTModel = HAMTForCausalLM
 
 
-# By a class's name Transformers looks up how Trainer shifts its labels, and what pipelines know.
-_HEADS: Any = (
-    (AutoModelForCausalLM, HAMTForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-    (
-        AutoModelForSequenceClassification,
-        HAMTForSequenceClassification,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    ),
-    (
-        AutoModelForTokenClassification,
-        HAMTForTokenClassification,
-        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    ),
-    (
-        AutoModelForQuestionAnswering,
-        HAMTForQuestionAnswering,
-        MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    ),
+register(
+    HAMTConfig,
+    HAMTBackbone,
+    HAMTForCausalLM,
+    HAMTForSequenceClassification,
+    HAMTForTokenClassification,
+    HAMTForQuestionAnswering,
 )
-
-
-def _register() -> None:
-    """Let Transformers, and what builds on it, find the classes by their configuration or name."""
-    AutoConfig.register("hamt", HAMTConfig)
-    AutoModel.register(HAMTConfig, HAMTBackbone)
-    for auto, kind, names in _HEADS:
-        auto.register(HAMTConfig, kind)
-        names["hamt"] = kind.__name__
-    for kind in (HAMTBackbone, *(kind for _, kind, _ in _HEADS)):
-        # TRL and ``transformers serve`` look a class up here. Transformers makes its module anew
-        # while it is imported: some hold the first, some the last.
-        for home in (transformers, sys.modules["transformers"]):
-            setattr(home, kind.__name__, kind)
-
-
-# A copy of this file (``hamt.remote_code``) beside HAMT itself leaves the names to it.
-if "hamt" not in CONFIG_MAPPING:
-    _register()
