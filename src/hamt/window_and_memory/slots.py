@@ -43,10 +43,17 @@ class Slots(nn.Module):
         self.offset = nn.Parameter(torch.zeros(num_heads))
 
     def gates(self, keys: Tensor) -> Gates:
-        """What keys (B, N, G, D) without rotary position write to each slot, and forget."""
-        logits = torch.einsum("bngd,gsd->bngs", keys, self.address) + self.address_bias
-        strength = (keys * self.strength).sum(dim=-1, keepdim=True)
-        log_forget = -math.log(2) * torch.exp(-self.log_half_life)
+        """What keys (B, N, G, D) without rotary position write to each slot, and forget.
+
+        In the dtype of the keys, whatever that of the weights is.
+        """
+        address, bias, strength, log_half_life = (
+            weight.to(keys.dtype)
+            for weight in (self.address, self.address_bias, self.strength, self.log_half_life)
+        )
+        logits = torch.einsum("bngd,gsd->bngs", keys, address) + bias
+        strength = (keys * strength).sum(dim=-1, keepdim=True)
+        log_forget = -math.log(2) * torch.exp(-log_half_life)
         return Gates(logits.softmax(dim=-1) * strength.exp(), log_forget.expand_as(logits))
 
     def write(
