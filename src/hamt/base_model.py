@@ -18,6 +18,7 @@ from hamt.parts import GatingNetwork, RetrievalHead
 from hamt.products import fuse, library_found, unfuse
 from hamt.remote_code import INSTALLED
 from hamt.rotation import Rotation
+from hamt.window_and_memory.slots import Slots
 
 _BODY = ("embed_tokens.", "layers.", "norm.")  # what a backbone is made of
 
@@ -60,7 +61,7 @@ class HAMTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Feedback):
             for weight in module.parameters():
                 init.zeros_(weight)
-        elif isinstance(module, Consolidation):
+        elif isinstance(module, (Consolidation, Slots)):
             for name, initial in module.initial_weights().items():
                 init.copy_(getattr(module, name), initial)
         elif isinstance(module, ShortConvolution):

@@ -135,6 +135,30 @@ class ConvertedBackbone(HAMTBackbone):
     def set_input_embeddings(self, value):
         """The transformer's."""
         self.body.set_input_embeddings(value)
+        self.body.config.vocab_size = len(value.weight)
+
+    def forward(self, *arguments: Any, output_hidden_states: bool | None = None, **options: Any):
+        """As ``HAMTBackbone.forward``.
+
+        With ``output_hidden_states`` also the ``hidden_states`` (B, N, d) before each layer and
+        after the last norm.
+        """
+        wanted = output_hidden_states
+        if self.config.output_hidden_states if wanted is None else wanted:
+            before: list[Tensor] = []
+            hooks = [
+                layer.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
+                for layer in self.layers
+            ]
+            whole, options["return_dict"] = options.get("return_dict", True), True
+            try:
+                outputs = super().forward(*arguments, **options)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            outputs.hidden_states = (*before, outputs.last_hidden_state)
+            return outputs if whole is not False else outputs.to_tuple()
+        return super().forward(*arguments, **options)
 
     def mixer_summary(self) -> str:
         """Window and memory of all layers, for people."""
@@ -178,6 +202,14 @@ class ConvertedForCausalLM(HAMTForCausalLM):
         self.model = ConvertedBackbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def get_input_embeddings(self):
+        """The transformer's."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        """The transformer's."""
+        self.model.set_input_embeddings(value)
 
 
 def _register() -> None:

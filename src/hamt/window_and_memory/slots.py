@@ -34,13 +34,28 @@ class Slots(nn.Module):
         super().__init__()
         self.head_dim, self.width = head_dim, 2 * head_dim + 2
         self.memory = HolographicMemory(num_groups * self.width, num_slots, num_groups)
-        shape = (num_groups, num_slots)
-        self.address = nn.Parameter(torch.randn(*shape, head_dim) / math.sqrt(head_dim))
-        self.address_bias = nn.Parameter(torch.zeros(shape))
-        self.strength = nn.Parameter(torch.zeros(num_groups, head_dim))
-        self.log_half_life = nn.Parameter(torch.full(shape, math.log(HALF_LIFE)))
-        self.key_gain = nn.Parameter(torch.ones(num_groups, head_dim))
-        self.offset = nn.Parameter(torch.zeros(num_heads))
+        shape, width = (num_groups, num_slots), head_dim
+        self.address = nn.Parameter(torch.empty(*shape, width))
+        self.address_bias = nn.Parameter(torch.empty(shape))
+        self.strength = nn.Parameter(torch.empty(num_groups, width))
+        self.log_half_life = nn.Parameter(torch.empty(shape))
+        self.key_gain = nn.Parameter(torch.empty(num_groups, width))
+        self.offset = nn.Parameter(torch.empty(num_heads))
+        with torch.no_grad():
+            for name, initial in self.initial_weights().items():
+                getattr(self, name).copy_(initial)
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        """Random addresses; all slots count for what was written to them."""
+        return {
+            "address": torch.randn_like(self.address) / math.sqrt(self.head_dim),
+            "log_half_life": torch.full_like(self.log_half_life, math.log(HALF_LIFE)),
+            "key_gain": torch.ones_like(self.key_gain),
+            **{
+                name: torch.zeros_like(getattr(self, name))
+                for name in ("address_bias", "strength", "offset")
+            },
+        }
 
     def gates(self, keys: Tensor) -> Gates:
         """What keys (B, N, G, D) without rotary position write to each slot, and forget.
