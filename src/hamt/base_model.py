@@ -61,7 +61,7 @@ class HAMTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Feedback):
             for weight in module.parameters():
                 init.zeros_(weight)
-        elif isinstance(module, (Consolidation, Slots)):
+        elif isinstance(module, Consolidation):
             for name, initial in module.initial_weights().items():
                 init.copy_(getattr(module, name), initial)
         elif isinstance(module, ShortConvolution):
@@ -70,6 +70,15 @@ class HAMTPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight[-1])
         else:
             super()._init_weights(module)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As in Transformers, which leaves what is in a model of its own to that model."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, Slots):
+                for name, initial in module.initial_weights().items():
+                    init.copy_(getattr(module, name), initial)
 
     @classmethod
     def from_pretrained(cls, *arguments, output_loading_info: bool = False, **options):
