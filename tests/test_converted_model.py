@@ -346,11 +346,11 @@ def test_half_precision_is_about_the_same():
         off.append((narrow.logits.float() - wide).abs().mean() / wide.abs().mean())
     assert off[1] < 2 * off[0]
     state = narrow.past_key_values.states[0]
-    assert state["slots"].dtype == torch.float32
+    assert state["slot_keys"].dtype == torch.float32
     assert state["keys"].dtype == torch.bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = model(ids, use_cache=True)
-    assert mixed.past_key_values.states[0]["slots"].dtype == torch.float32
+    assert mixed.past_key_values.states[0]["slot_keys"].dtype == torch.float32
 
 
 def test_a_batch_without_padding_needs_no_mask():

@@ -155,6 +155,12 @@ class Loop:
         return found
 
 
+def slots_of(state: dict[str, Tensor]) -> Tensor:
+    """(B, G, S, F) of a state that was returned."""
+    counts = state["slot_counts"].unflatten(-1, (-1, 2))
+    return torch.cat((state["slot_keys"], state["slot_values"], counts), dim=-1)
+
+
 def one_by_one(mixer: WindowAndMemory, heads: list[Tensor]) -> Tensor:
     """Rows (B, N, ., D), each a document of its own, by the loop: (B, N, H, D)."""
     rows = zip(*heads, strict=True)

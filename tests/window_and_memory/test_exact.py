@@ -3,7 +3,7 @@
 import torch
 from model_inputs import assert_close
 from torch import Tensor
-from window_inputs import GROUPS, Loop, random_heads, taker
+from window_inputs import GROUPS, Loop, random_heads, slots_of, taker
 
 from hamt.window_and_memory.exact import Candidates, admit, held, looked_at
 from hamt.window_and_memory.sizes import Sizes
@@ -100,7 +100,7 @@ def test_every_token_is_somewhere():
         mixer.slots.strength.zero_()
         _, state = mixer(*heads)
     entries, left = held(state), 44 - SIZES.window + SIZES.block
-    sums = state["slots"].sum(dim=2)
+    sums = slots_of(state).sum(dim=2)
     assert_close(sums[..., -2] + SIZES.num_exact, torch.full((2, GROUPS), left - 2.0), 1e-9)
     # Positions add up likewise.
     places = sums[..., -1] + (entries.places * entries.real).sum(dim=1)

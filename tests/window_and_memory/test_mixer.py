@@ -14,12 +14,14 @@ from window_inputs import (
     one_by_one,
     pieces,
     random_heads,
+    slots_of,
     taker,
 )
 
 from hamt.batch import Batch
 from hamt.window_and_memory.mixer import WindowAndMemory
 from hamt.window_and_memory.sizes import Sizes
+from hamt.window_and_memory.slots import PARTS
 
 LENGTH = 43
 # Windows of one block, of several, and one that no text here leaves; no sinks, no slots, neither.
@@ -55,7 +57,7 @@ def test_it_is_a_loop_over_tokens(sizes, reach, cuts):
         outputs, state = pieces(mixer, heads, cuts)
         assert_close(outputs, expected, 1e-12)
         if sizes.num_slots:
-            assert_close(state["slots"], torch.stack([loop.slots for loop in loops]), 1e-12)
+            assert_close(slots_of(state), torch.stack([loop.slots for loop in loops]), 1e-12)
         same_states(state, mixer(*heads)[1], 1e-12)
 
 
@@ -115,8 +117,8 @@ def test_documents_have_windows_and_memories_of_their_own(sizes, reach, cuts):
                 row = [x[b : b + 1, here] for x in heads]
                 expected, after = mixer(*row)
                 assert_close(outputs[b : b + 1, here], expected, 1e-12)
-            if "slots" in after:
-                assert_close(state["slots"][b : b + 1], after["slots"], 1e-12)
+            if "slot_keys" in after:
+                assert_close(slots_of(state)[b : b + 1], slots_of(after), 1e-12)
 
 
 def test_a_window_that_is_never_left_is_attention():
@@ -184,7 +186,7 @@ def test_no_tokens_leave_the_state_as_it_was():
     _, filled = mixer(*heads)
     batch = Batch(num_tokens=torch.tensor([13, 13]))
     _, after = mixer(*(x[:, :0] for x in heads), batch, filled)
-    assert all(after[name] is x for name, x in filled.items())
+    assert all(torch.equal(after[name], x) for name, x in filled.items())
 
 
 @pytest.mark.parametrize("num_exact", [0, 3])
@@ -200,10 +202,10 @@ def test_sums_are_float32_when_heads_are_bfloat16(num_exact):
         output, state = mixer(*heads)
         expected, after = wide(*(x.double() for x in heads))
     narrow = {name: x.dtype for name, x in state.items()}
-    sums = {"slots", "exact_places", "exact_use"} & narrow.keys()
+    sums = {*PARTS, "exact_places", "exact_use"} & narrow.keys()
     assert {narrow.pop(name) for name in sums} == {torch.float32}
     assert {output.dtype, *narrow.values()} == {torch.bfloat16}
-    mass, expected_mass = state["slots"][..., -2], after["slots"][..., -2]
+    mass, expected_mass = slots_of(state)[..., -2], slots_of(after)[..., -2]
     assert mass.max() > 256, "bfloat16 could count as far"
     if not num_exact:  # which tokens are held may differ
         assert_close(mass.double(), expected_mass, 2e-2)
@@ -215,10 +217,10 @@ def test_autocast_leaves_sums_alone():
     narrow = [x.bfloat16() for x in heads]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         _, state = mixer(*narrow)
-    assert state["slots"].dtype == torch.float32
+    assert slots_of(state).dtype == torch.float32
     with torch.no_grad():
         _, expected = mixer(*(x.float() for x in narrow))
-    assert_close(state["slots"], expected["slots"], 5e-2)
+    assert_close(slots_of(state), slots_of(expected), 5e-2)
 
 
 @pytest.mark.parametrize(("sizes", "advice"), [

@@ -10,7 +10,7 @@ from hamt.window_and_memory.sizes import Sizes
 from hamt.window_and_memory.slots import Slots
 
 
-def slots_of() -> Slots:
+def some_slots() -> Slots:
     return taker(Sizes(8, 0, 3, 0, 4)).slots
 
 
@@ -26,7 +26,7 @@ def written(slots: Slots, length: int, mask=None, every: int | None = None):
 
 
 def test_an_empty_slot_is_not_seen():
-    key, value, place, mass = slots_of().means(empty())
+    key, value, place, mass = some_slots().means(empty())
     assert not key.any()
     assert not value.any()
     assert not place.any()
@@ -34,7 +34,7 @@ def test_an_empty_slot_is_not_seen():
 
 
 def test_an_empty_memory_recalls_nothing():
-    slots, keys = slots_of(), random_heads(1, 5)[1]
+    slots, keys = some_slots(), random_heads(1, 5)[1]
     recalled = slots.recall(keys, empty(), 1.0)
     assert recalled.shape == (1, 5, GROUPS, WIDTH)
     assert not recalled.any()
@@ -42,17 +42,17 @@ def test_an_empty_memory_recalls_nothing():
 
 def test_of_one_token_each_slot_keeps_the_token():
     _, keys, values = random_heads(1, 1)
-    after = written(slots_of(), 1)[:, -1]
-    key, value, place, mass = slots_of().means(after)
+    after = written(some_slots(), 1)[:, -1]
+    key, value, place, mass = some_slots().means(after)
     assert_close(key, 2 * keys[0, 0, :, None].expand_as(key)[None][0], 1e-12)
     assert_close(value, values[0, 0, :, None].expand_as(value)[None][0], 1e-12)
     assert not place.any()
-    gates = slots_of().gates(keys)
+    gates = some_slots().gates(keys)
     assert_close(mass, gates.write[:, 0].log(), 1e-12)
 
 
 def test_the_memory_is_the_sum_of_what_is_written_and_half_of_it_after_a_half_life():
-    slots = slots_of()
+    slots = some_slots()
     with torch.no_grad():
         slots.strength.zero_()
         slots.log_half_life.fill_(math.log(5.0))
@@ -65,7 +65,7 @@ def test_the_memory_is_the_sum_of_what_is_written_and_half_of_it_after_a_half_li
 
 
 def test_states_on_the_way_are_those_at_the_end_of_less():
-    slots = slots_of()
+    slots = some_slots()
     found = written(slots, 12, every=4)
     assert found.shape == (1, 3, *empty().shape[1:])
     whole = written(slots, 12)

@@ -21,7 +21,7 @@ from hamt.mixers import State
 from hamt.window_and_memory.exact import Candidates, admit, looked_at
 from hamt.window_and_memory.runs import RUN, Run, runs_of
 from hamt.window_and_memory.sizes import Sizes
-from hamt.window_and_memory.slots import Slots
+from hamt.window_and_memory.slots import PARTS, Slots, apart, joined
 
 
 class Seen(NamedTuple):
@@ -79,8 +79,8 @@ class WindowAndMemory(nn.Module):
         """The shape for one row of each tensor that is carried.
 
         ``keys`` (rotated) and ``values`` of the last W tokens, of sinks and of exact entries;
-        ``exact_places`` (E, G), the position + 1, 0 where there is none, and ``exact_use``;
-        ``slots`` (G, S, F).
+        ``exact_places`` (E, G), the position + 1, 0 where there is none, and ``exact_use``; keys
+        and values of slots (G, S, D), and their counts (G, 2 S).
         """
         sizes, groups, width = self.sizes, self.num_groups, self.head_dim
         shapes: dict[str, tuple[int, ...]] = {}
@@ -92,17 +92,22 @@ class WindowAndMemory(nn.Module):
         if sizes.num_exact:
             shapes |= dict.fromkeys(("exact_places", "exact_use"), (sizes.num_exact, groups))
         if self.slots is not None:
-            shapes["slots"] = (groups, sizes.num_slots, self.slots.width)
+            shapes |= dict.fromkeys(PARTS[:2], (groups, sizes.num_slots, width))
+            shapes[PARTS[2]] = (groups, 2 * sizes.num_slots)
         return shapes
 
     def empty_state(self, like: Tensor) -> State:
-        """A state of zeros for the rows of (B, ...), in its dtype, sums in float32 at least."""
+        """A state of zeros for the rows of (B, ...), in its dtype, sums in float32 at least.
+
+        As ``forward`` works with it, with ``slots`` (B, G, S, F).
+        """
         wide = torch.promote_types(like.dtype, torch.float32)
-        sums = ("slots", "exact_places", "exact_use")
-        return {
+        sums = (*PARTS, "exact_places", "exact_use")
+        state = {
             name: like.new_zeros(len(like), *shape, dtype=wide if name in sums else like.dtype)
             for name, shape in self.state_shapes().items()
         }
+        return joined(state)
 
     def forward(
         self,
@@ -128,9 +133,9 @@ class WindowAndMemory(nn.Module):
         """
         batch = batch or Batch()
         scale = self.head_dim**-0.5 if scale is None else scale
-        state = self.empty_state(keys) if state is None else dict(state)
+        state = self.empty_state(keys) if state is None else joined(state)
         if not queries.shape[1]:
-            return queries, state
+            return queries, apart(state)
         places = batch.positions(queries)
         turned = self.turn(queries, places[..., None]), self.turn(keys, places[..., None])
         runs, segments = runs_of(batch, queries, self.sizes.block, self.most)
@@ -146,6 +151,7 @@ class WindowAndMemory(nn.Module):
                 state = looked_at(state, exact, run.segment.mask)
             if run.blocks == 1:
                 state = self.leave(run, at, state, scale)
+        state = apart(state)
         return segments.join(mixed), {name: state[name] for name in self.state_shapes()}
 
     @property

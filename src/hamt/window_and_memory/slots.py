@@ -22,9 +22,37 @@ from torch import Tensor, nn
 from hamt.memory import HolographicMemory, MemoryState
 from hamt.memory.precision import without_autocast
 from hamt.memory.write_rules import Gates
+from hamt.mixers import State
 
 HALF_LIFE = 1024.0  # of a slot at initialisation, tokens
 EMPTY = 1e-6  # a mass that counts for none
+
+PARTS = "slot_keys", "slot_values", "slot_counts"  # how slots are carried
+
+
+def joined(state: State) -> State:
+    """A state that was carried, with its ``slots`` (B, G, S, F) in one tensor."""
+    if PARTS[0] not in state:
+        return dict(state)
+    rest = {name: x for name, x in state.items() if name not in PARTS}
+    keys, values, counts = (state[name] for name in PARTS)
+    slots = torch.cat((keys, values, counts.unflatten(-1, (-1, 2))), dim=-1)
+    return {**rest, "slots": slots}
+
+
+def apart(state: State) -> State:
+    """What ``joined`` was given: keys and values (B, G, S, D), mass and position (B, G, 2 S).
+
+    Where a state is kept with fewer bits, one scale is for one vector of keys, or of values; counts
+    stay as they are.
+    """
+    if "slots" not in state:
+        return state
+    rest = dict(state)
+    slots = rest.pop("slots")
+    width = slots.shape[-1] // 2 - 1
+    keys, values, counts = slots.split((width, width, 2), dim=-1)
+    return {**rest, **dict(zip(PARTS, (keys, values, counts.flatten(-2)), strict=True))}
 
 
 class Slots(nn.Module):
