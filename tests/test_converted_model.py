@@ -303,7 +303,7 @@ def test_positions_that_cannot_be_taken_over_are_refused():
         {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
         {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     ):
-        with pytest.raises(ValueError, match="rotary positions of the kind .* cannot be taken"):
+        with pytest.raises(ValueError, match=r"rotary positions of the kind .* cannot be taken"):
             convert(tiny_transformer(rope_parameters=rope))
 
 

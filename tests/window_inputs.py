@@ -114,7 +114,7 @@ class Loop:
         """Hold the E tokens that count for most; the others, oldest first, are to be written."""
         used = self.held[group]
         mean = sum(used.values()) / max(1, len(used))
-        candidates = {**used, **{j: mean for j in leaving}}
+        candidates = {**used, **dict.fromkeys(leaving, mean)}
 
         def worth(j: int) -> Tensor:
             value = self.values[j, group]

@@ -7,6 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hamt.adapters import tell_peft
+from hamt.config import MAX_LAYERS
 from hamt.window_and_memory.sizes import Sizes
 
 # Models whose attention is queries, keys and values with rotary positions in a softmax, no more.
@@ -86,6 +87,8 @@ class ConvertedConfig(PreTrainedConfig):
         kind = fields.pop("model_type", None)
         if kind not in KNOWN:
             raise ValueError(f"only models of {', '.join(KNOWN)} can be converted; this is {kind}")
+        if (count := fields.get("num_hidden_layers", 0)) > MAX_LAYERS:  # some make a list of them
+            raise ValueError(f"num_hidden_layers must be at most {MAX_LAYERS}; got {count}")
         return AutoConfig.for_model(kind, **fields)
 
     @property

@@ -16,16 +16,25 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from hamt.base_model import HAMTPreTrainedModel
 from hamt.batch import Batch
 from hamt.converted_config import ConvertedConfig, head_dim_of
-from hamt.mixers import State
+from hamt.mixers import State, Stateful
 from hamt.model import HAMTBackbone, HAMTForCausalLM
 from hamt.window_and_memory.mixer import WindowAndMemory
 
@@ -102,13 +111,35 @@ def take_over(body: nn.Module, config: ConvertedConfig) -> None:
     inner._attn_implementation = ATTENTION
 
 
-class ConvertedBackbone(HAMTBackbone):
-    """The transformer without its head; what ``AutoModel`` gives."""
+class ConvertedPreTrainedModel(HAMTPreTrainedModel):
+    """What all converted models share."""
 
     config_class = ConvertedConfig  # type: ignore[assignment]
     config: ConvertedConfig  # type: ignore[assignment]
     _no_split_modules = None  # type: ignore[assignment]
     _can_record_outputs = {}  # noqa: RUF012
+
+    def get_input_embeddings(self):
+        """The transformer's."""
+        return self.base_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        """The transformer's."""
+        self.base_model.set_input_embeddings(value)
+
+    def fuse_projections(self, weights: torch.dtype = torch.float32) -> int:
+        """Nothing, as of a second copy of its weights a converted model decodes no faster.
+
+        Raises:
+            ValueError: if ``weights`` are not float32.
+        """
+        if weights != torch.float32:
+            raise ValueError(f"a converted model cannot decode with {weights} weights")
+        return 0
+
+
+class ConvertedBackbone(ConvertedPreTrainedModel, HAMTBackbone):
+    """The transformer without its head; what ``AutoModel`` gives."""
 
     def __init__(self, config: ConvertedConfig) -> None:
         HAMTPreTrainedModel.__init__(self, config)
@@ -127,6 +158,11 @@ class ConvertedBackbone(HAMTBackbone):
     def layers(self) -> nn.ModuleList:  # type: ignore[override]
         """The transformer's layers."""
         return self.body.layers
+
+    @property
+    def stateful(self) -> list[Stateful]:
+        """What carries the state of each layer: its window and memory."""
+        return [layer.self_attn.window_and_memory for layer in self.layers]  # type: ignore[misc,union-attr]
 
     def get_input_embeddings(self):
         """The transformer's."""
@@ -188,14 +224,10 @@ class ConvertedBackbone(HAMTBackbone):
         return outputs.last_hidden_state
 
 
-class ConvertedForCausalLM(HAMTForCausalLM):
+class ConvertedForCausalLM(ConvertedPreTrainedModel, HAMTForCausalLM):
     """The language model: the transformer with its head."""
 
-    config_class = ConvertedConfig  # type: ignore[assignment]
-    config: ConvertedConfig  # type: ignore[assignment]
     _tied_weights_keys = {"lm_head.weight": "model.body.embed_tokens.weight"}  # noqa: RUF012
-    _no_split_modules = None  # type: ignore[assignment]
-    _can_record_outputs = {}  # noqa: RUF012
 
     def __init__(self, config: ConvertedConfig) -> None:
         HAMTPreTrainedModel.__init__(self, config)
@@ -203,22 +235,25 @@ class ConvertedForCausalLM(HAMTForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self):
-        """The transformer's."""
-        return self.model.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
-        """The transformer's."""
-        self.model.set_input_embeddings(value)
+class ConvertedForSequenceClassification(
+    GenericForSequenceClassification, ConvertedPreTrainedModel
+):
+    """A linear classifier on the hidden state of the last token that is not padding."""
 
 
 def _register() -> None:
     """Let Transformers, and what builds on it, find the classes by their configuration or name."""
+    classifier = ConvertedForSequenceClassification
     AutoConfig.register(ConvertedConfig.model_type, ConvertedConfig)
     AutoModel.register(ConvertedConfig, ConvertedBackbone)
     AutoModelForCausalLM.register(ConvertedConfig, ConvertedForCausalLM)
+    AutoModelForSequenceClassification.register(ConvertedConfig, classifier)
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ConvertedConfig.model_type] = ConvertedForCausalLM.__name__
-    for kind in (ConvertedBackbone, ConvertedForCausalLM):
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[ConvertedConfig.model_type] = (
+        classifier.__name__
+    )
+    for kind in (ConvertedBackbone, ConvertedForCausalLM, classifier):
         for home in (transformers, sys.modules["transformers"]):
             setattr(home, kind.__name__, kind)
 

@@ -47,7 +47,7 @@ from hamt.cross_entropy import IGNORE_INDEX, head_loss
 from hamt.decoding import Decoder
 from hamt.fingerprint import embedded
 from hamt.identity import Origin
-from hamt.mixers import State
+from hamt.mixers import State, Stateful
 from hamt.parts import RMSNorm, embedding
 from hamt.products import project
 
@@ -95,6 +95,11 @@ class HAMTBackbone(HAMTPreTrainedModel):
         self.norm = RMSNorm(config.hidden_dim, eps=config.rms_norm_eps)
         self.native: Decoder | None = None
         self.post_init()
+
+    @property
+    def stateful(self) -> list[Stateful]:
+        """What carries the state of each layer: its mixer."""
+        return [layer.mixer for layer in self.layers]  # type: ignore[misc]
 
     def mixer_summary(self) -> str:
         """The mixers of all layers, for people: how many there are of each kind."""

@@ -63,7 +63,7 @@ def test_padding_is_not_written(case):
 
 
 class Twice(Gated):
-    """A rule of one's own: what is written counts twice, and nothing is said of how it is faster."""
+    """A rule of one's own: what is written counts twice, said by ``turn`` alone."""
 
     name = "twice"
 

@@ -14,10 +14,10 @@ exact entries, K = Z + E + S, F = 2 D + 2 features of a slot.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hamt.batch import Batch, take
-from hamt.mixers import State
+from hamt.mixers import State, Stateful
 from hamt.window_and_memory.exact import Candidates, admit, looked_at
 from hamt.window_and_memory.runs import RUN, Run, runs_of
 from hamt.window_and_memory.sizes import Sizes
@@ -41,7 +41,7 @@ class Seen(NamedTuple):
     sees_far: Tensor | None = None
 
 
-class WindowAndMemory(nn.Module):
+class WindowAndMemory(Stateful):
     """Attention of one layer; queries, keys and values come from projections of somebody else.
 
     Args:
