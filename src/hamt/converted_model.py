@@ -121,11 +121,13 @@ class ConvertedPreTrainedModel(HAMTPreTrainedModel):
 
     def get_input_embeddings(self):
         """The transformer's."""
-        return self.base_model.get_input_embeddings()
+        backbone: Any = self.base_model
+        return backbone.get_input_embeddings()
 
     def set_input_embeddings(self, value):
         """The transformer's."""
-        self.base_model.set_input_embeddings(value)
+        backbone: Any = self.base_model
+        backbone.set_input_embeddings(value)
 
     def fuse_projections(self, weights: torch.dtype = torch.float32) -> int:
         """Nothing, as of a second copy of its weights a converted model decodes no faster.

@@ -103,7 +103,7 @@ class HAMTBackbone(HAMTPreTrainedModel):
 
     def mixer_summary(self) -> str:
         """The mixers of all layers, for people: how many there are of each kind."""
-        kinds = Counter(layer.mixer.summary() for layer in self.layers)  # type: ignore[union-attr,operator]
+        kinds = Counter(layer.mixer.summary() for layer in self.layers)  # type: ignore
         return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
 
     @merge_with_config_defaults
