@@ -139,8 +139,7 @@ class HAMTBackbone(HAMTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values
-        rows, length = rows_and_length(hidden_states)
+        cache, (rows, length) = past_key_values, rows_and_length(hidden_states)
         if cache is not None:
             check_cache(cache, self, rows)
         elif use_cache:

@@ -11,34 +11,16 @@ key-value heads, R = H / G, D features of a head, W window, C tokens of a block,
 exact entries, K = Z + E + S, F = 2 D + 2 features of a slot.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from hamt.batch import Batch, take
 from hamt.mixers import State, Stateful
 from hamt.window_and_memory.exact import Candidates, admit, looked_at
-from hamt.window_and_memory.runs import RUN, Run, runs_of
+from hamt.window_and_memory.rotary import angles, places_of, turned
+from hamt.window_and_memory.runs import RUN, Run, Seen, runs_of
 from hamt.window_and_memory.sizes import Sizes
 from hamt.window_and_memory.slots import PARTS, Slots, apart, joined
-
-
-class Seen(NamedTuple):
-    """What the queries of a run see: keys and values (B, M, G, ., D).
-
-    ``bias`` (B, M, G, K) is added to far scores, ``mask`` (1 or B, M, L, .) says which of the near
-    ones each query sees, and ``sees_far`` (B, L) whether it sees what is far, if not all of one
-    block do. Far are sinks, exact entries and slots, in this order.
-    """
-
-    far_keys: Tensor
-    far_values: Tensor
-    bias: Tensor
-    near_keys: Tensor
-    near_values: Tensor
-    mask: Tensor
-    sees_far: Tensor | None = None
 
 
 class WindowAndMemory(Stateful):
@@ -136,12 +118,12 @@ class WindowAndMemory(Stateful):
         state = self.empty_state(keys) if state is None else joined(state)
         if not queries.shape[1]:
             return queries, apart(state)
-        places = batch.positions(queries)
-        turned = self.turn(queries, places[..., None]), self.turn(keys, places[..., None])
+        places, angle = places_of(batch, queries, self.frequencies)
+        rotated = turned(queries, *angle), turned(keys, *angle)
         runs, segments = runs_of(batch, queries, self.sizes.block, self.most)
         mixed = []
         for run in runs:
-            at, *tokens = (run.segment.take(x) for x in (places, *turned, values))
+            at, *tokens = (run.segment.take(x) for x in (places, *rotated, values))
             seen, state = self.look(run, at, tokens[1], tokens[2], state)
             far, near = self.scores(tokens[0], seen, scale)
             output, weights = self.mix(far, near, seen)
@@ -183,14 +165,11 @@ class WindowAndMemory(Stateful):
             torch.cat((state[name].to(x.dtype), x), dim=1)
             for name, x in (("keys", keys), ("values", values))
         ]
-        first = places.unflatten(1, (run.blocks, -1))[..., 0]
-        begun = first - first % size  # tokens before the last boundary, (1 or B, M)
-        left = (begun - window + size).clamp(min=0)  # those that have left the window
+        begun, left = run.once((window, size), lambda: run.counts(places, window, size))
         slots = None if self.slots is None else state["slots"][:, None]
         if run.blocks == 1:
             near = [x[:, None].transpose(2, 3) for x in entries]
-            before = places[:, :1] - window + torch.arange(window, device=places.device)
-            mask = run.visible(places, before, left)[:, None]
+            mask = run.once(("mask", window), lambda: run.visible(places, window, left)[:, None])
             state = {**state, "entries_keys": entries[0], "entries_values": entries[1]}
         else:
             # Block i sees the W entries that end with it.
@@ -211,17 +190,24 @@ class WindowAndMemory(Stateful):
                 )
                 slots = torch.cat((slots, after[:, :-1]), dim=1)
                 state["slots"] = after[:, -1].clone()
-        far = self.far(begun, left, slots, state, keys)
+        far = self.far(run, begun, left, slots, state, keys)
         documents = run.segment.documents
         sees_far = None if documents is None else documents.eq(0)
         return Seen(*far, near[0], near[1], mask, sees_far), state
 
     def far(
-        self, begun: Tensor, left: Tensor, slots: Tensor | None, state: State, like: Tensor
+        self,
+        run: Run,
+        begun: Tensor,
+        left: Tensor,
+        slots: Tensor | None,
+        state: State,
+        like: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values (B, M, G, K, D) of what has left the window, and their bias (B, M, G, K).
 
         Args:
+            run: which tokens see it.
             begun: (1 or B, M) tokens before the last boundary.
             left: (1 or B, M) how many of them had left the window.
             slots: (B, M, G, S, F) at that boundary, or None.
@@ -242,10 +228,10 @@ class WindowAndMemory(Stateful):
                 place = state["exact_places"].mT[:, None] - 1
                 there = place.ge(0).expand(*shape, -1)
             bias = torch.zeros(there.shape, device=like.device).masked_fill(~there, -torch.inf)
-            parts.append((self.reached(kept[0], begun, place), kept[1], bias))
+            parts.append((self.reached(run, kept[0], begun, place), kept[1], bias))
         if self.slots is not None and slots is not None:
             means, held_values, place, mass = self.slots.means(slots)
-            means = self.reached(means * self.slots.key_gain[:, None], begun, place)
+            means = self.reached(run, means * self.slots.key_gain[:, None], begun, place)
             parts.append((means.to(like.dtype), held_values.to(like.dtype), mass))
         if not parts:
             nothing = like.new_zeros(*shape, 0, self.head_dim)
@@ -253,20 +239,18 @@ class WindowAndMemory(Stateful):
         keys, values, bias = (torch.cat(each, dim=3) for each in zip(*parts, strict=True))
         return keys, values, bias
 
-    def reached(self, keys: Tensor, begun: Tensor, place: Tensor) -> Tensor:
+    def reached(self, run: Run, keys: Tensor, begun: Tensor, place: Tensor) -> Tensor:
         """Rotated keys (B, M, G, ., D) from their positions to where they are seen from."""
-        beyond = (begun[..., None, None] - place - self.reach).clamp(min=0)
-        if not torch.compiler.is_compiling() and not beyond.any():
+        near = not torch.compiler.is_compiling() and run.once(
+            ("near", self.reach), lambda: int(begun.max()) <= self.reach
+        )
+        if near:
             return keys
-        return self.turn(keys, beyond)
+        return self.turn(keys, (begun[..., None, None] - place - self.reach).clamp(min=0))
 
     def turn(self, heads: Tensor, places: Tensor) -> Tensor:
         """Turn pairs of features of (..., D) by the angles of positions (...)."""
-        # Angles are float64: in float32 they would be off by 0.03 rad at a million tokens.
-        angle = places[..., None].double() * self.frequencies.to(heads.device)
-        cos, sin = angle.cos().to(heads.dtype), angle.sin().to(heads.dtype)
-        first, second = heads.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return turned(heads, *angles(places, self.frequencies, heads.dtype))
 
     def scores(self, queries: Tensor, seen: Seen, scale: float) -> tuple[Tensor, Tensor]:
         """Of queries (B, M · L, H, D), far (B, M, G, R, L, K) and near, float32 at least."""
