@@ -308,6 +308,19 @@ def test_half_precision_is_about_the_same():
     assert mixed.past_key_values.states[0]["slot_keys"].dtype == torch.float32
 
 
+def test_a_compiled_step_is_the_same():
+    """In several graphs: what is read in a piece decides which blocks there are."""
+    model, ids = tiny_converted(sizes=SEVERAL), random_ids(2, 42)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        state = model(ids[:, :30], use_cache=True).past_key_values
+        fork = state.fork()
+        for token in ids[:, 30:].split(1, dim=1):
+            expected = model(token, past_key_values=state).logits
+            assert_close(compiled(token, past_key_values=fork).logits, expected, 1e-5)
+    torch._dynamo.reset()
+
+
 def test_a_batch_without_padding_needs_no_mask():
     model, ids = tiny_converted(), random_ids(2, 40)
     states = [None] * 3

@@ -149,9 +149,8 @@ class HAMTBackbone(HAMTPreTrainedModel):
         if seq_idx is None:
             seq_idx, past = names_of_documents(position_ids, cu_seq_lens_q, hidden_states, past)
         batch = Batch.of(padding_mask(attention_mask, length), seq_idx, past)
-        decoded, aux_losses = None, list[Tensor]()
-        if self.native is not None:
-            decoded = self.native.run(hidden_states, batch, states)
+        aux_losses: list[Tensor] = []
+        decoded = None if self.native is None else self.native.run(hidden_states, batch, states)
         if decoded is not None:
             hidden_states, new_states = decoded
         else:
@@ -175,7 +174,8 @@ class HAMTBackbone(HAMTPreTrainedModel):
         Returns:
             (B, N, d), the state of each layer after the last token, and auxiliary losses.
         """
-        new_states, aux_losses = list[State](), list[Tensor]()
+        new_states: list[State] = []
+        aux_losses: list[Tensor] = []
         for layer, state in zip(self.layers, states, strict=True):
             hidden_states, state, aux_loss = layer(hidden_states, batch, state)
             new_states.append(state)
