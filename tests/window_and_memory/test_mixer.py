@@ -166,6 +166,18 @@ def test_the_state_has_the_shapes_that_are_told_and_one_size_at_any_length(sizes
     assert len(held) == 1, "a state holds on to more than itself"
 
 
+def test_layers_that_turn_otherwise_share_a_batch():
+    """What is worked out once for all layers is so for those that are alike."""
+    sizes, heads, batch = Sizes(8, 2, 3, 0, 4), random_heads(2, 33), Batch()
+    mixers = [taker(sizes), taker(sizes), taker(sizes._replace(window=12)), taker(sizes, reach=5)]
+    mixers[1].frequencies = 3 * mixers[1].frequencies
+    with torch.no_grad():
+        found = [mixer(*heads, batch)[0] for mixer in mixers]
+        for mixer, output in zip(mixers, found, strict=True):
+            assert_close(output, mixer(*heads)[0], 1e-12)
+    assert all((output - found[0]).abs().max() > 1e-3 for output in found[1:])
+
+
 def test_a_state_is_a_value():
     mixer, heads = taker(Sizes(8, 2, 3, 2, 4)), random_heads(2, 33)
     with torch.no_grad():
