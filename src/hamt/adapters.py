@@ -13,8 +13,11 @@ RESCALED = {
 _TABLE = "TRANSFORMERS_MODELS_TO_{}_MODULES_MAPPING"
 
 
-def tell_peft(model_type: str) -> None:
-    """Enter a type of model in PEFT's tables, if PEFT is imported: to import it takes seconds."""
+def tell_peft(model_type: str, like: str | None = None) -> None:
+    """Enter a type of model in PEFT's tables, if PEFT is imported: to import it takes seconds.
+
+    ``like`` names a type of Transformers whose parts it has; None: those of HAMT.
+    """
     if (peft := sys.modules.get("peft.utils.constants")) is None:
         return
     for name, table in vars(peft).items():
@@ -22,4 +25,5 @@ def tell_peft(model_type: str) -> None:
         if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict):
             own = {_TABLE.format(method): parts for method, parts in RESCALED.items()}
             if name.endswith("_MODULES_MAPPING") and "llama" in table:
-                table.setdefault(model_type, own.get(name, MAPS))
+                parts = own.get(name, MAPS) if like is None else table[like]
+                table.setdefault(model_type, parts)

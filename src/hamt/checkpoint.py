@@ -8,12 +8,15 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hamt.config import HAMTConfig
+from hamt.converted_config import ConvertedConfig
+from hamt.converted_model import ConvertedForCausalLM
 from hamt.errors import UserError, reason
 from hamt.files import parse_json, write_file, write_folder
 from hamt.loading import (
@@ -33,6 +36,12 @@ _TOKENIZER_SETTINGS = (
     *("bos_token", "eos_token", "pad_token", "unk_token"),
     *("padding_side", "clean_up_tokenization_spaces"),
 )
+
+# What a folder may hold, by the model type of its configuration.
+KINDS: dict[str | None, type[HAMTForCausalLM]] = {
+    HAMTConfig.model_type: HAMTForCausalLM,
+    ConvertedConfig.model_type: ConvertedForCausalLM,
+}
 
 # A small model that comes with the package: trained by ``configs/sotu.yaml``.
 PRETRAINED = Path(__file__).parent / "pretrained" / "sotu"
@@ -70,7 +79,13 @@ def save_checkpoint(
 def save_pt(
     path: str | os.PathLike[str], model: HAMTForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Write weights, configuration and tokenizer to one ``.pt`` file of plain data."""
+    """Write weights, configuration and tokenizer to one ``.pt`` file of plain data.
+
+    Raises:
+        ValueError: for a converted model, which only a folder can hold.
+    """
+    if model.config.model_type != HAMTConfig.model_type:
+        raise ValueError("a .pt file holds models of HAMT's own layers: use save_checkpoint")
     content = {
         "state_dict": model.state_dict(),
         "config": json.loads(model.config.to_json_string(use_diff=False)),
@@ -82,12 +97,16 @@ def save_pt(
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str], needs_layers: str | None = None
 ) -> tuple[HAMTForCausalLM, PreTrainedTokenizerBase]:
     """Load a folder or a ``.pt`` file; the model is in evaluation mode.
 
+    Args:
+        path: of a model of HAMT, or one that was converted.
+        needs_layers: what is to be done with it, if that asks for layers of HAMT's own.
+
     Raises:
-        UserError: if there is no HAMT checkpoint at ``path``, or it is not whole: weights are
+        UserError: if there is no such checkpoint at ``path``, or it is not whole: weights are
             missing, too many, of other shapes, or no numbers.
     """
     path = Path(path)
@@ -97,13 +116,19 @@ def load_checkpoint(
         return _load_pt(path)
     if not (path / "config.json").is_file():
         raise UserError(f"no checkpoint at {path}: give a folder with a config.json, or a .pt file")
-    kind = model_type(path)
-    if kind != HAMTConfig.model_type:
-        raise UserError(f"{path} holds a {kind!r} model, not a HAMT model; give a HAMT checkpoint")
+    found = model_type(path)
+    if found not in KINDS:
+        raise UserError(f"{path} holds a {found!r} model, not a HAMT model; give a HAMT checkpoint")
+    if needs_layers and found != HAMTConfig.model_type:
+        raise UserError(
+            f"{path} holds a converted model, and {needs_layers} is for models of HAMT's own "
+            "layers: give another checkpoint"
+        )
+    kind = KINDS[found]
     try:
-        config = HAMTConfig.from_pretrained(path, local_files_only=True)
-        refuse_other_shapes(HAMTForCausalLM, config, shapes_in(path))
-        model = pretrained_model(HAMTForCausalLM, str(path), local_files_only=True)
+        config = kind.config_class.from_pretrained(path, local_files_only=True)
+        refuse_other_shapes(kind, config, shapes_in(path))
+        model = pretrained_model(kind, str(path), local_files_only=True)
         tokenizer = pretrained_tokenizer(str(path), local_files_only=True)
         _check_vocabulary(tokenizer, config)
         _check_ends(model)
@@ -152,7 +177,7 @@ def _load_pt(path: Path) -> tuple[HAMTForCausalLM, PreTrainedTokenizerFast]:
     return model.eval(), tokenizer
 
 
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: HAMTConfig) -> None:
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
     """Refuse a tokenizer with tokens that the model has no embedding for."""
     if (largest := max(tokenizer.get_vocab().values(), default=-1)) >= config.vocab_size:
         raise ValueError(

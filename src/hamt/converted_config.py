@@ -6,11 +6,15 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hamt.adapters import tell_peft
+from hamt.config import MAX_LAYERS
 from hamt.window_and_memory.sizes import Sizes
 
 # Models whose attention is queries, keys and values with rotary positions in a softmax, no more.
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What decides, beside weights, layers and reach, what a model makes of a text.
+_TELLING = ("model_type", "hidden_act", "rms_norm_eps", "num_attention_heads", "rope_parameters")
 
 
 class ConvertedConfig(PreTrainedConfig):
@@ -33,6 +37,8 @@ class ConvertedConfig(PreTrainedConfig):
         **options: Any,
     ) -> None:
         self.transformer = {} if transformer is None else dict(transformer)
+        for name in ("id2label", "label2id"):  # of a classifier; JSON would change their keys
+            self.transformer.pop(name, None)
         self.reach = reach
         inner = self.transformer_config() if self.transformer else None
         count = 0 if inner is None else inner.num_hidden_layers
@@ -41,10 +47,28 @@ class ConvertedConfig(PreTrainedConfig):
             for name in _TOKENS:
                 options.setdefault(name, getattr(inner, name, None))
             options.setdefault("tie_word_embeddings", inner.tie_word_embeddings)
-            self._take(inner)
+        self.use_cache, self.aux_loss_weight = True, 0.0
         super().__init__(**options)
         if inner is not None:
+            self._take(inner)
             self.validate_architecture()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A model whose embedding is resized sets ``vocab_size``: that of the transformer, too."""
+        if name == "vocab_size" and getattr(self, "transformer", None):
+            self.transformer = {**self.transformer, name: value}
+        super().__setattr__(name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers, which PEFT asks before it looks up what of a model it adapts."""
+        tell_peft(self.model_type, "llama")
+        return super().to_dict()
+
+    def identifying(self) -> dict[str, Any]:
+        """What decides, beside its weights, what the model makes of a text (``hamt.identity``)."""
+        inner = self.transformer_config()
+        telling = {name: getattr(inner, name) for name in _TELLING}
+        return {**telling, "layers": self.layers, "reach": self.reach}
 
     def _take(self, inner: PreTrainedConfig) -> None:
         """What other code reads of a configuration, by the names of Transformers and of HAMT."""
@@ -52,7 +76,6 @@ class ConvertedConfig(PreTrainedConfig):
         self.num_hidden_layers, self.num_layers = (inner.num_hidden_layers,) * 2
         self.num_attention_heads, self.hidden_dim = inner.num_attention_heads, inner.hidden_size
         self.max_position_embeddings = inner.max_position_embeddings
-        self.use_cache, self.aux_loss_weight = True, 0.0
 
     def transformer_config(self) -> PreTrainedConfig:
         """The transformer's own configuration.
@@ -64,6 +87,8 @@ class ConvertedConfig(PreTrainedConfig):
         kind = fields.pop("model_type", None)
         if kind not in KNOWN:
             raise ValueError(f"only models of {', '.join(KNOWN)} can be converted; this is {kind}")
+        if (count := fields.get("num_hidden_layers", 0)) > MAX_LAYERS:  # some make a list of them
+            raise ValueError(f"num_hidden_layers must be at most {MAX_LAYERS}; got {count}")
         return AutoConfig.for_model(kind, **fields)
 
     @property

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hamt.base_model import HAMTPreTrainedModel
 from hamt.batch import Batch
 from hamt.converted_config import ConvertedConfig, head_dim_of
-from hamt.mixers import State
+from hamt.mixers import State, Stateful
 from hamt.model import HAMTBackbone, HAMTForCausalLM
 from hamt.registration import register
 from hamt.window_and_memory.mixer import WindowAndMemory
@@ -99,13 +100,37 @@ def take_over(body: nn.Module, config: ConvertedConfig) -> None:
     inner._attn_implementation = ATTENTION
 
 
-class ConvertedBackbone(HAMTBackbone):
-    """The transformer without its head; what ``AutoModel`` gives."""
+class ConvertedPreTrainedModel(HAMTPreTrainedModel):
+    """What all converted models share."""
 
     config_class = ConvertedConfig  # type: ignore[assignment]
     config: ConvertedConfig  # type: ignore[assignment]
     _no_split_modules = None  # type: ignore[assignment]
     _can_record_outputs = {}  # noqa: RUF012
+
+    def get_input_embeddings(self):
+        """The transformer's."""
+        backbone: Any = self.base_model
+        return backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        """The transformer's."""
+        backbone: Any = self.base_model
+        backbone.set_input_embeddings(value)
+
+    def fuse_projections(self, weights: torch.dtype = torch.float32) -> int:
+        """Nothing, as of a second copy of its weights a converted model decodes no faster.
+
+        Raises:
+            ValueError: if ``weights`` are not float32.
+        """
+        if weights != torch.float32:
+            raise ValueError(f"a converted model cannot decode with {weights} weights")
+        return 0
+
+
+class ConvertedBackbone(ConvertedPreTrainedModel, HAMTBackbone):
+    """The transformer without its head; what ``AutoModel`` gives."""
 
     def __init__(self, config: ConvertedConfig) -> None:
         HAMTPreTrainedModel.__init__(self, config)
@@ -125,6 +150,11 @@ class ConvertedBackbone(HAMTBackbone):
         """The transformer's layers."""
         return self.body.layers
 
+    @property
+    def stateful(self) -> list[Stateful]:
+        """What carries the state of each layer: its window and memory."""
+        return [layer.self_attn.window_and_memory for layer in self.layers]  # type: ignore[misc,union-attr]
+
     def get_input_embeddings(self):
         """The transformer's."""
         return self.body.get_input_embeddings()
@@ -132,6 +162,30 @@ class ConvertedBackbone(HAMTBackbone):
     def set_input_embeddings(self, value):
         """The transformer's."""
         self.body.set_input_embeddings(value)
+        self.body.config.vocab_size = len(value.weight)
+
+    def forward(self, *arguments: Any, output_hidden_states: bool | None = None, **options: Any):
+        """As ``HAMTBackbone.forward``.
+
+        With ``output_hidden_states`` also the ``hidden_states`` (B, N, d) before each layer and
+        after the last norm.
+        """
+        wanted = output_hidden_states
+        if self.config.output_hidden_states if wanted is None else wanted:
+            before: list[Tensor] = []
+            hooks = [
+                layer.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
+                for layer in self.layers
+            ]
+            whole, options["return_dict"] = options.get("return_dict", True), True
+            try:
+                outputs = super().forward(*arguments, **options)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            outputs.hidden_states = (*before, outputs.last_hidden_state)
+            return outputs if whole is not False else outputs.to_tuple()
+        return super().forward(*arguments, **options)
 
     def mixer_summary(self) -> str:
         """Window and memory of all layers, for people."""
@@ -161,14 +215,10 @@ class ConvertedBackbone(HAMTBackbone):
         return outputs.last_hidden_state
 
 
-class ConvertedForCausalLM(HAMTForCausalLM):
+class ConvertedForCausalLM(ConvertedPreTrainedModel, HAMTForCausalLM):
     """The language model: the transformer with its head."""
 
-    config_class = ConvertedConfig  # type: ignore[assignment]
-    config: ConvertedConfig  # type: ignore[assignment]
     _tied_weights_keys = {"lm_head.weight": "model.body.embed_tokens.weight"}  # noqa: RUF012
-    _no_split_modules = None  # type: ignore[assignment]
-    _can_record_outputs = {}  # noqa: RUF012
 
     def __init__(self, config: ConvertedConfig) -> None:
         HAMTPreTrainedModel.__init__(self, config)
@@ -177,4 +227,12 @@ class ConvertedForCausalLM(HAMTForCausalLM):
         self.post_init()
 
 
-register(ConvertedConfig, ConvertedBackbone, ConvertedForCausalLM)
+class ConvertedForSequenceClassification(
+    GenericForSequenceClassification, ConvertedPreTrainedModel
+):
+    """A linear classifier on the hidden state of the last token that is not padding."""
+
+
+register(
+    ConvertedConfig, ConvertedBackbone, ConvertedForCausalLM, ConvertedForSequenceClassification
+)

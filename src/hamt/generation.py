@@ -81,8 +81,8 @@ def load_state(path: str, model: HAMTForCausalLM) -> HAMTCache:
     rows = state.batch_size
     try:
         check_cache(state, model.model, rows)
-        for block, kept in zip(model.model.layers, state.states, strict=True):
-            block.mixer.check_state(kept or {})
+        for mixer, kept in zip(model.model.stateful, state.states, strict=True):
+            mixer.check_state(kept or {})
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     if rows != 1:

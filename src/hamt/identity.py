@@ -135,6 +135,8 @@ def _mark(model: nn.Module) -> tuple[int, list[Any]]:
 
 def _settings(config: Any) -> dict[str, Any]:
     """What of a configuration is not as by default, so that a new field changes no name."""
+    if not isinstance(config, HAMTConfig):
+        return config.identifying()
     found = {
         name: getattr(config, name)
         for name in HAMTConfig.__annotations__

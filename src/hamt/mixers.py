@@ -39,52 +39,12 @@ def look_up(table: Mapping[str, type | str], name: str) -> Any:
     return entry
 
 
-class Mixer(nn.Module):
-    """A token mixer: (B, N, d) -> (B, N, d), with a state that is carried from token to token.
-
-    A subclass takes the configuration, and writes ``forward`` and ``state_shapes``. States are
-    values: a forward pass makes a new one and never writes into the old.
-    """
-
-    # What Transformers calls it in ``layer_types``; it knows a fixed list of names.
-    layer_type: ClassVar[str] = "linear_attention"
-
-    def forward(
-        self, hidden_states: Tensor, batch: Batch | None = None, state: State | None = None
-    ) -> tuple[Tensor, State, Tensor | None]:
-        """Mix a sequence, or continue one.
-
-        Args:
-            hidden_states: normalised inputs, (B, N, d).
-            batch: padding and documents; None is neither.
-            state: what an earlier call returned; None starts empty.
-
-        Returns:
-            Outputs (B, N, d), the state after the last token, and an auxiliary loss or None.
-        """
-        raise NotImplementedError
+class Stateful(nn.Module):
+    """What carries a state from token to token: named tensors, of shapes that it tells."""
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape for one row of each tensor of the state; a size of 0 grows with the text."""
         raise NotImplementedError
-
-    @classmethod
-    def operations(cls, config: Any, length: int) -> dict[str, float]:
-        """Operations for one token, the mean over a sequence of ``length``, by part."""
-        raise NotImplementedError
-
-    def summary(self) -> str:
-        """What it is, in a few words."""
-        return type(self).__name__
-
-    def empty_state(
-        self, rows: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
-    ) -> State:
-        """A state before the first token, of zeros."""
-        return {
-            name: torch.zeros(rows, *shape, dtype=dtype, device=device)
-            for name, shape in self.state_shapes().items()
-        }
 
     def state_size(self) -> int:
         """Floats that are carried for one row, without what grows with the text."""
@@ -112,3 +72,47 @@ class Mixer(nn.Module):
                     f"this state comes from another model: its {name} has shape {shape} a row, "
                     f"the model's {wanted}"
                 )
+
+
+class Mixer(Stateful):
+    """A token mixer: (B, N, d) -> (B, N, d), with a state that is carried from token to token.
+
+    A subclass takes the configuration, and writes ``forward`` and ``state_shapes``. States are
+    values: a forward pass makes a new one and never writes into the old.
+    """
+
+    # What Transformers calls it in ``layer_types``; it knows a fixed list of names.
+    layer_type: ClassVar[str] = "linear_attention"
+
+    def forward(
+        self, hidden_states: Tensor, batch: Batch | None = None, state: State | None = None
+    ) -> tuple[Tensor, State, Tensor | None]:
+        """Mix a sequence, or continue one.
+
+        Args:
+            hidden_states: normalised inputs, (B, N, d).
+            batch: padding and documents; None is neither.
+            state: what an earlier call returned; None starts empty.
+
+        Returns:
+            Outputs (B, N, d), the state after the last token, and an auxiliary loss or None.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def operations(cls, config: Any, length: int) -> dict[str, float]:
+        """Operations for one token, the mean over a sequence of ``length``, by part."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """What it is, in a few words."""
+        return type(self).__name__
+
+    def empty_state(
+        self, rows: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> State:
+        """A state before the first token, of zeros."""
+        return {
+            name: torch.zeros(rows, *shape, dtype=dtype, device=device)
+            for name, shape in self.state_shapes().items()
+        }

@@ -30,7 +30,7 @@ from hamt.cross_entropy import IGNORE_INDEX, head_loss
 from hamt.decoding import Decoder
 from hamt.fingerprint import embedded
 from hamt.identity import Origin
-from hamt.mixers import State
+from hamt.mixers import State, Stateful
 from hamt.parts import RMSNorm, embedding
 from hamt.products import has_extra_behaviour, project
 from hamt.registration import register
@@ -80,9 +80,14 @@ class HAMTBackbone(HAMTPreTrainedModel):
         self.native: Decoder | None = None
         self.post_init()
 
+    @property
+    def stateful(self) -> list[Stateful]:
+        """What carries the state of each layer: its mixer."""
+        return [layer.mixer for layer in self.layers]  # type: ignore[misc]
+
     def mixer_summary(self) -> str:
         """The mixers of all layers, for people: how many there are of each kind."""
-        kinds = Counter(layer.mixer.summary() for layer in self.layers)  # type: ignore[union-attr,operator]
+        kinds = Counter(layer.mixer.summary() for layer in self.layers)  # type: ignore
         return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
 
     @merge_with_config_defaults
@@ -118,8 +123,7 @@ class HAMTBackbone(HAMTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values
-        rows, length = rows_and_length(hidden_states)
+        cache, (rows, length) = past_key_values, rows_and_length(hidden_states)
         if cache is not None:
             check_cache(cache, self, rows)
         elif use_cache:
@@ -129,9 +133,8 @@ class HAMTBackbone(HAMTPreTrainedModel):
         if seq_idx is None:
             seq_idx, past = names_of_documents(position_ids, cu_seq_lens_q, hidden_states, past)
         batch = Batch.of(padding_mask(attention_mask, length), seq_idx, past)
-        decoded, aux_losses = None, list[Tensor]()
-        if self.native is not None:
-            decoded = self.native.run(hidden_states, batch, states)
+        aux_losses: list[Tensor] = []
+        decoded = None if self.native is None else self.native.run(hidden_states, batch, states)
         if decoded is not None:
             hidden_states, new_states = decoded
         else:
@@ -155,7 +158,8 @@ class HAMTBackbone(HAMTPreTrainedModel):
         Returns:
             (B, N, d), the state of each layer after the last token, and auxiliary losses.
         """
-        new_states, aux_losses = list[State](), list[Tensor]()
+        new_states: list[State] = []
+        aux_losses: list[Tensor] = []
         for layer, state in zip(self.layers, states, strict=True):
             hidden_states, state, aux_loss = layer(hidden_states, batch, state)
             new_states.append(state)

@@ -150,7 +150,7 @@ def _note_next(state: HAMTCache, token: torch.Tensor) -> None:
 
 def warn_if_growing(model: HAMTForCausalLM) -> None:
     """Say so if a state of this model grows with the text."""
-    shapes = (block.mixer.state_shapes().values() for block in model.model.layers)
+    shapes = (mixer.state_shapes().values() for mixer in model.model.stateful)
     if any(0 in shape for shape in chain.from_iterable(shapes)):
         logger.warning("this model has attention over the whole text: its state grows with it")
 

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from converted_inputs import SEVERAL, tiny_converted
 from model_inputs import VOCAB, tiny_model
 from transformers import GenerationConfig
 
@@ -19,6 +20,13 @@ MIXERS = {
     "hybrid": {"mixers": ["memory", "sliding_attention"], "sliding_window": 5},
     "full": {"mixers": ["full_attention", "memory"]},
 }
+
+
+def of(name):
+    """A model of these mixers, or one that was converted."""
+    if name == "converted":
+        return tiny_converted(sizes=SEVERAL)
+    return tiny_model(**MIXERS[name])
 
 
 @pytest.fixture
@@ -71,11 +79,11 @@ def generated(model, ids, count=8):
     return output[0, len(ids) :].tolist()
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", [*MIXERS, "converted"])
 def test_rows_write_what_each_would_alone(name, engines, monkeypatch):
     """They come one after the other, of all lengths, and leave at different times."""
     monkeypatch.setattr(module, "PART", 7)
-    model = tiny_model(**MIXERS[name])
+    model = of(name)
     engine = engines(model, max_rows=4)
     given = prompts(1, 2, 30, 9, 1, 17, 5, 40)
     counts = [8, 3, 12, 1, 5, 8, 20, 6]
@@ -84,9 +92,9 @@ def test_rows_write_what_each_would_alone(name, engines, monkeypatch):
         assert text.wait() == generated(model, ids, count)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", [*MIXERS, "converted"])
 def test_what_was_read_is_not_read_again(name, engines):
-    model = tiny_model(**MIXERS[name])
+    model = of(name)
     engine = engines(model)
     (first,) = prompts(30)
     answer = Written(engine, first).wait()

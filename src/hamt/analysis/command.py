@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _analyze(options: AnalyzeOptions, text: str, output: Output) -> None:
-    model, tokenizer = load_checkpoint(named_or_own(options.checkpoint))
+    model, tokenizer = load_checkpoint(named_or_own(options.checkpoint), "hamt analyze")
     if not memory_layers(model):
         raise UserError("this model has no memory to look into: all its mixers are of other kinds")
     name = options.checkpoint or "The model in HAMT"

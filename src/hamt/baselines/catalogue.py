@@ -137,7 +137,7 @@ def _mlp_step(hidden_dim: int) -> int:
 
 
 def _hamt_state(model: HAMTForCausalLM) -> int | None:
-    mixers = [block.mixer for block in model.model.layers]
+    mixers = model.model.stateful
     if any(0 in shape for mixer in mixers for shape in mixer.state_shapes().values()):
         return None  # a size of 0 grows with the text
     return sum(mixer.state_size() for mixer in mixers)
@@ -309,6 +309,8 @@ def state_floats(model: PreTrainedModel) -> int | None:
     Raises:
         ValueError: for an architecture that is not in the catalogue.
     """
+    if isinstance(model, HAMTForCausalLM):  # of whatever layers, also converted
+        return _hamt_state(model)
     for architecture in ARCHITECTURES.values():
         if architecture.model_type == model.config.model_type:
             return architecture.state_floats(model)

@@ -10,8 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hamt.baselines.products import use_onednn_linear
-from hamt.checkpoint import load_checkpoint, model_type
-from hamt.config import HAMTConfig
+from hamt.checkpoint import KINDS, load_checkpoint, model_type
 from hamt.data.hub import no_network
 from hamt.errors import UserError, reason
 from hamt.loading import pretrained_model, pretrained_tokenizer
@@ -73,4 +72,4 @@ def longest_context(model: PreTrainedModel) -> int | None:
 
 
 def _is_hamt(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and model_type(folder) == HAMTConfig.model_type
+    return (folder / "config.json").is_file() and model_type(folder) in KINDS

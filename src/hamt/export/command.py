@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.weights != "float32" and options.format != "c":
         raise UserError("--weights is for --format c: leave it out")
     REQUIRE.get(options.format, require_onnx)()
-    model, tokenizer = load_checkpoint(named_or_own(options.checkpoint))
+    model, tokenizer = load_checkpoint(named_or_own(options.checkpoint), "hamt export")
     console, step = PlainConsole(), Step(model)
     runtime: dict[str, Path] = {}
     if options.format == "web":

@@ -95,7 +95,9 @@ def make_plan(options: TrainOptions) -> Plan:
             text_column=options.text_column,
             streaming=options.streaming,
         )
-        trained = load_checkpoint(options.init_from) if options.init_from else None
+        trained = None
+        if options.init_from:
+            trained = load_checkpoint(options.init_from, "hamt train --init_from")
         tokenizer = trained[1] if trained else _tokenizer(options, text)
         corpus = tokenise(text, tokenizer, options.token_cache, options.max_tokens)
     if len(corpus.held_out) < 2:

@@ -69,7 +69,7 @@ def admit(
         size: C.
 
     Returns:
-        The state, and the C tokens that are to be written to the slots.
+        The state, and the C tokens that are to be written to the slots, oldest first.
     """
     before = held(state)
     known = (before.use * before.real).sum(dim=1, keepdim=True)
@@ -85,7 +85,9 @@ def admit(
         worth = worth.masked_fill(~every.real, -1.0)
         order = worth.argsort(dim=1, descending=True, stable=True)
     count = before.keys.shape[1]
-    chosen, rest = every.take(order[:, :count]), every.take(order[:, count:])
+    chosen, order = every.take(order[:, :count]), order[:, count:]
+    # Slots are written oldest first; what is no token stands before all.
+    rest = every.take(order.gather(1, every.places.gather(1, order).argsort(dim=1, stable=True)))
     rest = rest._replace(real=rest.real & here[:, None, None])
     kept = {
         "exact_keys": chosen.keys,

@@ -11,40 +11,20 @@ key-value heads, R = H / G, D features of a head, W window, C tokens of a block,
 exact entries, K = Z + E + S, F features of a slot.
 """
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hamt.batch import Batch, take
 from hamt.memory.precision import without_autocast
-from hamt.mixers import State
+from hamt.mixers import State, Stateful
 from hamt.window_and_memory.exact import Candidates, admit, looked_at
-from hamt.window_and_memory.runs import RUN, Run, runs_of
+from hamt.window_and_memory.rotary import angles, places_of, turned
+from hamt.window_and_memory.runs import RUN, Run, Seen, runs_of
 from hamt.window_and_memory.sizes import Sizes
-from hamt.window_and_memory.slots import Means, Slots
+from hamt.window_and_memory.slots import COUNTS, PARTS, Means, Slots, apart, joined
 
 
-class Seen(NamedTuple):
-    """What the queries of a run see: keys and values (B, M, G, ., D).
-
-    ``bias`` (B, M, G, K) is added to far scores, ``mask`` (1 or B, M, L, .) says which of the near
-    ones each query sees, and ``sees_far`` (B, L) whether it sees what is far, if not all of one
-    block do. Far are sinks, exact entries and slots, in this order; ``variance`` (B, M, G, S, 2) is
-    that of the keys in slots.
-    """
-
-    far_keys: Tensor
-    far_values: Tensor
-    bias: Tensor
-    near_keys: Tensor
-    near_values: Tensor
-    mask: Tensor
-    variance: Tensor | None = None
-    sees_far: Tensor | None = None
-
-
-class WindowAndMemory(nn.Module):
+class WindowAndMemory(Stateful):
     """Attention of one layer; queries, keys and values come from projections of somebody else.
 
     Args:
@@ -82,8 +62,8 @@ class WindowAndMemory(nn.Module):
         """The shape for one row of each tensor that is carried.
 
         ``keys`` (rotated) and ``values`` of the last W tokens, of sinks and of exact entries;
-        ``exact_places`` (E, G), the position + 1, 0 where there is none, and ``exact_use``;
-        ``slots`` (G, S, F).
+        ``exact_places`` (E, G), the position + 1, 0 where there is none, and ``exact_use``; keys
+        and values of slots (G, S, D), and their counts (G, 2 S).
         """
         sizes, groups, width = self.sizes, self.num_groups, self.head_dim
         shapes: dict[str, tuple[int, ...]] = {}
@@ -95,17 +75,22 @@ class WindowAndMemory(nn.Module):
         if sizes.num_exact:
             shapes |= dict.fromkeys(("exact_places", "exact_use"), (sizes.num_exact, groups))
         if self.slots is not None:
-            shapes["slots"] = (groups, sizes.num_slots, self.slots.width)
+            shapes |= dict.fromkeys(PARTS[:2], (groups, sizes.num_slots, width))
+            shapes[PARTS[2]] = (groups, COUNTS * sizes.num_slots)
         return shapes
 
     def empty_state(self, like: Tensor) -> State:
-        """A state of zeros for the rows of (B, ...), in its dtype, sums in float32 at least."""
+        """A state of zeros for the rows of (B, ...), in its dtype, sums in float32 at least.
+
+        As ``forward`` works with it, with ``slots`` (B, G, S, F).
+        """
         wide = torch.promote_types(like.dtype, torch.float32)
-        sums = ("slots", "exact_places", "exact_use")
-        return {
+        sums = (*PARTS, "exact_places", "exact_use")
+        state = {
             name: like.new_zeros(len(like), *shape, dtype=wide if name in sums else like.dtype)
             for name, shape in self.state_shapes().items()
         }
+        return joined(state)
 
     def forward(
         self,
@@ -131,15 +116,15 @@ class WindowAndMemory(nn.Module):
         """
         batch = batch or Batch()
         scale = self.head_dim**-0.5 if scale is None else scale
-        state = self.empty_state(keys) if state is None else dict(state)
+        state = self.empty_state(keys) if state is None else joined(state)
         if not queries.shape[1]:
-            return queries, state
-        places = batch.positions(queries)
-        turned = self.turn(queries, places[..., None]), self.turn(keys, places[..., None])
+            return queries, apart(state)
+        places, angle = places_of(batch, queries, self.frequencies)
+        rotated = turned(queries, *angle), turned(keys, *angle)
         runs, segments = runs_of(batch, queries, self.sizes.block, self.most)
         mixed = []
         for run in runs:
-            at, *tokens = (run.segment.take(x) for x in (places, *turned, values))
+            at, *tokens = (run.segment.take(x) for x in (places, *rotated, values))
             seen, state = self.look(run, at, tokens[1], tokens[2], state)
             far, near = self.scores(tokens[0], seen, scale)
             output, weights = self.mix(far, near, seen)
@@ -149,6 +134,7 @@ class WindowAndMemory(nn.Module):
                 state = looked_at(state, exact, run.segment.mask)
             if run.blocks == 1:
                 state = self.leave(run, at, state, scale)
+        state = apart(state)
         return segments.join(mixed), {name: state[name] for name in self.state_shapes()}
 
     @property
@@ -180,14 +166,11 @@ class WindowAndMemory(nn.Module):
             torch.cat((state[name].to(x.dtype), x), dim=1)
             for name, x in (("keys", keys), ("values", values))
         ]
-        first = places.unflatten(1, (run.blocks, -1))[..., 0]
-        begun = first - first % size  # tokens before the last boundary, (1 or B, M)
-        left = (begun - window + size).clamp(min=0)  # those that have left the window
+        begun, left = run.once((window, size), lambda: run.counts(places, window, size))
         slots = None if self.slots is None else state["slots"][:, None]
         if run.blocks == 1:
             near = [x[:, None].transpose(2, 3) for x in entries]
-            before = places[:, :1] - window + torch.arange(window, device=places.device)
-            mask = run.visible(places, before, left)[:, None]
+            mask = run.once(("mask", window), lambda: run.visible(places, window, left)[:, None])
             state = {**state, "entries_keys": entries[0], "entries_values": entries[1]}
         else:
             # Block i sees the W entries that end with it.
@@ -209,18 +192,25 @@ class WindowAndMemory(nn.Module):
                 slots = torch.cat((slots, after[:, :-1]), dim=1)
                 state["slots"] = after[:, -1].clone()
         means = None if self.slots is None or slots is None else self.slots.means(slots)
-        far = self.far(begun, left, means, state, keys)
+        far = self.far(run, begun, left, means, state, keys)
         documents = run.segment.documents
         sees_far = None if documents is None else documents.eq(0)
         variance = None if means is None else means.variance
         return Seen(*far, near[0], near[1], mask, variance, sees_far), state
 
     def far(
-        self, begun: Tensor, left: Tensor, means: Means | None, state: State, like: Tensor
+        self,
+        run: Run,
+        begun: Tensor,
+        left: Tensor,
+        means: Means | None,
+        state: State,
+        like: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values (B, M, G, K, D) of what has left the window, and their bias (B, M, G, K).
 
         Args:
+            run: which tokens see it.
             begun: (1 or B, M) tokens before the last boundary.
             left: (1 or B, M) how many of them had left the window.
             means: of slots (B, M, G, S, F) at that boundary, or None.
@@ -241,30 +231,29 @@ class WindowAndMemory(nn.Module):
                 place = state["exact_places"].mT[:, None] - 1
                 there = place.ge(0).expand(*shape, -1)
             bias = torch.zeros(there.shape, device=like.device).masked_fill(~there, -torch.inf)
-            parts.append((self.reached(kept[0], begun, place), kept[1], bias))
+            parts.append((self.reached(run, kept[0], begun, place), kept[1], bias))
         if self.slots is not None and means is not None:
-            turned = self.reached(means.keys * self.slots.key_gain[:, None], begun, means.places)
-            parts.append((turned.to(like.dtype), means.values.to(like.dtype), means.log_mass))
+            kept_keys = means.keys * self.slots.key_gain[:, None]
+            kept_keys = self.reached(run, kept_keys, begun, means.places)
+            parts.append((kept_keys.to(like.dtype), means.values.to(like.dtype), means.log_mass))
         if not parts:
             nothing = like.new_zeros(*shape, 0, self.head_dim)
             return nothing, nothing, nothing[..., 0]
         keys, values, bias = (torch.cat(each, dim=3) for each in zip(*parts, strict=True))
         return keys, values, bias
 
-    def reached(self, keys: Tensor, begun: Tensor, place: Tensor) -> Tensor:
+    def reached(self, run: Run, keys: Tensor, begun: Tensor, place: Tensor) -> Tensor:
         """Rotated keys (B, M, G, ., D) from their positions to where they are seen from."""
-        beyond = (begun[..., None, None] - place - self.reach).clamp(min=0)
-        if not torch.compiler.is_compiling() and not beyond.any():
+        near = not torch.compiler.is_compiling() and run.once(
+            ("near", self.reach), lambda: int(begun.max()) <= self.reach
+        )
+        if near:
             return keys
-        return self.turn(keys, beyond)
+        return self.turn(keys, (begun[..., None, None] - place - self.reach).clamp(min=0))
 
     def turn(self, heads: Tensor, places: Tensor) -> Tensor:
         """Turn pairs of features of (..., D) by the angles of positions (...)."""
-        # Angles are float64: in float32 they would be off by 0.03 rad at a million tokens.
-        angle = places[..., None].double() * self.frequencies.to(heads.device)
-        cos, sin = angle.cos().to(heads.dtype), angle.sin().to(heads.dtype)
-        first, second = heads.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return turned(heads, *angles(places, self.frequencies, heads.dtype))
 
     def scores(self, queries: Tensor, seen: Seen, scale: float) -> tuple[Tensor, Tensor]:
         """Of queries (B, M · L, H, D), far (B, M, G, R, L, K) and near, float32 at least."""

@@ -1,9 +1,11 @@
 """In which pieces a text is read: up to the next boundary, or many whole blocks at once.
 
-Shape legend: B batch, N tokens, L tokens of a run, M blocks of C tokens each.
+Shape legend: B batch, N tokens, L tokens of a run, M blocks of C tokens each, W window, G key-value
+heads, D features of a head, K what has left the window and is seen.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,21 +19,41 @@ RUN = 64  # blocks that are computed at once: more would take more memory than t
 class Run(NamedTuple):
     """Some tokens of each row: those up to its next boundary, or M whole blocks of all rows.
 
-    Without ``blocks`` a run is one block, or a part of one.
+    With one of ``blocks`` a run is one block, or a part of one. ``known`` is what ``once`` knows.
     """
 
     segment: Segment
-    blocks: int = 1
+    blocks: int
+    known: dict[Hashable, Any]
 
-    def visible(self, places: Tensor, before: Tensor, left: Tensor) -> Tensor:
+    def once(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, which is the same in all layers that give it the same name."""
+        if name not in self.known:
+            self.known[name] = make()
+        return self.known[name]
+
+    def counts(self, places: Tensor, window: int, size: int) -> tuple[Tensor, Tensor]:
+        """Tokens before the last boundary before each block (1 or B, M), and those that have left.
+
+        Args:
+            places: (1 or B, M · L) positions of the tokens.
+            window: W.
+            size: C.
+        """
+        first = places.unflatten(1, (self.blocks, -1))[..., 0]
+        begun = first - first % size
+        return begun, (begun - window + size).clamp(min=0)
+
+    def visible(self, places: Tensor, window: int, left: Tensor) -> Tensor:
         """Which tokens each query of one block sees, (1 or B, L, W + L).
 
         Args:
             places: (1 or B, L) positions of the tokens.
-            before: (1 or B, W) those of the tokens in front of them.
+            window: W, the tokens in front of them.
             left: (1 or B, 1) how many tokens have left the window.
         """
         length, (_, mask, documents, _) = places.shape[1], self.segment
+        before = places[:, :1] - window + torch.arange(window, device=places.device)
         there = (before >= left)[:, None, :].expand(-1, length, -1)
         own = torch.ones(length, length, dtype=torch.bool, device=places.device).tril()[None]
         if documents is not None:
@@ -69,6 +91,25 @@ class Run(NamedTuple):
         return begun + counted.sum(dim=1), order.gather(1, real.sum(dim=1, keepdim=True) + front)
 
 
+class Seen(NamedTuple):
+    """What the queries of a run see: keys and values (B, M, G, ., D).
+
+    ``bias`` (B, M, G, K) is added to far scores, ``mask`` (1 or B, M, L, .) says which of the near
+    ones each query sees, and ``sees_far`` (B, L) whether it sees what is far, if not all of one
+    block do. Far are sinks, exact entries and slots, in this order; ``variance`` (B, M, G, S, 2) is
+    that of the keys in slots.
+    """
+
+    far_keys: Tensor
+    far_values: Tensor
+    bias: Tensor
+    near_keys: Tensor
+    near_values: Tensor
+    mask: Tensor
+    variance: Tensor | None = None
+    sees_far: Tensor | None = None
+
+
 def runs_of(batch: Batch, tokens: Tensor, size: int, most: int = RUN) -> tuple[list[Run], Segments]:
     """The tokens of (B, N, ...) in runs, of ``most`` blocks of C = ``size`` tokens at most.
 
@@ -83,9 +124,9 @@ def runs_of(batch: Batch, tokens: Tensor, size: int, most: int = RUN) -> tuple[l
             if before is not None and before.blocks < most and _whole(before, segment, size):
                 start = before.segment.tokens.start  # type: ignore[union-attr]
                 tokens_of = slice(start, segment.tokens.stop)  # type: ignore[union-attr]
-                runs[-1] = Run(segment._replace(tokens=tokens_of), before.blocks + 1)
+                runs[-1] = Run(segment._replace(tokens=tokens_of), before.blocks + 1, {})
             else:
-                runs.append(Run(segment))
+                runs.append(Run(segment, 1, {}))
         batch.shared[key] = runs, segments
     return batch.shared[key]
 

@@ -30,10 +30,12 @@ from torch import Tensor, nn
 from hamt.memory import HolographicMemory, MemoryState
 from hamt.memory.precision import without_autocast
 from hamt.memory.write_rules import Gates
+from hamt.mixers import State
 
 HALF_LIFE = 1024.0  # of a slot at initialisation, tokens
 EMPTY = 1e-6  # a mass that counts for none
 BANDS = 2  # of features, by how fast a position turns them
+COUNTS = 2 + BANDS  # mass, position and squares of a slot
 SPREAD = 0.4  # c at initialisation
 
 
@@ -51,27 +53,78 @@ class Means(NamedTuple):
     variance: Tensor
 
 
+PARTS = "slot_keys", "slot_values", "slot_counts"  # how slots are carried
+
+
+def joined(state: State) -> State:
+    """A state that was carried, with its ``slots`` (B, G, S, F) in one tensor."""
+    if PARTS[0] not in state:
+        return dict(state)
+    rest = {name: x for name, x in state.items() if name not in PARTS}
+    keys, values, counts = (state[name] for name in PARTS)
+    slots = torch.cat((keys, values, counts.unflatten(-1, (-1, COUNTS))), dim=-1)
+    return {**rest, "slots": slots}
+
+
+def apart(state: State) -> State:
+    """What ``joined`` was given: keys and values (B, G, S, D), counts (B, G, 4 S).
+
+    Where a state is kept with fewer bits, one scale is for one vector of keys, or of values; counts
+    stay as they are.
+    """
+    if "slots" not in state:
+        return state
+    rest = dict(state)
+    slots = rest.pop("slots")
+    width = (slots.shape[-1] - COUNTS) // 2
+    keys, values, counts = slots.split((width, width, COUNTS), dim=-1)
+    return {**rest, **dict(zip(PARTS, (keys, values, counts.flatten(-2)), strict=True))}
+
+
 class Slots(nn.Module):
     """S slots for each of G key-value heads, of D features; H query heads weigh them."""
 
     def __init__(self, num_heads: int, num_groups: int, head_dim: int, num_slots: int) -> None:
         super().__init__()
-        self.head_dim, self.width = head_dim, 2 * head_dim + 2 + BANDS
+        self.head_dim, self.width = head_dim, 2 * head_dim + COUNTS
         self.memory = HolographicMemory(num_groups * self.width, num_slots, num_groups)
-        shape = (num_groups, num_slots)
-        self.address = nn.Parameter(torch.randn(*shape, head_dim) / math.sqrt(head_dim))
-        self.address_bias = nn.Parameter(torch.zeros(shape))
-        self.strength = nn.Parameter(torch.zeros(num_groups, head_dim))
-        self.log_half_life = nn.Parameter(torch.full(shape, math.log(HALF_LIFE)))
-        self.key_gain = nn.Parameter(torch.ones(num_groups, head_dim))
-        self.offset = nn.Parameter(torch.zeros(num_heads))
-        self.spread = nn.Parameter(torch.full((num_heads, BANDS), SPREAD))
+        shape, width = (num_groups, num_slots), head_dim
+        self.address = nn.Parameter(torch.empty(*shape, width))
+        self.address_bias = nn.Parameter(torch.empty(shape))
+        self.strength = nn.Parameter(torch.empty(num_groups, width))
+        self.log_half_life = nn.Parameter(torch.empty(shape))
+        self.key_gain = nn.Parameter(torch.empty(num_groups, width))
+        self.offset = nn.Parameter(torch.empty(num_heads))
+        self.spread = nn.Parameter(torch.empty(num_heads, BANDS))
+        with torch.no_grad():
+            for name, initial in self.initial_weights().items():
+                getattr(self, name).copy_(initial)
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        """Random addresses; all slots count for what was written to them."""
+        return {
+            "address": torch.randn_like(self.address) / math.sqrt(self.head_dim),
+            "log_half_life": torch.full_like(self.log_half_life, math.log(HALF_LIFE)),
+            "key_gain": torch.ones_like(self.key_gain),
+            "spread": torch.full_like(self.spread, SPREAD),
+            **{
+                name: torch.zeros_like(getattr(self, name))
+                for name in ("address_bias", "strength", "offset")
+            },
+        }
 
     def gates(self, keys: Tensor) -> Gates:
-        """What keys (B, N, G, D) without rotary position write to each slot, and forget."""
-        logits = torch.einsum("bngd,gsd->bngs", keys, self.address) + self.address_bias
-        strength = (keys * self.strength).sum(dim=-1, keepdim=True)
-        log_forget = -math.log(2) * torch.exp(-self.log_half_life)
+        """What keys (B, N, G, D) without rotary position write to each slot, and forget.
+
+        In the dtype of the keys, whatever that of the weights is.
+        """
+        address, bias, strength, log_half_life = (
+            weight.to(keys.dtype)
+            for weight in (self.address, self.address_bias, self.strength, self.log_half_life)
+        )
+        logits = torch.einsum("bngd,gsd->bngs", keys, address) + bias
+        strength = (keys * strength).sum(dim=-1, keepdim=True)
+        log_forget = -math.log(2) * torch.exp(-log_half_life)
         return Gates(logits.softmax(dim=-1) * strength.exp(), log_forget.expand_as(logits))
 
     def write(
@@ -121,10 +174,10 @@ class Slots(nn.Module):
             (B, M, G, R, L, S).
         """
         groups, repeats = queries.shape[2:4]
-        spread = 0.5 * scale**2 * self.spread.view(groups, repeats, 1, BANDS)
-        return self.offset.view(groups, repeats, 1, 1) + (
-            squares(queries.to(spread.dtype)) * spread @ variance[:, :, :, None].mT
-        )
+        spread, offset = (x.to(variance.dtype) for x in (self.spread, self.offset))
+        asked = squares(queries.to(variance.dtype)) * spread.view(groups, repeats, 1, BANDS)
+        added = 0.5 * scale**2 * asked @ variance[:, :, :, None].mT
+        return added + offset.view(groups, repeats, 1, 1)
 
     def recall(self, keys: Tensor, slots: Tensor, scale: float) -> Tensor:
         """The values (B, n, G, D) that rotated keys (B, n, G, D) find; zero in an empty memory."""

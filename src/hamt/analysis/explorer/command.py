@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError("hamt explore needs Gradio: pip install 'gradio>=6'") from error
         raise UserError(f"Gradio cannot be used here: {reason(error)}") from error
     check_address(options.host, options.port)
-    explorer = Explorer(*load_checkpoint(named_or_own(options.checkpoint)))
+    explorer = Explorer(*load_checkpoint(named_or_own(options.checkpoint), "hamt explore"))
     if len(memory_layers(explorer.model)) < len(explorer.model.model.layers):
         raise UserError("hamt explore looks into memories: not all mixers of this model are one")
     name = options.checkpoint or "The model in HAMT"

@@ -13,6 +13,7 @@ from hamt.analysis.pictures import memory_evolution
 from hamt.analysis.survey import survey
 from hamt.baselines.catalogue import carries_state
 from hamt.baselines.loading import Loaded, longest_context
+from hamt.config import HAMTConfig
 from hamt.data.tokenizer import start_token
 from hamt.errors import UserError
 from hamt.generation import GenerateOptions, continue_tokens, encode_prompt
@@ -73,9 +74,9 @@ def score_at_contexts(
 def picture_memory(loaded: Loaded, documents: Iterable[str]) -> Figure | None:
     """The slots of every layer while the first documents are read, one after the other.
 
-    None for a model without a state of fixed size.
+    None for a model without a state of fixed size, and for one that was converted.
     """
-    if not carries_state(loaded.model):
+    if not carries_state(loaded.model) or loaded.model.config.model_type != HAMTConfig.model_type:
         return None
     start, ids = start_token(loaded.tokenizer), list[int]()
     for document in documents:

@@ -1,0 +1,107 @@
+"""Which tokens are held as exact entries, and that the others are written to the slots."""
+
+import torch
+from model_inputs import assert_close
+from torch import Tensor
+from window_inputs import GROUPS, Loop, random_heads, slots_of, taker
+
+from hamt.window_and_memory.exact import Candidates, admit, held, looked_at
+from hamt.window_and_memory.sizes import Sizes
+
+HERE = torch.tensor([True])
+SIZES = Sizes(8, 2, 3, 5, 4)
+
+
+def tokens(places: list[int], values: Tensor, use: float = 0.0) -> Candidates:
+    """Of one row and one head, with values (n, D)."""
+    place = torch.tensor(places)[None, :, None]
+    whole = values[None, :, None]
+    return Candidates(whole, whole, place, place >= 0, torch.full(place.shape, use))
+
+
+def state_of(places: list[int], use: list[float], values: Tensor) -> dict[str, Tensor]:
+    return {
+        "exact_keys": values[None, :, None],
+        "exact_values": values[None, :, None],
+        "exact_places": torch.tensor(places)[None, :, None] + 1.0,
+        "exact_use": torch.tensor(use)[None, :, None],
+    }
+
+
+def places_of(state: dict[str, Tensor]) -> list[int]:
+    return sorted(held(state).places.flatten().int().tolist())
+
+
+def test_what_the_slots_recall_badly_is_held_and_what_they_know_is_written():
+    values = torch.eye(4)
+    state = state_of([-1, -1], [0.0, 0.0], torch.zeros(2, 4))
+    recalled = torch.cat((torch.zeros(2, 4), values))[None, :, None].clone()
+    recalled[0, 2 + 1] = 0.0  # of the second and the last that leave the slots know nothing
+    recalled[0, 2 + 3] = -values[3]
+    after, rest = admit(state, tokens([7, 8, 9, 10], values), recalled, HERE, 4)
+    assert places_of(after) == [8, 10]
+    assert rest.places[rest.real].tolist() == [7, 9]
+    at = held(after).places.flatten().tolist().index(10)
+    assert_close(after["exact_values"][0, at, 0], values[3])
+
+
+def test_the_least_used_is_replaced_and_written_oldest_first():
+    values = torch.eye(5)
+    state = state_of([3, 1], [0.01, 5.0], values[:2])
+    nothing = torch.zeros(1, 5, 1, 5)
+    after, rest = admit(state, tokens([7, 8, 9], values[2:]), nothing, HERE, 3)
+    assert places_of(after) == [1, 7], "a token that leaves counts as used as the mean"
+    assert rest.places.flatten().tolist() == [3, 8, 9]
+    assert rest.real.all()
+
+
+def test_rows_that_are_at_no_boundary_stay_as_they_are():
+    values = torch.eye(4)
+    state = state_of([3, 1], [1.0, 2.0], values[:2])
+    nothing = torch.zeros(1, 4, 1, 4)
+    leaving = tokens([7, 8], values[2:])
+    after, rest = admit(state, leaving, nothing, torch.tensor([False]), 2)
+    assert all(torch.equal(after[name], x) for name, x in state.items())
+    assert not rest.real.any()
+
+
+def test_attention_is_noted_and_padding_pays_none():
+    state = state_of([3, 1], [1.0, 0.0], torch.eye(2))
+    weights = torch.tensor([[0.5, 0.25], [0.5, 0.5]]).view(1, 1, 1, 2, 2)
+    noted = looked_at(state, weights, torch.tensor([[True, False]]))["exact_use"]
+    assert noted.flatten().tolist() == [1.5, 0.25]
+    noted = looked_at(state, weights, None)["exact_use"]
+    assert noted.flatten().tolist() == [2.0, 0.75]
+
+
+def test_the_entries_are_those_of_the_loop():
+    mixer, heads = taker(SIZES), random_heads(2, 61)
+    _, state = mixer(*heads)
+    entries = held(state)
+    for b in range(2):
+        loop = Loop(mixer, heads[0])
+        loop.run(*(x[b] for x in heads))
+        for group, expected in enumerate(loop.held):
+            places = entries.places[b, :, group].int().tolist()
+            assert sorted(places) == sorted(expected)
+            use = dict(zip(places, entries.use[b, :, group].tolist(), strict=True))
+            for j, used in expected.items():
+                assert abs(use[j] - used) < 1e-9
+                at = places.index(j)
+                assert_close(entries.values[b, at, group], heads[2][b, j, group])
+                assert_close(entries.keys[b, at, group], loop.keys[j, group])
+
+
+def test_every_token_is_somewhere():
+    """In the window, a sink, an exact entry, or in the slots, which forget nothing here."""
+    mixer, heads = taker(SIZES), random_heads(2, 45)
+    with torch.no_grad():
+        mixer.slots.log_half_life.fill_(60.0)
+        mixer.slots.strength.zero_()
+        _, state = mixer(*heads)
+    entries, left = held(state), 44 - SIZES.window + SIZES.block
+    sums = slots_of(state).sum(dim=2)
+    assert_close(sums[..., -4] + SIZES.num_exact, torch.full((2, GROUPS), left - 2.0), 1e-9)
+    # Positions add up likewise.
+    places = sums[..., -3] + (entries.places * entries.real).sum(dim=1)
+    assert_close(places, torch.full((2, GROUPS), float(sum(range(2, left)))), 1e-9)
