@@ -1,0 +1,159 @@
+"""Language models beside a teacher, on the same windows of a text: loss, KL divergence, agreement.
+
+All models read a window one after the other, and their logits are compared a few tokens at a time,
+so that a teacher's are not kept. Windows are those of ``hamt.measure.perplexity``.
+
+Shape legend: N tokens of a window, d hidden_size, V vocabulary, E edges of positions.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hamt.data.tokenizer import start_token
+from hamt.errors import UserError
+from hamt.measure.perplexity import windows
+
+CHUNK = 256  # tokens whose logits are in memory at once
+
+
+class Ratio(NamedTuple):
+    """A sum over a sum, and its standard error over windows; NaN of a single window."""
+
+    value: float
+    error: float
+
+    @classmethod
+    def of(cls, parts: np.ndarray, wholes: np.ndarray) -> "Ratio":
+        """From the parts and the wholes of each window, (windows,) both."""
+        value, count = parts.sum() / wholes.sum(), len(parts)
+        off = np.square(parts - value * wholes).sum() * count / (count - 1) if count > 1 else np.nan
+        return cls(float(value), float(off**0.5 / wholes.sum()))
+
+
+class Beside(NamedTuple):
+    """A model and its teacher from a position on.
+
+    Args:
+        start: the position in a window.
+        tokens: how many were predicted.
+        teacher: mean loss of the teacher, nats per token.
+        nats: mean loss.
+        excess: loss over the teacher's, as a share of it; so are bits per byte.
+        divergence: mean KL(teacher ‖ model), nats per token.
+        agreement: how often the two find the same token the most likely.
+    """
+
+    start: int
+    tokens: int
+    teacher: float
+    nats: float
+    excess: Ratio
+    divergence: Ratio
+    agreement: Ratio
+
+
+@torch.inference_mode()
+def beside_teacher(
+    teacher: PreTrainedModel,
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[str],
+    context: int,
+    starts: Sequence[int] = (0,),
+) -> tuple[int, dict[str, list[Beside]]]:
+    """Compare models with a teacher, in windows of ``context`` tokens, each document from its start.
+
+    Args:
+        teacher: of the tokenizer, as are
+        models: by name, in evaluation mode.
+        tokenizer: of all of them.
+        documents: texts; empty ones are left out.
+        context: N.
+        starts: positions from which on figures are wanted, increasing; those that no window has are
+            left out.
+
+    Returns:
+        Bytes of the text, and for each model its figures from each start on.
+
+    Raises:
+        UserError: if there is no text, or a model has another vocabulary.
+    """
+    for name, model in models.items():
+        if model.config.vocab_size != teacher.config.vocab_size:
+            raise UserError(f"{name} has another vocabulary than its teacher: give its own teacher")
+    edges, num_bytes = [*starts, context], 0
+    found: dict[str, list[Tensor]] = {name: [] for name in models}
+    for text in documents:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if not ids:
+            continue
+        num_bytes += len(text.encode())
+        stream = torch.tensor([start_token(tokenizer), *ids])
+        for begin, end, scored in windows(len(stream), context):
+            inputs, targets = stream[begin:end], stream[begin + 1 : end + 1]
+            taught = _hidden(teacher, inputs)
+            for name, model in models.items():
+                rows = _compared(teacher, taught, model, _hidden(model, inputs), targets)
+                rows[: scored - begin] = 0  # an earlier window has scored them
+                bands = [rows[a:b].sum(dim=0) for a, b in pairwise(edges)]
+                found[name].append(torch.stack(bands))
+    if not num_bytes:
+        raise UserError("there is no text to compare models on")
+    return num_bytes, {name: _figures(torch.stack(sums), starts) for name, sums in found.items()}
+
+
+def _hidden(model: Any, ids: Tensor) -> Tensor:
+    """What the head of a model is given, (N, d), of ids (N,)."""
+    ids = ids[None].to(model.device)
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+
+
+def _compared(
+    teacher: PreTrainedModel, taught: Tensor, model: PreTrainedModel, seen: Tensor, targets: Tensor
+) -> Tensor:
+    """Of each target (N,): 1, the teacher's loss, the model's, KL, and agreement; (N, 5)."""
+    rows = []
+    for places in torch.arange(len(targets)).split(CHUNK):
+        of_teacher, of_model = (
+            F.log_softmax(head(hidden[places]).float(), dim=-1)
+            for head, hidden in (
+                (teacher.get_output_embeddings(), taught),
+                (model.get_output_embeddings(), seen),
+            )
+        )
+        wanted = targets[places, None].to(of_teacher.device)
+        losses = [-x.gather(1, wanted)[:, 0] for x in (of_teacher, of_model)]
+        divergence = F.kl_div(of_model, of_teacher, reduction="none", log_target=True).sum(dim=-1)
+        agrees = of_teacher.argmax(dim=-1).eq(of_model.argmax(dim=-1))
+        ones = torch.ones_like(divergence)
+        rows.append(torch.stack((ones, *losses, divergence, agrees), dim=1).double().cpu())
+    return torch.cat(rows)
+
+
+def _figures(sums: Tensor, starts: Sequence[int]) -> list[Beside]:
+    """From sums (windows, E - 1, 5) between the edges of positions."""
+    figures = []
+    # A figure from a start on is of all bands behind it.
+    behind = sums.flip(1).cumsum(dim=1).flip(1).numpy()
+    for start, band in zip(starts, behind.swapaxes(0, 1), strict=True):
+        tokens, teacher, nats, divergence, agrees = band[band[:, 0] > 0].T
+        if len(tokens):
+            figures.append(
+                Beside(
+                    start,
+                    int(tokens.sum()),
+                    float(teacher.sum() / tokens.sum()),
+                    float(nats.sum() / tokens.sum()),
+                    Ratio.of(nats - teacher, teacher),
+                    Ratio.of(divergence, tokens),
+                    Ratio.of(agrees, tokens),
+                )
+            )
+    return figures
