@@ -47,9 +47,10 @@ PASSKEY = Kind(
     "\n\nWhat is the pass key? The pass key is",
 )
 PAIRS = Kind(
-    4,
+    3,
     "There is important information hidden in this text. Find it and memorize it.\n\n",
-    "\n\nThe secret number of {name} is {value}. Remember it. {value} is {name}'s number.\n\n",
+    "\n\nThe secret number of {name} is {value}. "
+    "Remember: the secret number of {name} is {value}.\n\n",
     "\n\nWhat is the secret number of {name}? The secret number of {name} is",
 )
 KINDS = {"passkey": PASSKEY, "pairs": PAIRS}
