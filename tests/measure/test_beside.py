@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hamt.errors import UserError
 from hamt.measure import beside
-from hamt.measure.beside import Ratio, beside_teacher
+from hamt.measure.beside import Ratio, beside_teacher, compared_windows
 from hamt.measure.perplexity import score_documents
 
 TEXTS = ["one two three four five six seven eight nine ten eleven twelve. " * 9, "", "ten eleven"]
@@ -26,8 +26,7 @@ def logits(model, ids):
 
 def test_figures_are_those_of_whole_logits(tokenizer):
     teacher, model = tiny_llama(), tiny_llama(1)
-    num_bytes, found = beside_teacher(teacher, {"a": model}, tokenizer, TEXTS, 40, (0, 16, 32))
-    assert num_bytes == sum(len(text) for text in TEXTS)
+    found = beside_teacher(teacher, {"a": model}, tokenizer, TEXTS, 40, (0, 16, 32))
     rows = {start: [] for start in (0, 16, 32)}
     for text in filter(None, TEXTS):
         ids = torch.tensor([tokenizer.bos_token_id, *tokenizer(text).input_ids])
@@ -57,18 +56,27 @@ def test_figures_are_those_of_whole_logits(tokenizer):
 def test_losses_are_those_of_score_documents(tokenizer):
     model = tiny_converted(WITH_SLOTS)
     score = score_documents(model, tokenizer, TEXTS, context=40)
-    _, found = beside_teacher(tiny_llama(), {"a": model}, tokenizer, TEXTS, 40)
+    found = beside_teacher(tiny_llama(), {"a": model}, tokenizer, TEXTS, 40)
     assert found["a"][0].nats == pytest.approx(score.nats / score.tokens, rel=1e-5)
     assert found["a"][0].tokens == score.tokens
 
 
 def test_a_teacher_beside_itself(tokenizer):
     teacher = tiny_llama()
-    _, found = beside_teacher(teacher, {"a": teacher}, tokenizer, TEXTS, 40, (0, 39, 40))
+    found = beside_teacher(teacher, {"a": teacher}, tokenizer, TEXTS, 40, (0, 39, 40))
     assert [each.start for each in found["a"]] == [0, 39]  # no window has more
     for figures in found["a"]:
         assert (figures.excess.value, figures.agreement) == (0, (1, 0))
         assert figures.divergence.value == pytest.approx(0, abs=1e-6)
+
+
+def test_windows_can_be_left_out(tokenizer):
+    asked = tiny_llama(), {"a": tiny_llama(1)}, tokenizer, TEXTS, 40, (0, 16)
+    whole = [each["a"] for each in compared_windows(*asked)]
+    assert [each["a"].tolist() for each in compared_windows(*asked, skip=2)] == [
+        each.tolist() for each in whole[2:]
+    ]
+    assert len(whole) > 3
 
 
 def test_the_error_of_a_ratio():

@@ -6,7 +6,7 @@ so that a teacher's are not kept. Windows are those of ``hamt.measure.perplexity
 Shape legend: N tokens of a window, d hidden_size, V vocabulary, E edges of positions.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -59,7 +59,6 @@ class Beside(NamedTuple):
     agreement: Ratio
 
 
-@torch.inference_mode()
 def beside_teacher(
     teacher: PreTrainedModel,
     models: Mapping[str, PreTrainedModel],
@@ -67,12 +66,12 @@ def beside_teacher(
     documents: Iterable[str],
     context: int,
     starts: Sequence[int] = (0,),
-) -> tuple[int, dict[str, list[Beside]]]:
+) -> dict[str, list[Beside]]:
     """Compare models with a teacher, in windows of ``context`` tokens, each document from its start.
 
     Args:
-        teacher: of the tokenizer, as are
-        models: by name, in evaluation mode.
+        teacher: of the tokenizer, in evaluation mode, as are
+        models: by name.
         tokenizer: of all of them.
         documents: texts; empty ones are left out.
         context: N.
@@ -80,33 +79,71 @@ def beside_teacher(
             left out.
 
     Returns:
-        Bytes of the text, and for each model its figures from each start on.
+        For each model its figures from each start on.
 
     Raises:
         UserError: if there is no text, or a model has another vocabulary.
     """
+    sums = list(compared_windows(teacher, models, tokenizer, documents, context, starts))
+    if not sums:
+        raise UserError("there is no text to compare models on")
+    return {name: figures(torch.stack([each[name] for each in sums]), starts) for name in models}
+
+
+@torch.inference_mode()
+def compared_windows(
+    teacher: PreTrainedModel,
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[str],
+    context: int,
+    starts: Sequence[int],
+    skip: int = 0,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield of each window what ``figures`` is made of, for each model; ``skip`` are left out.
+
+    The arguments are those of ``beside_teacher``, and so are the errors.
+    """
     for name, model in models.items():
         if model.config.vocab_size != teacher.config.vocab_size:
             raise UserError(f"{name} has another vocabulary than its teacher: give its own teacher")
-    edges, num_bytes = [*starts, context], 0
-    found: dict[str, list[Tensor]] = {name: [] for name in models}
+    edges = [*starts, max(context, *starts)]
     for text in documents:
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        if not ids:
-            continue
-        num_bytes += len(text.encode())
         stream = torch.tensor([start_token(tokenizer), *ids])
-        for begin, end, scored in windows(len(stream), context):
+        for begin, end, scored in windows(len(stream), context) if ids else []:
+            if skip > 0:
+                skip -= 1
+                continue
             inputs, targets = stream[begin:end], stream[begin + 1 : end + 1]
-            taught = _hidden(teacher, inputs)
+            taught, found = _hidden(teacher, inputs), dict[str, Tensor]()
             for name, model in models.items():
                 rows = _compared(teacher, taught, model, _hidden(model, inputs), targets)
                 rows[: scored - begin] = 0  # an earlier window has scored them
-                bands = [rows[a:b].sum(dim=0) for a, b in pairwise(edges)]
-                found[name].append(torch.stack(bands))
-    if not num_bytes:
-        raise UserError("there is no text to compare models on")
-    return num_bytes, {name: _figures(torch.stack(sums), starts) for name, sums in found.items()}
+                found[name] = torch.stack([rows[a:b].sum(dim=0) for a, b in pairwise(edges)])
+            yield found
+
+
+def figures(sums: Tensor, starts: Sequence[int]) -> list[Beside]:
+    """From what ``compared_windows`` gave of one model, (windows, E, 5)."""
+    found = []
+    # A figure from a start on is of all bands behind it.
+    behind = sums.flip(1).cumsum(dim=1).flip(1).numpy()
+    for start, band in zip(starts, behind.swapaxes(0, 1), strict=True):
+        tokens, teacher, nats, divergence, agrees = band[band[:, 0] > 0].T
+        if len(tokens):
+            found.append(
+                Beside(
+                    start,
+                    int(tokens.sum()),
+                    float(teacher.sum() / tokens.sum()),
+                    float(nats.sum() / tokens.sum()),
+                    Ratio.of(nats - teacher, teacher),
+                    Ratio.of(divergence, tokens),
+                    Ratio.of(agrees, tokens),
+                )
+            )
+    return found
 
 
 def _hidden(model: Any, ids: Tensor) -> Tensor:
@@ -135,25 +172,3 @@ def _compared(
         ones = torch.ones_like(divergence)
         rows.append(torch.stack((ones, *losses, divergence, agrees), dim=1).double().cpu())
     return torch.cat(rows)
-
-
-def _figures(sums: Tensor, starts: Sequence[int]) -> list[Beside]:
-    """From sums (windows, E - 1, 5) between the edges of positions."""
-    figures = []
-    # A figure from a start on is of all bands behind it.
-    behind = sums.flip(1).cumsum(dim=1).flip(1).numpy()
-    for start, band in zip(starts, behind.swapaxes(0, 1), strict=True):
-        tokens, teacher, nats, divergence, agrees = band[band[:, 0] > 0].T
-        if len(tokens):
-            figures.append(
-                Beside(
-                    start,
-                    int(tokens.sum()),
-                    float(teacher.sum() / tokens.sum()),
-                    float(nats.sum() / tokens.sum()),
-                    Ratio.of(nats - teacher, teacher),
-                    Ratio.of(divergence, tokens),
-                    Ratio.of(agrees, tokens),
-                )
-            )
-    return figures
