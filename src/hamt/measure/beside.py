@@ -67,14 +67,14 @@ def beside_teacher(
     context: int,
     starts: Sequence[int] = (0,),
 ) -> dict[str, list[Beside]]:
-    """Compare models with a teacher, in windows of ``context`` tokens, each document from its start.
+    """Compare models with a teacher, each document from its start, in windows of N tokens.
 
     Args:
         teacher: of the tokenizer, in evaluation mode, as are
         models: by name.
         tokenizer: of all of them.
         documents: texts; empty ones are left out.
-        context: N.
+        context: N, of which the last window of a document reaches back to be whole.
         starts: positions from which on figures are wanted, increasing; those that no window has are
             left out.
 

@@ -58,14 +58,14 @@ def decode_rounds(options: BenchOptions) -> int:
 
 def key_value_bytes(model: LlamaForCausalLM, length: int, batch: int) -> int:
     """Bytes of keys and values of ``length`` tokens."""
-    config = model.config
+    config: Any = model.config
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim_of(config)
     return numbers * model.dtype.itemsize * length * batch
 
 
 def filled(model: LlamaForCausalLM, cache: Cache, length: int, batch: int) -> Cache:
     """``cache`` with random keys and values of ``length`` tokens."""
-    config = model.config
+    config: Any = model.config
     shape = (batch, config.num_key_value_heads, length, head_dim_of(config))
     for layer in range(config.num_hidden_layers):
         keys, values = (torch.randn(shape, dtype=model.dtype) for _ in range(2))
@@ -74,7 +74,7 @@ def filled(model: LlamaForCausalLM, cache: Cache, length: int, batch: int) -> Ca
 
 
 def transformer_caches(
-    model: LlamaForCausalLM, length: int, batch: int, max_bytes: int
+    model: LlamaForCausalLM, length: int, batch: int, max_bytes: float
 ) -> tuple[dict[str, Cache], dict[str, str]]:
     """Caches with ``length`` tokens, of both kinds, and why there is none."""
     needed = key_value_bytes(model, length, batch)
