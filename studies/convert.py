@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from convert_checks.costs import measure_decode, measure_lambada
 from convert_checks.loss import measure_loss
-from convert_checks.models import Named, named
+from convert_checks.models import Named, describe, named
 from convert_checks.page import convert_page
 from convert_checks.recall import measure_recall
 from convert_checks.rows import PARTIAL, Rows
@@ -84,6 +84,7 @@ def measure(options: Any) -> None:
     names = [r"convert\.(json|md)", PARTIAL.replace(".", r"\.")]
     with claim(options.output_dir, "convert study", names, adopt=True) as output:
         rows = Rows(output, convert_page)
+        describe(rows, [teacher, *models])
         if "loss" in options.parts:
             for text in named(options.texts).items():
                 measure_loss(rows, teacher, models, text, options)

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "studies"))
 
 import convert
 from convert_checks import loss, recall
+from convert_checks import rows as rows_kept
 from convert_checks.costs import state_after
 from convert_checks.models import Named, named, texts
 
@@ -78,13 +79,15 @@ def test_loss_is_that_beside_the_teacher(made, tmp_path, tokenizer):
     assert shown in line
     assert f"{100 * nats.excess.value:+.2f}" in line
     assert 299 <= nats.tokens <= 300
+    (line,) = (line for line in page.splitlines() if line.startswith("| memory |"))
+    assert "2 × window of 8, 2 sinks, 5 exact entries and 3 slots" in line
 
 
 def test_a_loss_that_was_stopped_goes_on(made, tmp_path, monkeypatch):
     options = told(made, tmp_path, "--parts", "loss")
     whole = tmp_path / "whole"
     convert.measure(told(made, whole, "--parts", "loss"))
-    monkeypatch.setattr(loss, "KEEP", 0.0)
+    monkeypatch.setattr(rows_kept, "KEEP", 0.0)
     original, seen = loss.compared_windows, []
 
     def stopping(*arguments, **others):
@@ -202,10 +205,41 @@ def test_recall_is_summed_up_over_texts(made, tmp_path):
     assert ways == {"accuracy": [0.75, pytest.approx(0.25)], "nats": [2.25, pytest.approx(0.75)]}
 
 
-def test_where_the_teacher_fails_nobody_else_is_asked(made, tmp_path):
-    words = ("--parts", "recall", "--kinds", "passkey", "--least", "0.5")
+def test_where_the_teacher_fails_nobody_else_is_asked(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(recall, "PROBE", 2)
+    words = ("--parts", "recall", "--kinds", "passkey", "--least", "0.5", "--samples", "5")
     convert.measure(told(made, tmp_path, *words))
-    assert list(rows(tmp_path, "recall")) == ["teacher"]
+    found = rows(tmp_path, "recall")
+    assert list(found) == ["teacher"]
+    assert found["teacher"]["found"]["texts"] == 2
+
+
+def test_a_recall_that_was_stopped_goes_on(made, tmp_path, monkeypatch):
+    options = told(made, tmp_path, "--parts", "recall", "--kinds", "passkey", "--samples", "3")
+    whole = tmp_path / "whole"
+    words = ("--parts", "recall", "--kinds", "passkey", "--samples", "3")
+    convert.measure(told(made, whole, *words))
+    monkeypatch.setattr(rows_kept, "KEEP", 0.0)
+    original, seen = recall.answers, []
+
+    def stopping(*arguments):
+        for each in original(*arguments):
+            seen.append(each)
+            if len(seen) == 5:  # the second text of the second model
+                raise KeyboardInterrupt
+            yield each
+
+    monkeypatch.setattr(recall, "answers", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        convert.measure(options)
+    convert.measure(options)
+    assert len(seen) == 3 * 3 + 1
+    found, wanted = (rows(folder, "recall") for folder in (tmp_path, whole))
+    for name, row in wanted.items():
+        for way, figures in row["found"]["ways"].items():
+            again = found[name]["found"]["ways"][way]
+            assert again["accuracy"] == figures["accuracy"]
+            assert again["nats"] == pytest.approx(figures["nats"], rel=1e-4)
 
 
 def test_lambada_and_decoding(made, tmp_path):

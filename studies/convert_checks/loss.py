@@ -11,7 +11,6 @@ from convert_checks.rows import Rows
 from hamt.measure.beside import Beside, compared_windows, figures
 
 STARTS = (0, 512, 1024, 2048)
-KEEP = 300.0  # seconds after which what was measured is kept
 
 
 def measure_loss(
@@ -35,22 +34,17 @@ def measure_loss(
         documents = texts(source, teacher.tokenizer, options.tokens)
         starts = [start for start in STARTS if start < context]
         key = {"text": name, "context": context, "of": [of for _, of in settings.values()]}
-        sums = rows.partial(key) or []
+        sums = rows.partial(key)
         told = teacher.tokenizer, documents, context, starts
-        kept = begun
         loaded = {name: model.model for name, model in pending.items()}
         for each in compared_windows(teacher.model, loaded, *told, skip=len(sums)):
             sums.append({name: bands.tolist() for name, bands in each.items()})
-            if time.perf_counter() - kept > KEEP:
-                rows.keep(key, sums)
-                kept = time.perf_counter()
-                print(f"{name}, {context} tokens: {len(sums)} windows", flush=True)
+            rows.keep(key, sums)
         num_bytes = sum(len(document.encode()) for document in documents)
         for model, (place, of) in settings.items():
             found = figures(torch.tensor([each[model] for each in sums]).double(), starts)
             shown = {"bytes": num_bytes, "from": [as_dict(each) for each in found]}
             rows.add(place, of, shown, begun)
-        rows.drop()
 
 
 def as_dict(figure: Beside) -> dict[str, Any]:

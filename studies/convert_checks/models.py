@@ -1,6 +1,7 @@
 """The models that are measured, loaded when they are first needed, and the texts."""
 
 import hashlib
+import time
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from convert_checks.rows import Rows
 from hamt.baselines.loading import load_any_model
 from hamt.converted_model import ConvertedForCausalLM
 from hamt.data.corpus import load_documents
@@ -63,6 +65,17 @@ class Named:
         """Whether any of its layers has a memory."""
         converted = isinstance(self.model, ConvertedForCausalLM)
         return converted and any(sizes.num_slots for sizes in self.model.config.sizes)
+
+
+def describe(rows: Rows, models: Iterable[Named]) -> None:
+    """A row of what each model is made of."""
+    for each in models:
+        place, settings = {"part": "models", "model": each.name}, {"weights": each.weights}
+        if rows.done(place, settings) is None:
+            begun, converted = time.perf_counter(), isinstance(each.model, ConvertedForCausalLM)
+            mixers = each.model.model.mixer_summary() if converted else "attention to all tokens"
+            found = {"mixers": mixers, "parameters": each.model.num_parameters()}
+            rows.add(place, settings, found, begun)
 
 
 def named(words: Iterable[str]) -> dict[str, str]:

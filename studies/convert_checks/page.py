@@ -15,6 +15,7 @@ def convert_page(result: Mapping[str, Any]) -> str:
     """The whole page."""
     parts = grouped(result["rows"], lambda row: row["place"]["part"])
     tables = [
+        (models_table, parts.get("models", [])),
         (loss_tables, parts.get("loss", [])),
         (recall_tables, parts.get("recall", [])),
         (lambada_table, parts.get("lambada", [])),
@@ -25,6 +26,15 @@ def convert_page(result: Mapping[str, Any]) -> str:
         *(make(rows) for make, rows in tables if rows),
         describe_environment(result["environment"]),
     )
+
+
+def models_table(rows: Sequence[Row]) -> str:
+    """What the models are made of."""
+    lines = [
+        [row["place"]["model"], f"{row['found']['parameters']:,}", row["found"]["mixers"]]
+        for row in rows
+    ]
+    return markdown(["model", "parameters", "layers"], lines, text=[0, 2])
 
 
 def of(name: str) -> Any:

@@ -31,6 +31,7 @@ HIDDEN = "memory hidden from the question"
 UNWRITTEN = "memory never written"
 OTHERS = "another text's memory"
 THEIRS = "another text's memory, its answer"
+PROBE = 20  # texts after which it is clear that a teacher fails
 WAYS = (WHOLE, HIDDEN, UNWRITTEN, OTHERS, THEIRS)
 
 
@@ -46,6 +47,11 @@ class Asked(NamedTuple):
 
     ways: dict[str, list[Answer]]
     cache_bytes: int
+
+    @classmethod
+    def of(cls, ways: dict[str, list[Any]], cache_bytes: int) -> "Asked":
+        """From what a file holds."""
+        return cls({k: [Answer(*each) for each in kept] for k, kept in ways.items()}, cache_bytes)
 
 
 def read(model: Any, ids: Sequence[int]) -> Cache:
@@ -123,27 +129,40 @@ def measure_recall(
 ) -> None:
     """Rows of one kind of facts, at ``options.lengths`` tokens.
 
-    Where the teacher finds less than the share ``options.least``, nobody else is asked.
+    At a length where the teacher finds less than the share ``options.least`` nobody else is asked.
     """
     beyond = options.beyond or max(model.window for model in models)
     documents = texts(options.prose, teacher.tokenizer, 0)
     prose = teacher.tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)
     for length in options.lengths:
         told = kind, length, options.samples, beyond, prose.input_ids, teacher.tokenizer, options
-        texts_drawn: list[Text] = []
+        drawn: list[Text] = []
         for model in (teacher, *models):
             place = {"part": "recall", "kind": kind, "length": length, "model": model.name}
             settings = {"samples": options.samples, "seed": options.seed, "beyond": beyond}
             settings |= {"pairs": options.pairs, "weights": model.weights}
+            least = options.least if model is teacher else 0.0
             if (found := rows.done(place, settings)) is None:
-                begun = time.perf_counter()
-                texts_drawn = texts_drawn or draw(*told)
-                asked = list(answers(model.model, model.remembers, texts_drawn))
-                distances = [q.distance for text in texts_drawn[1:] for q in text.questions]
+                begun, drawn = time.perf_counter(), drawn or draw(*told)
+                asked = ask(rows, {**place, **settings}, model, drawn, least)
+                distances = [q.distance for text in drawn[1:] for q in text.questions]
                 found = summary(asked, distances)
                 rows.add(place, settings, found, begun)
-            if model is teacher and found["ways"][WHOLE]["accuracy"][0] < options.least:
+            if found["ways"][WHOLE]["accuracy"][0] < least:
                 break
+
+
+def ask(
+    rows: Rows, key: dict[str, Any], model: Named, drawn: Sequence[Text], least: float
+) -> list[Asked]:
+    """The answers of a model, also those that an earlier run has kept; of few texts if it fails."""
+    asked = [Asked.of(*each) for each in rows.partial(key)]
+    for each in answers(model.model, model.remembers, drawn[len(asked) :]):
+        asked.append(each)
+        rows.keep(key, asked)
+        if len(asked) == PROBE and summary(asked, [0])["ways"][WHOLE]["accuracy"][0] < least:
+            break
+    return asked
 
 
 def summary(asked: Sequence[Asked], distances: Sequence[int]) -> dict[str, Any]:

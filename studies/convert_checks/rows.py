@@ -1,7 +1,7 @@
 """The figures so far, which stand in a file after each new one, so that a study can go on."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from hamt.measure.report import write_report
 from hamt.output import Output
 
 PARTIAL = "convert_partial.json"  # of what is being measured
+KEEP = 300.0  # seconds after which that is kept
 
 
 class Rows:
@@ -28,7 +29,8 @@ class Rows:
     """
 
     def __init__(self, output: Output, page: Callable[[Mapping[str, Any]], str]) -> None:
-        self.output, self.page = output, page
+        self.output, self.page, self.environment = output, page, environment()
+        self.kept = time.perf_counter()
         self.rows = self._read("convert.json").get("rows", [])
 
     def done(self, place: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -47,22 +49,22 @@ class Rows:
         row["seconds"] = round(time.perf_counter() - begun, 1)
         row["threads"], row["date"] = torch.get_num_threads(), datetime.now(UTC).isoformat()[:16]
         self.rows = [*kept, row]
-        content = {"environment": environment(), "rows": self.rows}
+        content = {"environment": self.environment, "rows": self.rows}
         write_report(self.output, "convert", content, self.page(content), {})
+        self.output.remove(PARTIAL)
         print(place, settings, found, flush=True)
 
-    def partial(self, key: Mapping[str, Any]) -> Any:
-        """What ``keep`` has kept under this key, None if it was something else."""
+    def partial(self, key: Mapping[str, Any]) -> list[Any]:
+        """What ``keep`` has kept under this key; nothing if it was something else."""
         kept = self._read(PARTIAL)
-        return kept.get("sums") if kept.get("key") == dict(key) else None
+        return kept["sums"] if kept.get("key") == dict(key) else []
 
-    def keep(self, key: Mapping[str, Any], sums: Any) -> None:
-        """Keep what was measured so far of a row that takes long."""
-        self.output.write_json(PARTIAL, {"key": dict(key), "sums": sums})
-
-    def drop(self) -> None:
-        """Keep nothing of it any more."""
-        self.output.remove(PARTIAL)
+    def keep(self, key: Mapping[str, Any], sums: Sequence[Any]) -> None:
+        """Keep what was measured so far of a row that takes long, from time to time."""
+        if time.perf_counter() - self.kept > KEEP:
+            self.output.write_json(PARTIAL, {"key": dict(key), "sums": sums})
+            self.kept = time.perf_counter()
+            print(dict(key), len(sums), flush=True)
 
     def _read(self, name: str) -> dict[str, Any]:
         return json_object(Path(self.output.folder) / name)
