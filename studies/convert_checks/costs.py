@@ -10,12 +10,13 @@ import torch
 
 from convert_checks.models import Named
 from convert_checks.rows import Rows
-from hamt.baselines.products import pack_weights, unpack_weights
+from hamt.baselines.products import OneDNNLinear, use_onednn_linear
 from hamt.cache import HAMTCache
 from hamt.measure.bench.cases import measure
 from hamt.measure.bench.decode import decode, some_state, transformer_caches, transformer_cases
 from hamt.measure.evaluate.harness import check_tasks, run_tasks
 from hamt.peak_memory import cache_bytes
+from hamt.products import fuse, unfuse
 
 TASK = "hamt_lambada"
 
@@ -51,9 +52,10 @@ def measure_decode(rows: Rows, teacher: Named, models: Sequence[Named], options:
     settings |= {"rounds": options.rounds, "steps": options.steps}
     if rows.done(place, settings) is not None:
         return
-    begun, packed = time.perf_counter(), [teacher.model, *(each.model for each in converted)]
-    for model in packed:
-        pack_weights(model)
+    begun, packed = time.perf_counter(), dict[str, int]()
+    for each in (teacher, *converted):
+        use_onednn_linear(each.model)
+        packed[each.name] = fuse(each.model, (OneDNNLinear,))
     with torch.no_grad():
         token = torch.zeros(batch, 1, dtype=torch.long)
         states = {each.name: state_after(each.model, length, batch) for each in converted}
@@ -65,10 +67,10 @@ def measure_decode(rows: Rows, teacher: Named, models: Sequence[Named], options:
         caches, left_out = transformer_caches(teacher.model, length, batch, most)
         cases |= transformer_cases(teacher.model, caches, token, options.steps, length)
         found = measure(cases, left_out, {}, options.rounds, warmup=1, least=0)
-    for model in packed:
-        unpack_weights(model)
+    for each in (teacher, *converted):
+        unfuse(each.model)
     found["cache_bytes"] = {
         k: cache_bytes(cache) for k, cache in [*states.items(), *caches.items()]
     }
-    found["tokens"] = batch * options.steps
+    found |= {"tokens": batch * options.steps, "packed_bytes": packed}
     rows.add(place, settings, found, begun)
