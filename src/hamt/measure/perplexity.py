@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -149,16 +150,32 @@ def score_documents(
     return score
 
 
+class Window(NamedTuple):
+    """Inputs of a stream that are read together, and from which of them on they are scored.
+
+    The target of input i is token i + 1 of the stream.
+    """
+
+    begin: int
+    end: int
+    scored: int
+
+
+def windows(length: int, context: int, stride: int | None = None) -> list[Window]:
+    """The windows of a stream of ``length`` tokens; each token but the first is scored once."""
+    last = length - 1
+    places = [Window(0, min(context, last), 0)]
+    while (scored := places[-1].end) < last:
+        end = min(scored + (stride or context), last)
+        places.append(Window(max(end - context, 0), end, scored))
+    return places
+
+
 def _windows(
     model: PreTrainedModel, stream: Tensor, context: int, stride: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Yield the losses of the tokens that a window is the first to score, and where they begin."""
-    # (begin, end, first scored) of the inputs; the target of input i is token i + 1.
-    last = len(stream) - 1
-    places = [(0, min(context, last), 0)]
-    while places[-1][1] < last:
-        end = min(places[-1][1] + stride, last)
-        places.append((max(end - context, 0), end, places[-1][1]))
+    places = windows(len(stream), context, stride)
     whole = [place for place in places if place[1] - place[0] == context]
     rest = [place for place in places if place[1] - place[0] != context]
     groups = [whole[i : i + batch_size] for i in range(0, len(whole), batch_size)]

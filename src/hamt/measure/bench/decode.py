@@ -7,7 +7,7 @@ decode as fast as HAMT can make them: HAMT by ``fuse_projections``, the Llama wi
 matrices packed (``hamt.products.fuse``).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 from hamt.baselines.catalogue import ARCHITECTURES, with_parameters
 from hamt.baselines.products import pack_weights
 from hamt.cache import HAMTCache
+from hamt.converted_config import head_dim_of
 from hamt.measure.bench.cases import measure
 from hamt.measure.bench.options import SEGMENT, BenchOptions
 from hamt.model import HAMTForCausalLM
@@ -57,19 +58,47 @@ def decode_rounds(options: BenchOptions) -> int:
 
 def key_value_bytes(model: LlamaForCausalLM, length: int, batch: int) -> int:
     """Bytes of keys and values of ``length`` tokens."""
-    numbers = 2 * model.config.num_hidden_layers * model.config.hidden_size
+    config: Any = model.config
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim_of(config)
     return numbers * model.dtype.itemsize * length * batch
 
 
 def filled(model: LlamaForCausalLM, cache: Cache, length: int, batch: int) -> Cache:
     """``cache`` with random keys and values of ``length`` tokens."""
-    config = model.config
-    heads = config.num_attention_heads
-    shape = (batch, heads, length, config.hidden_size // heads)
+    config: Any = model.config
+    shape = (batch, config.num_key_value_heads, length, head_dim_of(config))
     for layer in range(config.num_hidden_layers):
         keys, values = (torch.randn(shape, dtype=model.dtype) for _ in range(2))
         cache.update(keys, values, layer)
     return cache
+
+
+def transformer_caches(
+    model: LlamaForCausalLM, length: int, batch: int, max_bytes: float
+) -> tuple[dict[str, Cache], dict[str, str]]:
+    """Caches with ``length`` tokens, of both kinds, and why there is none."""
+    needed = key_value_bytes(model, length, batch)
+    if needed > max_bytes:
+        why = f"keys and values would take {needed / 1e9:.1f} GB"
+        return {}, {"static": why, "dynamic": why}
+    # With room for one token: each step writes where the one before did.
+    caches: dict[str, Cache] = {"static": StaticCache(model.config, max_cache_len=length + 1)}
+    caches["dynamic"] = DynamicCache(config=model.config)
+    return {name: filled(model, cache, length, batch) for name, cache in caches.items()}, {}
+
+
+def transformer_cases(
+    model: LlamaForCausalLM,
+    caches: Mapping[str, Cache],
+    token: torch.Tensor,
+    steps: int,
+    length: int,
+) -> dict[str, Callable[[], object]]:
+    """Calls that decode ``steps`` tokens from each of ``transformer_caches``."""
+    return {
+        name: partial(decode, model, token, cache, steps, length if name == "static" else None)
+        for name, cache in caches.items()
+    }
 
 
 @torch.no_grad()
@@ -84,19 +113,9 @@ def measure_decoding(options: BenchOptions) -> Iterator[dict[str, Any]]:
         state = some_state(ours, batch)
         cases: dict[str, Callable[[], object]] = {}
         cases["hamt"] = partial(decode, ours, token, state, steps)
-        sizes, left_out = {"hamt": cache_bytes(state)}, {}
-        needed = key_value_bytes(theirs, length, batch)
-        if needed > options.max_bytes:
-            why = f"keys and values would take {needed / 1e9:.1f} GB"
-            left_out = {"static": why, "dynamic": why}
-        else:
-            # With room for one token: each step writes where the one before did.
-            static: Cache = StaticCache(theirs.config, max_cache_len=length + 1)
-            filled(theirs, static, length, batch)
-            cases["static"] = partial(decode, theirs, token, static, steps, length)
-            dynamic = filled(theirs, DynamicCache(config=theirs.config), length, batch)
-            cases["dynamic"] = partial(decode, theirs, token, dynamic, steps)
-            sizes |= {"static": cache_bytes(static), "dynamic": cache_bytes(dynamic)}
+        caches, left_out = transformer_caches(theirs, length, batch, options.max_bytes)
+        cases |= transformer_cases(theirs, caches, token, steps, length)
+        sizes = {name: cache_bytes(cache) for name, cache in [("hamt", state), *caches.items()]}
         measured = measure(cases, left_out, {}, decode_rounds(options), options.warmup, least=0)
         shape = {"phase": "decode", "length": length, "batch": batch, "steps": steps}
         rows.append({**shape, **measured, "cache_bytes": sizes})

@@ -1,0 +1,1 @@
+"""What ``studies/convert.py`` measures of converted models."""
