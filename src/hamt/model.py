@@ -304,6 +304,7 @@ class HAMTForQuestionAnswering(GenericForQuestionAnswering, HAMTPreTrainedModel)
 
 
 HAMTModel = HAMTForCausalLM
+"""Another name of ``HAMTForCausalLM``."""
 
 
 # By a class's name Transformers looks up how Trainer shifts its labels, and what pipelines know.
