@@ -153,11 +153,14 @@ REFERENCE = {
             "hamt.analysis.record.observe",
             "hamt.analysis.record.Recording",
             "hamt.analysis.record.Trace",
+            FIELDS + "hamt.analysis.record.Trace",
             "hamt.analysis.survey.survey",
             "hamt.analysis.survey.LayerSurvey",
+            FIELDS + "hamt.analysis.survey.LayerSurvey",
             "hamt.analysis.contributions.contributions",
             "hamt.analysis.contributions.logit_contributions",
             "hamt.analysis.contributions.Contributions",
+            FIELDS + "hamt.analysis.contributions.Contributions",
             "hamt.analysis.reading.read_memory",
             "hamt.analysis.reading.retrieval_by_lag",
         ),
@@ -211,7 +214,13 @@ def on_page_markdown(markdown, page, config, files):
     if page.parent is None:
         page.meta["hide"] = ["navigation"]  # of which a page without neighbours has none
     here = posixpath.dirname(in_repository(address))
-    pages = {in_repository(file.src_uri): file.src_uri for file in files}
+    if address.startswith("results/") and address != "results/README.md":
+        page.meta["search"] = {"exclude": True}  # tables of numbers
+    elif address in ("LOG.md", "changelog.md"):
+        page.meta["search"] = {"boost": 0.3}  # behind what explains
+    pages = {
+        in_repository(file.src_uri): file.src_uri for file in files if file.inclusion.is_included()
+    }
 
     def link(match):
         target = urlsplit(match["target"] or "")
@@ -275,15 +284,29 @@ def table_of_fields(path):
     meanings = dict(_ARGUMENT.findall(fields.docstring.value))
     rows = ["| field | type | default | what it is |", "|---|---|---|---|"]
     for field in fields.attributes.values():
-        default, meaning = field.value, meanings.get(field.name, "")
+        if "property" in field.labels:
+            continue
+        kind, default = str(field.annotation), field.value
+        meaning = meanings.get(field.name) or comment(field, fields)
         if isinstance(default, griffe.ExprCall) and str(default.function) == "option":
             default, told = default.arguments[:2]
             meaning = ast.literal_eval(str(told))
-        kind = str(field.annotation)
         if not field.name.startswith("_") and not kind.startswith(("ClassVar", "None")):
-            row = f"`{field.name}` | `{kind}` | `{default}` | {in_one_line(meaning)}"
-            rows.append(f"| {row} |")
+            shown = "" if default is None else f"`{default}`"
+            rows.append(f"| `{field.name}` | `{kind}` | {shown} | {in_one_line(meaning)} |")
     return "\n".join(rows)
+
+
+def comment(field, fields):
+    """What stands behind a field, or above it, as a comment."""
+    behind = field.lines[-1].partition("  # ")[2]
+    if behind:
+        return re.sub(r"noqa: \w+", "", behind)
+    above, line = [], field.lineno - fields.lineno - 1
+    while fields.lines[line].strip().startswith("# "):
+        above.insert(0, fields.lines[line].strip().removeprefix("# "))
+        line -= 1
+    return " ".join(above)
 
 
 def in_one_line(text):
