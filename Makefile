@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := venv/bin
 
-.PHONY: help setup setup-dev demo test fuzz sanitize check format clean
+.PHONY: help setup setup-dev demo test fuzz sanitize check docs format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ check: setup-dev  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: venv/.docs  ## build the site into site/; open site/index.html (seconds)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 sanitize: setup-dev  ## run the tests of the compiled operator under sanitizers (minutes)
 	tests/sanitize.sh
 
@@ -33,7 +36,7 @@ format: setup-dev  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff format .
 
 clean:  ## remove what tests and tools leave behind (venv/ and checkpoints/ stay)
-	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis site
 	find . -name __pycache__ -not -path './venv/*' -prune -exec rm -rf {} +
 
 venv/bin/python:
@@ -49,4 +52,9 @@ venv/.runtime: requirements.txt pyproject.toml | venv/bin/python
 
 venv/.dev: requirements-dev.txt venv/.runtime
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+# Without HAMT itself: its docstrings are read, not run.
+venv/.docs: requirements-docs.txt | venv/bin/python
+	$(BIN)/python -m pip install --quiet -r requirements-docs.txt
 	@touch $@

@@ -19,6 +19,7 @@ import pytest
 from command_inputs import TEXT
 from matplotlib.figure import Figure
 
+import hamt
 from hamt.cli import COMMANDS, main
 from hamt.config import HAMTConfig
 from hamt.memory import WRITE_RULES
@@ -83,15 +84,27 @@ def test_python_in_a_page_runs(page):
     assert len(names) > 1
 
 
+NUMBER = r"[-+]?\d\.\d+"
+
+
+def assert_prints(page, expected, within):
+    """The last digits may differ with the order of sums on another processor."""
+    printed = run(page)[1]
+    assert re.sub(NUMBER, "", printed) == re.sub(NUMBER, "", expected)
+    pairs = zip(re.findall(NUMBER, printed), re.findall(NUMBER, expected), strict=True)
+    assert all(abs(float(a) - float(b)) < within for a, b in pairs)
+
+
 def test_the_example_of_the_readme_prints_the_output_beside_it():
     (code,), (expected,) = blocks("README.md", "python"), blocks("README.md", "text")
     assert len(code.splitlines()) <= 20
-    number = r"[-+]?\d\.\d{3}"
-    printed, numbers = re.findall(number, run("README.md")[1]), re.findall(number, expected)
-    assert len(numbers) == 6
-    assert re.sub(number, "", run("README.md")[1]) == re.sub(number, "", expected)
-    # The last digit may differ with the order of sums on another processor.
-    assert all(abs(float(a) - float(b)) < 0.002 for a, b in zip(printed, numbers, strict=True))
+    assert len(re.findall(NUMBER, expected)) == 6
+    assert_prints("README.md", expected, within=0.002)
+
+
+def test_the_mathematics_prints_what_stands_below_it():
+    page = "docs/mathematics.md"
+    assert_prints(page, "".join(blocks(page, "text")), within=0.02)
 
 
 def test_the_bytes_of_a_session_are_those_that_the_page_prints():
@@ -109,8 +122,17 @@ def test_shares_of_the_analysis_add_up_to_one():
 def test_pictures_are_drawn(script):
     names = runpy.run_path(str(script))
     assert isinstance(names["draw"](), Figure)
-    name = str(names["TARGET"].relative_to(ROOT))
-    assert f"({name})" in PAGES["README.md"]
+    shown = {
+        (ROOT / page).parent / target
+        for page, text in PAGES.items()
+        for target in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text)
+    }
+    assert names["TARGET"] in shown
+
+
+def test_the_reference_has_what_import_hamt_gives():
+    hook = (ROOT / "docs" / "site_pages.py").read_text(encoding="utf-8")
+    assert [name for name in hamt.__all__ if f'"hamt.{name}"' not in hook] == []
 
 
 def commands(page):

@@ -303,6 +303,7 @@ class HAMTForQuestionAnswering(GenericForQuestionAnswering, HAMTPreTrainedModel)
 
 
 HAMTModel = HAMTForCausalLM
+"""Another name of ``HAMTForCausalLM``."""
 
 
 register(
