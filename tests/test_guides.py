@@ -6,7 +6,6 @@ import runpy
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -82,7 +81,7 @@ variants:
 # Files that a command leaves, by words of it.
 WRITTEN = {
     "--log_interval 50": "checkpoints/quick_train/training_info.json",
-    "--num_slots 4 --num_steps 300": "checkpoints/quick_train-num_steps_300-num_slots_4/config.json",
+    "--num_slots 4 --num": "checkpoints/quick_train-num_steps_300-num_slots_4/config.json",
     "./checkpoints/wikitext": "checkpoints/wikitext/checkpoints/best.pt",
     "hamt_quick_500steps.pt": "analysis_output/memory_analysis.png",
     "First prompt": "analysis_output/generation_results.json",
