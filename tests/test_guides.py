@@ -34,6 +34,7 @@ python experiments/quick_train.py --hcm_dim 2048 --num_steps 300
 python experiments/quick_train.py --hcm_dim 4096 --num_steps 300
 python experiments/quick_train.py
 python experiments/train.py --hidden_dim 512 --hcm_dim 2048 --num_layers 8 --num_slots 8 --batch_size 16 --num_epochs 20 --output_dir ./checkpoints/wikitext
+python experiments/train.py --hidden_dim 512 --hcm_dim 2048 --num_layers 8 --num_slots 8 --batch_size 16 --num_epochs 10
 python experiments/train.py --max_length 1024 --num_epochs 5
 python experiments/train.py --num_epochs 20
 python experiments/evaluate.py --checkpoint checkpoints/quick_train/hamt_quick_500steps.pt --test_text "Your test text here" --max_new_tokens 30 --temperature 0.8
