@@ -30,6 +30,7 @@ from hamt.serving.server import CHAT
 ROOT = Path(__file__).parents[1]
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 PATHS += sorted((ROOT / "docs").glob("*.md"))
+PATHS += sorted((ROOT / "docs" / "guides").glob("*.md"))
 PATHS.append(ROOT / "docs" / "results" / "README.md")
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
 # A block of Python that cannot run everywhere has this comment, with the reason, above it.
@@ -43,7 +44,7 @@ def without_blocks(page):
 
 def blocks(page, language):
     """The fenced blocks of a page in one language, without those that are marked as not run."""
-    pattern = rf"(?:{NOT_RUN}.*-->\n+)?^```{language}\n.*?^```"
+    pattern = rf"(?:{NOT_RUN}[^\n]*-->\n+)?^```{language}\n.*?^```"
     found = re.findall(pattern, PAGES[page], re.DOTALL | re.MULTILINE)
     return [block.split("\n", 1)[1][:-3] for block in found if not block.startswith(NOT_RUN)]
 
@@ -135,10 +136,24 @@ def test_the_reference_has_what_import_hamt_gives():
     assert [name for name in hamt.__all__ if f'"hamt.{name}"' not in hook] == []
 
 
+LOOP = re.compile(r"^for (\w+) in ([^;]*); do\n(.*?)\ndone$", re.DOTALL | re.MULTILINE)
+
+
+def shell_lines(page):
+    """The lines of the bash blocks of a page, with loops written out."""
+
+    def turns(loop):
+        return "\n".join(loop[3].replace(f"${loop[1]}", value) for value in loop[2].split())
+
+    found = []
+    for block in blocks(page, "bash"):
+        found += map(str.strip, LOOP.sub(turns, block).replace("\\\n", " ").splitlines())
+    return [line for line in found if line and not line.startswith("#")]
+
+
 def commands(page):
     """Lines of the shell in a page: those of bash blocks, and commands in sentences and tables."""
-    for block in blocks(page, "bash"):
-        yield from block.replace("\\\n", " ").splitlines()
+    yield from shell_lines(page)
     for code in re.findall(r"`([^`]+)`", without_blocks(page)):
         line = " ".join(code.split())
         command = re.match(r"(\w+=\S+ )*(venv/bin/)?(hamt|python|make|pip|torchrun) ", line)
@@ -200,7 +215,9 @@ def test_commands_and_their_options_exist(page, line, only_parse, monkeypatch, c
     elif program == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         extras = re.findall(r"\[([\w,-]+)\]", line)
-        assert set(extras) <= project["optional-dependencies"].keys()
+        assert set(",".join(extras).split(",")) - {""} <= project["optional-dependencies"].keys()
+    elif program == "python" and arguments[0] == "-c":
+        compile(arguments[1], line, "exec")
     elif program == "python" and arguments[0] == "-m":
         assert importlib.util.find_spec(arguments[1])
     elif program == "python":
@@ -220,7 +237,9 @@ def test_commands_and_their_options_exist(page, line, only_parse, monkeypatch, c
         assert arguments[0].endswith(CHAT)
         ChatBody.model_validate(body)
     else:
-        assert program in ("#", "source", "jupyter")
+        assert program in ("#", "source", "jupyter", "nvidia-smi", "pytest")
+        if program in ("jupyter", "pytest"):
+            assert (ROOT / arguments[-1 if program == "jupyter" else 0]).exists()
 
 
 def anchors(page):

@@ -46,8 +46,8 @@ WHOLE = ("adamw", "micro-batches", "bf16")
 # The recipe of 100M parameters, made small enough for a test; what is left is its own.
 RECIPE = {
     "hidden_dim": 32, "num_layers": 2, "vocab_size": 300, "tokenizer": "none", "max_length": 32,
-    "batch_size": 4, "num_steps": 4, "compile_model": False, "log_interval": 1, "save_interval": 2,
-    "eval_interval": 2, "keep_checkpoints": 2,
+    "batch_size": 4, "micro_batches": 1, "num_steps": 4, "compile_model": False, "log_interval": 1,
+    "save_interval": 2, "eval_interval": 2, "keep_checkpoints": 2,
 }  # fmt: skip
 
 

@@ -33,8 +33,9 @@ def test_the_documented_gpu_command_runs_here_too(text, tmp_path):
         hamt-100m-competitive"""
     smaller = f"""--hidden_dim 32 --hcm_dim 64 --num_layers 1
         --dataset {text} --tokenizer {tokenizer}
-        --max_seq_length 32 --batch_size 4 --output_dir {tmp_path / "run"} --num_workers 1
-        --max_steps 2 --save_interval 1 --keep_checkpoints 2 --log_interval 1"""
+        --max_seq_length 32 --batch_size 4 --micro_batches 2 --num_workers 1
+        --output_dir {tmp_path / "run"} --max_steps 2 --save_interval 1 --keep_checkpoints 2
+        --log_interval 1"""
     script = str(Path(__file__).parents[2] / "train_gpu.py")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
