@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := venv/bin
 
-.PHONY: help setup setup-dev demo test fuzz sanitize check format clean
+.PHONY: help setup setup-dev demo test fuzz sanitize check format clean paper reproduce-quick reproduce
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,16 @@ format: setup-dev  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+paper: setup venv/.paper  ## write docs/WHITEPAPER.md from the results, and WHITEPAPER.pdf from it
+	$(BIN)/python studies/whitepaper.py
+	venv/paper/bin/python studies/whitepaper_pdf.py
+
+reproduce-quick: setup  ## make small published figures again and compare them (15 minutes)
+	$(BIN)/python studies/reproduce.py --quick
+
+reproduce: setup  ## run all commands of docs/results, into OUT (reproduced), resumable (days)
+	$(BIN)/python studies/reproduce.py --output_dir $(or $(OUT),reproduced)
+
 clean:  ## remove what tests and tools leave behind (venv/ and checkpoints/ stay)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './venv/*' -prune -exec rm -rf {} +
@@ -49,4 +59,10 @@ venv/.runtime: requirements.txt pyproject.toml | venv/bin/python
 
 venv/.dev: requirements-dev.txt venv/.runtime
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+# pandoc and Typst, in an environment of their own: nothing of HAMT's is touched.
+venv/.paper: docs/whitepaper/requirements.txt | venv/bin/python
+	$(PYTHON) -m venv venv/paper
+	venv/paper/bin/python -m pip install --quiet -r docs/whitepaper/requirements.txt
 	@touch $@
