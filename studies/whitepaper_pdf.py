@@ -30,7 +30,13 @@ STYLE = """
 #let horizontalrule = line(length: 100%)
 """
 # Widths of pictures, of that of the text.
-PICTURES = {"capacity.png": 88, "recall.png": 62, "language.png": 100, "cost.png": 80}
+PICTURES = {
+    "binding.png": 70,
+    "capacity.png": 88,
+    "recall.png": 62,
+    "language.png": 100,
+    "cost.png": 80,
+}
 
 
 def markdown() -> str:

@@ -80,6 +80,12 @@ def size(name: str) -> str:
     return f"{seeds_of(name)[0]['num_parameters'] / 1e6:.1f}M"
 
 
+def more(name: str, than: str) -> str:
+    """By how many percent the first has more parameters."""
+    ours, theirs = (seeds_of(each)[0]["num_parameters"] for each in (name, than))
+    return f"{100 * (ours / theirs - 1):.0f}"
+
+
 def tokens(name: str) -> str:
     """Tokens of training in millions."""
     return f"{seeds_of(name)[0]['tokens'] / 1e6:.2f}M"
@@ -166,6 +172,12 @@ def items_for(share: float, dimension: int = 2048, candidates: int = 50257) -> i
 # Costs.
 
 
+def bench_size() -> str:
+    """Parameters of the models whose speed was measured."""
+    found = load("bench/bench.json")["model"]["parameters"]
+    return f"{found['hamt']['total'] / 1e6:.1f}M"
+
+
 def rows(name: str, part: str) -> list[dict[str, Any]]:
     """The rows of a part of ``hamt bench``."""
     return load(f"{name}/bench.json")[part]["rows"]
@@ -247,11 +259,9 @@ def operations(length: int) -> str:
 # Other studies.
 
 
-def rival(kind: str) -> str:
-    """Held-out loss of a model after the steps of ``make demo``, at the better learning rate."""
-    return (
-        f"{min(each['held_out_loss'] for each in load('compare/compare.json')['rivals'][kind]):.3f}"
-    )
+def demo_size() -> str:
+    """Parameters of HAMT there."""
+    return f"{load('compare/compare.json')['models']['HAMT (demo)']['parameters'] / 1e6:.1f}M"
 
 
 def bits_of(model: str) -> str:
@@ -329,12 +339,12 @@ def percent(pair: Sequence[float], digits: int = 1) -> str:
 VALUES = {
     value.__name__: value
     for value in (
-        *(run, seeds, best, gap, perplexity, bits, size, tokens),
+        *(run, seeds, best, gap, perplexity, bits, size, more, tokens),
         *(recalled, recall_by_seed, more_parameters),
         *(within, cosine, cleaned_up, items_for),
         *(times_as_fast, ceiling, decoding, carried, over_llama_cpp, mixer),
-        *(memory_ratio, reading_peak, operations),
-        *(rival, bits_of, source, compression),
+        *(memory_ratio, reading_peak, operations, bench_size),
+        *(demo_size, bits_of, source, compression),
         *(log, cited, exists, conversion, percent),
     )
 }
