@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := venv/bin
 
-.PHONY: help setup setup-dev demo test fuzz sanitize check docs format clean
+.PHONY: help setup setup-dev demo test fuzz sanitize check docs paper reproduce-quick reproduce format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,16 @@ format: setup-dev  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+paper: setup venv/.paper  ## write docs/WHITEPAPER.md from the results, and WHITEPAPER.pdf from it
+	$(BIN)/python studies/whitepaper.py
+	venv/paper/bin/python studies/whitepaper_pdf.py
+
+reproduce-quick: setup  ## make small published figures again and compare them (15 minutes)
+	$(BIN)/python studies/reproduce.py --quick
+
+reproduce: setup  ## run all commands of docs/results, into OUT (reproduced), resumable (days)
+	$(BIN)/python studies/reproduce.py --output_dir $(or $(OUT),reproduced)
+
 clean:  ## remove what tests and tools leave behind (venv/ and checkpoints/ stay)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis site
 	find . -name __pycache__ -not -path './venv/*' -prune -exec rm -rf {} +
@@ -57,4 +67,10 @@ venv/.dev: requirements-dev.txt venv/.runtime
 # Without HAMT itself: its docstrings are read, not run.
 venv/.docs: requirements-docs.txt | venv/bin/python
 	$(BIN)/python -m pip install --quiet -r requirements-docs.txt
+	@touch $@
+
+# pandoc and Typst, in an environment of their own: nothing of HAMT's is touched.
+venv/.paper: docs/whitepaper/requirements.txt | venv/bin/python
+	$(PYTHON) -m venv venv/paper
+	venv/paper/bin/python -m pip install --quiet -r docs/whitepaper/requirements.txt
 	@touch $@
