@@ -36,6 +36,24 @@ BASE = {
         "max_length": 8,
         "batch_size": 2,
     },
+    "convert": {
+        "model": "transformer",
+        "data": "my_text.txt",
+        "output_dir": "out",
+        "token_cache": "tokens",
+        "window": 8,
+        "block": 4,
+        "num_slots": 2,
+        "num_sinks": 1,
+        "calibrate_rows": 1,
+        "calibrate_length": 32,
+        "layers_steps": 1,
+        "layers_length": 32,
+        "whole_lengths": 32,
+        "whole_steps": 1,
+        "eval_rows": 1,
+        "select_rows": 1,
+    },
     "evaluate": {
         "checkpoint": "model",
         "data": "my_text.txt",
@@ -100,6 +118,8 @@ WORK = {
     *("decode_steps", "num_examples", "lengths", "train_lengths", "memory_lengths", "contexts"),
     *("decode_contexts", "max_characters", "max_documents", "max_tokens", "max_seconds"),
     *("matmul_size", "max_minutes", "step_tokens", "num_workers", "state_sizes", "micro_batches"),
+    *("calibrate_rows", "calibrate_length", "layers_steps", "layers_length", "whole_lengths"),
+    *("whole_steps", "eval_rows", "select_rows"),
     *("keep_checkpoints", "limit", "batch_sizes", "decode_batches", "tbptt_segments", "context"),
 }
 NEVER = {"compile_model", "compile", "tasks", "capacity", "quick", "use_wandb", "use_tensorboard"}
@@ -108,7 +128,17 @@ WRITTEN = {"output_dir", "token_cache", "table", "save"}
 # Other formats of an export compile, or fetch.
 NEVER |= {"format"}
 # They start processes, train, trace, read the 12 MB of text in the package, or a token at a time.
-SLOW = {"finetune", "recall", "ablate", "compare", "demo", "quick-train", "evaluate", "export"}
+SLOW = {
+    "convert",
+    "finetune",
+    "recall",
+    "ablate",
+    "compare",
+    "demo",
+    "quick-train",
+    "evaluate",
+    "export",
+}
 
 SMALL = ("1", "2", "3")
 INTS = ("0", "1", "2", "3", "5", "7", "8", "16", "33", "64", "300")

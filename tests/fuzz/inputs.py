@@ -59,10 +59,23 @@ def prepare(sandbox: Sandbox) -> None:
     (work / "ablation.yaml").write_text(ABLATION, encoding="utf-8")
     _check(sandbox, _train)
     _check(sandbox, _recall)
+    _check(sandbox, _transformer)
     shutil.copytree(work / "run", work / "model")
     for name in ("checkpoints", "log.jsonl", "loss_curve.png", "README.md", "training_info.json"):
         path = work / "model" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _transformer() -> int:
+    """A transformer of Transformers with the tokenizer of the model, for ``hamt convert``."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained("run")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "vocab_size": len(tokenizer)}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained("transformer")
+    tokenizer.save_pretrained("transformer")
+    return 0
 
 
 def _check(sandbox: Sandbox, run) -> None:

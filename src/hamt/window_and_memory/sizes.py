@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+LARGEST, MOST_SLOTS = 2**20, 4096  # beyond, a size is a mistake
+
 
 class Sizes(NamedTuple):
     """W, Z, S, E and C of a layer; W is a multiple of C.
@@ -24,6 +26,10 @@ class Sizes(NamedTuple):
         """
         if min(self.window, self.block) < 1 or min(self[1:4]) < 0:
             raise ValueError("window and block must be at least 1, the other sizes at least 0")
+        if max(self) > LARGEST or self.num_slots > MOST_SLOTS:
+            raise ValueError(
+                f"sizes must be at most {LARGEST:,}, num_slots at most {MOST_SLOTS:,}; got {self}"
+            )
         if self.window % self.block:
             raise ValueError(f"window must be a multiple of {self.block}, the tokens of a block")
         if self.num_sinks > self.block:
