@@ -242,6 +242,8 @@ def test_autocast_leaves_sums_alone():
     (Sizes(48), "window must be a multiple of 32, the tokens of a block"),
     (Sizes(num_sinks=33), "num_sinks must be at most 32, the tokens of a block"),
     (Sizes(num_slots=0, num_exact=1), "num_exact needs slots to write to"),
+    (Sizes(num_slots=5000), "num_slots at most 4,096"),
+    (Sizes(2**21), "sizes must be at most 1,048,576"),
 ], ids=str)  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(sizes, advice):
     with pytest.raises(ValueError, match=advice):
