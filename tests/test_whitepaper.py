@@ -78,7 +78,7 @@ def test_no_measured_figure_is_typed_by_hand():
     text = re.sub(r"```.*?```|\$[^$\n]+\$", "", text, flags=re.DOTALL)  # equations
     text = re.sub(r"^#.*|\d{4}\.\d{5}|\]\([^)]*\)", "", text, flags=re.MULTILINE)
     text = re.sub(r"sections? [\d., and]+|section \d\.\d", "", text)
-    settings = ["0.02", "0.12", "0.9", "1.5"]
+    settings = ["0.02", "0.12", "0.9"]
     assert sorted(set(re.findall(r"\d+\.\d+", text))) == settings
     assert not re.search(r"±\s*\d", text.replace("± 3 standard", ""))
 

@@ -250,10 +250,10 @@ struct Team {
     if (m.kind == FLOAT) product<FLOAT>(m, from, to, B, x, xs, y, ys, add);
     else if (m.kind == BFLOAT) product<BFLOAT>(m, from, to, B, x, xs, y, ys, add);
 #ifdef __AVX512VNNI__
-    else product_of_bytes(m, from, to, B, x, xs, y, ys, add);
-#else
-    else product<INT8>(m, from, to, B, x, xs, y, ys, add);
+    // Three products of bytes an input: of several inputs that is more than converting the weights once.
+    else if (B <= 4) product_of_bytes(m, from, to, B, x, xs, y, ys, add);
 #endif
+    else product<INT8>(m, from, to, B, x, xs, y, ys, add);
   }
 };
 
