@@ -57,6 +57,8 @@ def test_every_stage_brings_the_model_nearer_to_the_transformer(converted):
     rows = read_json(converted / "convert_info.json")["stages"]
     assert [row["stage"] for row in rows] == NAMES
     assert [row["tokens"] for row in rows] == [0, 128, 384, 384, 288]
+    # What they are compared with has no adapters, and stays as it was.
+    assert {row["of_transformer"] for row in rows} == {rows[0]["of_transformer"]}
     untrained, calibrated, *_, last = (row["divergence"] for row in rows)
     assert last < calibrated < untrained
 

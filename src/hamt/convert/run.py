@@ -28,6 +28,7 @@ from hamt.convert.objectives import (
     add_adapters,
     divergence,
     merge_adapters,
+    without_adapters,
 )
 from hamt.convert.options import STAGES, ConvertOptions
 from hamt.convert.select import sensitivities
@@ -40,8 +41,8 @@ from hamt.environment import environment
 from hamt.errors import UserError, reason, user_errors
 from hamt.files import parse_json
 from hamt.output import Output
-from hamt.training.loop import Listener, LoopOptions, seed_everything
-from hamt.training.tracking import ProgressBar
+from hamt.training.loop import LoopOptions, seed_everything
+from hamt.training.tracking import HeldOutLines, ProgressBar
 
 RECORD = "convert_info.json"
 LEARNED = "stages/{}-learned.pt"
@@ -238,7 +239,7 @@ class _Run:
             mixed_precision=options.mixed_precision,
             output=self.output,
             save_interval=options.save_interval,
-            listeners=lambda step: [ProgressBar(steps, step), _Lines(self.console, name)],
+            listeners=lambda step: [ProgressBar(steps, step), HeldOutLines(self.console, name)],
         )
         self.model.requires_grad_(False)
         if result.interrupted:
@@ -264,7 +265,8 @@ class _Run:
         rows = self.some(self.corpus.held_out, self.options.eval_rows, length)
         for row in rows:
             embedded, targets = body.embed_tokens(row), row[0, 1:]
-            whole = body.run_body(embedded, Pass(instead=full_attention))
+            with without_adapters(self.model):
+                whole = body.run_body(embedded, Pass(instead=full_attention))
             own = body.run_body(embedded, Pass())
             for key, hidden in (("of_transformer", whole), ("nats", own)):
                 loss = torch.nn.functional.cross_entropy(hidden[0, :-1] @ head.mT, targets)
@@ -319,16 +321,6 @@ class _Run:
         self.console.print(
             f"what was learned is {size / 1e6:.1f} MB; all is in {self.output.folder}"
         )
-
-
-class _Lines(Listener[float]):
-    """A line for each evaluation of a stage."""
-
-    def __init__(self, console: Console, name: str) -> None:
-        self.console, self.name = console, name
-
-    def evaluated(self, step: int, measured: float) -> None:
-        self.console.print(f"{self.name}, step {step:5d}   held-out loss {measured:.4f}")
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

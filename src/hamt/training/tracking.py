@@ -64,16 +64,17 @@ class ProgressBar(Listener[Any]):
         self.bar.close()
 
 
-class HeldOutLines(Listener[Loss]):
-    """A line for each held-out loss, above the progress bar."""
+class HeldOutLines(Listener[Any]):
+    """A line for each held-out loss, above the progress bar; ``name`` is that of a stage."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, name: str = "") -> None:
+        self.console, self.begin = console, f"{name}, step" if name else "step"
 
-    def evaluated(self, step: int, measured: Loss) -> None:
+    def evaluated(self, step: int, measured: Any) -> None:
         """Print the line."""
+        loss = f"{measured:.4f}" if isinstance(measured, float) else f"{measured}"
         with tqdm.external_write_mode():
-            self.console.print(f"step {step:5d}   held-out loss {measured}")
+            self.console.print(f"{self.begin} {step:5d}   held-out loss {loss}")
 
 
 class _JsonLines(Listener[Loss]):
