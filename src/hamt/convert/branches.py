@@ -59,7 +59,7 @@ def of_attention(
     """
     sizes, length = taker.sizes, queries.shape[1]
     place = torch.arange(length, device=queries.device)
-    left = (place - place % sizes.block - sizes.window + sizes.block).clamp(min=0)
+    left = sizes.left(place)
     queries, keys = taker.turn(queries, place[:, None]), taker.turn(keys, place[:, None])
     keys, values = keys.float().permute(0, 2, 3, 1), values.float().transpose(1, 2)
     parts = []

@@ -1,8 +1,7 @@
 """How much each layer carries, by the options, and what that comes to."""
 
 from collections.abc import Sequence
-
-import torch
+from typing import Any
 
 from hamt.convert.options import ConvertOptions
 from hamt.converted_model import ConvertedForCausalLM
@@ -32,14 +31,10 @@ def _without_slots(sizes: Sizes, memory: str) -> Sizes:
 
 def state_floats(model: ConvertedForCausalLM) -> int:
     """Numbers that a converted model carries for one row, whatever the length of its text."""
-    return sum(
-        torch.Size(shape).numel()
-        for layer in model.model.layers
-        for shape in layer.self_attn.window_and_memory.state_shapes().values()
-    )
+    return sum(taker.state_size() for taker in model.model.stateful)
 
 
 def key_value_floats(model: ConvertedForCausalLM) -> int:
     """Numbers that the transformer keeps of one token."""
-    takers = [layer.self_attn.window_and_memory for layer in model.model.layers]
+    takers: list[Any] = model.model.stateful
     return sum(2 * taker.num_groups * taker.head_dim for taker in takers)

@@ -25,7 +25,7 @@ ROUNDS = 15  # of k-means
 @torch.no_grad()
 def calibrate(model: ConvertedForCausalLM, rows: Iterable[Tensor]) -> None:
     """Set addresses, half-lives and offsets of all slots from a few rows of ids, (1, N) each."""
-    takers = [layer.self_attn.window_and_memory for layer in model.model.layers]
+    takers: list[Any] = model.model.stateful
     kept: list[list[Tensor]] = [[] for _ in takers]
     distances: list[list[Tensor]] = [[] for _ in takers]
 
@@ -70,6 +70,8 @@ def calibrate(model: ConvertedForCausalLM, rows: Iterable[Tensor]) -> None:
 def _set(taker: WindowAndMemory, keys: Tensor, distance: Tensor) -> None:
     """Addresses from keys (n, G, D), half-lives from mean distances (G,)."""
     slots: Any = taker.slots
+    for name, initial in slots.initial_weights().items():
+        getattr(slots, name).copy_(initial)
     step = max(1, len(keys) // KEYS)
     for group in range(taker.num_groups):
         centres, variance = k_means(keys[::step, group], taker.sizes.num_slots)
@@ -79,9 +81,6 @@ def _set(taker: WindowAndMemory, keys: Tensor, distance: Tensor) -> None:
     slots.log_half_life.copy_(
         distance.clamp(min=32.0).log()[:, None].expand_as(slots.log_half_life)
     )
-    slots.strength.zero_()
-    slots.offset.zero_()
-    slots.key_gain.fill_(1.0)
 
 
 def k_means(points: Tensor, count: int) -> tuple[Tensor, float]:

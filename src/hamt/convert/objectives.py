@@ -61,11 +61,8 @@ class LayerByLayer(Objective):
     def __init__(self, model: ConvertedForCausalLM, windows: Sequence[int] = (32, 64, 128)) -> None:
         super().__init__(model)
         self.windows = list(windows)
-        model.requires_grad_(False)
-        for layer in model.model.layers:
-            slots = layer.self_attn.window_and_memory.slots
-            if slots is not None:
-                slots.requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".slots." in name)
 
     def measure(self, input_ids: Tensor) -> Tensor:
         """The mean over layers, of ids (B, N)."""

@@ -24,7 +24,8 @@ class Sources(NamedTuple):
 
     ``weights`` (L, H, N) are those of attention, which sum to 1; ``logit`` (L, N) is what each
     token added to the logit of ``token`` by way of attention in a layer, not by way of layers
-    behind it; ``window`` (L,) is where the window began.
+    behind it; ``window`` (L,) is where the window began, ``num_sinks`` (L,) how many first tokens
+    are sinks.
     """
 
     token: int
@@ -85,13 +86,11 @@ def sources(model: ConvertedForCausalLM, input_ids: Tensor, token: int | None = 
     for layer, weight, value in zip(body.layers, weights, values, strict=True):
         back = (direction @ layer.self_attn.o_proj.weight).unflatten(0, (weight.shape[0], -1))
         added.append(torch.einsum("hn,nhd,hd->n", weight, value, back))
-    length, sizes = input_ids.shape[1], model.config.sizes
-    begun = [(length - 1) // each.block * each.block for each in sizes]
-    left = [max(0, n - each.window + each.block) for n, each in zip(begun, sizes, strict=True)]
+    sizes, last_place = model.config.sizes, torch.tensor(input_ids.shape[1] - 1)
     return Sources(
         token,
         torch.stack(weights),
         torch.stack(added),
-        torch.tensor(left),
+        torch.stack([each.left(last_place) for each in sizes]),
         torch.tensor([each.num_sinks for each in sizes]),
     )

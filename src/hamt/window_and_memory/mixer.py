@@ -63,7 +63,7 @@ class WindowAndMemory(Stateful):
 
         ``keys`` (rotated) and ``values`` of the last W tokens, of sinks and of exact entries;
         ``exact_places`` (E, G), the position + 1, 0 where there is none, and ``exact_use``; keys
-        and values of slots (G, S, D), and their counts (G, 2 S).
+        and values of slots (G, S, D), and their counts (G, 4 S).
         """
         sizes, groups, width = self.sizes, self.num_groups, self.head_dim
         shapes: dict[str, tuple[int, ...]] = {}
@@ -166,7 +166,7 @@ class WindowAndMemory(Stateful):
             torch.cat((state[name].to(x.dtype), x), dim=1)
             for name, x in (("keys", keys), ("values", values))
         ]
-        begun, left = run.once((window, size), lambda: run.counts(places, window, size))
+        begun, left = run.once((window, size), lambda: run.counts(places, self.sizes))
         slots = None if self.slots is None else state["slots"][:, None]
         if run.blocks == 1:
             near = [x[:, None].transpose(2, 3) for x in entries]

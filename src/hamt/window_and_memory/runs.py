@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hamt.batch import Batch
 from hamt.boundaries import Segment, Segments, cut
+from hamt.window_and_memory.sizes import Sizes
 
 RUN = 64  # blocks that are computed at once: more would take more memory than they save time
 
@@ -32,17 +33,15 @@ class Run(NamedTuple):
             self.known[name] = make()
         return self.known[name]
 
-    def counts(self, places: Tensor, window: int, size: int) -> tuple[Tensor, Tensor]:
+    def counts(self, places: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
         """Tokens before the last boundary before each block (1 or B, M), and those that have left.
 
         Args:
             places: (1 or B, M · L) positions of the tokens.
-            window: W.
-            size: C.
+            sizes: W and C.
         """
         first = places.unflatten(1, (self.blocks, -1))[..., 0]
-        begun = first - first % size
-        return begun, (begun - window + size).clamp(min=0)
+        return first - first % sizes.block, sizes.left(first)
 
     def visible(self, places: Tensor, window: int, left: Tensor) -> Tensor:
         """Which tokens each query of one block sees, (1 or B, L, W + L).

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 LARGEST, MOST_SLOTS = 2**20, 4096  # beyond, a size is a mistake
 
 
@@ -17,6 +19,10 @@ class Sizes(NamedTuple):
     num_slots: int = 64
     num_exact: int = 0
     block: int = 32
+
+    def left(self, places: Tensor) -> Tensor:
+        """How many tokens have left the window when the tokens at ``places`` (...) are read."""
+        return (places - places % self.block - self.window + self.block).clamp(min=0)
 
     def check(self, num_heads: int = 1, num_groups: int = 1, head_dim: int = 4) -> None:
         """Refuse sizes that do not fit together, or not the heads of a model.
