@@ -11,6 +11,15 @@ VOCAB = 97
 SIZES = Sizes(16, 2, 4, 0, 4)
 # A whole window, exact entries beside slots, and neither slots nor sinks.
 SEVERAL = [SIZES, Sizes(8, 2, 4, 3, 4), Sizes(16, 0, 0, 0, 8)]
+# What a tiny model of a kind needs to be like the others.
+OPTIONS = {
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 64,
+        "query_pre_attn_scalar": 8,
+        "tie_word_embeddings": False,
+    }
+}
 
 
 def tiny_transformer(kind: str = "llama", seed: int = 0, **options) -> PreTrainedModel:
@@ -29,7 +38,7 @@ def tiny_transformer(kind: str = "llama", seed: int = 0, **options) -> PreTraine
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = AutoConfig.for_model(kind, **{**sizes, **options})
+        config = AutoConfig.for_model(kind, **{**sizes, **OPTIONS.get(kind, {}), **options})
         return AutoModelForCausalLM.from_config(config).eval()
 
 

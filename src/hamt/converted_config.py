@@ -11,10 +11,16 @@ from hamt.config import MAX_LAYERS
 from hamt.window_and_memory.sizes import Sizes
 
 # Models whose attention is queries, keys and values with rotary positions in a softmax, no more.
-KNOWN = ("llama", "mistral", "qwen2", "qwen3")
+KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+_SLIDING = "sliding_attention"  # a kind of layer, as Transformers calls it
+# Fields of Gemma 3's configuration that make more of attention, or of the head.
+_BEYOND = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What decides, beside weights, layers and reach, what a model makes of a text.
-_TELLING = ("model_type", "hidden_act", "rms_norm_eps", "num_attention_heads", "rope_parameters")
+_TELLING = (
+    *("model_type", "hidden_act", "rms_norm_eps", "num_attention_heads", "rope_parameters"),
+    *("hidden_activation", "query_pre_attn_scalar", "layer_types", "sliding_window"),
+)
 
 
 class ConvertedConfig(PreTrainedConfig):
@@ -41,8 +47,9 @@ class ConvertedConfig(PreTrainedConfig):
             self.transformer.pop(name, None)
         self.reach = reach
         inner = self.transformer_config() if self.transformer else None
-        count = 0 if inner is None else inner.num_hidden_layers
-        self.layers = [list(Sizes()) for _ in range(count)] if layers is None else layers
+        own_windows = self.own_windows() if self.transformer else []
+        usual = [list(Sizes().fitted(own)) for own in own_windows]
+        self.layers = usual if layers is None else layers
         if inner is not None:
             for name in _TOKENS:
                 options.setdefault(name, getattr(inner, name, None))
@@ -67,7 +74,7 @@ class ConvertedConfig(PreTrainedConfig):
     def identifying(self) -> dict[str, Any]:
         """What decides, beside its weights, what the model makes of a text (``hamt.identity``)."""
         inner = self.transformer_config()
-        telling = {name: getattr(inner, name) for name in _TELLING}
+        telling = {name: getattr(inner, name, None) for name in _TELLING}
         return {**telling, "layers": self.layers, "reach": self.reach}
 
     def _take(self, inner: PreTrainedConfig) -> None:
@@ -89,6 +96,9 @@ class ConvertedConfig(PreTrainedConfig):
             raise ValueError(f"only models of {', '.join(KNOWN)} can be converted; this is {kind}")
         if (count := fields.get("num_hidden_layers", 0)) > MAX_LAYERS:  # some make a list of them
             raise ValueError(f"num_hidden_layers must be at most {MAX_LAYERS}; got {count}")
+        for name in _BEYOND:
+            if fields.get(name):
+                raise ValueError(f"attention with {name} cannot be taken over")
         return AutoConfig.for_model(kind, **fields)
 
     @property
@@ -106,28 +116,50 @@ class ConvertedConfig(PreTrainedConfig):
             raise ValueError(f"layers has {len(self.layers)} entries for {self.num_layers} layers")
         if any(len(layer) != len(Sizes._fields) for layer in self.layers):
             raise ValueError(f"each of layers must have {', '.join(Sizes._fields)}")
-        for sizes in self.sizes:
+        for layer, (sizes, own) in enumerate(zip(self.sizes, self.own_windows(), strict=True)):
             sizes.check()
+            if own is not None and sizes.window > own:
+                raise ValueError(
+                    f"window must be at most {own} in layer {layer}, whose attention sees no more"
+                )
         if self.reach < 1:
             raise ValueError(f"reach must be at least 1; got {self.reach}")
 
-    def frequencies(self) -> torch.Tensor:
-        """(D / 2,) the angles by which one position turns pairs of features.
+    def own_windows(self) -> list[int | None]:
+        """How many tokens the transformer's attention sees in each layer, itself among them.
+
+        None is all of them.
+        """
+        inner: Any = self.transformer_config()
+        window = getattr(inner, "sliding_window", None)
+        kinds = getattr(inner, "layer_types", None) or [_SLIDING] * inner.num_hidden_layers
+        return [window if kind == _SLIDING else None for kind in kinds]
+
+    def frequencies(self) -> list[torch.Tensor]:
+        """(D / 2,) for each layer: the angles by which one position turns pairs of features.
 
         Raises:
             ValueError: if they depend on the length of the text, or some features do not turn.
         """
         inner: Any = self.transformer_config()
         told = inner.rope_parameters
-        kind = told["rope_type"]
-        if kind in ("dynamic", "longrope") or told.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"rotary positions of the kind {kind!r} cannot be taken over")
-        if kind != "default":
-            return ROPE_INIT_FUNCTIONS[kind](inner, torch.device("cpu"))[0]
-        half = head_dim_of(inner) // 2
-        with torch.device("cpu"):
-            power = torch.arange(half, dtype=torch.float64) / half
-            return told["rope_theta"] ** -power
+        if "rope_type" in told:  # for all layers
+            return [_frequencies(inner, told)] * inner.num_hidden_layers
+        by_kind = {kind: _frequencies(inner, told[kind], kind) for kind in set(inner.layer_types)}
+        return [by_kind[kind] for kind in inner.layer_types]
+
+
+def _frequencies(inner: Any, told: dict[str, Any], layer_type: str | None = None) -> torch.Tensor:
+    kind = told["rope_type"]
+    if kind in ("dynamic", "longrope") or told.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"rotary positions of the kind {kind!r} cannot be taken over")
+    if kind != "default":
+        named = {} if layer_type is None else {"layer_type": layer_type}
+        return ROPE_INIT_FUNCTIONS[kind](inner, torch.device("cpu"), **named)[0].double()
+    half = head_dim_of(inner) // 2
+    with torch.device("cpu"):
+        power = torch.arange(half, dtype=torch.float64) / half
+        return told["rope_theta"] ** -power
 
 
 def head_dim_of(inner: Any) -> int:

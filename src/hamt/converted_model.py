@@ -73,13 +73,14 @@ def attention(
 def full_attention(
     module: Any, queries: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> Tensor:
-    """``Pass.instead`` with which the model is the transformer that it was: it sees all tokens."""
+    """``Pass.instead`` with which the model is the transformer that it was."""
     taker: WindowAndMemory = module.window_and_memory
     places = torch.arange(queries.shape[1], device=queries.device)[:, None]
     queries, keys = taker.turn(queries, places), taker.turn(keys, places)
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+    seen = None if taker.own_window is None else taker.sees(places, places[:, 0])
     mixed = F.scaled_dot_product_attention(
-        queries, keys, values, is_causal=True, scale=scale, enable_gqa=True
+        queries, keys, values, seen, is_causal=seen is None, scale=scale, enable_gqa=True
     )
     return mixed.transpose(1, 2)
 
@@ -91,11 +92,11 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, lambda *arguments, **options: N
 def take_over(body: nn.Module, config: ConvertedConfig) -> None:
     """Let window and memory do what attention does in a headless model of Transformers."""
     inner: Any = body.config
-    frequencies = config.frequencies()
-    for layer, sizes in zip(body.layers, config.sizes, strict=True):  # type: ignore[arg-type]
-        heads, groups = inner.num_attention_heads, inner.num_key_value_heads
+    heads, groups, width = inner.num_attention_heads, inner.num_key_value_heads, head_dim_of(inner)
+    told = config.sizes, config.frequencies(), config.own_windows()
+    for layer, sizes, frequencies, own in zip(body.layers, *told, strict=True):  # type: ignore[arg-type]
         layer.self_attn.window_and_memory = WindowAndMemory(
-            heads, groups, head_dim_of(inner), sizes, frequencies, config.reach
+            heads, groups, width, sizes, frequencies, config.reach, own
         )
     inner._attn_implementation = ATTENTION
 

@@ -53,7 +53,7 @@ def join(near: Tensor, near_sum: Tensor, far: Tensor, far_sum: Tensor) -> Tensor
 def of_attention(
     taker: WindowAndMemory, queries: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> Branches:
-    """Attention to all tokens, in two: those that have left the window of ``taker``, and others.
+    """What attention saw, in two: tokens that have left the window of ``taker``, and others.
 
     Queries (B, N, H, D), keys and values (B, N, G, D) have no rotary position.
     """
@@ -69,7 +69,7 @@ def of_attention(
         asked = queries[:, chunk].float().unflatten(2, (values.shape[1], -1))
         asked = asked.permute(0, 2, 3, 1, 4)  # (B, G, R, n, D)
         scores = (asked.flatten(2, 3) @ keys[..., :end] * scale).unflatten(2, asked.shape[2:4])
-        scores = scores.masked_fill(before > chunk[:, None], -torch.inf)
+        scores = scores.masked_fill(~taker.sees(chunk[:, None], before), -torch.inf)
         top = scores.amax(dim=-1, keepdim=True)
         weights = (scores - top).exp_()
         is_far = (before >= sizes.num_sinks) & (before < left[chunk, None])

@@ -18,7 +18,8 @@ def exchange(
 
     Args:
         model: a causal language model of Transformers.
-        layers: the sizes of window and memory, for all layers or for each.
+        layers: the sizes of window and memory, for all layers or for each; those of layers whose
+            attention sees a window are fitted to it (``Sizes.fitted``).
         reach: tokens; what is further away is seen as if it were so far away.
 
     Raises:
@@ -27,9 +28,8 @@ def exchange(
     fields: dict[str, Any] = model.config.to_dict()
     for name in ("quantization_config", "architectures", "dtype", "transformers_version"):
         fields.pop(name, None)  # a file of quantised weights was read as numbers
-    count = model.config.num_hidden_layers
-    sizes = [layers] * count if isinstance(layers, Sizes) else layers
-    config = ConvertedConfig(fields, [list(each) for each in sizes], reach)
+    sizes = [layers] * model.config.num_hidden_layers if isinstance(layers, Sizes) else layers
+    config = _config(fields, sizes, reach)
     with torch.device("meta"):
         converted = ConvertedForCausalLM(config)
     body: Any = model.base_model
@@ -47,6 +47,12 @@ def resize(model: ConvertedForCausalLM, layers: Sequence[Sizes]) -> None:
         ValueError: if the sizes do not fit.
     """
     old = model.config
-    config = ConvertedConfig(old.transformer, [list(each) for each in layers], old.reach)
+    config = _config(old.transformer, layers, old.reach)
     take_over(model.model.body, config)
     model.config = model.model.config = config
+
+
+def _config(fields: dict[str, Any], layers: Sequence[Sizes], reach: int) -> ConvertedConfig:
+    own_windows = ConvertedConfig(fields).own_windows()
+    fitted = [list(each.fitted(own)) for each, own in zip(layers, own_windows, strict=True)]
+    return ConvertedConfig(fields, fitted, reach)

@@ -34,6 +34,7 @@ class WindowAndMemory(Stateful):
         sizes: of its state.
         frequencies: (D / 2,) angles by which one position turns the pairs (f, f + D/2) of features.
         reach: tokens; what is further away is seen from there.
+        own_window: tokens that the attention sees which is stood in for; None is all.
 
     Raises:
         ValueError: if the sizes do not fit together.
@@ -47,11 +48,12 @@ class WindowAndMemory(Stateful):
         sizes: Sizes,
         frequencies: Tensor,
         reach: int = 2048,
+        own_window: int | None = None,
     ) -> None:
         super().__init__()
         sizes.check(num_heads, num_groups, head_dim)
         self.num_heads, self.num_groups, self.head_dim = num_heads, num_groups, head_dim
-        self.sizes, self.reach = sizes, reach
+        self.sizes, self.reach, self.own_window = sizes, reach, own_window
         # No buffer: models are made on the device meta and then filled from a file without it.
         self.frequencies = frequencies.double()
         self.slots = None
@@ -226,7 +228,8 @@ class WindowAndMemory(Stateful):
             kept = [x.transpose(1, 2)[:, None].expand(*shape, -1, -1) for x in kept]
             if prefix == "sink_":
                 place = torch.arange(count, device=like.device)
-                there = left.gt(0)[..., None, None].expand(*shape, count)
+                there = self.sees(begun[..., None], place) & left.gt(0)[..., None]
+                there = there[:, :, None].expand(*shape, count)
             else:
                 place = state["exact_places"].mT[:, None] - 1
                 there = place.ge(0).expand(*shape, -1)
@@ -250,6 +253,11 @@ class WindowAndMemory(Stateful):
         if near:
             return keys
         return self.turn(keys, (begun[..., None, None] - place - self.reach).clamp(min=0))
+
+    def sees(self, place: Tensor, other: Tensor) -> Tensor:
+        """Whether the attention that is stood in for sees a position from another (...)."""
+        seen = other <= place
+        return seen if self.own_window is None else seen & (place - other < self.own_window)
 
     def turn(self, heads: Tensor, places: Tensor) -> Tensor:
         """Turn pairs of features of (..., D) by the angles of positions (...)."""

@@ -27,12 +27,11 @@ def places_of(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Positions (1 or B, N) of the tokens of (B, N, ., D), and their angles; once for all layers.
 
-    Angles are those of ``angles``, for all heads.
+    Angles are those of ``angles``, for all heads. Layers that share a tensor of frequencies share
+    them.
     """
-    key = (places_of, heads.dtype)
-    known = batch.shared.get(key)
-    if known is None or known[0] is not frequencies:
+    key = (places_of, heads.dtype, id(frequencies))
+    if key not in batch.shared:
         places = batch.positions(heads)
-        known = frequencies, places, angles(places[..., None], frequencies, heads.dtype)
-        batch.shared[key] = known
-    return known[1:]
+        batch.shared[key] = places, angles(places[..., None], frequencies, heads.dtype)
+    return batch.shared[key]

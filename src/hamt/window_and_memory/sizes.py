@@ -24,6 +24,16 @@ class Sizes(NamedTuple):
         """How many tokens have left the window when the tokens at ``places`` (...) are read."""
         return (places - places % self.block - self.window + self.block).clamp(min=0)
 
+    def fitted(self, own_window: int | None) -> "Sizes":
+        """These sizes for attention that sees ``own_window`` tokens; None is all.
+
+        A window that is as long leaves nothing over that a memory could hold.
+        """
+        if own_window is None or self.window < own_window - own_window % self.block:
+            return self
+        block = min(self.block, own_window)
+        return Sizes(own_window - own_window % block, 0, 0, 0, block)
+
     def check(self, num_heads: int = 1, num_groups: int = 1, head_dim: int = 4) -> None:
         """Refuse sizes that do not fit together, or not the heads of a model.
 
