@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from converted_inputs import tiny_transformer
 
 from hamt.convert.exchange import exchange
 from hamt.convert.reading import KINDS, sources
@@ -10,14 +10,13 @@ from hamt.converted_model import Pass
 from hamt.window_and_memory.sizes import Sizes
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 50}
-    config = LlamaConfig(**sizes, initializer_range=0.3, tie_word_embeddings=False)
+@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
+def model(request):
+    options = {"vocab_size": 50, "num_hidden_layers": 2, "tie_word_embeddings": False}
+    if request.param == "gemma3_text":
+        options |= {"layer_types": ["full_attention", "sliding_attention"]}
     layers = [Sizes(8, 2, 3, 0, 4), Sizes(8, 2, 3, 4, 4)]
-    return exchange(LlamaForCausalLM(config), layers).double()
+    return exchange(tiny_transformer(request.param, **options), layers).double()
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +35,15 @@ def test_weights_of_each_head_are_those_of_one_softmax(model, ids):
 
 def test_parts_add_up_to_what_attention_adds_to_the_logit(model, ids):
     outputs, body = [], model.model.body
-    hooks = [
-        layer.self_attn.register_forward_hook(lambda *args: outputs.append(args[2][0][0, -1]))
-        for layer in body.layers
-    ]
+    hooks = []
+    for layer in body.layers:
+        if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma: it is normalised, and then added
+            adding = layer.post_attention_layernorm
+            note = lambda *told: outputs.append(told[2][0, -1])  # noqa: E731
+        else:
+            adding = layer.self_attn
+            note = lambda *told: outputs.append(told[2][0][0, -1])  # noqa: E731
+        hooks.append(adding.register_forward_hook(note))
     last = []
     hooks.append(
         body.norm.register_forward_pre_hook(lambda _, inputs: last.append(inputs[0][0, -1]))
@@ -49,8 +53,7 @@ def test_parts_add_up_to_what_attention_adds_to_the_logit(model, ids):
     for hook in hooks:
         hook.remove()
     found = sources(model, ids, token=7)
-    scale = (last[0].square().mean() + body.norm.variance_epsilon).rsqrt()
-    direction = model.lm_head.weight[7] * body.norm.weight * scale
+    direction = model.lm_head.weight[7] * body.norm(last[0]) / last[0]
     wanted = torch.stack([output @ direction for output in outputs])
     torch.testing.assert_close(found.logit.sum(dim=1), wanted)
     torch.testing.assert_close(sum(found.by_kind().values()), wanted)

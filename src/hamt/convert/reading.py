@@ -8,10 +8,11 @@ way the token went.
 Shape legend: N tokens, L layers, H query heads, G key-value heads, R = H / G, D head features.
 """
 
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hamt.batch import Batch
 from hamt.converted_model import ConvertedForCausalLM, Pass
@@ -71,20 +72,25 @@ def sources(model: ConvertedForCausalLM, input_ids: Tensor, token: int | None = 
         return mixed.detach()
 
     body: Any = model.model.body
-    before: list[Tensor] = []
-    hook = body.norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
-    try:
+    factors: dict[nn.Module, Tensor] = {}
+    norms = [body.norm, *(found for layer in body.layers if (found := _norm_behind(layer)))]
+
+    def multiplied(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        # It divides by a number, which is taken as it is.
+        factors[module] = (output[0, -1] / inputs[0][0, -1]).nan_to_num(0.0, 0.0, 0.0)
+
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.callback(norm.register_forward_hook(multiplied).remove)
         final = model.model.run_body(model.model.embed_tokens(input_ids), Pass(instead=note))
-    finally:
-        hook.remove()
     logits = model.lm_head(final[0, -1])
     token = int(logits.argmax()) if token is None else token
-    # The last norm divides by a number, which is taken as it is.
-    factor = body.norm(before[0])[0, -1] / before[0][0, -1]
-    direction = model.lm_head.weight[token] * factor
+    direction = model.lm_head.weight[token] * factors[body.norm]
     added = []
     for layer, weight, value in zip(body.layers, weights, values, strict=True):
-        back = (direction @ layer.self_attn.o_proj.weight).unflatten(0, (weight.shape[0], -1))
+        behind = _norm_behind(layer)
+        towards = direction if behind is None else direction * factors[behind]
+        back = (towards @ layer.self_attn.o_proj.weight).unflatten(0, (weight.shape[0], -1))
         added.append(torch.einsum("hn,nhd,hd->n", weight, value, back))
     sizes, last_place = model.config.sizes, torch.tensor(input_ids.shape[1] - 1)
     return Sources(
@@ -94,3 +100,8 @@ def sources(model: ConvertedForCausalLM, input_ids: Tensor, token: int | None = 
         torch.stack([each.left(last_place) for each in sizes]),
         torch.tensor([each.num_sinks for each in sizes]),
     )
+
+
+def _norm_behind(layer: Any) -> nn.Module | None:
+    """The norm of what attention gives, before it is added: Gemma has one, others have none."""
+    return layer.post_attention_layernorm if hasattr(layer, "pre_feedforward_layernorm") else None
