@@ -68,10 +68,10 @@ def analyse(
         written = layer.write.abs().mean(dim=(0, 2, 3))[-TRACED:]
         layers[str(index)] = {
             **layer_figures(layer),
-            "write_gate_of_the_end": _plain(written),
+            "write_gate_of_the_end": plain(written),
             "held": what_is_held(recording.traces[index], tokens),
             **traced[index],
-            **({"loss_without": _plain(rises[index])} if silence else {}),
+            **({"loss_without": plain(rises[index])} if silence else {}),
         }
     attention = {
         str(index): {**attention_figures(trace), **traced[index]}
@@ -127,17 +127,17 @@ def layer_figures(layer: LayerSurvey) -> dict[str, Any]:
     write_share, read_share = layer.write_share(), layer.read_share()
     lags, right, wrong = layer.retrieval
     return {
-        "half_life_tokens": _plain(layer.half_lives()),
-        "write_share": _plain(write_share),
-        "read_share": _plain(read_share),
-        "effective_slots_written": _plain(effective_slots(write_share)),
-        "effective_slots_read": _plain(effective_slots(read_share)),
+        "half_life_tokens": plain(layer.half_lives()),
+        "write_share": plain(write_share),
+        "read_share": plain(read_share),
+        "effective_slots_written": plain(effective_slots(write_share)),
+        "effective_slots_read": plain(effective_slots(read_share)),
         "dead_slots": [{"head": head, "slot": slot} for head, slot in layer.dead()],
         "after_tokens": layer.times,
-        "norms": _plain(layer.norms.mean(dim=0)),
-        "effective_ranks": _plain(layer.rank.mean(dim=0)),
-        "retrieval": {"lag": lags, "cosine": _plain(right), "wrong_key": _plain(wrong)},
-        "rotation": None if layer.turn is None else _plain(layer.turn),
+        "norms": plain(layer.norms.mean(dim=0)),
+        "effective_ranks": plain(layer.rank.mean(dim=0)),
+        "retrieval": {"lag": lags, "cosine": plain(right), "wrong_key": plain(wrong)},
+        "rotation": None if layer.turn is None else plain(layer.turn),
     }
 
 
@@ -162,7 +162,7 @@ def _added_to_next(
         added = logits_added(model, recording, queries, input_ids[None, 1:].to(model.device))
     except ValueError:
         return {}
-    return {index: _plain(logits.mean()) for index, logits in added.items()}
+    return {index: plain(logits.mean()) for index, logits in added.items()}
 
 
 def _shares_by_position(trace: Trace | AttentionTrace) -> np.ndarray:
@@ -206,6 +206,6 @@ def _sources(row: np.ndarray) -> list[tuple[int, float]]:
     return [(-1 if i == last else int(i), round(float(row[i]), 4)) for i in best if row[i] > 0]
 
 
-def _plain(x: Tensor) -> Any:
+def plain(x: Tensor) -> Any:
     """Nested lists of numbers of six digits."""
-    return [_plain(part) for part in x] if x.ndim else float(f"{x.item():.6g}")
+    return [plain(part) for part in x] if x.ndim else float(f"{x.item():.6g}")

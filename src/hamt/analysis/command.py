@@ -1,19 +1,24 @@
 """``hamt analyze``: what the memories of a model hold and do with a text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.table import Column, Table
 
 from hamt.analysis.analyse import TRACED, Analysis, analyse, name_of_attention, summarise
+from hamt.analysis.converted import analyse_converted
+from hamt.analysis.converted_page import converted_lines, converted_page
+from hamt.analysis.converted_pictures import converted_pictures
 from hamt.analysis.dashboard import dashboard
 from hamt.analysis.record import memory_layers
 from hamt.checkpoint import load_checkpoint, named_or_own
 from hamt.console import PlainConsole
+from hamt.converted_model import ConvertedForCausalLM
 from hamt.data.documents import plain_text
 from hamt.environment import describe_environment, environment
 from hamt.errors import UserError
@@ -32,7 +37,7 @@ TEXT = (
 COLUMNS = ("layer", "half-lives", "slots written", "slots read", "dead", "rank", "fidelity")
 WRITTEN = (
     *(r"analysis_results\.json", r"dashboard\.html", r"contributions_layer_\d+\.png"),
-    r"(memory_evolution|slots|retrieval|gates)\.png",
+    r"(memory_evolution|slots|retrieval|gates|attention|recall|next_token)\.png",
 )
 
 
@@ -61,31 +66,61 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _analyze(options: AnalyzeOptions, text: str, output: Output) -> None:
-    model, tokenizer = load_checkpoint(named_or_own(options.checkpoint), "hamt analyze")
-    if not memory_layers(model):
+    model, tokenizer = load_checkpoint(named_or_own(options.checkpoint))
+    converted = isinstance(model, ConvertedForCausalLM)
+    if not converted and not memory_layers(model):
         raise UserError("this model has no memory to look into: all its mixers are of other kinds")
-    name = options.checkpoint or "The model in HAMT"
     ids = encode_text(tokenizer, text)
     if len(ids) < 2 or not text.strip():
         raise UserError("the text must have at least two tokens")
-    input_ids = torch.tensor(ids[: options.max_tokens])
-    analysis = analyse(model, tokenizer, input_ids, silence=not options.skip_silencing)
-    analysis.results["tokens_of_the_text"] = len(ids)
-    header = environment()
-    console = PlainConsole()
-    told = f"{name}: {model.num_parameters():,} parameters, {_read(analysis)}"
+    input_ids, silence = torch.tensor(ids[: options.max_tokens]), not options.skip_silencing
+    if isinstance(model, ConvertedForCausalLM):
+        results = analyse_converted(model, tokenizer, input_ids, silence)
+        figures = converted_pictures(results)
+        lines, as_page = converted_lines(results), partial(converted_page, results, figures)
+    else:
+        analysis = analyse(model, tokenizer, input_ids, silence)
+        results, figures = analysis.results, analysis.figures
+        lines, as_page = _lines(analysis), partial(dashboard, analysis)
+    results["tokens_of_the_text"] = len(ids)
+    header, console = environment(), PlainConsole()
+    name = options.checkpoint or "The model in HAMT"
+    told = f"{name}: {model.num_parameters():,} parameters, {_read(results)}"
     own = options.text is None and options.file is None
     console.print(f"{told} of HAMT's own text (--file reads yours)" if own else told)
-    console.print(summary(analysis))
+    for line in lines:
+        console.print(line)
+    shown = f"the last {TRACED} shown" if results["tokens"] > TRACED else "all shown"
+    read = _read(results) if converted else f"{_read(results)}, {shown}"
+    html = as_page(f"{name}; {read}. {describe_environment(header)}")
+    record = {"environment": header, "options": vars(options), "model": name, **results}
+    for path in write(record, figures, html, output):
+        console.print(f"wrote {path}")
+
+
+def write(
+    record: dict[str, Any], figures: Mapping[str, Figure], html: str, output: Output
+) -> list[Path]:
+    """Write everything into the output folder; returns the paths."""
+    return [
+        output.write_json("analysis_results.json", record),
+        *(
+            output.write_file(f"{plot}.png", partial(save_figure, figure=figure))
+            for plot, figure in figures.items()
+        ),
+        output.write_text("dashboard.html", html),
+    ]
+
+
+def _lines(analysis: Analysis) -> Iterator[Table | str]:
+    yield summary(analysis)
     slots = len(next(iter(analysis.results["layers"].values()))["write_share"][0])
-    console.print(
+    yield (
         f"half-lives in tokens; slots as good as in use, of {slots} a head; effective rank of a "
         "head; fidelity, the cosine of a write that is read back at once (docs/analysis.md)"
     )
     if analysis.results["attention"]:
-        console.print(_by_layer(analysis))
-    for path in write(analysis, options, output, header, name):
-        console.print(f"wrote {path}")
+        yield _by_layer(analysis)
 
 
 def summary(analysis: Analysis) -> Table:
@@ -96,27 +131,6 @@ def summary(analysis: Analysis) -> Table:
         reach = f"{half_lives[0]:,.1f} to {half_lives[-1]:,.0f}"
         table.add_row(index, reach, *cells, f"{fidelity:.3f}")
     return table
-
-
-def write(
-    analysis: Analysis,
-    options: AnalyzeOptions,
-    output: Output,
-    header: dict[str, Any],
-    name: str,
-) -> list[Path]:
-    """Write everything into the output folder; returns the paths."""
-    results = {"environment": header, "options": vars(options), "model": name, **analysis.results}
-    shown = f"the last {TRACED} shown" if results["tokens"] > TRACED else "all shown"
-    heading = f"{name}; {_read(analysis)}, {shown}. {describe_environment(header)}"
-    return [
-        output.write_json("analysis_results.json", results),
-        *(
-            output.write_file(f"{plot}.png", partial(save_figure, figure=figure))
-            for plot, figure in analysis.figures.items()
-        ),
-        output.write_text("dashboard.html", dashboard(analysis, heading)),
-    ]
 
 
 def _by_layer(analysis: Analysis) -> str:
@@ -133,8 +147,8 @@ def _by_layer(analysis: Analysis) -> str:
     return f"added to the logit of the next token, means of the end: {told}"
 
 
-def _read(analysis: Analysis) -> str:
-    read, there = analysis.results["tokens"], analysis.results["tokens_of_the_text"]
+def _read(results: Mapping[str, Any]) -> str:
+    read, there = results["tokens"], results["tokens_of_the_text"]
     which = f"{read:,}" if read == there else f"the first {read:,} of {there:,}"
     return f"{which} tokens read"
 

@@ -3,7 +3,7 @@
 import base64
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -34,7 +34,6 @@ def dashboard(analysis: Analysis, heading: str) -> str:
 
     ``heading`` says what was read, by which model, where.
     """
-    template = files("hamt.analysis").joinpath("dashboard.html").read_text(encoding="utf-8")
     layers = analysis.results["layers"]
     data = {
         "tokens": analysis.results["tokens_of_the_end"],
@@ -48,16 +47,44 @@ def dashboard(analysis: Analysis, heading: str) -> str:
         },
         "norms": {index: layer["norms"][-1] for index, layer in layers.items()},
     }
+    rows = [_row(index, layer) for index, layer in layers.items()]
+    captions = {name: CAPTIONS.get(name, CONTRIBUTIONS) for name in analysis.figures}
+    return page("dashboard.html", heading, data, rows, analysis.figures, captions)
+
+
+def page(
+    template: str,
+    heading: str,
+    data: Mapping[str, Any],
+    rows: Sequence[str],
+    figures: Mapping[str, Figure],
+    captions: Mapping[str, str],
+) -> str:
+    """A page of this package as HTML.
+
+    Args:
+        template: the name of a file with places for what follows.
+        heading: says what was read, by which model, where.
+        data: what the script of the page shows.
+        rows: of a table, as HTML.
+        figures: pictures by their names, with
+        captions: by the same names.
+    """
+    folder = files("hamt.analysis")
     parts = {
+        "STYLE": folder.joinpath("page.css").read_text(encoding="utf-8"),
         "HEADING": html.escape(heading),
-        "ROWS": "\n".join(_row(index, layer) for index, layer in layers.items()),
-        "PICTURES": "\n".join(_picture(*picture) for picture in analysis.figures.items()),
+        "ROWS": "\n".join(rows),
+        "PICTURES": "\n".join(
+            _picture(name, figure, captions[name]) for name, figure in figures.items()
+        ),
         # A text may hold </script>.
         "DATA": json.dumps(data).replace("<", "\\u003c"),
     }
+    written = folder.joinpath(template).read_text(encoding="utf-8")
     for name, content in parts.items():
-        template = template.replace(f"<!--{name}-->", content)
-    return template
+        written = written.replace(f"<!--{name}-->", content)
+    return written
 
 
 def _row(index: str, layer: Mapping[str, Any]) -> str:
@@ -68,9 +95,9 @@ def _row(index: str, layer: Mapping[str, Any]) -> str:
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _picture(name: str, figure: Figure) -> str:
+def _picture(name: str, figure: Figure, caption: str) -> str:
     png = base64.b64encode(as_png(figure, dpi=110)).decode()
     return (
         f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{png}">'
-        f"<figcaption>{html.escape(CAPTIONS.get(name, CONTRIBUTIONS))}</figcaption></figure>"
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )

@@ -152,6 +152,10 @@ class Slots(nn.Module):
             state = MemoryState(slots)
             return self.memory.after_each(every, whole, identity, gates, state)
 
+    def masses(self, slots: Tensor) -> Tensor:
+        """How many tokens slots (..., S, F) stand for, (..., S)."""
+        return slots[..., 2 * self.head_dim]
+
     def means(self, slots: Tensor) -> "Means":
         """What a query sees of slots (..., G, S, F)."""
         sizes = (self.head_dim, self.head_dim, 1, 1, BANDS)

@@ -31,7 +31,7 @@ def without_memory(model: nn.Module) -> Iterator[None]:
 
         return look
 
-    with _replaced(model, "far", unseen):
+    with replaced(model, "far", unseen):
         yield
 
 
@@ -61,7 +61,7 @@ def without_writes(model: nn.Module) -> Iterator[None]:
 
         return keep
 
-    with _replaced(model, "write", same), _replaced(model, "leave", unchosen):
+    with replaced(model, "write", same), replaced(model, "leave", unchosen):
         yield
 
 
@@ -86,8 +86,8 @@ def with_memory_of(cache: HAMTCache, other: HAMTCache) -> HAMTCache:
 
 
 @contextmanager
-def _replaced(model: nn.Module, method: str, replacement: Callable[..., Any]) -> Iterator[None]:
-    """Another method of each window and memory in the model, made of it and of its own method."""
+def replaced(model: nn.Module, method: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """For a while, another method of each window and memory, made of it and of its own method."""
     takers = [module for module in model.modules() if isinstance(module, WindowAndMemory)]
     with ExitStack() as stack:
         for taker in takers:

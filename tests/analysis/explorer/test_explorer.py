@@ -34,12 +34,12 @@ def test_a_text_is_read_token_by_token(explorer):
     assert "".join(view.tokens).replace("·", " ") == TEXT
     assert view.write.shape == (4, len(view.tokens))
     assert view.times == list(range(1, len(view.tokens) + 1))
-    assert view.norms.shape == (len(view.tokens), 4, 4, 16)
+    assert view.held[0].shape == (len(view.tokens), 4, 16)
     assert view.left_out == 0
     rates = view.traces[2].gates.log_forget[0].mean(dim=0)
     np.testing.assert_allclose(view.half_lives[2] * -rates.numpy(), np.log(2), rtol=1e-4)
     last = view.traces[2].after.slots[0].norm(dim=-1)
-    np.testing.assert_allclose(view.norms[-1, 2], last, rtol=1e-4)
+    np.testing.assert_allclose(view.held[2][-1], last, rtol=1e-4)
 
 
 def test_what_a_token_read_adds_up_and_comes_from_before_it(explorer):
@@ -131,7 +131,7 @@ def test_a_prompt_of_512_tokens_is_answered_in_two_seconds(explorer):
     view = explorer.read(text)
     found = explorer.retrieve(view, 3, len(view.tokens) - 1)
     retrieved_lists(view, found, 3, len(view.tokens) - 1)
-    slot_grid(view.norms[-1, 3], 5.0, "now")
+    slot_grid(view.held[3][-1], 5.0, "now", "norm")
     assert len(view.tokens) >= 512
     assert time.process_time() - start < 2
 
@@ -143,8 +143,8 @@ def test_writing_is_what_generate_writes_and_shows_the_state(explorer):
     expected = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     assert written[-1].text == tokenizer.decode(expected, skip_special_tokens=True)
     assert [one.new_tokens for one in written] == list(range(1, 13))
-    assert written[-1].norms.shape == (4, 4, 16)
-    assert not np.allclose(written[0].norms, written[-1].norms)
+    assert np.shape(written[-1].held) == (4, 4, 16)
+    assert not np.allclose(written[0].held, written[-1].held)
     sampled = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -202,12 +202,12 @@ def test_words_are_shown_and_not_obeyed(explorer):
     view = explorer.read("a <script>alert(1)</script> b")
     last = len(view.tokens) - 1
     page = retrieved_lists(view, explorer.retrieve(view, 0, last), 0, last)
-    page += slot_grid(view.norms[0, 0], 1.0, "<b>")
+    page += slot_grid(view.held[0][0], 1.0, "<b>", "norm")
     assert "<script" not in page
     assert "<b>" not in page
     empty = Retrieved(np.zeros(1), [], 0, [], 0.1, 0.2)
     assert "token 0" in retrieved_lists(view, empty, 0, 0)
-    assert "rgba" in slot_grid(np.zeros((2, 3)), 0.0, "nothing yet")
+    assert "rgba" in slot_grid(np.zeros((2, 3)), 0.0, "nothing yet", "norm")
 
 
 def test_slots_are_numbered_and_tell_their_half_lives():

@@ -8,7 +8,7 @@ import gradio as gr
 import numpy as np
 from starlette.middleware import Middleware
 
-from hamt.analysis.explorer.render import BLUE, STYLE, retrieved_lists, slot_grid
+from hamt.analysis.explorer.render import BLUE, STYLE, described, slot_grid
 from hamt.analysis.explorer.session import MAX_CHARACTERS, MAX_TOKENS, TIMES, Explorer, View
 from hamt.errors import UserError
 from hamt.guard import Guard, in_url
@@ -125,7 +125,10 @@ class _Page:
         token = int(event.index)
         if token >= len(view.tokens):  # a click may come while another text is being drawn
             return NOTHING
-        return retrieved_lists(view, self.explorer.retrieve(view, layer, token), layer, token)
+        try:
+            return described(view, self.explorer.retrieve(view, layer, token), layer, token)
+        except UserError as error:
+            return f"<p class='note'>{html.escape(_sentence(error))}</p>"
 
     def slots(self, view: View | None, layer: int, time: int) -> str:
         if view is None:
@@ -135,8 +138,11 @@ class _Page:
         caption = f"Layer {layer} after {count:,} tokens, the last “{view.tokens[count - 1]}”."
         if len(view.tokens) > TIMES:
             caption += f" Of a long text {TIMES} moments are kept; this is the nearest."
-        norms, largest = view.norms[index, layer], float(view.norms[:, layer].max())
-        return slot_grid(norms, largest, caption, view.half_lives[layer])
+        held = view.held[layer]
+        if not held.size:
+            return f"<p class='note'>Layer {layer} has a window and no slots.</p>"
+        largest, measured = float(held.max()), self.explorer.measured
+        return slot_grid(held[index], largest, caption, measured, view.half_lives[layer])
 
     def write(
         self, prompt: str | None, count: int, temperature: float, top_p: float, layer: int
@@ -145,14 +151,14 @@ class _Page:
         yield ["", "<p class='note'>Reading the prompt …</p>"]
         try:
             for written in self.explorer.write(prompt, int(count), temperature, top_p):
-                norms = written.norms[layer]
-                largest = max(largest, float(norms.max()))
+                held = written.held[layer]
+                largest = max(largest, float(held.max(initial=0)))
                 caption = f"Layer {layer} after {written.new_tokens} new tokens."
                 if len(prompt) > MAX_CHARACTERS:
                     caption += f" Of the prompt the last {MAX_CHARACTERS:,} characters were read."
                 if written.ended:
                     caption += " The model ended the document here."
-                yield [written.text, slot_grid(norms, largest, caption)]
+                yield [written.text, slot_grid(held, largest, caption, self.explorer.measured)]
         except UserError as error:
             yield ["", f"<p class='note'>{html.escape(_sentence(error))}</p>"]
 

@@ -4,10 +4,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hamt.analysis.explorer.converted import ConvertedExplorer
 from hamt.analysis.explorer.session import Explorer
 from hamt.analysis.record import memory_layers
 from hamt.checkpoint import load_checkpoint, named_or_own
 from hamt.console import PlainConsole
+from hamt.converted_model import ConvertedForCausalLM
 from hamt.errors import UserError, reason
 from hamt.options import option, parse
 
@@ -42,9 +44,11 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError("hamt explore needs Gradio: pip install 'gradio>=6'") from error
         raise UserError(f"Gradio cannot be used here: {reason(error)}") from error
     check_address(options.host, options.port)
-    explorer = Explorer(*load_checkpoint(named_or_own(options.checkpoint), "hamt explore"))
-    if len(memory_layers(explorer.model)) < len(explorer.model.model.layers):
+    model, tokenizer = load_checkpoint(named_or_own(options.checkpoint))
+    converted = isinstance(model, ConvertedForCausalLM)
+    if not converted and len(memory_layers(model)) < len(model.model.layers):
         raise UserError("hamt explore looks into memories: not all mixers of this model are one")
+    explorer = (ConvertedExplorer if converted else Explorer)(model, tokenizer)
     name = options.checkpoint or "The model in HAMT"
     app = build_app(explorer, name)
     try:

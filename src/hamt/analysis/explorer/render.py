@@ -4,11 +4,12 @@ Shape legend: H heads, S slots.
 """
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from hamt.analysis.explorer.session import Retrieved, View
+from hamt.analysis.explorer.session import NAMED, Retrieved, View
+from hamt.convert.reading import Sources
 
 BLUE, RED = "0, 114, 178", "#D55E00"  # of Okabe and Ito
 STYLE = f"""
@@ -28,27 +29,34 @@ MANY = 10_000  # tokens of a half-life that is not written out
 
 
 def slot_grid(
-    norms: np.ndarray, largest: float, caption: str, half_lives: np.ndarray | None = None
+    held: np.ndarray,
+    largest: float,
+    caption: str,
+    measured: str,
+    half_lives: np.ndarray | None = None,
 ) -> str:
     """Slots (H, S) as a table, with their numbers above and, where known, half-lives in them.
 
-    Norms are shades of blue between 0 and ``largest``; half-lives are in tokens.
+    What they hold, ``measured`` as its norm or otherwise, is a shade of blue between 0 and
+    ``largest``; half-lives are in tokens.
     """
     rows = ""
-    for head, values in enumerate(norms.tolist()):
+    for head, values in enumerate(held.tolist()):
         rows += f"<tr><th>head {head}</th>"
-        for slot, norm in enumerate(values):
-            share = min(norm / largest, 1.0) if largest > 0 else 0
-            title, text = f"head {head}, slot {slot}: norm {norm:.2f}", ""
+        for slot, value in enumerate(values):
+            share = min(value / largest, 1.0) if largest > 0 else 0
+            title, text = f"head {head}, slot {slot}: {measured} {value:.2f}", ""
             if half_lives is not None:
                 text = _short(half_lives[head, slot])
                 title += f", half-life {text} tokens"
             rows += f'<td title="{title}" style="background: rgba({BLUE}, {share:.3f})">{text}</td>'
         rows += "</tr>"
-    numbers = "".join(f"<th>{slot}</th>" for slot in range(norms.shape[1]))
-    said = f"{html.escape(caption)} Without colour: empty; full blue: a norm of {largest:.1f}."
+    numbers = "".join(f"<th>{slot}</th>" for slot in range(held.shape[1]))
+    said = (
+        f"{html.escape(caption)} Without colour: empty; full blue: a {measured} of {largest:.1f}."
+    )
     if half_lives is not None:
-        said += " In each slot: its half-life in tokens, by the forget gates over this text."
+        said += " In each slot: its half-life in tokens."
     return (
         f'<table class="slots" aria-label="slots"><tr><th>slot</th>{numbers}</tr>{rows}'
         f'</table><p class="note">{said}</p>'
@@ -62,19 +70,45 @@ def _short(tokens: float) -> str:
     return f"{tokens:.1f}" if tokens < 9.95 else f"{tokens:.0f}"
 
 
+def described(view: View, found: Retrieved | Sources, layer: int, token: int) -> str:
+    """What was found of a token."""
+    if isinstance(found, Sources):
+        return sources_list(view, found, token)
+    return retrieved_lists(view, found, layer, token)
+
+
+def sources_list(view: View, found: Sources, token: int) -> str:
+    """What earlier tokens added to the logit of one, by way of attention, and in which layer."""
+    given = found.logit.sum(dim=0)
+    best = given.abs().topk(min(NAMED, len(given))).indices.tolist()
+    layers = found.logit.abs().argmax(dim=0).tolist()
+    largest = float(given.abs().max()) or 1.0
+    rows = [
+        (
+            place,
+            float(given[place]) / largest,
+            f"{given[place]:+.2f}, most in layer {layers[place]}",
+        )
+        for place in best
+    ]
+    kinds = ", ".join(f"{kind} {part.sum():+.2f}" for kind, part in found.by_kind().items())
+    return (
+        f"{_outlined(token, best)}"
+        f"<h4>From where “{html.escape(view.tokens[token])}” (token {token}) came</h4>"
+        f"<p>Added to its logit by attention in all layers: {kinds}.</p>"
+        "<p>Most of all by these tokens (outlined in the text), in the window or not:</p>"
+        f"{_table(view, token, rows)}"
+        '<p class="note">What later layers make of it is not part of it.</p>'
+    )
+
+
 def retrieved_lists(view: View, retrieved: Retrieved, layer: int, token: int) -> str:
     """The sources of a read-out with their shares, and the stored items that it is like."""
     word = html.escape(view.tokens[token])
     sources = [(position, share, f"{100 * share:.1f} %") for position, share in retrieved.sources]
     items = [(position, cosine, f"{cosine:.2f}") for position, cosine in retrieved.items]
-    # Outlines in the text, whose tokens are children of one element.
-    outlines = [(position, SOURCE) for position, _ in retrieved.sources] + [(token, ASKED)]
-    rules = "".join(
-        f"#tokens .token-container:nth-child({position + 1}) .token {{ outline: {outline}; }}\n"
-        for position, outline in outlines
-    )
     return (
-        f"<style>{rules}</style>"
+        f"{_outlined(token, [position for position, _ in retrieved.sources])}"
         f"<h4>What “{word}” (token {token}) read in layer {layer}</h4>"
         "<p>From where: exact shares of the read-out, averaged over heads (outlined in the text)."
         f"</p>{_table(view, token, sources)}"
@@ -83,6 +117,16 @@ def retrieved_lists(view: View, retrieved: Retrieved, layer: int, token: int) ->
         f"directions).</p>{_table(view, token, items)}"
         '<p class="note">A position is its token mixed with the few before it.</p>'
     )
+
+
+def _outlined(token: int, sources: Iterable[int]) -> str:
+    """Outlines in the text, whose tokens are children of one element."""
+    outlines = [(position, SOURCE) for position in sources] + [(token, ASKED)]
+    rules = "".join(
+        f"#tokens .token-container:nth-child({position + 1}) .token {{ outline: {outline}; }}\n"
+        for position, outline in outlines
+    )
+    return f"<style>{rules}</style>"
 
 
 def _table(view: View, token: int, rows: Sequence[tuple[int, float, str]]) -> str:

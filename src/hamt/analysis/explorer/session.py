@@ -36,10 +36,11 @@ class View:
     traces: dict[int, Trace]  # what each layer did, by its index
     tokens: list[str]  # as text
     write: np.ndarray  # mean write gates, (L, N)
-    half_lives: np.ndarray  # of each slot by its gates over the text, in tokens, (L, H, S)
-    times: list[int]  # T numbers of tokens after which ``norms`` were taken
-    norms: np.ndarray  # of the slots, (T, L, H, S)
+    half_lives: list[np.ndarray]  # of each layer's slots in tokens, (H, S)
+    times: list[int]  # T numbers of tokens after which ``held`` was taken
+    held: list[np.ndarray]  # how much is in each layer's slots, (T, H, S)
     left_out: bool  # whether the text has more before the first token
+    ids: torch.Tensor | None = None  # (1, N), of a converted model
 
 
 class Retrieved(NamedTuple):
@@ -58,12 +59,14 @@ class Written(NamedTuple):
 
     text: str  # without the prompt
     new_tokens: int  # how many it has
-    norms: np.ndarray  # of the slots, (L, H, S)
+    held: list[np.ndarray]  # how much is in each layer's slots, (H, S)
     ended: bool  # whether the model ended the document
 
 
 class Explorer:
     """One model, asked by one visitor at a time."""
+
+    measured = "norm"  # how it is told how much a slot holds
 
     def __init__(self, model: HAMTForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
@@ -76,11 +79,7 @@ class Explorer:
         Raises:
             UserError: if there are none.
         """
-        text = text or ""
-        ids = encode_text(self.tokenizer, text[-MAX_CHARACTERS:])
-        if not ids:
-            raise UserError("there is no text yet: type some, or take one of the examples")
-        kept = torch.tensor(ids[-MAX_TOKENS:])
+        kept, left_out = self._tokens(text or "")
         with self._lock:
             recorded = record(self.model, kept[None]).traces
         surveys = [survey_trace(trace, TIMES) for trace in recorded.values()]
@@ -90,11 +89,19 @@ class Explorer:
             {index: trace._replace(gate=None) for index, trace in recorded.items()},
             token_texts(self.tokenizer, kept),
             np.stack([layer.write[0].abs().mean(dim=(1, 2)).numpy() for layer in surveys]),
-            np.stack([layer.half_lives().numpy() for layer in surveys]),
+            [layer.half_lives().numpy() for layer in surveys],
             surveys[0].times,
-            np.stack([layer.norms[0].numpy() for layer in surveys], axis=1),
-            len(ids) > len(kept) or len(text) > MAX_CHARACTERS,
+            [layer.norms[0].numpy() for layer in surveys],
+            left_out,
         )
+
+    def _tokens(self, text: str) -> tuple[torch.Tensor, bool]:
+        """The last ``MAX_TOKENS`` of a text (N,), and whether there were more."""
+        ids = encode_text(self.tokenizer, text[-MAX_CHARACTERS:])
+        if not ids:
+            raise UserError("there is no text yet: type some, or take one of the examples")
+        kept = torch.tensor(ids[-MAX_TOKENS:])
+        return kept, len(ids) > len(kept) or len(text) > MAX_CHARACTERS
 
     def retrieve(self, view: View, layer: int, token: int) -> Retrieved:
         """What a token read from the memory of a layer, and from where."""
@@ -133,13 +140,17 @@ class Explorer:
         for _ in range(max_new_tokens):
             with self._lock:
                 ids += continue_tokens(self.model, self.tokenizer, ids, options, **told)
-            slots = [state["slots"] for state in cache.states if state and "slots" in state]
-            norms = torch.cat(slots).norm(dim=-1).numpy()
+            held = self._held(cache)
             text = str(self.tokenizer.decode(ids[length:], skip_special_tokens=True))
             ended = ids[-1] == self.tokenizer.eos_token_id
-            yield Written(text, len(ids) - length, norms, ended)
+            yield Written(text, len(ids) - length, held, ended)
             if ended:
                 break
+
+    def _held(self, cache: HAMTCache) -> list[np.ndarray]:
+        """How much is in each layer's slots, (H, S)."""
+        slots = [state["slots"] for state in cache.states if state and "slots" in state]
+        return [layer[0].norm(dim=-1).numpy() for layer in slots]
 
 
 def _largest(values: torch.Tensor) -> list[tuple[int, float]]:
