@@ -212,12 +212,20 @@ def test_words_are_shown_and_not_obeyed(explorer):
 
 def test_slots_are_numbered_and_tell_their_half_lives():
     half_lives = np.array([[0.25, 9.96, 1234.5], [1e12, 9999.0, 10.0]])
-    grid = slot_grid(np.ones((2, 3)), 2.0, "now", half_lives)
+    grid = slot_grid(np.ones((2, 3)), 2.0, "now", "norm", half_lives)
     assert re.findall("<th>(.*?)</th>", grid) == ["slot", "0", "1", "2", "head 0", "head 1"]
     cells = re.findall(r"<td[^>]*>(.*?)</td>", grid)
     assert cells == ["0.2", "10", "1234", "&gt;10k", "9999", "10"]
     assert "head 1, slot 2: norm 1.00, half-life 10 tokens" in grid
-    assert re.findall(r"<td[^>]*>(.*?)</td>", slot_grid(np.ones((1, 2)), 2.0, "now")) == ["", ""]
+    assert re.findall(r"<td[^>]*>(.*?)</td>", slot_grid(np.ones((1, 2)), 2.0, "now", "norm")) == ["", ""]
+
+
+def test_of_many_slots_every_eighth_is_numbered():
+    grid = slot_grid(np.ones((1, 64)), 2.0, "now", "mass", np.full((1, 64), 33.0))
+    numbers = [int(name) for name in re.findall("<th>(.*?)</th>", grid)[1:] if name.isdigit()]
+    assert numbers == list(range(0, 64, 8))
+    assert set(re.findall(r"<td[^>]*>(.*?)</td>", grid)) == {""}
+    assert "head 0, slot 63: mass 1.00, half-life 33 tokens" in grid
 
 
 def test_mistakes_end_in_a_line(tmp_path, capsys):

@@ -26,6 +26,7 @@ rgb({BLUE}); border-radius: 2px; }} .prose .note {{ opacity: 0.75; color: inheri
 """
 ASKED, SOURCE = "2px solid currentColor", f"2px solid {RED}"  # outlines
 MANY = 10_000  # tokens of a half-life that is not written out
+NUMBERED = 24  # slots side by side of which each has room for a number
 
 
 def slot_grid(
@@ -40,23 +41,27 @@ def slot_grid(
     What they hold, ``measured`` as its norm or otherwise, is a shade of blue between 0 and
     ``largest``; half-lives are in tokens.
     """
-    rows = ""
+    rows, roomy = "", held.shape[1] <= NUMBERED
     for head, values in enumerate(held.tolist()):
         rows += f"<tr><th>head {head}</th>"
         for slot, value in enumerate(values):
             share = min(value / largest, 1.0) if largest > 0 else 0
             title, text = f"head {head}, slot {slot}: {measured} {value:.2f}", ""
             if half_lives is not None:
-                text = _short(half_lives[head, slot])
-                title += f", half-life {text} tokens"
+                half_life = _short(half_lives[head, slot])
+                title += f", half-life {half_life} tokens"
+                text = half_life if roomy else ""
             rows += f'<td title="{title}" style="background: rgba({BLUE}, {share:.3f})">{text}</td>'
         rows += "</tr>"
-    numbers = "".join(f"<th>{slot}</th>" for slot in range(held.shape[1]))
+    numbers = "".join(
+        f"<th>{slot if roomy or slot % 8 == 0 else ''}</th>" for slot in range(held.shape[1])
+    )
     said = (
         f"{html.escape(caption)} Without colour: empty; full blue: a {measured} of {largest:.1f}."
     )
     if half_lives is not None:
-        said += " In each slot: its half-life in tokens."
+        where = "In each slot" if roomy else "Under the pointer"
+        said += f" {where}: its half-life in tokens."
     return (
         f'<table class="slots" aria-label="slots"><tr><th>slot</th>{numbers}</tr>{rows}'
         f'</table><p class="note">{said}</p>'
