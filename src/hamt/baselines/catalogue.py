@@ -278,9 +278,10 @@ def with_state(kind: str, state: int, *, num_layers: int, **sizes: Any) -> PreTr
     if free is None:
         return architecture.build(**sizes)
 
-    models = _meta_models(architecture, sizes, free)
+    step = 2 if "hierarchical_memory" in str(sizes.get("mixers")) else 1  # half are slow slots
+    models = _meta_models(architecture, sizes, free, step)
     least, more = (architecture.state_floats(model) or 0 for model in models)
-    size = round(1 + (state * num_layers - least) / (more - least))
+    size = step * round(1 + (state * num_layers - least) / (more - least))
     if size < 1:
         raise ValueError(
             f"the smallest state of {kind} has {least // num_layers} floats a layer; got {state}"
