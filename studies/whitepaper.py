@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from whitepaper_contexts import CONTEXT_VALUES
 from whitepaper_values import DOCS, VALUES, seeds_of
 
 from hamt.measure.tables import standard_error
@@ -55,7 +56,7 @@ def render() -> str:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.globals.update(VALUES)
+    environment.globals.update({**VALUES, **CONTEXT_VALUES})
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render()
     return re.sub(r"\n{3,}", "\n\n", wrapped(text)).rstrip() + "\n"
 

@@ -7,7 +7,7 @@ of several runs have their standard errors; a figure of one run has none.
 import json
 from collections.abc import Callable, Sequence
 from functools import cache
-from math import exp, isfinite
+from math import exp
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -316,26 +316,6 @@ def exists(name: str) -> bool:
     return (DOCS / name).exists()
 
 
-# Conversion, which may not be measured yet.
-
-
-def conversion() -> dict[str, list[dict[str, Any]]] | None:
-    """Rows of ``convert/convert.json`` by their part, None before it is there."""
-    if not exists("results/convert/convert.json"):
-        return None
-    parts: dict[str, list[dict[str, Any]]] = {}
-    for row in load("convert/convert.json")["rows"]:
-        parts.setdefault(row["place"]["part"], []).append(row)
-    return parts
-
-
-def percent(pair: Sequence[float], digits: int = 1) -> str:
-    """A share and its standard error, as percent; an error that is not known is left out."""
-    value, error = (100 * each for each in pair)
-    known = f" ± {error:.{digits}f}" if isfinite(error) else ""
-    return f"{value:.{digits}f}{known} %"
-
-
 VALUES = {
     value.__name__: value
     for value in (
@@ -345,6 +325,6 @@ VALUES = {
         *(times_as_fast, ceiling, decoding, carried, over_llama_cpp, mixer),
         *(memory_ratio, reading_peak, operations, bench_size),
         *(demo_size, bits_of, source, compression),
-        *(log, cited, exists, conversion, percent),
+        *(log, cited, exists),
     )
 }
