@@ -29,6 +29,18 @@ def test_settings_are_read_as_text(read):
     assert read(b"\xef\xbb\xbfa: 1\n") == {"a": "1"}
 
 
+def test_without_a_clone_paths_of_the_documents_are_those_of_hamt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("configs/tiny.yaml") == FOLDER / "tiny.yaml"
+    assert find_recipe("configs/convert/smollm2.yaml") == FOLDER / "convert" / "smollm2.yaml"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.yaml").write_text("a: 1")
+    assert read_recipe("configs/tiny.yaml") == {"a": "1"}
+    for name in ("configs/none.yaml", "elsewhere/tiny.yaml", "tiny.yaml"):
+        with pytest.raises(UserError, match=f"no recipe {name}"):
+            read_recipe(name)
+
+
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 99))
 
 

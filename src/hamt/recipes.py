@@ -26,11 +26,13 @@ def find_recipe(name: str) -> Path | None:
     """The path of a recipe: ``name`` itself if it ends in ``.yaml`` or ``.yml``, even of no file.
 
     Otherwise it is that of the recipe of HAMT with this name (``tiny``, ``convert/smollm2``), or
-    None: if there is none, or a path has this name, too.
+    None: if there is none, or a path has this name, too. Where there is no clone, and so no folder
+    ``configs``, ``configs/tiny.yaml`` is HAMT's recipe as well.
     """
-    if Path(name).suffix in (".yaml", ".yml"):
-        return Path(name)
     there = {path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml")}
+    if (path := Path(name)).suffix in (".yaml", ".yml"):
+        own = FOLDER / path.relative_to("configs") if path.parts[0] == "configs" else path
+        return own if own.is_file() and not path.exists() else path
     known = name in there and not os.path.exists(name)
     return FOLDER / f"{name}.yaml" if known else None
 

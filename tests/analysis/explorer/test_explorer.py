@@ -217,7 +217,10 @@ def test_slots_are_numbered_and_tell_their_half_lives():
     cells = re.findall(r"<td[^>]*>(.*?)</td>", grid)
     assert cells == ["0.2", "10", "1234", "&gt;10k", "9999", "10"]
     assert "head 1, slot 2: norm 1.00, half-life 10 tokens" in grid
-    assert re.findall(r"<td[^>]*>(.*?)</td>", slot_grid(np.ones((1, 2)), 2.0, "now", "norm")) == ["", ""]
+    assert re.findall(r"<td[^>]*>(.*?)</td>", slot_grid(np.ones((1, 2)), 2.0, "now", "norm")) == [
+        "",
+        "",
+    ]
 
 
 def test_of_many_slots_every_eighth_is_numbered():
