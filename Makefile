@@ -25,8 +25,9 @@ check: setup-dev  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Not --quiet, with which --strict lets warnings pass.
 docs: venv/.docs  ## build the site into site/; open site/index.html (seconds)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 sanitize: setup-dev  ## run the tests of the compiled operator under sanitizers (minutes)
 	tests/sanitize.sh

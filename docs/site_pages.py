@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import griffe
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
@@ -174,6 +175,8 @@ REFERENCE = {
             "hamt.window_and_memory.mixer.WindowAndMemory",
             "hamt.convert.run.convert",
             "hamt.convert.reading.sources",
+            "hamt.analysis.converted.analyse_converted",
+            "hamt.analysis.converted.layer_uses",
             "hamt.convert.reading.Sources",
         ),
     ),
@@ -183,6 +186,12 @@ REFERENCE = {
 _CODE_OR_LINK = re.compile(
     r"^(?P<fence>```+).*?^(?P=fence)|(?P<ticks>`+)(?!`).*?(?P=ticks)"
     r"|(?P<picture>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)",
+    re.DOTALL | re.MULTILINE,
+)
+
+_CODE_OR_FORMULA = re.compile(
+    r"^```math\n(?P<block>.*?)^```$|^(?P<fence>```+).*?^(?P=fence)|(?P<ticks>`+)(?!`).*?(?P=ticks)"
+    r"|\$(?P<inline>[^$\n]+)\$",
     re.DOTALL | re.MULTILINE,
 )
 
@@ -237,7 +246,21 @@ def on_page_markdown(markdown, page, config, files):
         to = os.path.relpath(ROOT / path, Path(config.site_dir, page.file.dest_uri).parent)
         return f'<a href="{Path(to).as_posix()}{anchor}">{match["text"]}</a>'
 
-    return _CODE_OR_LINK.sub(link, markdown)
+    return with_mathml(_CODE_OR_LINK.sub(link, markdown))
+
+
+def with_mathml(markdown):
+    """Formulas in TeX as MathML, which browsers draw by themselves; code stays as it is."""
+
+    def formula(match):
+        if match["block"]:
+            # The library knows aligned equations by the name that they have outside formulas.
+            block = match["block"].replace("{aligned}", "{align*}")
+            return f"\n{convert(block, display='block')}\n"
+        # In a span: what begins a line with <math> would be a block.
+        return f"<span>{convert(match['inline'])}</span>" if match["inline"] else match[0]
+
+    return _CODE_OR_FORMULA.sub(formula, markdown)
 
 
 def in_repository(address):
@@ -273,7 +296,7 @@ def table_of_names():
     for name, member in sorted(package.members.items()):
         if f"hamt.{name}" in pages:
             says = member.final_target.docstring.value.split("\n\n")[0]
-            page = f"{pages[f'hamt.{name}']}.md#{member.final_target.path}"
+            page = f"{pages[f'hamt.{name}']}.md#hamt.{name}"
             rows.append(f"| [`{name}`]({page}) | {in_one_line(says)} |")
     return "\n".join(rows)
 
