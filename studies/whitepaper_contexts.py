@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
-from whitepaper_values import NUMBERS, exists, load
+from whitepaper_values import NUMBERS, exists, load, recalled
 
 from hamt.measure.tables import with_error
 
@@ -24,6 +24,11 @@ def far_beyond_seeds(model: str) -> str:
     """How many runs of it there are: ``two seeds``."""
     count = len(_far_beyond(model))
     return f"{NUMBERS[count]} seed{'s' * (count > 1)}"
+
+
+def filler(model: str, test: str = "16384 tokens") -> str:
+    """Percent of the digits of a number that are found in so much filler."""
+    return recalled(model, 1344, test, "passkey/recall.json")
 
 
 def _far_beyond(model: str) -> list[dict[str, Any]]:
@@ -49,5 +54,5 @@ def percent(pair: Sequence[float], digits: int = 1) -> str:
 
 
 CONTEXT_VALUES = {
-    value.__name__: value for value in (far_beyond, far_beyond_seeds, conversion, percent)
+    value.__name__: value for value in (far_beyond, far_beyond_seeds, filler, conversion, percent)
 }
