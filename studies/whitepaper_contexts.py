@@ -1,4 +1,4 @@
-"""The figures of the paper about long contexts: of models trained for it, and of converted ones."""
+"""The figures of the paper about what memories hold, about long contexts, and of conversions."""
 
 from collections.abc import Sequence
 from math import isfinite
@@ -31,6 +31,11 @@ def filler(model: str, test: str = "16384 tokens") -> str:
     return recalled(model, 1344, test, "passkey/recall.json")
 
 
+def fidelity(name: str) -> str:
+    """The mean cosine of what memories give back with what they were given, as of a seed 0."""
+    return f"{load(f'auxiliary/{name}-0.json')['fidelity']['cosine']:.2f}"
+
+
 def _far_beyond(model: str) -> list[dict[str, Any]]:
     runs = load("long_contexts/long_contexts.json")["runs"]
     return [each for each in runs if each["model"] == model]
@@ -54,5 +59,6 @@ def percent(pair: Sequence[float], digits: int = 1) -> str:
 
 
 CONTEXT_VALUES = {
-    value.__name__: value for value in (far_beyond, far_beyond_seeds, filler, conversion, percent)
+    value.__name__: value
+    for value in (far_beyond, far_beyond_seeds, filler, fidelity, conversion, percent)
 }
