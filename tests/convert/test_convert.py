@@ -117,6 +117,28 @@ def test_the_command_adds_a_delta_without_training(converted, teacher, tmp_path,
     assert "cannot be added" in told
 
 
+def test_what_was_learned_of_a_known_transformer_comes_with_the_package(
+    converted, teacher, data, tmp_path, monkeypatch, capsys
+):
+    """It is taken where neither a text nor a recipe is named; what is trained is trained anew."""
+    monkeypatch.setattr("hamt.convert.run.find_transformer", lambda name: teacher)
+    monkeypatch.setattr("hamt.convert.known.SHIPPED", tmp_path)
+    (tmp_path / "smollm2.safetensors").write_bytes((converted / "delta.safetensors").read_bytes())
+    assert main(["convert", "smollm2", *words(output_dir=tmp_path / "out")]) == 0
+    assert "what was learned is from smollm2.safetensors" in capsys.readouterr().out
+    found, wanted = (
+        AutoModelForCausalLM.from_pretrained(folder).config.layers
+        for folder in (tmp_path / "out", converted)
+    )
+    assert found == wanted
+    assert not (tmp_path / "out" / "convert_info.json").exists()
+    assert convert("smollm2", data, tmp_path / "trained", stages=["calibrate"]) == 0
+    assert (tmp_path / "trained" / "convert_info.json").exists()
+    alone = words(output_dir=tmp_path / "alone", memory="none", window=16, block=16, data=data)
+    assert main(["convert", "smollm2", *alone]) == 0
+    assert "what was learned is from" not in capsys.readouterr().out
+
+
 def test_a_known_name_says_which_package_it_comes_with(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hamt.convert.known.find_spec", lambda name: None)
     told = fails(["convert", "smollm2", *words(output_dir=tmp_path / "out")], capsys)
@@ -229,4 +251,4 @@ def test_mistakes_end_in_one_line(options, message, teacher, data, tmp_path, cap
 def test_other_transformers_are_refused(folders, data, tmp_path, capsys):
     given = words(data=data, output_dir=tmp_path / "out", **{**SIZES, "wide_layers": 0})
     told = fails(["convert", str(folders / "gpt2-0.1"), *given], capsys, silent=False)
-    assert "only models of llama, mistral, qwen2, qwen3 can be converted" in told
+    assert "only models of llama, mistral, qwen2, qwen3, gemma3_text can be" in told
