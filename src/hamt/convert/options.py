@@ -6,6 +6,7 @@ from hamt.options import MAX_SEED, option
 
 STAGES = ("calibrate", "layers", "whole")
 MEMORIES = ("slots", "window", "none")
+SOTU = "sotu"
 
 
 @dataclass
@@ -67,8 +68,11 @@ class ConvertOptions:
     wide_slots: int = option(128, "their slots", at_least=0, group="what is carried")
     wide_exact: int = option(256, "their exact entries", at_least=0, group="what is carried")
     # what is learned from
-    data: str = option(
-        "sotu", "the text to learn from: see hamt train --data", group="what is learned from"
+    data: str | None = option(
+        None,
+        "the text to learn from: see hamt train --data; none is sotu, and for smollm2 nothing: "
+        "what was learned of it comes with HAMT",
+        group="what is learned from",
     )
     held_out: str | None = option(
         None, "the text to measure on; none holds out a part of --data",

@@ -3,23 +3,23 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hamt.baselines.loading import load_any_model
 from hamt.checkpoint import save_checkpoint
 from hamt.convert.budget import key_value_floats, layer_sizes, state_floats
 from hamt.convert.calibrate import calibrate
-from hamt.convert.delta import learn_again, learned, save_delta, with_delta
+from hamt.convert.delta import learn_again, learned, save_delta
 from hamt.convert.exchange import exchange, resize
 from hamt.convert.known import find_transformer
+from hamt.convert.learned_before import add_delta, learned_before
 from hamt.convert.objectives import (
     ALPHA,
     Distillation,
@@ -30,7 +30,7 @@ from hamt.convert.objectives import (
     merge_adapters,
     without_adapters,
 )
-from hamt.convert.options import STAGES, ConvertOptions
+from hamt.convert.options import SOTU, STAGES, ConvertOptions
 from hamt.convert.select import sensitivities
 from hamt.convert.stage import train_stage
 from hamt.converted_model import ConvertedForCausalLM, Pass, full_attention
@@ -38,7 +38,7 @@ from hamt.data.corpus import load_corpus
 from hamt.data.loader import Batches
 from hamt.data.tokens import TokenisedCorpus, tokenise
 from hamt.environment import environment
-from hamt.errors import UserError, reason, user_errors
+from hamt.errors import UserError, user_errors
 from hamt.files import parse_json
 from hamt.output import Output
 from hamt.training.loop import LoopOptions, seed_everything
@@ -56,10 +56,10 @@ def convert(options: ConvertOptions, console: Console, output: Output) -> None:
     """
     logging.disable_progress_bar()  # of Transformers, for files of a few MB
     assert options.model is not None
-    path = find_transformer(options.model)
+    path, delta = find_transformer(options.model), learned_before(options)
     original, tokenizer, name = load_any_model(path, options.trust_remote_code)
-    if options.delta is not None:
-        _learned_before(options, console, output, original, tokenizer)
+    if delta is not None:
+        add_delta(delta, options, console, output, original, tokenizer)
         return
     count = original.config.get_text_config().num_hidden_layers
     if wrong := [layer for layer in options.wide_layers if not 0 <= layer < count]:
@@ -83,32 +83,8 @@ def convert(options: ConvertOptions, console: Console, output: Output) -> None:
     run.finish(name)
 
 
-def _learned_before(
-    options: ConvertOptions,
-    console: Console,
-    output: Output,
-    original: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Write the model of a transformer and a delta."""
-    assert options.delta is not None
-    if not Path(options.delta).is_file():
-        raise UserError(f"no file {options.delta}: give the delta.safetensors of a conversion")
-    try:
-        model = with_delta(original, options.delta)
-    except Exception as error:  # whatever the file holds
-        raise UserError(
-            f"{options.delta} cannot be added to {options.model} ({reason(error)}): give the "
-            "delta.safetensors of a conversion of this model"
-        ) from error
-    if options.dry_run:
-        return
-    output.write(lambda fresh: save_checkpoint(fresh, model, tokenizer))
-    console.print(f"{model.model.mixer_summary()}; all is in {output.folder}")
-
-
 def _text(options: ConvertOptions, tokenizer: PreTrainedTokenizerBase) -> TokenisedCorpus:
-    text = load_corpus(options.data, held_out=options.held_out)
+    text = load_corpus(options.data or SOTU, held_out=options.held_out)
     return tokenise(text, tokenizer, options.token_cache, options.max_tokens)
 
 

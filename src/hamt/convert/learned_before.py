@@ -1,0 +1,58 @@
+"""Conversions that need no training: what was learned before is added to a transformer."""
+
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hamt.checkpoint import save_checkpoint
+from hamt.convert.delta import with_delta
+from hamt.convert.known import shipped_delta
+from hamt.convert.options import ConvertOptions
+from hamt.errors import UserError, reason
+from hamt.output import Output
+
+
+def learned_before(options: ConvertOptions) -> Path | None:
+    """The file of what was learned before, if there is one.
+
+    It is the one that is named, or, if neither a text nor a recipe is, one that comes with HAMT.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    if options.delta is not None:
+        if not Path(options.delta).is_file():
+            raise UserError(f"no file {options.delta}: give the delta.safetensors of a conversion")
+        return Path(options.delta)
+    asked = options.data or options.config or options.stages or options.memory != "slots"
+    return None if asked or options.model is None else shipped_delta(options.model)
+
+
+def add_delta(
+    delta: Path,
+    options: ConvertOptions,
+    console: Console,
+    output: Output,
+    original: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write the model of a transformer and what was learned before.
+
+    Raises:
+        UserError: if the file is not of a conversion of this transformer.
+    """
+    try:
+        model = with_delta(original, delta)
+    except Exception as error:  # whatever the file holds
+        raise UserError(
+            f"{delta} cannot be added to {options.model} ({reason(error)}): give the "
+            "delta.safetensors of a conversion of this model"
+        ) from error
+    if options.dry_run:
+        return
+    output.write(lambda fresh: save_checkpoint(fresh, model, tokenizer))
+    console.print(
+        f"{model.model.mixer_summary()}; what was learned is from {delta.name}, all is in "
+        f"{output.folder}"
+    )
