@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := venv/bin
 
-.PHONY: help setup setup-dev demo test fuzz sanitize check docs paper reproduce-quick reproduce format clean
+.PHONY: help setup setup-dev demo test test-slow fuzz sanitize check docs paper reproduce-quick reproduce format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,8 +14,11 @@ setup-dev: venv/.dev  ## the same with the tools of tests and checks
 demo: setup  ## train a small model on real text and let it write (about 5 minutes)
 	$(BIN)/hamt demo
 
-test: setup-dev  ## run the tests on all cores (about 15 minutes on 2)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto
+test: setup-dev  ## run the tests on all cores, but for slow ones (about 7 minutes on 2)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto -m "not slow"
+
+test-slow: setup-dev  ## run those that train, compile or start processes (about 8 minutes on 2)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto -m slow
 
 fuzz: setup-dev  ## random command lines, configurations, damaged files (FUZZ_SECONDS, 600)
 	$(BIN)/python tests/fuzz/run.py

@@ -65,6 +65,7 @@ def test_sizes_for_a_cpu(name, millions):
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_golden_curve(tmp_path, monkeypatch):
     """Sixty steps of ``configs/tiny.yaml`` against the losses recorded for them.
 

@@ -22,6 +22,8 @@ from hamt.data.facts import PAIRS, text_with_facts
 from hamt.errors import UserError
 from hamt.measure.beside import beside_teacher
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def made(tokenizer, tmp_path_factory):

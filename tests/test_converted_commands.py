@@ -161,6 +161,7 @@ def test_it_is_evaluated_with_its_state_carried(checkpoint, text, tmp_path, caps
     capsys.readouterr()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ours", "baseline"])
 def test_it_stands_beside_others(how, checkpoint, folders, text, tmp_path, capsys):
     models = [str(checkpoint), str(folders / "llama")]

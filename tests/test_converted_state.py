@@ -110,6 +110,7 @@ print(written.tolist())
 """
 
 
+@pytest.mark.slow
 def test_another_process_goes_on(tmp_path):
     model = tiny_converted(sizes=SEVERAL)
     model.save_pretrained(tmp_path)

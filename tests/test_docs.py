@@ -76,6 +76,7 @@ def run(page):
 
 
 # What PEFT and TRL ask of Transformers, and what PyTorch says of its own quantisation.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6")
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated")

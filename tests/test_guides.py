@@ -16,6 +16,8 @@ from hamt.checkpoint import load_checkpoint, save_pt
 from hamt.cli import COMMANDS, main
 from hamt.training.quick_train import folder_of
 
+pytestmark = pytest.mark.slow
+
 GUIDES = [page for page in PAGES if page.startswith("docs/guides/")]
 CLAIMS = "docs/guides/CLAIMS.md"
 

@@ -105,6 +105,7 @@ def test_the_demo_tells_each_consolidation_and_draws(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hamt", "hierarchical_memory.png"]
 
 
+@pytest.mark.slow
 def test_the_documented_scripts_are_that_demo():
     first, second = (ROOT / folder / "demo_hierarchical.py" for folder in (".", "experiments"))
     assert first.read_text() == second.read_text()

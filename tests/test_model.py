@@ -108,6 +108,7 @@ def test_every_auto_class_finds_its_own(folder):
         assert torch.equal(classifier.model.state_dict()[name], weight), name
 
 
+@pytest.mark.slow
 def test_importing_hamt_is_enough_in_a_fresh_process(folder):
     program = (
         "import sys, torch, hamt\n"

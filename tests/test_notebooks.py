@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 jupytext = pytest.importorskip("jupytext")
 nbclient = pytest.importorskip("nbclient")
 NOTEBOOKS = sorted(Path(__file__).parents[1].joinpath("notebooks").glob("*.py"))

@@ -18,6 +18,7 @@ def test_it_is_small():
     assert (PRETRAINED / "model.safetensors").stat().st_size <= 3e6
 
 
+@pytest.mark.slow
 def test_it_loses_what_its_card_says(tmp_path):
     model, tokenizer = load_checkpoint(PRETRAINED)
     info = json.loads((PRETRAINED / "training_info.json").read_text(encoding="utf-8"))

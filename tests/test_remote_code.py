@@ -46,6 +46,7 @@ def asked_for(monkeypatch):
     HAMTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
+@pytest.mark.slow
 def test_a_model_runs_where_hamt_is_not_installed(tmp_path):
     model = tiny_model(
         mixers=["memory", "hierarchical_memory", "sliding_attention", "full_attention"],

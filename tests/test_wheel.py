@@ -13,6 +13,8 @@ import pytest
 
 from hamt import __version__
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 # Files of the package that are no Python, of each folder that has some.
 DATA = (
@@ -64,7 +66,7 @@ def hamt(wheel, tmp_path_factory):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run.folder, run.python = empty, python
+    run.folder, run.environment, run.python = empty, kept, python
     return run
 
 
@@ -89,7 +91,8 @@ def test_the_source_makes_the_same_wheel(wheel, tmp_path):
 def test_commands_of_the_wheel_need_no_clone(hamt):
     assert __version__ in hamt("--version")
     where = [hamt.python, "-c", "import hamt; print(hamt.__file__)"]
-    said = subprocess.run(where, cwd=hamt.folder, check=True, capture_output=True, text=True)
+    told = {"cwd": hamt.folder, "env": hamt.environment, "check": True, "capture_output": True}
+    said = subprocess.run(where, **told, text=True)
     assert str(hamt.python.parent.parent) in said.stdout
     assert len(hamt("generate", "The state of the Union", "--max_new_tokens", "5").split()) > 5
     (hamt.folder / "text.txt").write_text("Fellow citizens, the state is strong.\n" * 400)

@@ -17,6 +17,7 @@ from hamt.cli import main
 from hamt.visualization import save_figure
 
 
+@pytest.mark.slow
 def test_the_command_writes_figures_pictures_and_a_page(tmp_path, capsys):
     text = "Fellow citizens, </script><b>the state of the Union is strong & growing." * 3
     assert main(["analyze", "--text", text, "--output_dir", str(tmp_path)]) == 0

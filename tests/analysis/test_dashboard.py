@@ -20,6 +20,7 @@ def page(tmp_path_factory, chromium):
     assert errors == []
 
 
+@pytest.mark.slow
 def test_a_token_tells_its_sources(page):
     page.locator("#text button").nth(9).click()
     assert "came from: " in page.locator("#sources").inner_text()
@@ -46,6 +47,7 @@ def test_rows_stay_low_in_a_narrow_window(page):
     assert max(heights) < 80
 
 
+@pytest.mark.slow
 def test_a_layer_of_attention_has_sources_and_no_slots(hybrid, tmp_path, chromium):
     arguments = ["--checkpoint", str(hybrid), "--text", TEXT, "--skip_silencing"]
     assert main(["analyze", *arguments, "--output_dir", str(tmp_path)]) == 0

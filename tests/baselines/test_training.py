@@ -42,6 +42,7 @@ def times_of(folder):
     return [path.stat().st_mtime_ns for path in sorted((folder / "rivals").rglob("rival.json"))]
 
 
+@pytest.mark.slow
 def test_rivals_are_trained_as_the_checkpoint_was(trained, capsys):
     folder, text = trained
     capsys.readouterr()
@@ -81,6 +82,7 @@ class DivergesAtTen(Trainer):
             self.spikes.trouble = lambda loss, norm: "the loss is nan"
 
 
+@pytest.mark.slow
 def test_of_several_learning_rates_the_best_is_compared(trained, monkeypatch):
     """Each is trained once; one that diverges is no candidate, and not tried again."""
     folder, text = trained
@@ -127,6 +129,7 @@ def test_rivals_of_the_model_in_the_package_are_kept_in_the_users_cache(tmp_path
     assert rivals_folder(tmp_path / "mine") == tmp_path / "mine" / "rivals"
 
 
+@pytest.mark.slow
 def test_the_text_of_a_rival_is_the_same_if_its_content_is(trained, tmp_path, capsys, monkeypatch):
     folder, text = trained
     record = folder / "training_info.json"

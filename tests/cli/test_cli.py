@@ -277,6 +277,7 @@ def test_an_empty_checkpoint_is_not_the_model_in_hamt(command, capsys, tmp_path,
     assert "no checkpoint at" in line or "no model ''" in line
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_usable_checkpoint(text, tmp_path):
     command = [sys.executable, str(ROOT / "experiments" / "quick_train.py"), *TINY, "--data", text]
     process = subprocess.Popen(
@@ -302,6 +303,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(text, tmp_path):
     assert model(torch.tensor([tokenizer("Line 3").input_ids])).logits.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "command"), [
     ("experiments/demo.py", "demo"),
     ("experiments/advanced_analysis.py", "analyze"),

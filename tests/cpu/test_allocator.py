@@ -32,6 +32,7 @@ def faults(mode: str) -> int:
     return number(FAULTS, mode)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_a_block_that_was_freed_comes_back_without_page_faults():
     assert faults("keep") < 16

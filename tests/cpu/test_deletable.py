@@ -32,6 +32,7 @@ print(json.dumps([sorted(FORMS), logits[0, ::20, ::50].tolist(), norms, tokens.t
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_without_the_folders_results_are_the_same():
     outcomes = {}

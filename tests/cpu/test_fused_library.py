@@ -322,6 +322,7 @@ def test_the_processor_is_told_by_every_architecture(line, monkeypatch):
     assert build._processor().splitlines()[1:] == [line]
 
 
+@pytest.mark.slow
 def test_the_command_says_once_and_before_the_text_that_there_is_no_library(tmp_path):
     """In one line, not amid the words that are streamed."""
     paths = {

@@ -9,6 +9,8 @@ from hamt.export.aoti import load_aoti, require_compiler, write_aoti
 from hamt.export.check import check, compare
 from hamt.export.step import Step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.timeout(600)
 # Inductor itself uses TorchScript.

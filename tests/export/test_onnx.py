@@ -46,6 +46,7 @@ def test_onnxruntime_reports_nothing_unless_it_may(monkeypatch):
     assert os.environ["ORT_DISABLE_TELEMETRY"] == "0"
 
 
+@pytest.mark.slow
 def test_onnxruntime_computes_what_the_model_does(exported):
     """One text and five, by the same file; and a text of 200 tokens."""
     step, path = exported

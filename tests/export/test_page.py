@@ -100,6 +100,7 @@ def greedy(checkpoint, prompt: str, count: int) -> tuple[list[int], int]:
     return output[0].tolist(), ids.shape[1]
 
 
+@pytest.mark.slow
 def test_it_writes_what_hamt_generate_writes(page, checkpoint):
     _, tokenizer = load_checkpoint(checkpoint)
     ids, given = greedy(checkpoint, PROMPT, 30)

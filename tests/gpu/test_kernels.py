@@ -16,6 +16,8 @@ from torch._subclasses import FakeTensorMode
 from hamt.gpu import kernels
 from hamt.memory import FORMS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "gpu"
 

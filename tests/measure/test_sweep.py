@@ -19,6 +19,7 @@ from hamt.measure.sweep import Sweep, contents
 from hamt.measure.workers import in_processes
 
 
+@pytest.mark.slow
 def test_a_file_counts_for_every_run_that_it_describes(tmp_path):
     (tmp_path / "old.json").write_text('{"square": 1}', encoding="utf-8")
     runs = [Squared("one", 1), Squared("two", 2), Squared("another two", 2)]
@@ -79,6 +80,7 @@ def test_a_result_that_no_report_can_use_is_none(kind, name):
     assert not is_result(content) or last in ("state_floats", "seed")
 
 
+@pytest.mark.slow
 def test_no_run_begins_after_an_interrupt_and_none_that_is_finished_is_lost(tmp_path):
     kept: list[tuple[str, str]] = []
 
@@ -96,6 +98,7 @@ def test_no_run_begins_after_an_interrupt_and_none_that_is_finished_is_lost(tmp_
     assert {file.name for file in tmp_path.iterdir()} == {"first", "second"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_a_process_keeps_the_memory_that_it_has_had():
     pages: list[int] = []

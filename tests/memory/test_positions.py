@@ -95,6 +95,7 @@ def test_float32_positions_are_right_after_200000_tokens():
     assert difference(PHASOR, accumulate(PHASOR, rotation)[0], rotation.double().cumsum(1)) < 1e-3
 
 
+@pytest.mark.slow
 @algebras
 def test_200000_float32_steps_arrive_where_the_sum_of_all_does(algebra):
     rotation = random_rotation(algebra, 1, 200_000).float()

@@ -39,6 +39,7 @@ def test_an_ipv6_address_is_one():
         check_address("::1", server.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_interrupted(folders):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -12,6 +12,8 @@ from hamt.cli import main
 from hamt.training.accelerator import make_accelerator
 from hamt.training.loop import LoopOptions, Trainer
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_is_in_float32_whatever_ran_before_it(model):
     AcceleratorState._reset_state()

@@ -22,6 +22,7 @@ from hamt.training import checkpoints, run
 CONTIGUOUS = {"order": "contiguous", "tbptt_segments": 2, "dropout": 0.1}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit():
     """Killed twice, beside a second run that is refused; ``HAMT_KILLS`` kills more often."""
     kills = os.environ.get("HAMT_KILLS", "2")
@@ -64,6 +65,7 @@ CARRYING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixers", CARRYING.values(), ids=CARRYING)
 def test_a_hybrid_that_dies_goes_on_bit_for_bit(mixers, text, tmp_path, monkeypatch, capsys):
     """Its state is carried from step to step, and from the checkpoint into the next process."""
@@ -168,6 +170,7 @@ def test_a_run_on_another_text_is_not_gone_on_with(text, tmp_path, capsys):
     assert main([*flags(text, tmp_path, num_steps=3), "--resume"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/dev/shm").is_dir() or os.geteuid() != 0, reason="needs to mount a small disk"
 )

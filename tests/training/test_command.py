@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from command_inputs import TEXT
 from training_inputs import flags, info_of, losses
 
@@ -22,6 +23,7 @@ def test_a_model_that_got_worse_is_told(text, tmp_path, monkeypatch, capsys):
     assert "lowest at step 10 (4.000 nats/token" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_documented_gpu_command_runs_here_too(text, tmp_path):
     """With its flags, on a tiny text with small sizes: bfloat16, compiled, killed, resumed."""
     tokenizer = tmp_path / "tokenizer"

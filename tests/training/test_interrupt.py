@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 
+import pytest
 from training_inputs import finish, flags, info_of, start, train
 
 from hamt.training import checkpoints
@@ -21,6 +22,7 @@ def test_the_first_interrupt_ends_after_a_whole_step(model):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.slow
 def test_a_termination_is_an_orderly_end(text, tmp_path):
     process = start(flags(text, tmp_path / "run", num_steps=100000))
     for line in process.stdout:

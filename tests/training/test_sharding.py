@@ -20,6 +20,8 @@ from hamt.training import memory
 from hamt.training.cost import Weights, ddp_bytes, fsdp2_bytes
 from hamt.training.sharding import check_plugin, wants_shards
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("ddp", "fsdp2")
 
 

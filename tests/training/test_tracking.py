@@ -88,6 +88,7 @@ def test_wandb_is_told_what_the_log_has_and_closed(text, tmp_path, monkeypatch, 
     assert len(closed) == 2
 
 
+@pytest.mark.slow
 def test_weights_and_biases_works_offline(text, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     process = start([*flags(text, tmp_path, num_steps=6, run_name="mine"), "--use_wandb"])

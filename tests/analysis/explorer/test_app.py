@@ -64,6 +64,7 @@ def page(address, chromium):
     assert errors == []
 
 
+@pytest.mark.slow
 def test_other_pages_are_not_answered(address):
     """A page of somebody else cannot leave files here, nor ask under a name of its own."""
     host = address.removeprefix("http://")

@@ -145,6 +145,7 @@ def test_a_common_direction_makes_the_writes_of_the_delta_rule_alike():
     assert cosines[1] > 0.7
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_what_is_missing_and_tabulates_it(recipe, tmp_path, capsys):
     results = tmp_path / "results"
     options = words(recipe=recipe, output_dir=results, data=tmp_path)

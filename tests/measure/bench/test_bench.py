@@ -25,6 +25,8 @@ from hamt.measure.timing import timing
 from hamt.model import HAMTForCausalLM
 from hamt.visualization import fitted_slope
 
+pytestmark = pytest.mark.slow
+
 TINY = {
     "hidden_dim": 64, "num_layers": 1, "vocab_size": 64, "step_tokens": 32, "mixer_dim": 64,
     "matmul_size": 64, "rounds": 1, "lengths": [16, 32], "train_lengths": [16],

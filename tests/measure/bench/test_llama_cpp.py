@@ -17,6 +17,8 @@ from hamt.measure.bench.llama_cpp import WEIGHTS, measure_llama_cpp
 from hamt.measure.bench.options import BenchOptions
 from hamt.measure.bench.report import bench_figures, bench_tables
 
+pytestmark = pytest.mark.slow
+
 gguf = pytest.importorskip("gguf")
 
 TINY = {

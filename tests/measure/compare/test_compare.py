@@ -55,6 +55,7 @@ def test_a_cache_goes_on_where_it_was(folders):
         assert torch.allclose(logits, model(ids).logits[:, -1], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_speed_leaves_out_what_a_model_cannot_do(folders):
     """Learned positions end, rotary ones do not."""
     names = ("ours", "llama", "gpt2-0.1")
@@ -201,6 +202,7 @@ def test_a_full_disk_costs_no_measurement(folders, tmp_path, monkeypatch, capsys
     assert captured.err == f"hamt: {told}\n"
 
 
+@pytest.mark.slow
 def test_how_much_of_the_text_was_scored_is_told(folders, tmp_path):
     (tmp_path / "text").mkdir()
     for index in range(3):

@@ -87,6 +87,7 @@ def test_prompts_are_continued(folders, tmp_path, capsys):
     assert first[0]["continuation"] in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tasks_of_the_harness_run_on_the_model(folders, tmp_path):
     pytest.importorskip("lm_eval")
     pages = " = One = \n \n A page with a few words . \n = Two = \n \n Another 1 @,@ 000 words . \n"
@@ -137,6 +138,7 @@ def test_synthetic_tasks_show_what_they_ask_for():
         assert words[start : start + len(said) + 1] == [*said, document["answer"].strip()]
 
 
+@pytest.mark.slow
 def test_lambada_is_asked_from_a_local_file(folders, tmp_path):
     pytest.importorskip("lm_eval")
     path = tmp_path / "lambada.jsonl"
@@ -168,6 +170,7 @@ def test_mistakes_end_in_one_line(options, message, tmp_path, capsys):
     assert message in fails(["evaluate", *options, "--output_dir", str(tmp_path)], capsys, silent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [(["nothing"], "no task nothing"), (["hamt_lambada"], "give it with --task_data")],

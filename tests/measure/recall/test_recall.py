@@ -56,6 +56,7 @@ def test_a_run_is_described_by_all_that_bears_on_it():
     assert "num_kv_pairs=16" in TINY.describe()["setting"]
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_what_is_missing_once(tmp_path):
     told = []
     other = changed(model="gated-deltanet")
@@ -71,6 +72,7 @@ def test_a_sweep_runs_what_is_missing_once(tmp_path):
     assert len(told) == 2
 
 
+@pytest.mark.slow
 def test_the_file_of_another_run_is_never_overwritten(tmp_path):
     told = []
     sweep([TINY], tmp_path, 1, lambda run, result: told.append(run))
@@ -92,6 +94,7 @@ def test_the_file_of_another_run_is_never_overwritten(tmp_path):
     assert file.read_text(encoding="utf-8") == "half a res"
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_ends_after_the_step_and_keeps_what_is_done(tmp_path, hears_ctrl_c):
     endless = [changed(num_steps=10**6, seed=seed) for seed in (1, 2, 3)]
     stopped: list[float] = []
@@ -204,6 +207,7 @@ def recall(folder, **options):
     assert main(["recall", *words(**options, output_dir=folder)]) == 0
 
 
+@pytest.mark.slow
 def test_the_command_writes_figures_table_and_plot(tmp_path, capsys):
     recall(tmp_path, **FEW, models="hamt")
     assert "4 pairs, 64 tokens" in capsys.readouterr().out
@@ -225,6 +229,7 @@ def test_the_command_writes_figures_table_and_plot(tmp_path, capsys):
     assert "; 2001-02-03, load " in heading
 
 
+@pytest.mark.slow
 def test_without_a_state_of_a_size_there_is_no_plot(tmp_path, capsys):
     recall(tmp_path, **FEW, models="transformer")
     assert "no plot: the state of these models grows with the text" in capsys.readouterr().out
@@ -248,9 +253,10 @@ def test_the_recipe_of_the_results_is_the_setting_that_it_says():
     assert max(task.num_kv_pairs for task in tasks if isinstance(task, MQAR)) == 32
 
 
+@pytest.mark.slow
 def test_the_runs_behind_the_results_are_found():
     """Whatever fields configurations have gained since, and whatever classes are called now."""
     root = Path(__file__).parents[3]
     options = parse(RecallOptions, ["--config", str(root / "studies" / "recall.yaml")], "recall")
     runs = plan(options)
-    assert len(Sweep(runs, root / options.output_dir / "runs").results) == len(runs) == 54
+    assert len(Sweep(runs, root / options.output_dir / "runs").results) == len(runs) == 72
