@@ -21,6 +21,7 @@ DATA = (
     *("analysis/dashboard.html", "analysis/converted.html", "analysis/page.css", "py.typed"),
     *("command_table.json", "configs/sotu.yaml", "configs/convert/smollm2.yaml", "cpu/fused.cpp"),
     *("cpu/step.h", "export/page/index.html", "pretrained/sotu/model.safetensors"),
+    "pretrained/smollm2.safetensors",
     "measure/evaluate/lm_eval_tasks/hamt_lambada.yaml",
 )
 

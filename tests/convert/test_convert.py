@@ -1,16 +1,22 @@
 """``hamt convert`` on a tiny random transformer, through all of its stages."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from command_inputs import TEXT, fails, read_json, words
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hamt.cli import main
+from hamt.convert.budget import layer_sizes
 from hamt.convert.delta import with_delta
+from hamt.convert.known import shipped_delta
+from hamt.convert.options import ConvertOptions
 from hamt.converted_model import ConvertedForCausalLM
+from hamt.options import parse
 from hamt.training.loop import Trainer
 
 SIZES = {"window": 16, "block": 4, "num_sinks": 2, "num_slots": 4}
@@ -137,6 +143,18 @@ def test_what_was_learned_of_a_known_transformer_comes_with_the_package(
     alone = words(output_dir=tmp_path / "alone", memory="none", window=16, block=16, data=data)
     assert main(["convert", "smollm2", *alone]) == 0
     assert "what was learned is from" not in capsys.readouterr().out
+
+
+def test_what_comes_with_the_package_is_whole():
+    """Slots of all 30 layers of SmolLM2-135M, as the recipe sizes them, and finite."""
+    path = shipped_delta("smollm2")
+    with safe_open(path, "pt") as file:
+        told = json.loads(file.metadata()["hamt"])
+        numbers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    options = parse(ConvertOptions, ["--config", "convert/smollm2"], "convert")
+    assert told["layers"] == [list(each) for each in layer_sizes(options, options.wide_layers, 30)]
+    assert len({name.split(".")[3] for name in numbers}) == 30
+    assert all(x.isfinite().all() for x in numbers.values())
 
 
 def test_a_known_name_says_which_package_it_comes_with(tmp_path, capsys, monkeypatch):
