@@ -76,6 +76,13 @@ def test_models_have_the_state_that_is_asked_for(kind, state):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("state", [768, 1280, 1344])
+def test_half_of_the_slots_of_a_hierarchical_memory_are_slow(state):
+    """So their number is even, and the nearest that is."""
+    model = with_state("hamt:hcm_dim=64,mixers=hierarchical_memory", state, **SIZES)
+    assert model.config.num_slots == 2 * round((state - 3 * 64) / 64 / 2)
+
+
 def test_a_transformer_has_no_state_of_a_size():
     assert state_floats(with_state("transformer", 1, **SIZES)) is None
 
