@@ -14,7 +14,7 @@ setup-dev: venv/.dev  ## the same with the tools of tests and checks
 demo: setup  ## train a small model on real text and let it write (about 5 minutes)
 	$(BIN)/hamt demo
 
-test: setup-dev  ## run the tests on all cores, but for slow ones (about 7 minutes on 2)
+test: setup-dev  ## run the tests on all cores, but for slow ones (about 8 minutes on 2)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto -m "not slow"
 
 test-slow: setup-dev  ## run those that train, compile or start processes (about 8 minutes on 2)
