@@ -14,6 +14,7 @@ from hamt.cli import main
 from hamt.convert.budget import layer_sizes
 from hamt.convert.delta import with_delta
 from hamt.convert.known import shipped_delta
+from hamt.convert.learned_before import learned_before
 from hamt.convert.options import ConvertOptions
 from hamt.converted_model import ConvertedForCausalLM
 from hamt.options import parse
@@ -140,6 +141,9 @@ def test_what_was_learned_of_a_known_transformer_comes_with_the_package(
     assert not (tmp_path / "out" / "convert_info.json").exists()
     assert convert("smollm2", data, tmp_path / "trained", stages=["calibrate"]) == 0
     assert (tmp_path / "trained" / "convert_info.json").exists()
+    own = {"data": None, "num_slots": 3}  # whoever names a size is not given others
+    assert learned_before(ConvertOptions("smollm2", **own)) is None
+    assert learned_before(ConvertOptions("smollm2", dry_run=True)) is not None
     alone = words(output_dir=tmp_path / "alone", memory="none", window=16, block=16, data=data)
     assert main(["convert", "smollm2", *alone]) == 0
     assert "what was learned is from" not in capsys.readouterr().out

@@ -12,11 +12,15 @@ from hamt.convert.options import ConvertOptions
 from hamt.errors import UserError, reason
 from hamt.output import Output
 
+# Options that say nothing of what is converted to.
+_EITHER_WAY = ("model", "output_dir", "resume", "overwrite", "dry_run", "trust_remote_code")
+
 
 def learned_before(options: ConvertOptions) -> Path | None:
     """The file of what was learned before, if there is one.
 
-    It is the one that is named, or, if neither a text nor a recipe is, one that comes with HAMT.
+    It is the one that is named, or, if nothing else is asked of the conversion, one that comes with
+    HAMT: whoever names a text, a recipe or a size wants a conversion of their own.
 
     Raises:
         UserError: if there is no such file.
@@ -25,8 +29,8 @@ def learned_before(options: ConvertOptions) -> Path | None:
         if not Path(options.delta).is_file():
             raise UserError(f"no file {options.delta}: give the delta.safetensors of a conversion")
         return Path(options.delta)
-    asked = options.data or options.config or options.stages or options.memory != "slots"
-    return None if asked or options.model is None else shipped_delta(options.model)
+    plain = ConvertOptions(**{name: getattr(options, name) for name in _EITHER_WAY})
+    return shipped_delta(options.model) if options.model and options == plain else None
 
 
 def add_delta(
