@@ -274,6 +274,14 @@ def test_paths_of_the_repository_exist(page):
             assert (ROOT / path).exists(), path
 
 
+def test_the_page_of_use_has_every_command_and_every_extra():
+    page = PAGES["docs/usage.md"]
+    assert set(re.findall(r"^\| `hamt ([\w-]+)` \|", page, re.MULTILINE)) == set(COMMANDS)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(project["optional-dependencies"]) - {"test", "dev", "docs"}
+    assert set(re.findall(r'install -e "\.\[([\w-]+)\]"', page)) == extras
+
+
 def test_the_readme_is_short():
     assert len(PAGES["README.md"].splitlines()) <= 100
 
