@@ -77,6 +77,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def measure(options: Any) -> None:
     """All parts that are asked for."""
+    if options.device != "cpu" and "decode" in options.parts:
+        raise UserError("decoding is measured on the CPU: leave decode out of --parts")
     models = [Named(*pair, options.device) for pair in named(options.models).items()]
     teacher = Named("teacher", options.teacher, options.device)
     if "teacher" in {model.name for model in models}:

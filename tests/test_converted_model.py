@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hamt.batch import Batch
+from hamt.convert.exchange import exchange
 from hamt.converted_config import ConvertedConfig
 from hamt.converted_model import ConvertedBackbone, ConvertedForCausalLM, Pass, full_attention
 
@@ -44,6 +45,17 @@ def test_positions_are_those_of_the_transformer(rope):
     transformer, ids = tiny_transformer(rope_parameters=rope), random_ids(2, 60)
     with torch.no_grad():
         assert_close(convert(transformer, WIDE)(ids).logits, transformer(ids).logits, 2e-5)
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
+def test_positions_are_exchanged_and_loaded_without_memory_for_weights(rope, tmp_path):
+    """Both make the model on the meta device first."""
+    transformer, ids = tiny_transformer(rope_parameters=rope), random_ids(2, 60)
+    expected = transformer(ids).logits
+    model = exchange(transformer, WIDE)
+    assert_close(model(ids).logits, expected, 2e-5)
+    model.save_pretrained(tmp_path)
+    assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, expected, 2e-5)
 
 
 def test_biases_and_other_head_sizes_are_those_of_the_transformer():

@@ -152,7 +152,8 @@ CARRIED = "carried while decoding, MB a row: HAMT, the Llama"
 MEASURED = [
     (README, "training: times as fast", 0, times_as_fast, TRAINING),
     (README, "decoding one row", 0, decoding("static"), ONE_ROW),
-    (README, "the same of 16 rows (4 at 32,768)", 0, decoding("static"), MANY_ROWS),
+    (README, "decoding 16 rows (4 at 32,768)", 0, decoding("static"), MANY_ROWS),
+    (README, "the same, times as fast as llama.cpp", 0, over_llama_cpp, LLAMA_CPP["decode", "F32"]),
     (README, CARRIED, 0, megabytes("hamt"), ONE_ROW),
     (README, CARRIED, 1, megabytes("static"), ONE_ROW),
     (OVERVIEW, "training, over a RoPE transformer", 0, times_as_fast, TRAINING),

@@ -153,11 +153,11 @@ def _frequencies(inner: Any, told: dict[str, Any], layer_type: str | None = None
     kind = told["rope_type"]
     if kind in ("dynamic", "longrope") or told.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"rotary positions of the kind {kind!r} cannot be taken over")
-    if kind != "default":
-        named = {} if layer_type is None else {"layer_type": layer_type}
-        return ROPE_INIT_FUNCTIONS[kind](inner, torch.device("cpu"), **named)[0].double()
     half = head_dim_of(inner) // 2
-    with torch.device("cpu"):
+    with torch.device("cpu"):  # whatever the model is made on
+        if kind != "default":
+            named = {} if layer_type is None else {"layer_type": layer_type}
+            return ROPE_INIT_FUNCTIONS[kind](inner, torch.device("cpu"), **named)[0].double()
         power = torch.arange(half, dtype=torch.float64) / half
         return told["rope_theta"] ** -power
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from convert_checks.models import Named, texts
+from convert_checks.models import Named, fingerprint, texts
 from convert_checks.rows import Rows
 from hamt.measure.beside import Beside, compared_windows, figures
 
@@ -21,17 +21,18 @@ def measure_loss(
     Models that are not measured yet read the text together.
     """
     name, source = text
+    documents = texts(source, teacher.tokenizer, options.tokens)
     for context in options.contexts:
         pending, settings = {}, {}
         for model in models:
             place = {"part": "loss", "text": name, "context": context, "model": model.name}
             of = {"tokens": options.tokens, "weights": model.weights, "teacher": teacher.weights}
+            of["text"] = fingerprint(documents)
             if rows.done(place, of) is None:
                 pending[model.name], settings[model.name] = model, (place, of)
         if not pending:
             continue
         begun = time.perf_counter()
-        documents = texts(source, teacher.tokenizer, options.tokens)
         starts = [start for start in STARTS if start < context]
         key = {"text": name, "context": context, "of": [of for _, of in settings.values()]}
         sums = rows.partial(key)

@@ -90,6 +90,14 @@ def named(words: Iterable[str]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
+def fingerprint(documents: Iterable[str]) -> str:
+    """16 hexadecimal digits that tell texts from others."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(hashlib.sha256(document.encode()).digest())
+    return digest.hexdigest()[:16]
+
+
 def texts(source: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[str]:
     """The documents of a source (``hamt.data.corpus``), or the beginnings of all of them.
 

@@ -65,6 +65,8 @@ def loss_tables(rows: Sequence[Row]) -> str:
                 [f"{context:,}", "teacher, nats/token", number(bits, 4), *teacher, *blank]
             )
             for row in models:
+                if row["settings"]["teacher"] != models[0]["settings"]["teacher"]:
+                    continue  # of a study of another teacher
                 found, label = row["found"]["from"], row["place"]["model"]
                 excess = [f"{shown(each['excess'], 100, 2, '+')} %" for each in found]
                 bits_of = bits * (1 + found[0]["excess"][0])
@@ -92,7 +94,8 @@ def loss_tables(rows: Sequence[Row]) -> str:
 def recall_tables(rows: Sequence[Row]) -> str:
     """Facts recalled, a table for each kind; and bytes that were kept."""
     tables = ["## Recall"]
-    for kind, group in grouped(rows, of("kind")).items():
+    kinds = grouped(rows, lambda row: (row["place"]["kind"], row["settings"]["beyond"]))
+    for (kind, beyond), group in kinds.items():
         lengths = sorted({row["place"]["length"] for row in group})
         found = {(row["place"]["model"], row["place"]["length"]): row["found"] for row in group}
         sizes = group[0]["found"]
@@ -109,8 +112,8 @@ def recall_tables(rows: Sequence[Row]) -> str:
         tables += [
             f"Share of the answers that a model would write as a whole ({kind}: "
             f"{sizes['questions']} facts in a text, asked for one by one), with the standard error "
-            f"over texts. Between a fact and the question stand more than "
-            f"{group[0]['settings']['beyond']:,} tokens, the largest window of any model.",
+            f"over {few(group)} texts. Between a fact and the question stand more than {beyond:,} "
+            "tokens. Where the teacher fails it is asked of fewer texts, and nobody else is asked.",
             markdown(["model", *(f"{length:,} tokens" for length in lengths)], lines, text=[0]),
         ]
     kept = {
@@ -128,21 +131,26 @@ def recall_tables(rows: Sequence[Row]) -> str:
     )
 
 
+def few(rows: Sequence[Row]) -> str:
+    """How many texts the rows are of."""
+    return " or ".join(f"{count:,}" for count in sorted({row["found"]["texts"] for row in rows}))
+
+
 def lambada_table(rows: Sequence[Row]) -> str:
     """Accuracy and perplexity of the last word."""
     lines = [
         [
             row["place"]["model"],
+            f"{row['found']['documents']:,}",
             f"{shown((row['found']['acc'], row['found']['acc_stderr']), 100, 1)} %",
             shown((row["found"]["perplexity"], row["found"]["perplexity_stderr"]), 1, 2),
         ]
         for row in rows
     ]
-    count = rows[0]["found"]["documents"]
     return paragraphs(
         "## LAMBADA",
-        f"The last word of {count:,} passages, as lm-evaluation-harness asks it:",
-        markdown(["model", "accuracy", "perplexity"], lines, text=[0]),
+        "The last word of passages, as lm-evaluation-harness asks it:",
+        markdown(["model", "passages", "accuracy", "perplexity"], lines, text=[0]),
     )
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Cache, DynamicCache
 
-from convert_checks.models import Named, texts
+from convert_checks.models import Named, fingerprint, texts
 from convert_checks.rows import Rows
 from hamt import HAMTCache
 from hamt.data.facts import KINDS, Question, Text, text_with_facts
@@ -141,6 +141,7 @@ def measure_recall(
             place = {"part": "recall", "kind": kind, "length": length, "model": model.name}
             settings = {"samples": options.samples, "seed": options.seed, "beyond": beyond}
             settings |= {"pairs": options.pairs, "weights": model.weights}
+            settings["prose"] = fingerprint(documents)
             least = options.least if model is teacher else 0.0
             if (found := rows.done(place, settings)) is None:
                 begun, drawn = time.perf_counter(), drawn or draw(*told)

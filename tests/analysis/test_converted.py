@@ -126,6 +126,7 @@ def test_next_tokens_are_traced_to_what_gave_most(model, ids, tokenizer):
     assert best["place"] == int(wanted.sum(dim=0).abs().argmax())
     assert best["layer"] == int(wanted[:, best["place"]].abs().argmax())
     assert sum(map(sum, last[1]["logit"].values())) == pytest.approx(float(wanted.sum()), abs=1e-3)
+    assert following["window"] == sources(model, ids[None]).window.max()
 
 
 def test_the_command_writes_figures_pictures_and_a_page(checkpoint, tmp_path, capsys):
@@ -156,6 +157,7 @@ def test_a_text_that_fits_into_the_window_and_a_model_without_slots(
     save_checkpoint(tmp_path / "alone", tiny_converted(WINDOW_ALONE), tokenizer)
     told = ["--checkpoint", str(tmp_path / "alone"), "--text", TEXT]
     assert main(["analyze", *told, "--output_dir", str(tmp_path / "out")]) == 0
+    assert "there is no memory" in capsys.readouterr().out
     pictures = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert pictures == {"attention", "next_token"}
 
@@ -209,7 +211,11 @@ def test_the_explorer_takes_layers_without_slots(tokenizer):
     assert "tokens read" in status
     assert len(tokens) == len(view.tokens)
     assert "has a window and no slots" in slots
-    assert "mass" in page.slots(view, 1, len(view.tokens))
+    drawn = page.slots(view, 1, len(view.tokens))
+    assert "mass" in drawn
+    assert f"{TIMES} moments are kept" in drawn
+    # Slots that have learned nothing write all alike: what differs is rounding, and has no shade.
+    assert {shade for _, shade in page.read(TEXT, 1)[2]} == {"0"}
 
     class Click:
         index = 0

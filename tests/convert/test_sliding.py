@@ -75,9 +75,10 @@ def test_what_slots_learn_from_is_what_attention_saw(kind):
         assert furthest < 8 if own else furthest > 8
 
 
-def test_first_tokens_are_seen_as_long_as_attention_saw_them():
-    """A window without slots: what a sink adds ends where the own window does."""
-    model = exchanged("mistral", Sizes(2, 1, 0, 0, 1))
+@pytest.mark.parametrize("sizes", [Sizes(2, 1, 0, 0, 1), Sizes(2, 0, 1, 40, 1)])
+def test_single_tokens_are_seen_as_long_as_attention_saw_them(sizes):
+    """What a sink or exact entry adds ends where the own window does (nothing is in the slot)."""
+    model = exchanged("mistral", sizes)
     taker = model.model.stateful[0]
     generator = torch.Generator().manual_seed(0)
     heads = torch.randn(1, 40, 8, 8, generator=generator)

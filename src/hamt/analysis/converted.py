@@ -200,6 +200,7 @@ def _next_tokens(
                     for place in best
                 ],
                 "by_token": plain(given),
+                "window": int(told.window.max()),
             }
         )
     return found

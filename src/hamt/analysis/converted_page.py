@@ -16,9 +16,8 @@ COLUMNS = ("layer", "carried", "attention, %", "half-lives", "in use", "recall")
 
 def converted_page(results: Mapping[str, Any], figures: Mapping[str, Figure], heading: str) -> str:
     """The page as HTML; ``heading`` says what was read, by which model, where."""
-    shortest = min(layer["window"] for layer in results["layers"].values())
     shown = {"text": results["text"], "next": results["next"]}
-    shown["window"] = max(results["tokens"] - shortest, 0)
+    shown["window"] = results["next"][-1]["window"]  # where the shortest one begins
     rows = [
         f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells(index, layer))}</tr>"
         for index, layer in results["layers"].items()
@@ -57,7 +56,9 @@ def converted_lines(results: Mapping[str, Any]) -> Iterator[Table | str]:
         "give back with what they were given, newest and oldest tokens (docs/convert.md)"
     )
     loss, without = results["loss_behind_the_window"], results["loss_without_memory"]
-    if loss is None:
+    if not any(layer["slots"] or layer["exact"] for layer in results["layers"].values()):
+        yield "no layer has slots or exact entries: there is no memory"
+    elif loss is None:
         yield "the text fits into a window: nothing is in the memory yet"
     elif without is not None:
         yield (

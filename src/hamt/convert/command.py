@@ -6,7 +6,7 @@ from hamt.console import PlainConsole
 from hamt.convert.options import ConvertOptions
 from hamt.errors import UserError
 from hamt.options import parse
-from hamt.output import ELSEWHERE, claim
+from hamt.output import claim
 
 WRITTEN = (
     *(r"convert_info\.json", r"delta\.safetensors", r"(generation_)?config\.json"),
@@ -23,21 +23,14 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("give a model to convert: a folder, a .gguf file, or a name on the hub")
     if len(options.whole_lengths) != len(options.whole_steps):
         raise UserError("--whole_lengths and --whole_steps go together: give as many of each")
+    if len(set(options.whole_lengths)) < len(options.whole_lengths):
+        raise UserError("--whole_lengths has a length twice: add its --whole_steps up")
     if options.resume and options.overwrite:
         raise UserError("--resume goes on with a run, --overwrite begins anew: leave one out")
     from hamt.convert.run import convert
 
     console = PlainConsole()
     with claim(options.output_dir, "convert", WRITTEN) as output:
-        begun = sorted(output.folder.glob("stages/*"))
-        if begun and not (options.resume or options.overwrite or options.dry_run):
-            raise UserError(
-                f"{output.folder} holds a conversion: go on with it by --resume, begin anew by "
-                f"--overwrite, or {ELSEWHERE}"
-            )
-        if options.overwrite:
-            for path in begun:
-                output.remove(f"stages/{path.name}")
         convert(options, console, output)
     return 0
 

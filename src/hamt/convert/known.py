@@ -15,7 +15,8 @@ SHIPPED = Path(__file__).parents[1] / "pretrained"
 def shipped_delta(name: str) -> Path | None:
     """What a conversion has learned that comes with HAMT, of a transformer by its short name."""
     path = SHIPPED / f"{name}.safetensors"
-    return path if name in PACKAGES and path.is_file() else None
+    known = name in PACKAGES and not Path(name).exists()  # a folder of the user's own comes first
+    return path if known and path.is_file() else None
 
 
 def find_transformer(name: str) -> str:

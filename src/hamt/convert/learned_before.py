@@ -1,5 +1,6 @@
 """Conversions that need no training: what was learned before is added to a transformer."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -9,9 +10,12 @@ from hamt.checkpoint import save_checkpoint
 from hamt.convert.delta import with_delta
 from hamt.convert.known import shipped_delta
 from hamt.convert.options import ConvertOptions
+from hamt.environment import environment
 from hamt.errors import UserError, reason
 from hamt.output import Output
 
+RECORD = "convert_info.json"
+DELTA = "delta.safetensors"
 # Options that say nothing of what is converted to.
 _EITHER_WAY = ("model", "output_dir", "resume", "overwrite", "dry_run", "trust_remote_code")
 
@@ -23,13 +27,19 @@ def learned_before(options: ConvertOptions) -> Path | None:
     HAMT: whoever names a text, a recipe or a size wants a conversion of their own.
 
     Raises:
-        UserError: if there is no such file.
+        UserError: if there is no such file, or something else is asked for beside it.
     """
+    plain = ConvertOptions(**{name: getattr(options, name) for name in _EITHER_WAY})
     if options.delta is not None:
+        given, usual = asdict(replace(options, delta=None)), asdict(plain)
+        if other := [name for name in given if given[name] != usual[name]]:
+            raise UserError(
+                f"--delta: nothing is trained, and sizes are those of the file: leave --{other[0]} "
+                "out"
+            )
         if not Path(options.delta).is_file():
             raise UserError(f"no file {options.delta}: give the delta.safetensors of a conversion")
         return Path(options.delta)
-    plain = ConvertOptions(**{name: getattr(options, name) for name in _EITHER_WAY})
     return shipped_delta(options.model) if options.model and options == plain else None
 
 
@@ -54,8 +64,14 @@ def add_delta(
             "delta.safetensors of a conversion of this model"
         ) from error
     if options.dry_run:
+        console.print(f"{model.model.mixer_summary()}; nothing will be trained")
         return
     output.write(lambda fresh: save_checkpoint(fresh, model, tokenizer))
+    for path in [DELTA, *(f"stages/{each.name}" for each in output.folder.glob("stages/*"))]:
+        output.remove(path)  # of a conversion that this one replaces
+    output.write_json(
+        RECORD, {"environment": environment(), "model": options.model, "delta": str(delta)}
+    )
     console.print(
         f"{model.model.mixer_summary()}; what was learned is from {delta.name}, all is in "
         f"{output.folder}"

@@ -124,18 +124,28 @@ class Distillation(Objective):
         return divergence(body.run_body(embedded, Pass()), wanted, self.model.lm_head.weight)
 
 
+def adapters_of_peft() -> Any:
+    """The module of PEFT.
+
+    Raises:
+        UserError: if it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("adapters need PEFT: pip install 'peft>=0.17', or --lora_rank 0") from error
+    return peft
+
+
 def add_adapters(model: nn.Module, rank: int) -> None:
     """Adapters of PEFT on the maps of values and outputs.
 
     Raises:
         UserError: if PEFT is not installed.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UserError("adapters need PEFT: pip install 'peft>=0.17', or --lora_rank 0") from error
-    config = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=["v_proj", "o_proj"])
-    inject_adapter_in_model(config, model)
+    peft = adapters_of_peft()
+    config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=["v_proj", "o_proj"])
+    peft.inject_adapter_in_model(config, model)
 
 
 def _adapted(model: nn.Module) -> list[tuple[str, Any]]:

@@ -105,13 +105,15 @@ class ConvertOptions:
     )
     layers_windows: list[int] = option(
         [32, 64], "windows that it also learns with, so that it cannot do without the slots",
-        group="how",
+        at_least=1, group="how",
     )  # fmt: skip
     whole_lengths: list[int] = option(
         [1024, 2048, 4096], "tokens of rows from which the whole model learns, in this order",
-        group="how",
+        at_least=2, group="how",
     )  # fmt: skip
-    whole_steps: list[int] = option([600, 400, 150], "how many rows of each length", group="how")
+    whole_steps: list[int] = option(
+        [600, 400, 150], "how many rows of each length", at_least=1, group="how"
+    )
     whole_learning_rate: float = option(
         1e-3, "peak of the learning rate", above=0, at_most=10, group="how"
     )

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,18 +20,20 @@ from hamt.convert.calibrate import calibrate
 from hamt.convert.delta import learn_again, learned, save_delta
 from hamt.convert.exchange import exchange, resize
 from hamt.convert.known import find_transformer
-from hamt.convert.learned_before import add_delta, learned_before
+from hamt.convert.learned_before import DELTA, RECORD, add_delta, learned_before
 from hamt.convert.objectives import (
     ALPHA,
     Distillation,
     LayerByLayer,
     Objective,
+    adapters_of_peft,
     add_adapters,
     divergence,
     merge_adapters,
     without_adapters,
 )
-from hamt.convert.options import SOTU, STAGES, ConvertOptions
+from hamt.convert.options import SOTU, ConvertOptions
+from hamt.convert.plan import Stage, begin, check_folder, kinds, with_gradients
 from hamt.convert.select import sensitivities
 from hamt.convert.stage import train_stage
 from hamt.converted_model import ConvertedForCausalLM, Pass, full_attention
@@ -38,13 +41,13 @@ from hamt.data.corpus import load_corpus
 from hamt.data.loader import Batches
 from hamt.data.tokens import TokenisedCorpus, tokenise
 from hamt.environment import environment
-from hamt.errors import UserError, user_errors
+from hamt.errors import UserError, reason, user_errors
 from hamt.files import parse_json
 from hamt.output import Output
+from hamt.training.divergence import DivergenceError
 from hamt.training.loop import LoopOptions, seed_everything
 from hamt.training.tracking import HeldOutLines, ProgressBar
 
-RECORD = "convert_info.json"
 LEARNED = "stages/{}-learned.pt"
 
 
@@ -57,6 +60,7 @@ def convert(options: ConvertOptions, console: Console, output: Output) -> None:
     logging.disable_progress_bar()  # of Transformers, for files of a few MB
     assert options.model is not None
     path, delta = find_transformer(options.model), learned_before(options)
+    check_folder(options, output, console)
     original, tokenizer, name = load_any_model(path, options.trust_remote_code)
     if delta is not None:
         add_delta(delta, options, console, output, original, tokenizer)
@@ -64,10 +68,14 @@ def convert(options: ConvertOptions, console: Console, output: Output) -> None:
     count = original.config.get_text_config().num_hidden_layers
     if wrong := [layer for layer in options.wide_layers if not 0 <= layer < count]:
         raise UserError(f"--wide_layers: there is no layer {wrong[0]}, they are 0 to {count - 1}")
+    seed_everything(options.seed)
     with user_errors():
         model = exchange(original, layer_sizes(options, options.wide_layers, count), options.reach)
     console.print(f"{name}: {model.num_parameters():,} parameters")
     run = _Run(options, console, output, model, tokenizer, _text(options, tokenizer))
+    run.check()
+    if options.resume or not options.dry_run:
+        begin(options, output, model, run.corpus.fingerprint)
     if options.num_wide and not options.wide_layers:
         with user_errors():
             resize(model, layer_sizes(options, run.select(), count))
@@ -109,14 +117,28 @@ class _Run:
     def all_stages(self) -> None:
         """All stages that are asked for; those that are done are taken over."""
         self.measured("window and memory, untrained", 0, 0.0)
-        for name in self.stages:
-            getattr(self, name)()
+        for kind in kinds(self.options, self.model):
+            if kind == "calibrate":
+                self.calibrate()
+            if kind == "whole" and self.options.lora_rank:
+                seed_everything(self.options.seed)
+                add_adapters(self.model, self.options.lora_rank)
+            for stage in with_gradients(self.options, kind):
+                self.stage(stage.name, stage.steps * stage.length, partial(self.train, stage))
 
-    @property
-    def stages(self) -> list[str]:
-        """Those that are asked for, and have something to learn."""
-        able = {"slots": STAGES, "window": ("whole",), "none": ()}[self.options.memory]
-        return [name for name in able if not self.options.stages or name in self.options.stages]
+    def check(self) -> None:
+        """Find out before compute is spent what the stages would trip over.
+
+        Raises:
+            UserError: if the text is too short for a stage, or PEFT is needed and not there.
+        """
+        if len(self.corpus.held_out) < 2:
+            raise UserError("the text is too short to hold any of it out: give more, or --held_out")
+        for kind in kinds(self.options, self.model):
+            if kind == "whole" and self.options.lora_rank:
+                adapters_of_peft()
+            for stage in with_gradients(self.options, kind):
+                self.batches(stage)
 
     def select(self) -> list[int]:
         """The layers that lose most, as they are chosen once for a folder."""
@@ -134,18 +156,25 @@ class _Run:
         self.console.print(f"layers that lose most, divergence in nats: {told}")
         return chosen
 
-    def stage(self, name: str, tokens: int, learn: Callable[[], None]) -> None:
-        """Take over what a stage has learned, or let it learn."""
+    def stage(self, name: str, tokens: int, learn: Callable[[], float]) -> None:
+        """Take over what a stage has learned, or let it learn, which tells the seconds it took.
+
+        Raises:
+            UserError: if what it had learned cannot be read.
+        """
         path = self.output.folder / LEARNED.format(name)
-        begin = time.monotonic()
         if path.exists():
-            kept = torch.load(path, weights_only=True)
-            learn_again(self.model, kept["learned"])
-            self.rows.append(kept["row"])
+            try:
+                kept = torch.load(path, weights_only=True)
+                learn_again(self.model, kept["learned"])
+                self.rows.append(kept["row"])
+            except Exception as error:  # whatever it trips over
+                raise UserError(
+                    f"{path} cannot be read ({reason(error)}): begin anew by --overwrite"
+                ) from error
             self.console.print(f"{name}: done before")
             return
-        learn()
-        self.measured(name, tokens, time.monotonic() - begin)
+        self.measured(name, tokens, learn())
         state = {"learned": learned(self.model), "row": self.rows[-1]}
         self.output.write_file(LEARNED.format(name), lambda file: torch.save(state, file))
         self.output.remove(f"stages/{name}.pt")
@@ -155,74 +184,62 @@ class _Run:
         options = self.options
         rows = self.some(self.corpus.train, options.calibrate_rows, options.calibrate_length)
         tokens = sum(row.numel() for row in rows)
-        self.stage("calibrate", tokens, lambda: calibrate(self.model, rows))
 
-    def layers(self) -> None:
-        """Each layer by itself."""
-        options = self.options
+        def learn() -> float:
+            begin = time.monotonic()
+            calibrate(self.model, rows)
+            return time.monotonic() - begin
 
-        def learn() -> None:
-            objective = LayerByLayer(self.model, options.layers_windows)
-            self.train(
-                "layers",
-                objective,
-                options.layers_length,
-                options.layers_steps,
-                options.layers_learning_rate,
-            )
+        self.stage("calibrate", tokens, learn)
 
-        self.stage("layers", options.layers_steps * options.layers_length, learn)
-
-    def whole(self) -> None:
-        """The whole model, on rows that get longer."""
-        options = self.options
-        if options.lora_rank:
-            add_adapters(self.model, options.lora_rank)
-        for length, steps in zip(options.whole_lengths, options.whole_steps, strict=True):
-            name = f"whole-{length}"
-
-            def learn(length: int = length, steps: int = steps, name: str = name) -> None:
-                objective = Distillation(self.model)
-                self.train(name, objective, length, steps, options.whole_learning_rate)
-
-            self.stage(name, steps * length, learn)
-
-    def train(
-        self, name: str, objective: Objective, length: int, steps: int, learning_rate: float
-    ) -> None:
-        """One stage with gradients."""
-        options = self.options
-        seed_everything(options.seed)
-        if options.gradient_checkpointing:
-            self.model.model.body.gradient_checkpointing_enable()
-        batches = Batches(
-            self.corpus.train, length=length, batch_size=1, documents_flow=True, seed=options.seed
+    def batches(self, stage: Stage) -> Batches:
+        """The rows of a stage."""
+        seed = self.options.seed
+        return Batches(
+            self.corpus.train, length=stage.length, batch_size=1, documents_flow=True, seed=seed
         )
+
+    def objective(self, stage: Stage) -> Objective:
+        """What a stage learns."""
+        if self.options.gradient_checkpointing:
+            self.model.model.body.gradient_checkpointing_enable()
+        if stage.name == "layers":
+            return LayerByLayer(self.model, self.options.layers_windows)
+        return Distillation(self.model)
+
+    def train(self, stage: Stage) -> float:
+        """One stage with gradients, from where it was stopped; the seconds that it took in all."""
+        options, name, steps = self.options, stage.name, stage.steps
+        seed_everything(options.seed)
         loop = LoopOptions(
             num_steps=steps,
-            learning_rate=learning_rate,
+            learning_rate=stage.learning_rate,
             optimizer="adamw",
             weight_decay=0.0,
             log_interval=options.log_interval,
             eval_interval=options.eval_interval,
         )
-        result = train_stage(
-            name,
-            objective,
-            batches,
-            self.some(self.corpus.held_out, options.eval_rows, length),
-            loop,
-            mixed_precision=options.mixed_precision,
-            output=self.output,
-            save_interval=options.save_interval,
-            listeners=lambda step: [ProgressBar(steps, step), HeldOutLines(self.console, name)],
-        )
+        try:
+            result = train_stage(
+                name,
+                self.objective(stage),
+                self.batches(stage),
+                self.some(self.corpus.held_out, options.eval_rows, stage.length),
+                loop,
+                mixed_precision=options.mixed_precision,
+                output=self.output,
+                save_interval=options.save_interval,
+                listeners=lambda step: [ProgressBar(steps, step), HeldOutLines(self.console, name)],
+            )
+        except DivergenceError as error:
+            raise UserError(f"{name}: {error}; begin anew with a lower learning rate") from error
         self.model.requires_grad_(False)
         if result.interrupted:
             raise UserError(
                 f"stopped after {result.steps:,} steps of {name}: the same command with --resume "
                 "goes on"
             )
+        return result.wall_seconds
 
     def some(self, split: Any, count: int, length: int) -> list[Tensor]:
         """Rows of ids (1, N) from all parts of a text."""
@@ -259,24 +276,32 @@ class _Run:
         """What each stage will cost, from one row of each kind."""
         options, total = self.options, 0.0
         table = Table("stage", *(Column(x, justify="right") for x in ("rows", "tokens", "hours")))
-        plans = [("layers", options.layers_length, options.layers_steps)]
-        plans += [
-            (f"whole-{length}", length, steps)
-            for length, steps in zip(options.whole_lengths, options.whole_steps, strict=True)
-        ]
-        for name, length, steps in plans:
-            stage = name.partition("-")[0]
-            if stage not in self.stages:
-                continue
-            objective = LayerByLayer(self.model) if stage == "layers" else Distillation(self.model)
+        half = torch.autocast(
+            self.model.device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"
+        )
+
+        def add(name: str, length: int, steps: int, once: Callable[[Tensor], None]) -> float:
             row = self.some(self.corpus.train, 1, length)[0]
-            begin = time.monotonic()
-            loss = objective.measure(row)
-            if loss.requires_grad:
-                loss.backward()
-            hours = (time.monotonic() - begin) * steps / 3600
-            total += hours
+            start = time.monotonic()
+            once(row)
+            hours = (time.monotonic() - start) * steps / 3600
             table.add_row(name, f"{steps:,}", f"{steps * length:,}", f"{hours:.2f}")
+            return hours
+
+        def learn(row: Tensor) -> None:
+            with half:
+                loss = objective.measure(row)
+            loss.backward()
+
+        for kind in kinds(options, self.model):
+            if kind == "calibrate":
+                rows = options.calibrate_rows, lambda row: calibrate(self.model, [row])
+                total += add(kind, options.calibrate_length, *rows)
+            if kind == "whole" and options.lora_rank:
+                add_adapters(self.model, options.lora_rank)
+            for stage in with_gradients(options, kind):
+                objective = self.objective(stage).train()
+                total += add(stage.name, stage.length, stage.steps, learn)
         self.console.print(table)
         self.console.print(f"about {total:.1f} hours on this machine, without evaluations")
 
@@ -286,14 +311,12 @@ class _Run:
         """Write the model, the delta, and the record."""
         about = {"model": name, "options": asdict(self.options), "stages": self.rows}
         scale = ALPHA / self.options.lora_rank if self.options.lora_rank else 0.0
-        self.output.write_file(
-            "delta.safetensors", lambda path: save_delta(path, self.model, scale, about)
-        )
+        self.output.write_file(DELTA, lambda path: save_delta(path, self.model, scale, about))
         merge_adapters(self.model)
         self.output.write(lambda fresh: save_checkpoint(fresh, self.model, self.tokenizer))
         self.output.write_json(RECORD, {"environment": environment(), **about})
         self.console.print(_table(self.rows))
-        size = (self.output.folder / "delta.safetensors").stat().st_size
+        size = (self.output.folder / DELTA).stat().st_size
         self.console.print(
             f"what was learned is {size / 1e6:.1f} MB; all is in {self.output.folder}"
         )

@@ -232,7 +232,7 @@ class WindowAndMemory(Stateful):
                 there = there[:, :, None].expand(*shape, count)
             else:
                 place = state["exact_places"].mT[:, None] - 1
-                there = place.ge(0).expand(*shape, -1)
+                there = (place.ge(0) & self.sees(begun[..., None, None], place)).expand(*shape, -1)
             bias = torch.zeros(there.shape, device=like.device).masked_fill(~there, -torch.inf)
             parts.append((self.reached(run, kept[0], begun, place), kept[1], bias))
         if self.slots is not None and means is not None:

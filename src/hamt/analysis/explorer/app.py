@@ -9,7 +9,7 @@ import numpy as np
 from starlette.middleware import Middleware
 
 from hamt.analysis.explorer.render import BLUE, STYLE, described, slot_grid
-from hamt.analysis.explorer.session import MAX_CHARACTERS, MAX_TOKENS, TIMES, Explorer, View
+from hamt.analysis.explorer.session import MAX_CHARACTERS, MAX_TOKENS, Explorer, View
 from hamt.errors import UserError
 from hamt.guard import Guard, in_url
 
@@ -136,8 +136,8 @@ class _Page:
         index = int(np.abs(np.array(view.times) - time).argmin())
         count = view.times[index]
         caption = f"Layer {layer} after {count:,} tokens, the last “{view.tokens[count - 1]}”."
-        if len(view.tokens) > TIMES:
-            caption += f" Of a long text {TIMES} moments are kept; this is the nearest."
+        if len(view.tokens) > len(view.times):
+            caption += f" Of the text {len(view.times)} moments are kept; this is the nearest."
         held = view.held[layer]
         if not held.size:
             return f"<p class='note'>Layer {layer} has a window and no slots.</p>"
@@ -193,7 +193,10 @@ def _sentence(error: UserError) -> str:
 def _tokens(view: View, layer: int) -> list[tuple[str, str]]:
     """Tokens with the shades of their write gates."""
     write = view.write[layer]
-    shades = SHADES * (write - write.min()) / (np.ptp(write) or 1.0)
+    spread = np.ptp(write)
+    if spread <= 1e-5 * np.abs(write).max():  # rounding, where all are written alike
+        spread = np.inf
+    shades = SHADES * (write - write.min()) / spread
     return [(token, f"{shade:.0f}") for token, shade in zip(view.tokens, shades, strict=True)]
 
 
