@@ -22,7 +22,7 @@ LAYERS = (
     {"cpu", "gpu"},
     {"batch", "passes", "peak_memory", "products"},
     {"adapters", "cross_entropy", "losses", "mixers"},
-    {"standard_config"},
+    {"config_values", "standard_config"},
     {"config"},
     {"boundaries", "convolution", "identity", "registration", "rotation", "state_file"},
     {"parts"},

@@ -10,7 +10,7 @@ from model_inputs import BINDINGS, random_ids, tiny_config
 from transformers import AutoConfig
 
 from hamt import HAMTConfig, HAMTModel
-from hamt.config import ROTATIONS
+from hamt.config_values import ROTATIONS
 from hamt.memory.holographic import WRITE_RULES
 
 ALIASES = {"hidden_size": "hidden_dim", "num_hidden_layers": "num_layers"}

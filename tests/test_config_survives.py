@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from model_inputs import BINDINGS
 
 from hamt import HAMTConfig, HAMTForCausalLM
-from hamt.config import _RANGES, ROTATIONS
+from hamt.config_values import RANGES, ROTATIONS
 from hamt.losses import AUXILIARY_LOSSES
 from hamt.memory import WRITE_RULES
 from hamt.memory.precision import PRECISIONS
@@ -31,7 +31,7 @@ REAL = (
     *("aux_loss_weight", "contrastive_temperature", "rms_norm_eps", "initializer_range"),
     "embedding_multiplier",
 )
-edges = {bound for name in REAL for bound in _RANGES.get(name, ())} | {math.nextafter(1, 0)}
+edges = {bound for name in REAL for bound in RANGES.get(name, ())} | {math.nextafter(1, 0)}
 whole = st.sampled_from([0, 1, 2, 3, 4, 7, 8, 64, -1, True, "2", 2.0, None])
 real = st.sampled_from(sorted(edges)) | st.sampled_from(
     [0, 1, 1e-45, 1e-38, 1e38, 1e308, math.inf, math.nan, -1, True, "1", 0.999999, 0.1, 1e-6, 1e6]

@@ -12,6 +12,7 @@ from hamt import HAMTConfig, HAMTModel
 from hamt.cli import main
 from hamt.hierarchical_memory import HierarchicalHAMTLayer, HierarchicalMemory
 from hamt.hierarchical_model import HierarchicalHAMTModel
+from hamt.layers import HAMTLayer
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"hidden_dim": 32, "num_layers": 2, "vocab_size": 97, "num_slots": 4}
@@ -72,6 +73,37 @@ def test_sizes_that_make_no_sense_are_refused(wrong):
 def test_an_odd_number_of_slots_is_refused():
     with pytest.raises(ValueError, match="num_slots must be even; got 3"):
         HAMTConfig(mixers="hierarchical_memory", num_slots=3)
+    with pytest.raises(ValueError, match="num_slots must be even; got 3"):
+        HierarchicalHAMTLayer(HAMTConfig(**{**SIZES, "num_slots": 3}))
+
+
+def test_fast_slots_of_the_normalised_rule_are_of_one_size():
+    """Whatever they forget beside the gates: w² / (1 - α²) is the same as without that."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "write_rule": "normalized", "num_slots": 8}
+    layer = HierarchicalHAMTLayer(HAMTConfig(**sizes, decay_rate=0.01)).double()
+    plain = HAMTLayer(HAMTConfig(**{**sizes, "num_slots": 4})).double()
+    plain.gating.load_state_dict(layer.gating.state_dict())
+    tokens = torch.randn(2, 9, 32).double()
+    gates, wanted = layer.gates(tokens), plain.gates(tokens)
+    sizes = gates.write.square()[..., :4] / -torch.expm1(2 * gates.log_forget[..., :4])
+    assert_close(sizes, wanted.write.square() / -torch.expm1(2 * wanted.log_forget), 1e-9)
+    assert (gates.log_forget[..., :4] < wanted.log_forget).all()
+
+
+def test_a_text_without_a_boundary_leaves_no_parameter_without_gradient():
+    """Processes that train a model together wait for the gradients of all."""
+    model = HierarchicalHAMTModel(HAMTConfig(**SIZES)).train()
+    ids = torch.randint(97, (2, 20))
+    model(ids, labels=ids).loss.backward()
+    assert [name for name, x in model.named_parameters() if x.grad is None] == []
+
+
+def test_the_model_is_not_made_of_others_and_not_subclassed():
+    with pytest.raises(ValueError, match="has no hierarchical_memory"):
+        HierarchicalHAMTModel(HAMTConfig(**SIZES, mixers="memory"))
+    with pytest.raises(TypeError, match="subclass that one"):
+        type("Mine", (HierarchicalHAMTModel,), {})
 
 
 def test_the_hierarchical_model_is_a_language_model_of_these_layers(tmp_path):

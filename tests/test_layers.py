@@ -154,7 +154,7 @@ def consolidation_gate(boundary, fast: Tensor, slow: Tensor) -> Tensor:
         size = (slots.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt().log()
         summaries += [size, unit_size(slots) @ boundary.summary]
     hidden = F.silu(torch.cat(summaries, dim=-1) @ boundary.hidden)
-    return torch.sigmoid(hidden @ boundary.output + boundary.bias)
+    return torch.sigmoid(hidden @ boundary.output + boundary.bias.view(boundary.heads, -1))
 
 
 @pytest.mark.parametrize(
@@ -270,6 +270,19 @@ def test_the_state_of_another_layer_is_refused(other, what):
     inputs = random_inputs(2, 5)
     with pytest.raises(ValueError, match=f"comes from another model: its {what}"):
         read(tiny_layer(), inputs, state=read(tiny_layer(**other), inputs)[1])
+
+
+@pytest.mark.parametrize("rotation", ["none", "learned", "data_dependent"])
+@pytest.mark.parametrize("binding_type", ["phasor", "elementwise"])
+def test_a_state_before_the_first_token_changes_nothing(rotation, binding_type):
+    if (rotation, binding_type) == ("learned", "elementwise"):
+        pytest.skip("signs have no frequencies")
+    layer = tiny_layer(rotation=rotation, binding_type=binding_type)
+    inputs, past = random_inputs(2, 9, width=WIDTH), Past(torch.zeros(2, dtype=torch.long))
+    wanted, _, _ = layer(inputs)
+    _, nothing, _ = layer(inputs[:, :0])
+    for state in (nothing, layer.empty_state(2)):
+        assert_close(layer(inputs, Batch.of(past=past), state)[0], wanted, 1e-6)
 
 
 def test_the_choices_of_the_configuration_reach_the_memory():

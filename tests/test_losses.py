@@ -115,6 +115,19 @@ def test_the_model_adds_it_in_training_only(write_rule):
     assert training.loss.item() == pytest.approx(wanted, abs=1e-5)
 
 
+def test_what_was_carried_is_part_of_the_memory_that_is_asked():
+    config = HAMTConfig(hidden_dim=32, num_layers=1, vocab_size=50, use_auxiliary_loss=True)
+    torch.manual_seed(0)
+    model = HAMTModel(config).train()
+    ids = torch.randint(50, (1, 60))
+    state = model(ids, use_cache=True).past_key_values
+    losses = []
+    for carried in (None, state):
+        torch.manual_seed(0)
+        losses.append(model(ids[:, :20], past_key_values=carried).aux_loss.item())
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
 def test_training_on_it_makes_items_retrievable():
     torch.manual_seed(0)
     config = HAMTConfig(hidden_dim=32, num_layers=1, vocab_size=50, use_auxiliary_loss=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hamt import HAMTCache, HAMTConfig, HAMTModel
 from hamt.batch import Batch
+from hamt.mixers import MIXERS
 from hamt.sliding_attention import SlidingAttention
 from hamt.utils import model_flops
 
@@ -206,6 +207,21 @@ def test_no_tokens_leave_the_state_as_it_was():
     _, filled, _ = mixer(inputs)
     _, after, _ = mixer(inputs[:, :0], Batch(num_tokens=torch.tensor([3, 3])), filled)
     assert all(after[name] is x for name, x in filled.items())
+
+
+def test_a_subclass_with_a_window_of_its_own_stands_beside_others(monkeypatch):
+    class Wide(SlidingAttention):
+        def __init__(self, config):
+            super().__init__(config)
+            self.window *= 2
+
+    monkeypatch.setitem(MIXERS, "wide", Wide)
+    mixers = ["wide", "sliding_attention"]
+    model, ids = tiny_model(mixers=mixers, num_layers=2, sliding_window=4), random_ids(2, 20)
+    cache = HAMTCache(2)
+    with torch.no_grad():
+        single = [model(token, past_key_values=cache).logits for token in ids.split(1, dim=1)]
+        assert_close(torch.cat(single, dim=1), model(ids).logits, 1e-5)
 
 
 @pytest.mark.parametrize("length", [64, 4096])

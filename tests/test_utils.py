@@ -33,6 +33,13 @@ def test_matrix_products_are_those_that_torch_counts(options):
     assert sum(parts[name] for name in COUNTED) * 24 == counted
 
 
+@pytest.mark.parametrize("width", [36, 300])
+def test_a_transformer_is_counted_for_every_even_width(width):
+    flops = compute_flops_per_token(HAMTConfig(hidden_dim=width, num_layers=1, gate_feedback=True))
+    assert flops["standard_gflops"] > 0
+    assert "feedback" not in flops["standard_parts"]
+
+
 def test_matrix_products_of_a_transformer_are_those_that_torch_counts():
     model = transformer(tiny_config(hidden_dim=64)).eval()
     parts, ids = model_flops(model.config, 33), random_ids(1, 33)

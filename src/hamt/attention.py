@@ -109,6 +109,13 @@ class FullAttention(Attention):
             **super().state_shapes(),
         }
 
+    def empty_state(
+        self, rows: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> State:
+        """A state before the first token: nothing, and none of it visible."""
+        state = super().empty_state(rows, dtype, device)
+        return {**state, "visible": state["visible"].bool()}
+
     def forward(
         self, hidden_states: Tensor, batch: Batch | None = None, state: State | None = None
     ) -> tuple[Tensor, State, Tensor | None]:

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from hamt.batch import Past
 from hamt.cache_layer import HAMTCacheLayer
-from hamt.config import MAX_LAYERS
+from hamt.config_values import MAX_LAYERS
 from hamt.identity import Origin
 from hamt.mixers import State
 from hamt.state_file import narrowed, read_state, widened, write_state

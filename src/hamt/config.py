@@ -5,44 +5,10 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
-from hamt.losses import AUXILIARY_LOSSES
-from hamt.memory import WRITE_RULES, get_algebra
-from hamt.memory.precision import PRECISIONS
-from hamt.mixers import GATING_NETWORKS, MIXERS, RETRIEVAL_HEADS, look_up
+from hamt.config_values import CHOICES, ODD_SLOTS, RANGES, ROTATIONS
+from hamt.memory import get_algebra
+from hamt.mixers import MIXERS, look_up
 from hamt.standard_config import StandardNamesConfig
-
-ROTATIONS = ("none", "constant", "data_dependent", "learned")
-CHOICES = {
-    "write_rule": WRITE_RULES,
-    "state_precision": PRECISIONS,
-    "rotation": ROTATIONS,
-    "auxiliary_loss": AUXILIARY_LOSSES,
-    "gating_network": GATING_NETWORKS,
-    "retrieval_head": RETRIEVAL_HEADS,
-}
-
-_SIZE = 2**31 - 1
-MAX_LAYERS = 10_000
-# What a model survives: beyond, it overflows within a few steps, or a size is a mistake.
-_RANGES = {
-    **dict.fromkeys(("vocab_size", "hidden_dim", "num_slots", "num_heads"), (1, _SIZE)),
-    "num_layers": (1, MAX_LAYERS),
-    "chunk_size": (1, _SIZE),
-    "boundary_every": (1, _SIZE),
-    "intermediate_dim": (0, _SIZE),
-    "conv_kernel_size": (0, _SIZE),
-    "sliding_window": (1, _SIZE),
-    "num_sinks": (0, _SIZE),
-    "max_position_embeddings": (1, _SIZE),
-    "rotation_base": (1, 1e30),
-    "min_half_life": (0.01, 1e12),
-    "max_half_life": (0.01, 1e12),
-    "aux_loss_weight": (0, 1e6),
-    "contrastive_temperature": (1e-3, 1e3),
-    "rms_norm_eps": (1e-12, 1),
-    "initializer_range": (1e-6, 1e3),
-    "embedding_multiplier": (1e-6, 1e6),
-}
 
 
 @strict
@@ -223,7 +189,7 @@ class HAMTConfig(StandardNamesConfig):
                 f"half-lives must satisfy 0 < min_half_life <= max_half_life < inf; got "
                 f"{self.min_half_life} and {self.max_half_life}"
             )
-        for name, (least, most) in _RANGES.items():
+        for name, (least, most) in RANGES.items():
             value = getattr(self, name)
             if not least <= value <= most:  # as NaN is not
                 low = "must not be negative" if least == 0 else f"must be at least {least:g}"
@@ -267,10 +233,7 @@ class HAMTConfig(StandardNamesConfig):
             if mixer not in MIXERS:
                 raise ValueError(f"mixers must be among {', '.join(MIXERS)}; got {mixer!r}")
         if "hierarchical_memory" in self.layer_mixers and self.num_slots % 2:
-            raise ValueError(
-                "half of the slots of a hierarchical memory are fast, half are slow: num_slots "
-                f"must be even; got {self.num_slots}"
-            )
+            raise ValueError(ODD_SLOTS.format(self.num_slots))
         attention = not {"full_attention", "sliding_attention"}.isdisjoint(self.layer_types)
         if self.attention_head_dim is not None or attention:
             size = self.attention_head_dim

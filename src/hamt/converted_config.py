@@ -7,7 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hamt.adapters import tell_peft
-from hamt.config import MAX_LAYERS
+from hamt.config_values import MAX_LAYERS
 from hamt.window_and_memory.sizes import Sizes
 
 # Models whose attention is queries, keys and values with rotary positions in a softmax, no more.

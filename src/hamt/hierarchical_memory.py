@@ -27,12 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hamt.batch import Batch
 from hamt.boundaries import Boundary, boundary_options
 from hamt.config import HAMTConfig
+from hamt.config_values import ODD_SLOTS
 from hamt.layers import HAMTLayer
 from hamt.memory import Algebra, Gates, HolographicMemory, MemoryState, rms_normalize
 from hamt.memory.precision import without_autocast
-from hamt.memory.write_rules import Convex, Delta, Gated, WriteRule
+from hamt.memory.write_rules import Convex, Delta, Gated, Normalized, WriteRule
+from hamt.memory.write_rules.normalized import let_go
+from hamt.mixers import State
 from hamt.parts import forget_logits
 
 SUMMARY = 16  # numbers that a slot's direction is projected to
@@ -64,7 +68,8 @@ class Consolidation(Boundary):
         """Each parameter as it is before training; matrices keep the variance of their inputs."""
         sizes = {"summary": (self.head_dim, SUMMARY), "hidden": (2 * SUMMARY + 2, HIDDEN)}
         weights = {name: torch.randn(size) * size[0] ** -0.5 for name, size in sizes.items()}
-        bias = forget_logits(self.heads, self.pairs, *self.half_lives).view(self.heads, self.pairs)
+        # Flat, as vectors have no weight decay, which would draw c to one half.
+        bias = forget_logits(self.heads, self.pairs, *self.half_lives)
         return {**weights, "output": torch.zeros(HIDDEN), "bias": bias}
 
     def gate(self, slots: Tensor) -> Tensor:
@@ -76,6 +81,7 @@ class Consolidation(Boundary):
             size = (slots.square().mean(dim=-1, keepdim=True) + _EPS).log() / 2
             told = torch.cat((size, rms_normalize(slots) @ summary), dim=-1)
             pairs = torch.cat(told.chunk(2, dim=2), dim=-1)
+            bias = bias.view(self.heads, self.pairs)
             return (F.silu(pairs @ hidden) @ output + bias).sigmoid()
 
     def mixing(self, slots: Tensor) -> Tensor:
@@ -98,9 +104,12 @@ def both_tiers(gates: Gates, rule: WriteRule, fast_decay: float, slow_decay: flo
         gates, decay = rule.complete(gates, gates.write.dtype), 0.0
     assert gates.log_forget is not None
     slow = torch.full_like(gates.log_forget, math.log1p(-slow_decay))
+    write, fast = gates.write, gates.log_forget + decay
+    if isinstance(rule, Normalized):  # it has made the factor without this decay
+        write = write * (let_go(fast) / let_go(gates.log_forget)).sqrt()
     return gates._replace(
-        write=torch.cat((gates.write, torch.zeros_like(gates.write)), dim=-1),
-        log_forget=torch.cat((gates.log_forget + decay, slow), dim=-1),
+        write=torch.cat((write, torch.zeros_like(write)), dim=-1),
+        log_forget=torch.cat((fast, slow), dim=-1),
     )
 
 
@@ -206,6 +215,8 @@ class HierarchicalHAMTLayer(HAMTLayer):
     """The memory as a mixer, of fast and slow slots: half of ``num_slots`` each."""
 
     def __init__(self, config: HAMTConfig) -> None:
+        if config.num_slots % 2:
+            raise ValueError(ODD_SLOTS.format(config.num_slots))
         super().__init__(config)
         self.token_rule = self.memory.rule
         if type(self.token_rule) is Convex:  # it has one gate, which slow slots have not
@@ -215,9 +226,21 @@ class HierarchicalHAMTLayer(HAMTLayer):
                 f"a hierarchical memory sets log_forget of its slow slots, and the write rule "
                 f"{self.token_rule.name!r} completes gates in a way of its own: use another mixer"
             )
-        self.boundary = Consolidation(
+        self.boundary: Consolidation = Consolidation(
             self.memory, config.boundary_every, config.max_half_life, *boundary_options(config)
         )
+
+    def forward(
+        self, hidden_states: Tensor, batch: Batch | None = None, state: State | None = None
+    ) -> tuple[Tensor, State, Tensor | None]:
+        """Mix a sequence, or continue one from ``state``; see ``Mixer.forward``."""
+        output, new_state, aux_loss = super().forward(hidden_states, batch, state)
+        if self.training and torch.is_grad_enabled():
+            # Without a boundary in the text these parameters have no gradient, and the processes
+            # that train a model together would wait for it.
+            weights = nn.utils.parameters_to_vector(self.boundary.parameters())
+            output = output + 0.0 * weights.sum()
+        return output, new_state, aux_loss
 
     @staticmethod
     def writing_config(config: HAMTConfig) -> HAMTConfig:

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from hamt.batch import Batch
@@ -105,6 +106,15 @@ class HAMTLayer(ConvolvedMixer):
             shapes["position_key"] = (memory.num_heads, memory.key_size)
         return {**shapes, **super().state_shapes()}
 
+    def empty_state(
+        self, rows: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> State:
+        """A state before the first token: of zeros, but for a position that turns nothing."""
+        state = super().empty_state(rows, dtype, device)
+        if "position_key" in state:
+            state["position_key"].fill_(self.memory.algebra.identity)
+        return state
+
     def summary(self) -> str:
         """The memory's sizes and rules."""
         return repr(self.memory)
@@ -134,6 +144,7 @@ class HAMTLayer(ConvolvedMixer):
         carried = (
             MemoryState(before["slots"], before.get("position_key")) if "slots" in before else None
         )
+        begun = carried
         if self.boundary is None:
             output, gates, carried = self._run(tokens, carried, batch.documents, batch.mask)
         else:
@@ -151,6 +162,8 @@ class HAMTLayer(ConvolvedMixer):
                 rotation=tokens.rotation,
                 documents=batch.documents,
                 mask=batch.mask,
+                # What happens at boundaries is no part of it, nor what was read before the first.
+                initial_state=begun if self.boundary is None else None,
             )
         new_state["slots"] = carried.slots
         if carried.position_key is not None:
@@ -213,9 +226,7 @@ class HAMTLayer(ConvolvedMixer):
         """The gates of all slots, from c (B, N, d); see ``GatingNetwork.forward``."""
         return self.gating(conditioned, *products, **given)
 
-    def auxiliary_loss(
-        self, items: Tensor, keys: Tensor, gates: Gates, **told: Tensor | None
-    ) -> Tensor:
+    def auxiliary_loss(self, items: Tensor, keys: Tensor, gates: Gates, **told: Any) -> Tensor:
         """The loss that ``auxiliary_loss`` of the configuration names, of what is written."""
         written = (self.memory, items, keys, gates)
         if self.config.auxiliary_loss == "contrastive":

@@ -5,7 +5,7 @@ Z num_sinks; blocks of queries: M of them, C queries each, which see K keys. R i
 is told is the same for all rows.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,11 @@ class SlidingAttention(Attention):
         super().__init__(config)
         self.window, self.num_sinks = config.sliding_window, config.num_sinks
 
+    @property
+    def shared_as(self) -> tuple[Any, ...]:
+        """The name under which layers that see the same share where it is."""
+        return SlidingAttention, self.window, self.num_sinks
+
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """``keys`` and ``values`` (W - 1, H, F), ``sink_keys`` and ``sink_values`` (Z, H, F).
 
@@ -130,10 +135,10 @@ class SlidingAttention(Attention):
             )
             return hidden_states, {**nothing, **before}, None
         hidden_states, new_state = self.convolve(hidden_states, batch, before)
-        layout = batch.shared.get(SlidingAttention)
+        layout = batch.shared.get(self.shared_as)
         if layout is None:
             layout = self._lay_out(batch, hidden_states, continued=bool(before))
-            batch.shared[SlidingAttention] = layout
+            batch.shared[self.shared_as] = layout
         if layout.order is not None:
             hidden_states = take(hidden_states, layout.order)
         mixed, carried = self._mix(hidden_states, layout, before)

@@ -9,7 +9,8 @@ vocabulary.
 from collections import Counter
 from typing import Any
 
-from hamt.config import HAMTConfig
+from hamt.config import HAMTConfig, usual_head_dim
+from hamt.config_values import OF_MEMORIES
 from hamt.mixers import MIXERS, look_up
 
 
@@ -53,7 +54,13 @@ def compute_flops_per_token(config: HAMTConfig, seq_len: int = 1024) -> dict[str
     """
     if seq_len < 1:
         raise ValueError(f"seq_len must be at least 1; got {seq_len}")
-    attention = config.changed(mixers="full_attention", conv_kernel_size=0)
+    width, head_dim = config.hidden_dim, config.attention_head_dim
+    if head_dim is None:  # the usual one, or the next that such a width can be cut into
+        usual = usual_head_dim(width)
+        head_dim = next((n for n in range(usual, 0, -2) if not width % n), usual)
+    attention = config.changed(
+        mixers="full_attention", conv_kernel_size=0, attention_head_dim=head_dim, **OF_MEMORIES
+    )
     parts = (model_flops(one, seq_len) for one in (attention, config))
     standard, ours = ({name: value / 1e9 for name, value in part.items()} for part in parts)
     total, own = sum(standard.values()), sum(ours.values())

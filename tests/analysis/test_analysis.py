@@ -206,8 +206,9 @@ def test_a_slot_that_is_read_seldom_is_not_dead():
     assert found.dead() == []
 
 
-def test_the_loss_without_a_slot_is_that_of_a_model_that_cannot_read_it():
-    model, ids = build(embedding_multiplier=4), text(30)[0]
+@pytest.mark.parametrize("options", [{}, {"gate_feedback": True, "boundary_every": 4}], ids=str)
+def test_the_loss_without_a_slot_is_that_of_a_model_that_cannot_read_it(options):
+    model, ids = build(embedding_multiplier=4, **options), text(30)[0]
     loss, rises = loss_without_slots(model, ids, layers=[1])
     assert rises.keys() == {1}
     assert loss == pytest.approx(model(ids[None], labels=ids[None]).loss.item(), rel=1e-5)

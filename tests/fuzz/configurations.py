@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from hamt import HAMTConfig, HAMTModel
-from hamt.config import CHOICES
+from hamt.config_values import CHOICES
 from hamt.memory import ALGEBRAS
 from hamt.mixers import MIXERS
 

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from model_inputs import tiny_config
 from training_inputs import repeated_batches, train
 
+from hamt import HAMTModel
 from hamt.training.loop import LoopOptions, Trainer
 from hamt.training.optim import build_optimizers, learning_rate_scale
 
@@ -27,6 +29,24 @@ def test_muon_has_the_matrices_of_the_blocks_and_nothing_else(model):
     in_adamw = {names[id(p)] for g in adamw.param_groups for p in g["params"]}
     assert "model.embed_tokens.weight" in in_adamw
     assert not [n for n in in_adamw if n.endswith("proj.weight")]
+
+
+@pytest.mark.parametrize("fields", [
+    {"mixers": "hierarchical_memory"},
+    {"gate_feedback": True, "key_feedback": True},
+    {"rotation": "data_dependent"},
+    {"rotation": "learned"},
+    {"write_rule": "delta"},
+], ids=str)  # fmt: skip
+def test_what_is_added_has_no_weight_decay(fields):
+    """Biases, gains and angles are vectors, whatever they are of: decay would draw them to zero."""
+    model = HAMTModel(tiny_config(**{"num_slots": 4, **fields}))
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizers = build_optimizers(model, "muon", learning_rate=1e-2, weight_decay=0.1, eps=1e-8)
+    groups = [g for o in optimizers for g in o.param_groups if g["weight_decay"]]
+    decayed = {names[id(p)].rpartition(".")[2] for g in groups for p in g["params"]}
+    maps = {"weight", "summary", "hidden", "gate_weight", "key_weight"}
+    assert decayed <= maps
 
 
 def scale(progress, schedule="cosine", **options):

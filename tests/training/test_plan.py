@@ -26,6 +26,8 @@ from hamt.cli import main
     ({"seed": -1}, "--seed must lie in [0, 4294967295]; got -1"),
     ({"warmup": 2}, "--warmup must lie in [0, 1]"),
     ({"num_step": 3}, "did you mean --num_steps?"),
+    ({"auxiliary_loss": "contrastive"}, "give --use_aux_loss, too"),
+    ({"mixers": "hierarchical_memory", "boundary_every": 64}, "make --max_length larger than 64"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line_before_training(text, tmp_path, capsys, options, message):
     assert message in fails(flags(text, tmp_path / "run", **options), capsys, silent=False)

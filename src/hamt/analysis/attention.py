@@ -144,7 +144,7 @@ def _trace(
     """Of queries, keys, values and what was mixed, (B, M, H, C or K, ·), in M blocks."""
     queries, keys, values, mixed = given
     rows, size = len(queries), queries.shape[3]
-    layout = batch.shared.get(SlidingAttention) if isinstance(mixer, SlidingAttention) else None
+    layout = batch.shared.get(mixer.shared_as) if isinstance(mixer, SlidingAttention) else None
     shown = 0 if layout is None or layout.sinks is None else layout.num_sinks
     # Keys of the window end with the last query; sinks follow.
     index = torch.arange(keys.shape[3] - shown, device=keys.device)

@@ -12,9 +12,7 @@ from tqdm import tqdm
 
 from hamt.analysis.record import memory_layers
 from hamt.cross_entropy import head_loss
-from hamt.memory.holographic import HolographicMemory, MemoryState
 from hamt.model import HAMTForCausalLM
-from hamt.rerouting import rerouted
 
 ROWS = 16  # slots that are silenced at a time, each in a row of the batch of its own
 
@@ -52,23 +50,27 @@ def loss_without_slots(
             losses = []
             for part in kept.split(ROWS):
                 hidden_states = entering[index].expand(len(part), -1, -1)
-                with rerouted(blocks[index].mixer, _reading(memory, part)):
+                # Feedback reads by the same weights, so they are silenced where they are made.
+                hook = blocks[index].mixer.retrieval.register_forward_hook(_reading(part))
+                try:
                     for block in blocks[index:]:
                         hidden_states = block(hidden_states)[0]
+                finally:
+                    hook.remove()
                 losses.append(_losses(model, hidden_states, input_ids))
                 bar.update(len(part))
             rises[index] = (torch.cat(losses) - loss).view(heads, slots)
     return loss.item(), rises
 
 
-def _reading(memory: HolographicMemory, kept: Tensor) -> Callable[..., tuple[Tensor, MemoryState]]:
-    """A run of the memory that reads only the share ``kept`` (B, 1, H, S) of each slot."""
+def _reading(kept: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Of the read weights of a retrieval head only the share ``kept`` (B, 1, H, S)."""
 
-    def run(*tensors: Tensor, **options: Any) -> tuple[Tensor, MemoryState]:
-        *others, read = tensors
-        return memory(*others, read * kept.to(read), **options)  # type: ignore[arg-type,call-arg]
+    def hook(head: Any, inputs: Any, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        unbinding_keys, read = found
+        return unbinding_keys, read * kept.to(read)
 
-    return run
+    return hook
 
 
 def _losses(model: HAMTForCausalLM, hidden_states: Tensor, input_ids: Tensor) -> Tensor:

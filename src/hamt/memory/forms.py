@@ -32,6 +32,13 @@ class MemoryState(NamedTuple):
     slots: Tensor
     position_key: Tensor | None = None
 
+    def begun(self, key_size: int, identity: float) -> "MemoryState":
+        """With the position before the first token, which turns nothing, if there is none yet."""
+        if self.position_key is not None:
+            return self
+        shape = *self.slots.shape[:2], key_size
+        return self._replace(position_key=self.slots.new_full(shape, identity))
+
 
 class Tokens(NamedTuple):
     """One sequence as every form takes it.

@@ -244,7 +244,8 @@ class HolographicMemory:
             ValueError: if there is no such form for the write rule, or not here.
         """
         if not tokens.items.shape[1]:
-            return tokens.items, state
+            turns, begun = tokens.rotation is not None, (self.key_size, self.algebra.identity)
+            return tokens.items, state.begun(*begun) if turns else state
         there = {name: form for name, form in FORMS.items() if form.computes(self.rule)}
         if form is None:
             form = next(name for name in reversed(there) if there[name].suits(tokens.items))

@@ -25,7 +25,8 @@ def main(arguments: Sequence[str]) -> int:
     if run.result.final_aux_loss is not None:
         name, loss = run.model.config.auxiliary_loss, run.result.final_aux_loss
         console.print(f"{name} loss of the last step {loss:.3f}")
-        console.print(f"memories, asked for held-out items: {held_out_fidelity(run)}")
+        if (retrieved := held_out_fidelity(run)) is not None:
+            console.print(f"memories, asked for held-out items: {retrieved}")
     step, best = min(run.result.held_out, key=lambda measured: measured[1].nats_per_token)
     checkpoint = options.output_dir
     if 0 < step < run.result.steps:

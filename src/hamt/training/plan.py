@@ -117,6 +117,12 @@ def make_plan(options: TrainOptions) -> Plan:
     )
     with torch.device("meta"):  # no memory is taken before it is known that there is enough
         model = _model(options, tokenizer, trained)
+    every, slow = model.config.boundary_every, "hierarchical_memory" in model.config.layer_mixers
+    if slow and options.order != "contiguous" and options.max_length <= every:
+        raise UserError(
+            f"slow slots take over every {every} tokens, and learn from what comes after that: "
+            f"make --max_length larger than {every}, or --boundary_every smaller"
+        )
     if not options.dry_run:
         check_memory(model, accelerator.device, processes if wants_shards() else 1)
         torch.manual_seed(options.seed)
@@ -184,6 +190,11 @@ def check_options(options: TrainOptions) -> None:
         raise UserError(
             "--tbptt_segments needs --order contiguous: shuffled blocks have nothing to carry along"
         )
+    asked = options.architecture()
+    for name in ("auxiliary_loss", "contrastive_temperature"):
+        there = asked.get("use_auxiliary_loss") or options.init_from
+        if asked.get(name) is not None and not there:
+            raise UserError(f"--{name} is of the auxiliary loss: give --use_aux_loss, too")
     free = {"dropout", "use_auxiliary_loss", "aux_loss_weight", "auxiliary_loss"}
     free |= {"contrastive_temperature", "chunk_size"}
     named = {"size": options.size, "tokenizer": options.tokenizer, **options.architecture()}

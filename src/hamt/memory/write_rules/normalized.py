@@ -21,7 +21,10 @@ class Normalized(Gated):
         """As the gated rule's, the write gate times √(1 - α²)."""
         gates = super().gates(logits, heads)
         assert gates.log_forget is not None
-        let_go = -torch.expm1(2 * gates.log_forget)
-        # The root has no gradient at 0.
-        factor = let_go.clamp(min=torch.finfo(let_go.dtype).tiny).sqrt()
-        return gates._replace(write=gates.write * factor)
+        return gates._replace(write=gates.write * let_go(gates.log_forget).sqrt())
+
+
+def let_go(log_forget: Tensor) -> Tensor:
+    """1 - α², above zero, where its root would have no gradient."""
+    share = -torch.expm1(2 * log_forget)
+    return share.clamp(min=torch.finfo(share.dtype).tiny)
