@@ -15,16 +15,6 @@ CHOICES = {
     "retrieval_head": RETRIEVAL_HEADS,
 }
 
-# Fields that do nothing without a memory, and what they are then.
-OF_MEMORIES = {
-    "rotation": "none",
-    "rotation_share": 1,
-    "rotation_heads": None,
-    **dict.fromkeys(("gate_feedback", "key_feedback", "read_before_write"), False),
-    "normalize_state": False,
-    "state_precision": "float32",
-    "use_auxiliary_loss": False,
-}
 ODD_SLOTS = (
     "half of the slots of a hierarchical memory are fast, half are slow: num_slots must be even; "
     "got {}"

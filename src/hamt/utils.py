@@ -10,7 +10,6 @@ from collections import Counter
 from typing import Any
 
 from hamt.config import HAMTConfig, usual_head_dim
-from hamt.config_values import OF_MEMORIES
 from hamt.mixers import MIXERS, look_up
 
 
@@ -59,7 +58,7 @@ def compute_flops_per_token(config: HAMTConfig, seq_len: int = 1024) -> dict[str
         usual = usual_head_dim(width)
         head_dim = next((n for n in range(usual, 0, -2) if not width % n), usual)
     attention = config.changed(
-        mixers="full_attention", conv_kernel_size=0, attention_head_dim=head_dim, **OF_MEMORIES
+        mixers="full_attention", conv_kernel_size=0, attention_head_dim=head_dim
     )
     parts = (model_flops(one, seq_len) for one in (attention, config))
     standard, ours = ({name: value / 1e9 for name, value in part.items()} for part in parts)

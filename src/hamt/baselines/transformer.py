@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hamt.config import HAMTConfig
-from hamt.config_values import OF_MEMORIES
 from hamt.model import HAMTForCausalLM
 
 CORES = ("sdpa", "eager", "none")
@@ -38,10 +37,10 @@ def transformer(
     if short_convolution and config.conv_kernel_size < 2:
         raise ValueError("short_convolution needs a conv_kernel_size of 2 or more")
     changes = {
-        **OF_MEMORIES,
         "mixers": "full_attention",
         "conv_kernel_size": config.conv_kernel_size if short_convolution else 0,
         "dropout": 0.0,
+        "use_auxiliary_loss": False,
     }
     model = HAMTForCausalLM(config.changed(**changes))
     if core != "sdpa":

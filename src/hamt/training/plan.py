@@ -197,7 +197,7 @@ def check_options(options: TrainOptions) -> None:
             raise UserError(f"--{name} is of the auxiliary loss: give --use_aux_loss, too")
     free = {"dropout", "use_auxiliary_loss", "aux_loss_weight", "auxiliary_loss"}
     free |= {"contrastive_temperature", "chunk_size"}
-    named = {"size": options.size, "tokenizer": options.tokenizer, **options.architecture()}
+    named = {"size": options.size, "tokenizer": options.tokenizer, **asked}
     given = sorted(name for name in named.keys() - free if named[name] is not None)
     if options.init_from and given:
         raise UserError(f"--init_from brings sizes and tokenizer along: leave --{given[0]} out")
