@@ -35,13 +35,13 @@ from hamt.convert.objectives import (
 from hamt.convert.options import SOTU, ConvertOptions
 from hamt.convert.plan import Stage, begin, check_folder, kinds, with_gradients
 from hamt.convert.select import sensitivities
-from hamt.convert.stage import train_stage
+from hamt.convert.stage import kept, train_stage
 from hamt.converted_model import ConvertedForCausalLM, Pass, full_attention
 from hamt.data.corpus import load_corpus
 from hamt.data.loader import Batches
 from hamt.data.tokens import TokenisedCorpus, tokenise
 from hamt.environment import environment
-from hamt.errors import UserError, reason, user_errors
+from hamt.errors import UserError, user_errors
 from hamt.files import parse_json
 from hamt.output import Output
 from hamt.training.divergence import DivergenceError
@@ -164,14 +164,10 @@ class _Run:
         """
         path = self.output.folder / LEARNED.format(name)
         if path.exists():
-            try:
-                kept = torch.load(path, weights_only=True)
-                learn_again(self.model, kept["learned"])
-                self.rows.append(kept["row"])
-            except Exception as error:  # whatever it trips over
-                raise UserError(
-                    f"{path} cannot be read ({reason(error)}): begin anew by --overwrite"
-                ) from error
+            with kept(path):
+                state = torch.load(path, weights_only=True)
+                learn_again(self.model, state["learned"])
+                self.rows.append(state["row"])
             self.console.print(f"{name}: done before")
             return
         self.measured(name, tokens, learn())

@@ -1,7 +1,9 @@
 """One stage of a conversion that is trained: it goes on where it was stopped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,21 @@ from hamt.errors import UserError, reason
 from hamt.output import Output
 from hamt.training.accelerator import make_accelerator
 from hamt.training.loop import Listener, LoopOptions, Trainer, TrainingResult
+
+
+@contextmanager
+def kept(path: Path) -> Iterator[None]:
+    """Refuse a file of a stage, whatever it is that trips over it.
+
+    Raises:
+        UserError: if what runs inside fails.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read ({reason(error)}): begin anew by --overwrite"
+        ) from error
 
 
 def train_stage(
@@ -32,9 +49,9 @@ def train_stage(
 
     Args:
         name: of the stage, and of its checkpoint.
-        objective: what is trained, and measured on
-        held_out: rows of ids, (1, N) each.
+        objective: what is trained.
         batches: rows to learn from.
+        held_out: rows to measure on, ids (1, N) each.
         options: of the loop.
         mixed_precision: no or bf16.
         output: where the checkpoint is kept until the stage is over.
@@ -95,7 +112,7 @@ class _Saver(Listener[float]):
         path = self.output.folder / self.file
         if not path.exists():
             return
-        try:
+        with kept(path):
             state = torch.load(path, weights_only=True)
             learn_again(trainer.model, state["learned"])
             for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
@@ -103,7 +120,3 @@ class _Saver(Listener[float]):
             trainer.result = TrainingResult(**{**state["result"], "interrupted": False})
             trainer.spikes.losses.extend(state["losses"])
             torch.set_rng_state(state["random"])
-        except Exception as error:  # whatever it trips over
-            raise UserError(
-                f"{path} cannot be read ({reason(error)}): begin anew by --overwrite"
-            ) from error
