@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from hamt.batch import Batch, Past
-from hamt.window_and_memory.exact import HALF_LIFE
 from hamt.window_and_memory.mixer import WindowAndMemory
 from hamt.window_and_memory.sizes import Sizes
 
@@ -30,6 +29,8 @@ def taker(
                 weight.add_(0.3 * torch.randn_like(weight))
             if mixer.slots is not None:
                 mixer.slots.log_half_life.copy_(3.0 + torch.rand(GROUPS, sizes.num_slots))
+                # As calibration sets it, nearly: addresses stand for centres of clusters.
+                mixer.slots.address_bias.sub_(0.5 * mixer.slots.address.square().sum(dim=-1))
     return mixer.to(dtype)
 
 
@@ -51,7 +52,7 @@ class Loop:
     def __init__(self, mixer: WindowAndMemory, like: Tensor) -> None:
         self.mixer, sizes = mixer, mixer.sizes
         self.slots = like.new_zeros(GROUPS, sizes.num_slots, 2 * WIDTH + 4)
-        self.held: list[dict[int, Tensor]] = [{} for _ in range(GROUPS)]
+        self.held: list[list[int]] = [[] for _ in range(GROUPS)]
         self.left = 0  # tokens that have left the window
 
     def run(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -86,7 +87,6 @@ class Loop:
             key = self.turn(self.keys[j, group], max(0, begun - j - mixer.reach))
             scores.append(query @ key / WIDTH**0.5)
             seen.append(self.values[j, group])
-        exact = slice(t + 1 - self.left + len(kept), len(scores))
         for slot in self.slots[group]:
             key, value, mass, place, square = slot.split((WIDTH, WIDTH, 1, 1, 2))
             if mass > 1e-6:
@@ -98,8 +98,6 @@ class Loop:
                 scores.append(query @ key / WIDTH**0.5 + added)
                 seen.append(value / mass)
         weights = torch.stack(scores).softmax(dim=0)
-        for j, weight in zip(self.held[group], weights[exact], strict=True):
-            self.held[group][j] = self.held[group][j] + weight.detach()
         return weights @ torch.stack(seen)
 
     def boundary(self, first: int) -> None:
@@ -114,30 +112,20 @@ class Loop:
         self.slots = torch.stack(slots) if sizes.num_slots else self.slots
 
     def choose(self, group: int, leaving: list[int]) -> list[int]:
-        """Hold the E tokens that count for most; the others, oldest first, are to be written."""
-        used = self.held[group]
-        mean = sum(used.values()) / max(1, len(used))
-        candidates = {**used, **dict.fromkeys(leaving, mean)}
+        """Hold the E tokens that are furthest from all addresses; the rest is to be written."""
+        candidates = [*self.held[group], *leaving]
+        order = sorted(candidates, key=lambda j: self.novelty(group, j), reverse=True)
+        self.held[group] = order[: self.mixer.sizes.num_exact]
+        return sorted(order[self.mixer.sizes.num_exact :])
 
-        def worth(j: int) -> Tensor:
-            value = self.values[j, group]
-            missed = (self.recall(group, self.keys[j, group]) - value).square().sum()
-            return missed / value.square().sum() * (candidates[j] + 0.1 * mean + 1e-3)
-
-        order = sorted(candidates, key=worth, reverse=True)
-        kept, rest = order[: self.mixer.sizes.num_exact], order[self.mixer.sizes.num_exact :]
-        fading = 0.5 ** (self.mixer.sizes.block / HALF_LIFE)
-        self.held[group] = {j: candidates[j] * fading + torch.tensor(0.0) for j in kept}
-        return sorted(rest)
-
-    def recall(self, group: int, key: Tensor) -> Tensor:
-        """The value that the slots give for a rotated key."""
-        there = [slot for slot in self.slots[group] if slot[-4] > 1e-6]
-        if not there:
-            return torch.zeros_like(key)
-        scores = [key @ slot[:WIDTH] / slot[-4] / WIDTH**0.5 + slot[-4].log() for slot in there]
-        values = torch.stack([slot[WIDTH:-4] / slot[-4] for slot in there])
-        return torch.stack(scores).softmax(dim=0) @ values
+    def novelty(self, group: int, j: int) -> float:
+        """The squared distance of a key from the nearest centre of a softmax over -σ |k - c|²."""
+        slots = self.mixer.slots
+        address, bias = slots.address[group].detach(), slots.address_bias[group].detach()
+        length = address.square().sum(dim=1)
+        sigma = -length.square().sum() / (4 * (bias * length).sum())
+        key, centres = self.plain[j, group].detach(), address / (2 * sigma)
+        return min(float((key - centre).square().sum()) for centre in centres)
 
     def written(self, group: int, tokens: list[int]) -> Tensor:
         """The slots (S, F) after some of the C tokens of a block, which all take their time."""

@@ -5,26 +5,26 @@ from model_inputs import assert_close
 from torch import Tensor
 from window_inputs import GROUPS, Loop, random_heads, slots_of, taker
 
-from hamt.window_and_memory.exact import Candidates, admit, held, looked_at
+from hamt.window_and_memory.exact import Candidates, admit, held
 from hamt.window_and_memory.sizes import Sizes
 
 HERE = torch.tensor([True])
 SIZES = Sizes(8, 2, 3, 5, 4)
 
 
-def tokens(places: list[int], values: Tensor, use: float = 0.0) -> Candidates:
+def tokens(places: list[int], values: Tensor, novelty: list[float]) -> Candidates:
     """Of one row and one head, with values (n, D)."""
     place = torch.tensor(places)[None, :, None]
     whole = values[None, :, None]
-    return Candidates(whole, whole, place, place >= 0, torch.full(place.shape, use))
+    return Candidates(whole, whole, place, place >= 0, torch.tensor(novelty)[None, :, None])
 
 
-def state_of(places: list[int], use: list[float], values: Tensor) -> dict[str, Tensor]:
+def state_of(places: list[int], novelty: list[float], values: Tensor) -> dict[str, Tensor]:
     return {
         "exact_keys": values[None, :, None],
         "exact_values": values[None, :, None],
         "exact_places": torch.tensor(places)[None, :, None] + 1.0,
-        "exact_use": torch.tensor(use)[None, :, None],
+        "exact_novelty": torch.tensor(novelty)[None, :, None],
     }
 
 
@@ -32,25 +32,21 @@ def places_of(state: dict[str, Tensor]) -> list[int]:
     return sorted(held(state).places.flatten().int().tolist())
 
 
-def test_what_the_slots_recall_badly_is_held_and_what_they_know_is_written():
+def test_what_is_new_is_held_and_what_is_not_is_written():
     values = torch.eye(4)
     state = state_of([-1, -1], [0.0, 0.0], torch.zeros(2, 4))
-    recalled = torch.cat((torch.zeros(2, 4), values))[None, :, None].clone()
-    recalled[0, 2 + 1] = 0.0  # of the second and the last that leave the slots know nothing
-    recalled[0, 2 + 3] = -values[3]
-    after, rest = admit(state, tokens([7, 8, 9, 10], values), recalled, HERE, 4)
+    after, rest = admit(state, tokens([7, 8, 9, 10], values, [1.0, 4.0, 2.0, 3.0]), HERE)
     assert places_of(after) == [8, 10]
     assert rest.places[rest.real].tolist() == [7, 9]
     at = held(after).places.flatten().tolist().index(10)
     assert_close(after["exact_values"][0, at, 0], values[3])
 
 
-def test_the_least_used_is_replaced_and_written_oldest_first():
+def test_the_least_new_are_replaced_and_written_oldest_first():
     values = torch.eye(5)
-    state = state_of([3, 1], [0.01, 5.0], values[:2])
-    nothing = torch.zeros(1, 5, 1, 5)
-    after, rest = admit(state, tokens([7, 8, 9], values[2:]), nothing, HERE, 3)
-    assert places_of(after) == [1, 7], "a token that leaves counts as used as the mean"
+    state = state_of([3, 1], [0.5, 5.0], values[:2])
+    after, rest = admit(state, tokens([7, 8, 9], values[2:], [2.0, 0.1, 1.0]), HERE)
+    assert places_of(after) == [1, 7]
     assert rest.places.flatten().tolist() == [3, 8, 9]
     assert rest.real.all()
 
@@ -58,20 +54,9 @@ def test_the_least_used_is_replaced_and_written_oldest_first():
 def test_rows_that_are_at_no_boundary_stay_as_they_are():
     values = torch.eye(4)
     state = state_of([3, 1], [1.0, 2.0], values[:2])
-    nothing = torch.zeros(1, 4, 1, 4)
-    leaving = tokens([7, 8], values[2:])
-    after, rest = admit(state, leaving, nothing, torch.tensor([False]), 2)
+    after, rest = admit(state, tokens([7, 8], values[2:], [3.0, 3.0]), torch.tensor([False]))
     assert all(torch.equal(after[name], x) for name, x in state.items())
     assert not rest.real.any()
-
-
-def test_attention_is_noted_and_padding_pays_none():
-    state = state_of([3, 1], [1.0, 0.0], torch.eye(2))
-    weights = torch.tensor([[0.5, 0.25], [0.5, 0.5]]).view(1, 1, 1, 2, 2)
-    noted = looked_at(state, weights, torch.tensor([[True, False]]))["exact_use"]
-    assert noted.flatten().tolist() == [1.5, 0.25]
-    noted = looked_at(state, weights, None)["exact_use"]
-    assert noted.flatten().tolist() == [2.0, 0.75]
 
 
 def test_the_entries_are_those_of_the_loop():
@@ -84,10 +69,9 @@ def test_the_entries_are_those_of_the_loop():
         for group, expected in enumerate(loop.held):
             places = entries.places[b, :, group].int().tolist()
             assert sorted(places) == sorted(expected)
-            use = dict(zip(places, entries.use[b, :, group].tolist(), strict=True))
-            for j, used in expected.items():
-                assert abs(use[j] - used) < 1e-9
+            for j in expected:
                 at = places.index(j)
+                assert abs(entries.novelty[b, at, group] - loop.novelty(group, j)) < 1e-9
                 assert_close(entries.values[b, at, group], heads[2][b, j, group])
                 assert_close(entries.keys[b, at, group], loop.keys[j, group])
 

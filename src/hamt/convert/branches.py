@@ -101,7 +101,7 @@ def of_slots(
         seen, state = taker.look(run, at, held, value, state)
         scores = taker.scores(asked, seen, scale)[0][..., -taker.sizes.num_slots :]
         if run.blocks == 1:
-            state = taker.leave(run, at, state, scale)
+            state = taker.leave(run, at, state)
         written = scores.isfinite().any(dim=-1)
         scores = scores.masked_fill(~written[..., None], 0.0)
         # (B, M, G, R, L, ·) -> (B, M · L, H, ·)

@@ -17,7 +17,7 @@ from torch import Tensor
 from hamt.batch import Batch, take
 from hamt.memory.precision import without_autocast
 from hamt.mixers import State, Stateful
-from hamt.window_and_memory.exact import Candidates, admit, looked_at
+from hamt.window_and_memory.exact import Candidates, admit
 from hamt.window_and_memory.rotary import angles, places_of, turned
 from hamt.window_and_memory.runs import RUN, Run, Seen, runs_of
 from hamt.window_and_memory.sizes import Sizes
@@ -64,8 +64,8 @@ class WindowAndMemory(Stateful):
         """The shape for one row of each tensor that is carried.
 
         ``keys`` (rotated) and ``values`` of the last W tokens, of sinks and of exact entries;
-        ``exact_places`` (E, G), the position + 1, 0 where there is none, and ``exact_use``; keys
-        and values of slots (G, S, D), and their counts (G, 4 S).
+        ``exact_places`` (E, G), the position + 1, 0 where there is none, and ``exact_novelty``;
+        keys and values of slots (G, S, D), and their counts (G, 4 S).
         """
         sizes, groups, width = self.sizes, self.num_groups, self.head_dim
         shapes: dict[str, tuple[int, ...]] = {}
@@ -75,7 +75,7 @@ class WindowAndMemory(Stateful):
                 names = f"{prefix}keys", f"{prefix}values"
                 shapes |= dict.fromkeys(names, (count, groups, width))
         if sizes.num_exact:
-            shapes |= dict.fromkeys(("exact_places", "exact_use"), (sizes.num_exact, groups))
+            shapes |= dict.fromkeys(("exact_places", "exact_novelty"), (sizes.num_exact, groups))
         if self.slots is not None:
             shapes |= dict.fromkeys(PARTS[:2], (groups, sizes.num_slots, width))
             shapes[PARTS[2]] = (groups, COUNTS * sizes.num_slots)
@@ -87,7 +87,7 @@ class WindowAndMemory(Stateful):
         As ``forward`` works with it, with ``slots`` (B, G, S, F).
         """
         wide = torch.promote_types(like.dtype, torch.float32)
-        sums = (*PARTS, "exact_places", "exact_use")
+        sums = (*PARTS, "exact_places", "exact_novelty")
         state = {
             name: like.new_zeros(len(like), *shape, dtype=wide if name in sums else like.dtype)
             for name, shape in self.state_shapes().items()
@@ -129,13 +129,9 @@ class WindowAndMemory(Stateful):
             at, *tokens = (run.segment.take(x) for x in (places, *rotated, values))
             seen, state = self.look(run, at, tokens[1], tokens[2], state)
             far, near = self.scores(tokens[0], seen, scale)
-            output, weights = self.mix(far, near, seen)
-            mixed.append(output)
-            if self.sizes.num_exact:
-                exact = weights[:, 0, ..., self.sizes.num_sinks :][..., : self.sizes.num_exact]
-                state = looked_at(state, exact, run.segment.mask)
+            mixed.append(self.mix(far, near, seen))
             if run.blocks == 1:
-                state = self.leave(run, at, state, scale)
+                state = self.leave(run, at, state)
         state = apart(state)
         return segments.join(mixed), {name: state[name] for name in self.state_shapes()}
 
@@ -283,13 +279,13 @@ class WindowAndMemory(Stateful):
             far = far.masked_fill(~seen.sees_far[:, None, None, None, :, None], -torch.inf)
         return far, near.masked_fill(~seen.mask[:, :, None, None], -torch.inf)
 
-    def mix(self, far: Tensor, near: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
-        """One softmax over ``scores``: (B, M · L, H, D), and the weights of what is far."""
+    def mix(self, far: Tensor, near: Tensor, seen: Seen) -> Tensor:
+        """One softmax over ``scores``: (B, M · L, H, D)."""
         weights = torch.cat((far, near), dim=-1).softmax(dim=-1).to(seen.near_values.dtype)
         of_far, of_near = weights.split((far.shape[-1], near.shape[-1]), dim=-1)
         mixed = of_far.flatten(3, 4) @ seen.far_values + of_near.flatten(3, 4) @ seen.near_values
         mixed = mixed.unflatten(3, far.shape[3:5]).permute(0, 1, 4, 2, 3, 5)
-        return mixed.flatten(3, 4).flatten(1, 2), of_far
+        return mixed.flatten(3, 4).flatten(1, 2)
 
     # ---------------------------------------------------------------- writing
 
@@ -301,11 +297,11 @@ class WindowAndMemory(Stateful):
         kept = [x[:, start : start + count].clone() for x in entries]
         return {**state, "sink_keys": kept[0], "sink_values": kept[1]}
 
-    def leave(self, run: Run, places: Tensor, state: State, scale: float) -> State:
+    def leave(self, run: Run, places: Tensor, state: State) -> State:
         """The state after a run of one block or less: the window moves on, and what leaves it."""
         sizes, rows = self.sizes, len(state["keys"])
         if (fresh := run.begins_anew()) is not None:
-            for name in ("slots", "exact_places", "exact_use"):
+            for name in ("slots", "exact_places", "exact_novelty"):
                 if name in state:
                     x = state[name]
                     state[name] = x.masked_fill(fresh.view(-1, *[1] * (x.ndim - 1)), 0)
@@ -329,12 +325,12 @@ class WindowAndMemory(Stateful):
         oldest = oldest.expand(rows, -1)
         real = (oldest >= sizes.num_sinks) & here[:, None]
         at, real = (x[..., None].expand(-1, -1, self.num_groups) for x in (oldest, real))
-        leaving = Candidates(keys, values, at, real, torch.zeros_like(at, dtype=torch.float32))
+        leaving = keys, values, at, real
         if sizes.num_exact:
-            known = torch.cat((state["exact_keys"].to(keys.dtype), keys), dim=1)
-            recalled = self.slots.recall(known, state["slots"], scale)
-            state, leaving = admit(state, leaving, recalled, here, sizes.block)
-        written = self.write(*leaving[:4], state["slots"], sizes.block)[:, -1]
+            novelty = self.slots.novelty(self.turn(keys, -at).to(state["slots"].dtype))
+            state, rest = admit(state, Candidates(*leaving, novelty), here)
+            leaving = rest[:4]
+        written = self.write(*leaving, state["slots"], sizes.block)[:, -1]
         state["slots"] = written.where(here[:, None, None, None], state["slots"])
         return state
 

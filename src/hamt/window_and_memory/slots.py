@@ -101,16 +101,15 @@ class Slots(nn.Module):
                 getattr(self, name).copy_(initial)
 
     def initial_weights(self) -> dict[str, Tensor]:
-        """Random addresses; all slots count for what was written to them."""
+        """Random addresses, centres with σ = ½; all slots count for what was written to them."""
+        address = torch.randn_like(self.address) / math.sqrt(self.head_dim)
         return {
-            "address": torch.randn_like(self.address) / math.sqrt(self.head_dim),
+            "address": address,
+            "address_bias": -0.5 * address.square().sum(dim=-1),
             "log_half_life": torch.full_like(self.log_half_life, math.log(HALF_LIFE)),
             "key_gain": torch.ones_like(self.key_gain),
             "spread": torch.full_like(self.spread, SPREAD),
-            **{
-                name: torch.zeros_like(getattr(self, name))
-                for name in ("address_bias", "strength", "offset")
-            },
+            **{name: torch.zeros_like(getattr(self, name)) for name in ("strength", "offset")},
         }
 
     def gates(self, keys: Tensor) -> Gates:
@@ -182,6 +181,22 @@ class Slots(nn.Module):
         asked = squares(queries.to(variance.dtype)) * spread.view(groups, repeats, 1, BANDS)
         added = 0.5 * scale**2 * asked @ variance[:, :, :, None].mT
         return added + offset.view(groups, repeats, 1, 1)
+
+    @torch.no_grad()
+    def novelty(self, keys: Tensor) -> Tensor:
+        """How unlike all slots keys (B, n, G, D) without rotary position are, (B, n, G).
+
+        It is the squared distance from the nearest address. A softmax over a · k + b is one over
+        -σ |k - c|², with the centre c = a / 2σ, where b = -|a|² / 4σ, as calibration sets it. After
+        training that is nearly so: σ is the one of a head that fits best.
+        """
+        with without_autocast(keys):
+            address, bias = self.address.to(keys.dtype), self.address_bias.to(keys.dtype)
+            length = address.square().sum(dim=-1)
+            fit = -(bias * length).sum(dim=-1) / length.square().sum(dim=-1).clamp(min=1e-12)
+            centres = 2 * fit.clamp(min=0)[:, None, None] * address  # fit = 1 / 4σ
+            difference = keys[..., None, :] - centres
+            return difference.square().sum(dim=-1).amin(dim=-1)
 
     def recall(self, keys: Tensor, slots: Tensor, scale: float) -> Tensor:
         """The values (B, n, G, D) that rotated keys (B, n, G, D) find; zero in an empty memory."""
