@@ -100,11 +100,12 @@ def layer_uses(model: ConvertedForCausalLM, input_ids: Tensor) -> tuple[list[Lay
     found: list[LayerUse] = []
     shares: list[Tensor] = []  # of the runs of one layer, (1, M, H, 4)
 
-    def noting(taker: WindowAndMemory, mix: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*told: Tensor) -> tuple[Tensor, Tensor]:
-            mixed, far = mix(*told)
-            shares.append(shares_of_parts(taker, far))
-            return mixed, far
+    def noting(taker: WindowAndMemory, scores: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*told: Any) -> tuple[Tensor, Tensor]:
+            far, near = scores(*told)
+            weights = torch.cat((far, near), dim=-1).softmax(dim=-1)
+            shares.append(shares_of_parts(taker, weights[..., : far.shape[-1]]))
+            return far, near
 
         return noted
 
@@ -127,7 +128,7 @@ def layer_uses(model: ConvertedForCausalLM, input_ids: Tensor) -> tuple[list[Lay
         )
         return mixed
 
-    with replaced(model, "mix", noting):
+    with replaced(model, "scores", noting):
         embedded = model.model.embed_tokens(input_ids)
         final = model.model.run_body(embedded, Pass(instead=look))
     return found, final
