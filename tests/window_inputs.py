@@ -25,12 +25,10 @@ def taker(
         frequencies = 100.0 ** -(torch.arange(WIDTH // 2) / (WIDTH // 2))
         mixer = WindowAndMemory(HEADS, GROUPS, WIDTH, sizes, frequencies, reach)
         with torch.no_grad():
-            for weight in mixer.parameters():
+            for weight in (*mixer.parameters(), *mixer.buffers()):
                 weight.add_(0.3 * torch.randn_like(weight))
             if mixer.slots is not None:
                 mixer.slots.log_half_life.copy_(3.0 + torch.rand(GROUPS, sizes.num_slots))
-                # As calibration sets it, nearly: addresses stand for centres of clusters.
-                mixer.slots.address_bias.sub_(0.5 * mixer.slots.address.square().sum(dim=-1))
     return mixer.to(dtype)
 
 
@@ -46,7 +44,7 @@ def random_heads(rows: int, length: int, dtype: torch.dtype = torch.float64) -> 
 class Loop:
     """What a mixer makes of one document, token by token; its attributes are the state.
 
-    ``slots`` (G, S, F) and, for each key-value head, ``held``: position and use of exact entries.
+    ``slots`` (G, S, F) and, for each key-value head, ``held``: positions of exact entries.
     """
 
     def __init__(self, mixer: WindowAndMemory, like: Tensor) -> None:
@@ -112,20 +110,15 @@ class Loop:
         self.slots = torch.stack(slots) if sizes.num_slots else self.slots
 
     def choose(self, group: int, leaving: list[int]) -> list[int]:
-        """Hold the E tokens that are furthest from all addresses; the rest is to be written."""
+        """Hold the E tokens of the largest salience; the rest is to be written."""
         candidates = [*self.held[group], *leaving]
-        order = sorted(candidates, key=lambda j: self.novelty(group, j), reverse=True)
+        order = sorted(candidates, key=lambda j: self.salience(group, j), reverse=True)
         self.held[group] = order[: self.mixer.sizes.num_exact]
         return sorted(order[self.mixer.sizes.num_exact :])
 
-    def novelty(self, group: int, j: int) -> float:
-        """The squared distance of a key from the nearest centre of a softmax over -σ |k - c|²."""
-        slots = self.mixer.slots
-        address, bias = slots.address[group].detach(), slots.address_bias[group].detach()
-        length = address.square().sum(dim=1)
-        sigma = -length.square().sum() / (4 * (bias * length).sum())
-        key, centres = self.plain[j, group].detach(), address / (2 * sigma)
-        return min(float((key - centre).square().sum()) for centre in centres)
+    def salience(self, group: int, j: int) -> float:
+        """How much a token is worth holding, by its key without rotary position."""
+        return float(self.plain[j, group].detach() @ self.mixer.salience.weight[group].detach())
 
     def written(self, group: int, tokens: list[int]) -> Tensor:
         """The slots (S, F) after some of the C tokens of a block, which all take their time."""

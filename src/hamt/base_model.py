@@ -18,6 +18,7 @@ from hamt.parts import GatingNetwork, RetrievalHead
 from hamt.products import fuse, library_found, unfuse
 from hamt.remote_code import INSTALLED
 from hamt.rotation import Rotation
+from hamt.window_and_memory.exact import Salience
 from hamt.window_and_memory.slots import Slots
 
 _BODY = ("embed_tokens.", "layers.", "norm.")  # what a backbone is made of
@@ -76,7 +77,7 @@ class HAMTPreTrainedModel(PreTrainedModel):
         """As in Transformers, which leaves what is in a model of its own to that model."""
         super().initialize_weights()
         for module in self.modules():
-            if isinstance(module, Slots):
+            if isinstance(module, Slots | Salience):
                 for name, initial in module.initial_weights().items():
                     init.copy_(getattr(module, name), initial)
 

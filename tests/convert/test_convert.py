@@ -18,7 +18,7 @@ from hamt.training.loop import Trainer
 def test_every_stage_brings_the_model_nearer_to_the_transformer(converted):
     rows = read_json(converted / "convert_info.json")["stages"]
     assert [row["stage"] for row in rows] == NAMES
-    assert [row["tokens"] for row in rows] == [0, 128, 384, 384, 288]
+    assert [row["tokens"] for row in rows] == [0, 128, 1848, 384, 384, 288]
     # What they are compared with has no adapters, and stays as it was.
     assert {row["of_transformer"] for row in rows} == {rows[0]["of_transformer"]}
     untrained, calibrated, *_, last = (row["divergence"] for row in rows)
@@ -132,7 +132,7 @@ def test_windows_of_the_same_size_in_numbers(teacher, data, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert [tuple(sizes) for sizes in model.config.sizes] == [(20, 2, 0, 0, 4), (32, 2, 0, 0, 4)]
     rows = read_json(tmp_path / "out" / "convert_info.json")["stages"]
-    assert [row["stage"] for row in rows] == [NAMES[0], *NAMES[3:]]
+    assert [row["stage"] for row in rows] == [NAMES[0], *NAMES[4:]]
     assert rows[-1]["divergence"] < rows[0]["divergence"]
 
 
@@ -163,7 +163,7 @@ def test_what_has_nothing_to_learn_is_left_out(teacher, data, tmp_path, capsys):
     none = {"num_slots": 0, "num_exact": 0, "wide_slots": 0, "wide_exact": 0}
     assert convert(teacher, data, tmp_path / "a", **none) == 0
     rows = read_json(tmp_path / "a" / "convert_info.json")["stages"]
-    assert [row["stage"] for row in rows] == [NAMES[0], *NAMES[3:]]
+    assert [row["stage"] for row in rows] == [NAMES[0], *NAMES[4:]]
     assert convert(teacher, data, tmp_path / "b", memory="window", lora_rank=0) == 0
     rows = read_json(tmp_path / "b" / "convert_info.json")["stages"]
     assert [row["stage"] for row in rows] == NAMES[:1]

@@ -12,19 +12,19 @@ HERE = torch.tensor([True])
 SIZES = Sizes(8, 2, 3, 5, 4)
 
 
-def tokens(places: list[int], values: Tensor, novelty: list[float]) -> Candidates:
+def tokens(places: list[int], values: Tensor, salience: list[float]) -> Candidates:
     """Of one row and one head, with values (n, D)."""
     place = torch.tensor(places)[None, :, None]
     whole = values[None, :, None]
-    return Candidates(whole, whole, place, place >= 0, torch.tensor(novelty)[None, :, None])
+    return Candidates(whole, whole, place, place >= 0, torch.tensor(salience)[None, :, None])
 
 
-def state_of(places: list[int], novelty: list[float], values: Tensor) -> dict[str, Tensor]:
+def state_of(places: list[int], salience: list[float], values: Tensor) -> dict[str, Tensor]:
     return {
         "exact_keys": values[None, :, None],
         "exact_values": values[None, :, None],
         "exact_places": torch.tensor(places)[None, :, None] + 1.0,
-        "exact_novelty": torch.tensor(novelty)[None, :, None],
+        "exact_salience": torch.tensor(salience)[None, :, None],
     }
 
 
@@ -32,7 +32,7 @@ def places_of(state: dict[str, Tensor]) -> list[int]:
     return sorted(held(state).places.flatten().int().tolist())
 
 
-def test_what_is_new_is_held_and_what_is_not_is_written():
+def test_what_is_worth_most_is_held_and_the_rest_is_written():
     values = torch.eye(4)
     state = state_of([-1, -1], [0.0, 0.0], torch.zeros(2, 4))
     after, rest = admit(state, tokens([7, 8, 9, 10], values, [1.0, 4.0, 2.0, 3.0]), HERE)
@@ -42,7 +42,7 @@ def test_what_is_new_is_held_and_what_is_not_is_written():
     assert_close(after["exact_values"][0, at, 0], values[3])
 
 
-def test_the_least_new_are_replaced_and_written_oldest_first():
+def test_what_is_worth_least_is_replaced_and_written_oldest_first():
     values = torch.eye(5)
     state = state_of([3, 1], [0.5, 5.0], values[:2])
     after, rest = admit(state, tokens([7, 8, 9], values[2:], [2.0, 0.1, 1.0]), HERE)
@@ -71,7 +71,7 @@ def test_the_entries_are_those_of_the_loop():
             assert sorted(places) == sorted(expected)
             for j in expected:
                 at = places.index(j)
-                assert abs(entries.novelty[b, at, group] - loop.novelty(group, j)) < 1e-9
+                assert abs(entries.salience[b, at, group] - loop.salience(group, j)) < 1e-9
                 assert_close(entries.values[b, at, group], heads[2][b, j, group])
                 assert_close(entries.keys[b, at, group], loop.keys[j, group])
 

@@ -214,7 +214,7 @@ def test_sums_are_float32_when_heads_are_bfloat16(num_exact):
         output, state = mixer(*heads)
         expected, after = wide(*(x.double() for x in heads))
     narrow = {name: x.dtype for name, x in state.items()}
-    sums = {*PARTS, "exact_places", "exact_novelty"} & narrow.keys()
+    sums = {*PARTS, "exact_places", "exact_salience"} & narrow.keys()
     assert {narrow.pop(name) for name in sums} == {torch.float32}
     assert {output.dtype, *narrow.values()} == {torch.bfloat16}
     mass, expected_mass = slots_of(state)[..., -2], slots_of(after)[..., -2]

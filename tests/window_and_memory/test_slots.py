@@ -109,18 +109,3 @@ def test_the_variance_is_that_of_the_keys_in_a_slot():
     slow = [f for f in range(WIDTH) if f not in fast]
     wanted = torch.stack([of_features[:, band].mean(dim=1) for band in (fast, slow)], dim=1)
     assert_close(found, wanted, 1e-9)
-
-
-def test_novelty_is_the_distance_from_the_nearest_centre():
-    """Of a softmax over -σ |k - c|², without which all centres are at zero."""
-    slots = Slots(GROUPS, GROUPS, WIDTH, 3).double()
-    centres = torch.randn(GROUPS, 3, WIDTH, dtype=torch.float64)
-    keys = random_heads(1, 7)[1]
-    with torch.no_grad():
-        slots.address.copy_(2 * 1.7 * centres)
-        slots.address_bias.copy_(-1.7 * centres.square().sum(dim=-1))
-    expected = (keys[:, :, :, None] - centres).square().sum(dim=-1).amin(dim=-1)
-    assert_close(slots.novelty(keys), expected, 1e-9)
-    with torch.no_grad():
-        slots.address_bias.zero_()
-    assert_close(slots.novelty(keys), keys.square().sum(dim=-1), 1e-9)

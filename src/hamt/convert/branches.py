@@ -57,28 +57,15 @@ def of_attention(
 
     Queries (B, N, H, D), keys and values (B, N, G, D) have no rotary position.
     """
-    sizes, length = taker.sizes, queries.shape[1]
-    place = torch.arange(length, device=queries.device)
-    left = sizes.left(place)
-    queries, keys = taker.turn(queries, place[:, None]), taker.turn(keys, place[:, None])
-    keys, values = keys.float().permute(0, 2, 3, 1), values.float().transpose(1, 2)
-    parts = []
-    for chunk in place.split(CHUNK):
-        end = int(chunk[-1]) + 1
-        before = place[:end]
-        asked = queries[:, chunk].float().unflatten(2, (values.shape[1], -1))
-        asked = asked.permute(0, 2, 3, 1, 4)  # (B, G, R, n, D)
-        scores = (asked.flatten(2, 3) @ keys[..., :end] * scale).unflatten(2, asked.shape[2:4])
-        scores = scores.masked_fill(~taker.sees(chunk[:, None], before), -torch.inf)
-        top = scores.amax(dim=-1, keepdim=True)
-        weights = (scores - top).exp_()
-        is_far = (before >= sizes.num_sinks) & (before < left[chunk, None])
-        far = weights * is_far
+    values, parts = values.float().transpose(1, 2), []
+    for chunk, near, far, top in _weights(taker, queries, keys, scale):
+        before = torch.arange(far.shape[-1], device=far.device)
         found = []
-        for part in (weights.sub_(far), far):
+        for part in (near, far):
             total = part.sum(dim=-1, keepdim=True)
-            mixed = (part.flatten(2, 3) @ values[:, :, :end]).view(asked.shape)
-            found += [mixed / total.clamp(min=torch.finfo().tiny), total.log() + top]
+            mixed = part.flatten(2, 3) @ values[:, :, : len(before)]
+            mixed = mixed.unflatten(2, part.shape[2:4]) / total.clamp(min=torch.finfo().tiny)
+            found += [mixed, total.log() + top]
         lag = (chunk[:, None] - before).clamp(min=0).float()
         found.append((far * lag).sum(dim=-1, keepdim=True) / total.clamp(min=1e-30))
         parts.append([x.flatten(1, 2).transpose(1, 2) for x in found])
@@ -86,6 +73,46 @@ def of_attention(
         torch.cat(each, dim=1) for each in zip(*parts, strict=True)
     )
     return Branches(near, near_sum[..., 0], far, far_sum[..., 0], distance[..., 0])
+
+
+@torch.no_grad()
+def most_attention(taker: WindowAndMemory, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """The largest share that any query gives a token that has left the window, (B, N, G).
+
+    Queries (B, N, H, D) and keys (B, N, G, D) have no rotary position.
+    """
+    most = queries.new_zeros(len(keys), keys.shape[2], keys.shape[1], dtype=torch.float32)
+    for _, near, far, _ in _weights(taker, queries, keys, scale):
+        total = near.sum(dim=-1, keepdim=True) + far.sum(dim=-1, keepdim=True)
+        there = most[..., : far.shape[-1]]
+        there.copy_(torch.maximum(there, (far / total).amax(dim=(2, 3))))
+    return most.mT
+
+
+def _weights(
+    taker: WindowAndMemory, queries: Tensor, keys: Tensor, scale: float
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Attention, not yet divided by its sum, of n queries at a time.
+
+    Yields their places (n,), weights of what is near and of what is far (B, G, R, n, .), of which
+    the other's are zero, and the scores of which they are exponents of the distance (B, G, R, n,
+    1).
+    """
+    sizes, groups = taker.sizes, keys.shape[2]
+    place = torch.arange(queries.shape[1], device=queries.device)
+    left = sizes.left(place)
+    queries, keys = taker.turn(queries, place[:, None]), taker.turn(keys, place[:, None])
+    keys = keys.float().permute(0, 2, 3, 1)
+    for chunk in place.split(CHUNK):
+        before = place[: int(chunk[-1]) + 1]
+        asked = queries[:, chunk].float().unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
+        scores = asked.flatten(2, 3) @ keys[..., : len(before)] * scale
+        scores = scores.unflatten(2, asked.shape[2:4])
+        scores = scores.masked_fill(~taker.sees(chunk[:, None], before), -torch.inf)
+        top = scores.amax(dim=-1, keepdim=True)
+        weights = (scores - top).exp_()
+        far = weights * ((before >= sizes.num_sinks) & (before < left[chunk, None]))
+        yield chunk, weights.sub_(far), far, top
 
 
 def of_slots(

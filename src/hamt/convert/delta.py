@@ -1,4 +1,4 @@
-"""What a conversion has learned, apart from the transformer: slots and adapters, a few MB.
+"""What a conversion has learned, apart from the transformer: memory and adapters, a few MB.
 
 A file of it and the transformer give the converted model again. Numbers are kept in bfloat16.
 """
@@ -21,6 +21,7 @@ from hamt.window_and_memory.sizes import Sizes
 
 FORMAT = "hamt-delta-2"
 ADAPTER = ".lora_"
+MEMORY = ".slots.", ".salience."
 SAMPLE = 64  # numbers of each map of keys by which a transformer is told
 # The least cosine of two samples of one transformer: quantised weights are nearer by far, and other
 # transformers have nothing in common.
@@ -29,11 +30,11 @@ _SAMPLE = "transformer"  # the name of a sample in a file
 
 
 def learned(model: nn.Module) -> dict[str, Tensor]:
-    """Slots and adapters by name, as they are."""
+    """What belongs to slots, to exact entries and to adapters, by name, as it is."""
     return {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
-        if ".slots." in name or ADAPTER in name
+        name: numbers.detach()
+        for name, numbers in (*model.named_parameters(), *model.named_buffers())
+        if any(part in name for part in (*MEMORY, ADAPTER))
     }
 
 

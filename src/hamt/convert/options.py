@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from hamt.options import MAX_SEED, option
 
-STAGES = ("calibrate", "layers", "whole")
+STAGES = ("calibrate", "exact", "layers", "whole")
 MEMORIES = ("slots", "window", "none")
 SOTU = "sotu"
 
@@ -64,9 +64,9 @@ class ConvertOptions:
         0, "how many, if they are not named: those that lose most", at_least=0,
         group="what is carried",
     )  # fmt: skip
-    wide_window: int = option(1024, "their window", at_least=1, group="what is carried")
+    wide_window: int = option(512, "their window", at_least=1, group="what is carried")
     wide_slots: int = option(128, "their slots", at_least=0, group="what is carried")
-    wide_exact: int = option(256, "their exact entries", at_least=0, group="what is carried")
+    wide_exact: int = option(768, "their exact entries", at_least=0, group="what is carried")
     # what is learned from
     data: str | None = option(
         None,
@@ -96,6 +96,10 @@ class ConvertOptions:
     )
     calibrate_rows: int = option(12, "rows that addresses are made from", at_least=1, group="how")
     calibrate_length: int = option(2048, "tokens of each", at_least=2, group="how")
+    exact_rows: int = option(
+        12, "texts with facts, from which exact entries learn what to hold", at_least=1, group="how"
+    )
+    exact_length: int = option(4096, "tokens of each", at_least=2, group="how")
     layers_steps: int = option(
         400, "rows from which each layer learns by itself", at_least=1, group="how"
     )

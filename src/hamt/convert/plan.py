@@ -35,13 +35,19 @@ class Stage(NamedTuple):
 def kinds(options: ConvertOptions, model: ConvertedForCausalLM) -> list[str]:
     """The stages that are asked for and have something to learn, in their order."""
     slots = any(sizes.num_slots for sizes in model.config.sizes)
-    able = list(STAGES) if slots else ["whole"] if options.lora_rank else []
+    exact = any(sizes.num_exact for sizes in model.config.sizes)
+    able = {
+        "calibrate": slots,
+        "exact": exact,
+        "layers": slots,
+        "whole": slots or options.lora_rank,
+    }
     asked = options.stages or STAGES
-    return [name for name in able if name in asked and options.memory != "none"]
+    return [name for name in STAGES if able[name] and name in asked and options.memory != "none"]
 
 
 def with_gradients(options: ConvertOptions, kind: str) -> list[Stage]:
-    """The parts of a kind of stage that are trained, in their order; none of ``calibrate``."""
+    """The parts of a kind of stage that are trained, in their order; none of the first two."""
     if kind == "layers":
         steps, rate = options.layers_steps, options.layers_learning_rate
         return [Stage(kind, options.layers_length, steps, rate)]

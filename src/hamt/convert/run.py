@@ -1,9 +1,9 @@
 """A conversion from a transformer to a folder, stage by stage."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from hamt.convert.budget import key_value_floats, layer_sizes, state_floats
 from hamt.convert.calibrate import calibrate
 from hamt.convert.delta import learn_again, learned, save_delta
 from hamt.convert.exchange import exchange, resize
+from hamt.convert.figures import figures, stage_table, told
 from hamt.convert.known import find_transformer
 from hamt.convert.learned_before import DELTA, RECORD, add_delta, learned_before
 from hamt.convert.objectives import (
@@ -28,16 +29,17 @@ from hamt.convert.objectives import (
     Objective,
     adapters_of_peft,
     add_adapters,
-    divergence,
     merge_adapters,
-    without_adapters,
 )
 from hamt.convert.options import SOTU, ConvertOptions
 from hamt.convert.plan import Stage, begin, check_folder, kinds, with_gradients
+from hamt.convert.recall_text import FORMS, JUDGED, FactRow, fact_rows
+from hamt.convert.salience import learn_salience
 from hamt.convert.select import sensitivities
 from hamt.convert.stage import kept, train_stage
-from hamt.converted_model import ConvertedForCausalLM, Pass, full_attention
+from hamt.converted_model import ConvertedForCausalLM
 from hamt.data.corpus import load_corpus
+from hamt.data.facts import Kind
 from hamt.data.loader import Batches
 from hamt.data.tokens import TokenisedCorpus, tokenise
 from hamt.environment import environment
@@ -49,6 +51,7 @@ from hamt.training.loop import LoopOptions, seed_everything
 from hamt.training.tracking import HeldOutLines, ProgressBar
 
 LEARNED = "stages/{}-learned.pt"
+JUDGED_ROWS = 2  # texts with facts by which a model is judged after each stage
 
 
 def convert(options: ConvertOptions, console: Console, output: Output) -> None:
@@ -118,8 +121,8 @@ class _Run:
         """All stages that are asked for; those that are done are taken over."""
         self.measured("window and memory, untrained", 0, 0.0)
         for kind in kinds(self.options, self.model):
-            if kind == "calibrate":
-                self.calibrate()
+            if kind in ("calibrate", "exact"):
+                self.at_once(kind)
             if kind == "whole" and self.options.lora_rank:
                 seed_everything(self.options.seed)
                 add_adapters(self.model, self.options.lora_rank)
@@ -135,6 +138,8 @@ class _Run:
         if len(self.corpus.held_out) < 2:
             raise UserError("the text is too short to hold any of it out: give more, or --held_out")
         for kind in kinds(self.options, self.model):
+            if kind == "exact":
+                self.facts()
             if kind == "whole" and self.options.lora_rank:
                 adapters_of_peft()
             for stage in with_gradients(self.options, kind):
@@ -175,18 +180,52 @@ class _Run:
         self.output.write_file(LEARNED.format(name), lambda file: torch.save(state, file))
         self.output.remove(f"stages/{name}.pt")
 
-    def calibrate(self) -> None:
-        """Addresses, half-lives and offsets, without gradients."""
-        options = self.options
-        rows = self.some(self.corpus.train, options.calibrate_rows, options.calibrate_length)
-        tokens = sum(row.numel() for row in rows)
+    def at_once(self, kind: str) -> None:
+        """A stage without gradients."""
+        learns, rows = (
+            (calibrate, self.prose()) if kind == "calibrate" else (learn_salience, self.facts())
+        )
 
         def learn() -> float:
             begin = time.monotonic()
-            calibrate(self.model, rows)
+            learns(self.model, rows)
             return time.monotonic() - begin
 
-        self.stage("calibrate", tokens, learn)
+        self.stage(kind, sum(row.numel() for row in rows), learn)
+
+    def prose(self) -> list[Tensor]:
+        """The rows of ``calibrate``."""
+        options = self.options
+        return self.some(self.corpus.train, options.calibrate_rows, options.calibrate_length)
+
+    def facts(self) -> list[Tensor]:
+        """The rows of ``exact``.
+
+        Raises:
+            UserError: if there is too little text for them.
+        """
+        try:
+            rows = self.fact_rows(self.corpus.train, self.options.exact_rows, FORMS)
+        except UserError as error:
+            raise UserError(
+                f"exact entries learn from facts in long texts: {error} (--exact_length, --data)"
+            ) from error
+        return [row.ids for row in rows]
+
+    def fact_rows(self, split: Any, count: int, forms: Sequence[Kind]) -> list[FactRow]:
+        """Texts with facts that have left the windows when they are asked for."""
+        beyond = max(sizes.window for sizes in self.model.config.sizes)
+        length, prose = min(self.options.exact_length, len(split)), split.ids[:].tolist()
+        told = length, beyond, count, self.options.seed, forms
+        return list(fact_rows(self.tokenizer, prose, *told))
+
+    @cached_property
+    def judged(self) -> list[FactRow]:
+        """Held-out texts with facts; none if there is too little text for them."""
+        try:
+            return self.fact_rows(self.corpus.held_out, JUDGED_ROWS, JUDGED)
+        except UserError:
+            return []
 
     def batches(self, stage: Stage) -> Batches:
         """The rows of a stage."""
@@ -245,28 +284,13 @@ class _Run:
 
     # ----------------------------------------------------------------- figures
 
-    @torch.no_grad()
     def measured(self, name: str, tokens: int, seconds: float) -> None:
         """How far the model is from the transformer now, on held-out rows."""
-        body, head = self.model.model, self.model.lm_head.weight
-        losses = {"nats": 0.0, "of_transformer": 0.0, "divergence": 0.0}
         length = max([*self.options.whole_lengths, self.options.layers_length])
         rows = self.some(self.corpus.held_out, self.options.eval_rows, length)
-        for row in rows:
-            embedded, targets = body.embed_tokens(row), row[0, 1:]
-            with without_adapters(self.model):
-                whole = body.run_body(embedded, Pass(instead=full_attention))
-            own = body.run_body(embedded, Pass())
-            for key, hidden in (("of_transformer", whole), ("nats", own)):
-                loss = torch.nn.functional.cross_entropy(hidden[0, :-1] @ head.mT, targets)
-                losses[key] += float(loss) / len(rows)
-            losses["divergence"] += float(divergence(own, whole, head)) / len(rows)
-        excess = losses["nats"] / losses["of_transformer"] - 1
-        self.rows.append({"stage": name, "tokens": tokens, "seconds": seconds, **losses})
-        self.console.print(
-            f"{name}: loss {losses['nats']:.3f} nats/token, {excess:+.1%} of the transformer's; "
-            f"divergence {losses['divergence']:.3f} nats"
-        )
+        found = figures(self.model, rows, self.judged)
+        self.rows.append({"stage": name, "tokens": tokens, "seconds": seconds, **found})
+        self.console.print(f"{name}: {told(found)}")
 
     def estimate(self) -> None:
         """What each stage will cost, from one row of each kind."""
@@ -293,6 +317,9 @@ class _Run:
             if kind == "calibrate":
                 rows = options.calibrate_rows, lambda row: calibrate(self.model, [row])
                 total += add(kind, options.calibrate_length, *rows)
+            if kind == "exact":
+                rows = options.exact_rows, lambda row: learn_salience(self.model, [row])
+                total += add(kind, options.exact_length, *rows)
             if kind == "whole" and options.lora_rank:
                 add_adapters(self.model, options.lora_rank)
             for stage in with_gradients(options, kind):
@@ -311,23 +338,8 @@ class _Run:
         merge_adapters(self.model)
         self.output.write(lambda fresh: save_checkpoint(fresh, self.model, self.tokenizer))
         self.output.write_json(RECORD, {"environment": environment(), **about})
-        self.console.print(_table(self.rows))
+        self.console.print(stage_table(self.rows))
         size = (self.output.folder / DELTA).stat().st_size
         self.console.print(
             f"what was learned is {size / 1e6:.1f} MB; all is in {self.output.folder}"
         )
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    columns = ("tokens", "minutes", "nats/token", "over the transformer", "divergence, nats")
-    table = Table("after", *(Column(name, justify="right") for name in columns))
-    for row in rows:
-        table.add_row(
-            row["stage"],
-            f"{row['tokens']:,}",
-            f"{row['seconds'] / 60:.1f}",
-            f"{row['nats']:.3f}",
-            f"{row['nats'] / row['of_transformer'] - 1:+.1%}",
-            f"{row['divergence']:.3f}",
-        )
-    return table

@@ -30,7 +30,7 @@ class Kind:
         opening: what stands at the beginning of a text.
         fact: one fact.
         question: which has no ``{value}``.
-        digits: of a value.
+        digits: of a value; 0 for values that are made-up words.
     """
 
     facts: int
@@ -98,7 +98,7 @@ def text_with_facts(
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
-    values = [str(random.randrange(10 ** (kind.digits - 1), 10**kind.digits)) for _ in NAMES]
+    values = [_value(kind.digits, random) for _ in NAMES]
     known = dict(zip(random.sample(NAMES, kind.facts), values, strict=False))
     facts = [encode(kind.fact.format(name=name, value=value)) for name, value in known.items()]
     opening = [start_token(tokenizer), *encode(kind.opening)]
@@ -124,3 +124,11 @@ def text_with_facts(
             raise UserError("the tokenizer joins a question to its answer: give another model")
         questions.append(Question(name, before, whole[len(before) :], length - end))
     return Text(ids, questions)
+
+
+def _value(digits: int, random: random.Random) -> str:
+    if digits:
+        return str(random.randrange(10 ** (digits - 1), 10**digits))
+    return "".join(
+        random.choice("bdfgklmnprstv") + random.choice("aeiou") for _ in range(3)
+    ).title()

@@ -1,10 +1,10 @@
-"""Exact entries: tokens that have left the window and that are unlike all that slots stand for.
+"""Exact entries: tokens that have left the window and that are likely to be looked for.
 
 At a boundary the tokens that leave the window and those that are held compete for E places, as in
 LoLA (McDermott et al. 2025, arXiv 2505.23666). There the error counts with which the memory recalls
-a value; here it is how far a token's key is from the nearest address of a slot, its novelty: a rare
-word or a digit in prose, which no slot can tell from others. Those that lose are written to the
-slots.
+a value; here it is a token's salience, a linear map of its key, which is learned from what
+attention looks for far away (``hamt.convert.salience``): names and digits rather than small words.
+Those that lose are written to the slots.
 
 Shape legend: B batch, G key-value heads, D features of a head, C tokens that leave, E exact
 entries.
@@ -13,22 +13,45 @@ entries.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hamt.mixers import State
+
+
+class Salience(nn.Module):
+    """How much tokens of each of G key-value heads are worth holding.
+
+    Only an order is made of it, which has no gradient: its weight (G, D) is no parameter. Without a
+    weight no token is worth more than others, and the first are held.
+    """
+
+    weight: Tensor
+
+    def __init__(self, num_groups: int, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(num_groups, head_dim))
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        """As they are made."""
+        return {"weight": torch.zeros_like(self.weight)}
+
+    @torch.no_grad()
+    def forward(self, keys: Tensor) -> Tensor:
+        """Keys (B, n, G, D) without rotary position -> (B, n, G), in their dtype."""
+        return (keys * self.weight.to(keys.dtype)).sum(dim=-1)
 
 
 class Candidates(NamedTuple):
     """Tokens of each head: keys and values (B, n, G, D), (B, n, G) positions and whether they are.
 
-    ``novelty`` (B, n, G) is what they compete by (``Slots.novelty``).
+    ``salience`` (B, n, G) is what they compete by.
     """
 
     keys: Tensor
     values: Tensor
     places: Tensor
     real: Tensor
-    novelty: Tensor
+    salience: Tensor
 
     def take(self, index: Tensor) -> "Candidates":
         """Those at ``index`` (B, m, G)."""
@@ -44,7 +67,7 @@ def held(state: State) -> Candidates:
     """The entries of a state; a place is the position + 1, 0 where there is none."""
     places = state["exact_places"]
     kept = state["exact_keys"], state["exact_values"], places - 1, places > 0
-    return Candidates(*kept, state["exact_novelty"])
+    return Candidates(*kept, state["exact_salience"])
 
 
 def admit(state: State, leaving: Candidates, here: Tensor) -> tuple[State, Candidates]:
@@ -62,7 +85,7 @@ def admit(state: State, leaving: Candidates, here: Tensor) -> tuple[State, Candi
     every = Candidates(
         *(torch.cat((a.to(b.dtype), b), dim=1) for a, b in zip(before, leaving, strict=True))
     )
-    worth = every.novelty.masked_fill(~every.real, -1.0)
+    worth = every.salience.masked_fill(~every.real, -torch.inf)
     order = worth.argsort(dim=1, descending=True, stable=True)
     count = before.keys.shape[1]
     chosen, order = every.take(order[:, :count]), order[:, count:]
@@ -73,7 +96,7 @@ def admit(state: State, leaving: Candidates, here: Tensor) -> tuple[State, Candi
         "exact_keys": chosen.keys,
         "exact_values": chosen.values,
         "exact_places": (chosen.places + 1) * chosen.real,
-        "exact_novelty": chosen.novelty * chosen.real,
+        "exact_salience": chosen.salience * chosen.real,
     }
     new = {
         name: x.to(state[name].dtype).where(here.view(-1, *[1] * (x.ndim - 1)), state[name])

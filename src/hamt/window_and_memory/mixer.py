@@ -17,7 +17,7 @@ from torch import Tensor
 from hamt.batch import Batch, take
 from hamt.memory.precision import without_autocast
 from hamt.mixers import State, Stateful
-from hamt.window_and_memory.exact import Candidates, admit
+from hamt.window_and_memory.exact import Candidates, Salience, admit
 from hamt.window_and_memory.rotary import angles, places_of, turned
 from hamt.window_and_memory.runs import RUN, Run, Seen, runs_of
 from hamt.window_and_memory.sizes import Sizes
@@ -59,12 +59,13 @@ class WindowAndMemory(Stateful):
         self.slots = None
         if sizes.num_slots:
             self.slots = Slots(num_heads, num_groups, head_dim, sizes.num_slots)
+        self.salience = Salience(num_groups, head_dim) if sizes.num_exact else None
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape for one row of each tensor that is carried.
 
         ``keys`` (rotated) and ``values`` of the last W tokens, of sinks and of exact entries;
-        ``exact_places`` (E, G), the position + 1, 0 where there is none, and ``exact_novelty``;
+        ``exact_places`` (E, G), the position + 1, 0 where there is none, and ``exact_salience``;
         keys and values of slots (G, S, D), and their counts (G, 4 S).
         """
         sizes, groups, width = self.sizes, self.num_groups, self.head_dim
@@ -75,7 +76,7 @@ class WindowAndMemory(Stateful):
                 names = f"{prefix}keys", f"{prefix}values"
                 shapes |= dict.fromkeys(names, (count, groups, width))
         if sizes.num_exact:
-            shapes |= dict.fromkeys(("exact_places", "exact_novelty"), (sizes.num_exact, groups))
+            shapes |= dict.fromkeys(("exact_places", "exact_salience"), (sizes.num_exact, groups))
         if self.slots is not None:
             shapes |= dict.fromkeys(PARTS[:2], (groups, sizes.num_slots, width))
             shapes[PARTS[2]] = (groups, COUNTS * sizes.num_slots)
@@ -87,7 +88,7 @@ class WindowAndMemory(Stateful):
         As ``forward`` works with it, with ``slots`` (B, G, S, F).
         """
         wide = torch.promote_types(like.dtype, torch.float32)
-        sums = (*PARTS, "exact_places", "exact_novelty")
+        sums = (*PARTS, "exact_places", "exact_salience")
         state = {
             name: like.new_zeros(len(like), *shape, dtype=wide if name in sums else like.dtype)
             for name, shape in self.state_shapes().items()
@@ -301,7 +302,7 @@ class WindowAndMemory(Stateful):
         """The state after a run of one block or less: the window moves on, and what leaves it."""
         sizes, rows = self.sizes, len(state["keys"])
         if (fresh := run.begins_anew()) is not None:
-            for name in ("slots", "exact_places", "exact_novelty"):
+            for name in ("slots", "exact_places", "exact_salience"):
                 if name in state:
                     x = state[name]
                     state[name] = x.masked_fill(fresh.view(-1, *[1] * (x.ndim - 1)), 0)
@@ -326,9 +327,9 @@ class WindowAndMemory(Stateful):
         real = (oldest >= sizes.num_sinks) & here[:, None]
         at, real = (x[..., None].expand(-1, -1, self.num_groups) for x in (oldest, real))
         leaving = keys, values, at, real
-        if sizes.num_exact:
-            novelty = self.slots.novelty(self.turn(keys, -at).to(state["slots"].dtype))
-            state, rest = admit(state, Candidates(*leaving, novelty), here)
+        if sizes.num_exact and self.salience is not None:
+            salience = self.salience(self.turn(keys, -at).to(state["slots"].dtype))
+            state, rest = admit(state, Candidates(*leaving, salience), here)
             leaving = rest[:4]
         written = self.write(*leaving, state["slots"], sizes.block)[:, -1]
         state["slots"] = written.where(here[:, None, None, None], state["slots"])

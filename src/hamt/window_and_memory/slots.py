@@ -182,22 +182,6 @@ class Slots(nn.Module):
         added = 0.5 * scale**2 * asked @ variance[:, :, :, None].mT
         return added + offset.view(groups, repeats, 1, 1)
 
-    @torch.no_grad()
-    def novelty(self, keys: Tensor) -> Tensor:
-        """How unlike all slots keys (B, n, G, D) without rotary position are, (B, n, G).
-
-        It is the squared distance from the nearest address. A softmax over a · k + b is one over
-        -σ |k - c|², with the centre c = a / 2σ, where b = -|a|² / 4σ, as calibration sets it. After
-        training that is nearly so: σ is the one of a head that fits best.
-        """
-        with without_autocast(keys):
-            address, bias = self.address.to(keys.dtype), self.address_bias.to(keys.dtype)
-            length = address.square().sum(dim=-1)
-            fit = -(bias * length).sum(dim=-1) / length.square().sum(dim=-1).clamp(min=1e-12)
-            centres = 2 * fit.clamp(min=0)[:, None, None] * address  # fit = 1 / 4σ
-            difference = keys[..., None, :] - centres
-            return difference.square().sum(dim=-1).amin(dim=-1)
-
     def recall(self, keys: Tensor, slots: Tensor, scale: float) -> Tensor:
         """The values (B, n, G, D) that rotated keys (B, n, G, D) find; zero in an empty memory."""
         means = self.means(slots)
