@@ -5,12 +5,13 @@ import re
 import pytest
 import torch
 from model_inputs import assert_close
-from window_inputs import GROUPS, HEADS, REPEATS, WIDTH, random_heads, taker
+from window_inputs import GROUPS, HEADS, REPEATS, random_heads, taker
 
 from hamt.checkpoint import load_checkpoint
 from hamt.convert.branches import most_attention
 from hamt.convert.recall_text import FORMS, JUDGED, fact_rows
 from hamt.convert.salience import RIDGE, learn_salience, least_squares
+from hamt.converted_model import Pass, full_attention
 from hamt.data.facts import KINDS
 from hamt.errors import UserError
 from hamt.window_and_memory.sizes import Sizes
@@ -92,13 +93,9 @@ def test_it_finds_the_keys_that_are_looked_for(converted):
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def look(module, queries, keys, values, scale):
-        from hamt.converted_model import full_attention
-
         if module.window_and_memory is holds:
             seen.append((keys, most_attention(holds, queries, keys, scale)))
         return full_attention(module, queries, keys, values, scale)
-
-    from hamt.converted_model import Pass
 
     with torch.no_grad():
         model.model.run_body(model.model.embed_tokens(rows[0]), Pass(instead=look))
