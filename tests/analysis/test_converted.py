@@ -11,6 +11,7 @@ from exchange_inputs import WINDOW_ALONE, WITH_EXACT, WITH_SLOTS, tiny_converted
 
 from hamt.analysis import converted
 from hamt.analysis.converted import PARTS, analyse_converted, layer_uses, recall_by_distance
+from hamt.analysis.converted_page import converted_lines
 from hamt.analysis.converted_pictures import converted_pictures
 from hamt.analysis.explorer.converted import TIMES, ConvertedExplorer
 from hamt.analysis.explorer.render import described
@@ -72,6 +73,44 @@ def test_slots_stand_for_all_that_has_left_the_window(ids):
         wanted = torch.full((2,), float(left - sizes.num_sinks - sizes.num_exact))
         torch.testing.assert_close(layer.mass.sum(dim=1), wanted)
         assert layer.half_lives.shape == layer.mass.shape == (2, 3)
+
+
+def test_what_is_held_exactly_is_told_worth_most_first(model, ids, tokenizer, capsys):
+    salience = model.model.stateful[0].salience
+    drawn = torch.randn(salience.weight.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        salience.weight.copy_(drawn)
+    layers, _ = layer_uses(model, ids[None])
+    salience.weight.zero_()
+    # The keys of the first layer are those of the embeddings, without position.
+    layer = model.model.body.layers[0]
+    normed = layer.input_layernorm(model.model.embed_tokens(ids))
+    worth = (layer.self_attn.k_proj(normed).unflatten(-1, (2, -1)) * drawn).sum(dim=-1)
+    left = int(WITH_EXACT.left(torch.tensor(LENGTH - 1)))
+    for head, places in enumerate(layers[0].held):
+        order = worth[WITH_EXACT.num_sinks : left, head].argsort(descending=True)
+        assert places == (order + WITH_EXACT.num_sinks)[: WITH_EXACT.num_exact].tolist()
+    assert layers[1].held == []
+    found = analyse_converted(model, tokenizer, ids)
+    (line,) = (x for x in converted_lines(found) if isinstance(x, str) and "exactly" in x)
+    assert line.startswith(f"layer 0 holds {WITH_EXACT.num_exact} tokens exactly")
+
+
+def test_the_page_underlines_what_is_held(checkpoint, tmp_path, chromium):
+    told = ["--checkpoint", str(checkpoint), "--text", TEXT, "--output_dir", str(tmp_path / "out")]
+    assert main(["analyze", *told]) == 0
+    (head, *_) = json.loads((tmp_path / "out" / "analysis_results.json").read_text())["layers"][
+        "0"
+    ]["held"]
+    page = chromium.new_page()
+    page.goto((tmp_path / "out" / "dashboard.html").as_uri())
+    marked = """() => [...document.querySelectorAll("#text span")]
+        .flatMap((part, place) => part.style.textDecoration ? [place] : [])"""
+    assert page.evaluate(marked) == []
+    page.select_option("#holder", "0,0")
+    assert page.evaluate(marked) == sorted(head)
+    page.select_option("#holder", "")
+    assert page.evaluate(marked) == []
 
 
 def test_slots_that_hold_one_token_each_give_it_back():

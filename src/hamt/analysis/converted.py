@@ -19,6 +19,8 @@ from hamt.analysis.tokens import token_texts
 from hamt.convert.reading import sources
 from hamt.converted_model import ConvertedForCausalLM, Pass
 from hamt.cross_entropy import head_loss
+from hamt.mixers import State
+from hamt.window_and_memory.exact import held
 from hamt.window_and_memory.mixer import WindowAndMemory
 from hamt.window_and_memory.slots import joined
 from hamt.window_and_memory.switches import replaced, without_memory
@@ -39,6 +41,7 @@ class LayerUse:
     # By how far back, from so many tokens on to the next: cosines of what the slots give back under
     # the keys of tokens with their values, and with those of other tokens.
     recall: list[tuple[int, float, float]]
+    held: list[list[int]]  # of each head, the positions of exact entries, worth most first
 
 
 def analyse_converted(
@@ -83,7 +86,11 @@ def analyse_converted(
 
 def layer_figures(layer: LayerUse) -> dict[str, Any]:
     """One layer as plain numbers; slots that stand for no token have no share."""
-    figures: dict[str, Any] = {"attention": plain(layer.attention), "recall": layer.recall}
+    figures: dict[str, Any] = {
+        "attention": plain(layer.attention),
+        "recall": layer.recall,
+        "held": layer.held,
+    }
     if layer.mass is not None and layer.half_lives is not None:
         share = layer.mass / layer.mass.sum(dim=-1, keepdim=True).clamp(min=1e-9)
         figures |= {
@@ -115,7 +122,7 @@ def layer_uses(model: ConvertedForCausalLM, input_ids: Tensor) -> tuple[list[Lay
         attention = torch.cat(shares, dim=1)[0, -TRACED:].mean(dim=0)
         shares.clear()
         if taker.slots is None:
-            found.append(LayerUse(attention, None, None, []))
+            found.append(LayerUse(attention, None, None, [], []))
             return mixed
         slots = joined(state)["slots"]
         found.append(
@@ -124,6 +131,7 @@ def layer_uses(model: ConvertedForCausalLM, input_ids: Tensor) -> tuple[list[Lay
                 taker.slots.masses(slots)[0],
                 taker.slots.log_half_life.exp(),
                 recall_by_distance(taker, keys, values, slots, scale),
+                held_exactly(state) if taker.sizes.num_exact else [],
             )
         )
         return mixed
@@ -141,6 +149,17 @@ def shares_of_parts(taker: WindowAndMemory, far: Tensor) -> Tensor:
     parts = [part.sum(dim=-1) for part in far.float().split(counts, dim=-1)]
     shares = torch.stack((1 - sum(parts), *parts), dim=-1)  # (B, M, G, R, L, 4)
     return shares.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
+
+
+def held_exactly(state: State) -> list[list[int]]:
+    """The positions of the exact entries of one row, by key-value head, worth most first."""
+    entries = held(state)
+    order = entries.salience[0].argsort(dim=0, descending=True)
+    places, real = (x[0].gather(0, order).T.tolist() for x in (entries.places, entries.real))
+    return [
+        [int(place) for place, there in zip(*head, strict=True) if there]
+        for head in zip(places, real, strict=True)
+    ]
 
 
 def recall_by_distance(

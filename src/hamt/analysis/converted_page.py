@@ -11,6 +11,7 @@ from hamt.analysis.converted_pictures import CAPTIONS
 from hamt.analysis.dashboard import page
 
 CARRIED = ("window", "sinks", "exact", "slots")
+HELD = 12  # tokens that are named of what is held exactly
 COLUMNS = ("layer", "carried", "attention, %", "half-lives", "in use", "recall")
 
 
@@ -18,6 +19,7 @@ def converted_page(results: Mapping[str, Any], figures: Mapping[str, Figure], he
     """The page as HTML; ``heading`` says what was read, by which model, where."""
     shown = {"text": results["text"], "next": results["next"]}
     shown["window"] = results["next"][-1]["window"]  # where the shortest one begins
+    shown["held"] = {index: layer["held"] for index, layer in results["layers"].items()}
     rows = [
         f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells(index, layer))}</tr>"
         for index, layer in results["layers"].items()
@@ -55,6 +57,13 @@ def converted_lines(results: Mapping[str, Any]) -> Iterator[Table | str]:
         "half-lives of slots in tokens, slots as good as in use; recall: the cosine of what slots "
         "give back with what they were given, newest and oldest tokens (docs/convert.md)"
     )
+    for index, layer in results["layers"].items():
+        # Of the head that holds most different tokens: others hold many of a kind.
+        words = [[results["text"][place] for place in head] for head in layer["held"]]
+        if any(words):
+            most = max(words, key=lambda head: len(set(head)))
+            named = ", ".join(f"“{word}”" for word in list(dict.fromkeys(most))[:HELD])
+            yield f"layer {index} holds {len(most):,} tokens exactly, worth most first: {named}"
     loss, without = results["loss_behind_the_window"], results["loss_without_memory"]
     if not any(layer["slots"] or layer["exact"] for layer in results["layers"].values()):
         yield "no layer has slots or exact entries: there is no memory"
