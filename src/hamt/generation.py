@@ -1,7 +1,8 @@
 """How a prompt is continued, everywhere; and ``hamt generate``, which prints the continuation."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 from hamt.cache import HAMTCache
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.data.tokenizer import lead_in, start_token
-from hamt.errors import UserError, printable
+from hamt.errors import UserError, printable, reason
 from hamt.model import HAMTForCausalLM, check_cache
 from hamt.options import MAX_SEED, option, parse
 
+# What every such file has, and what goes wrong whatever it has.
+_USUAL = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "transformers_version"}
+_USUAL |= {"_from_model_config"}
+_NOT_OF_IT = (UserError, OSError, MemoryError, torch.OutOfMemoryError)
 SEGMENT = 2048  # tokens that are read at a time, so that a long text needs no more memory
 
 
@@ -177,14 +182,35 @@ def continue_tokens(
             raise UserError("the state has read the last token of its text: give a prompt")
         if len(ids) > SEGMENT:
             arguments["prefill_chunk_size"] = SEGMENT
-    output = model.generate(  # type: ignore[operator]
-        prompt if ids else None,
-        attention_mask=torch.ones_like(prompt) if ids else None,
-        max_new_tokens=options.max_new_tokens,
-        repetition_penalty=options.repetition_penalty,
-        pad_token_id=tokenizer.pad_token_id,
-        do_sample=options.temperature > 0,
-        **sampling,
-        **{**one, **arguments},
-    )
+    with _settings_of_its_file(model):
+        output = model.generate(  # type: ignore[operator]
+            prompt if ids else None,
+            attention_mask=torch.ones_like(prompt) if ids else None,
+            max_new_tokens=options.max_new_tokens,
+            repetition_penalty=options.repetition_penalty,
+            pad_token_id=tokenizer.pad_token_id,
+            do_sample=options.temperature > 0,
+            **sampling,
+            **{**one, **arguments},
+        )
     return output[0, max(len(ids), 1) :].tolist()
+
+
+@contextmanager
+def _settings_of_its_file(model: PreTrainedModel) -> Iterator[None]:
+    """Where generating fails, name what the model's ``generation_config.json`` asks for.
+
+    Raises:
+        UserError: if it asks for something.
+    """
+    try:
+        yield
+    except Exception as error:  # of many kinds: Transformers takes these values as they come
+        told = model.generation_config.to_diff_dict() if model.generation_config else {}
+        asked = [name for name, x in told.items() if name not in _USUAL and x not in (None, False)]
+        if not asked or isinstance(error, _NOT_OF_IT):
+            raise
+        raise UserError(
+            f"cannot write as the model's generation_config.json asks, with {', '.join(asked)} "
+            f"({reason(error)}): take that out of the file"
+        ) from error

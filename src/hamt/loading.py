@@ -16,6 +16,7 @@ from hamt.files import parse_json
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
+LARGEST_ID = 2**24  # of a token; the largest vocabularies have 2**18 tokens
 
 
 def pretrained_tokenizer(
@@ -25,11 +26,14 @@ def pretrained_tokenizer(
 
     Raises:
         ValueError: if the tokenizer has no tokens, as Transformers makes one for a model's folder
-            that has none.
+            that has none, or one of them has a number beyond ``LARGEST_ID``.
     """
     tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError("no file of a tokenizer, or an empty one")
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    if largest > LARGEST_ID:  # a table of so many rows would be made for it
+        raise ValueError(f"the token {token!r} has the number {largest:,}")
     return tokenizer
 
 
