@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from model_inputs import assert_close
@@ -105,3 +106,10 @@ def test_it_finds_the_keys_that_are_looked_for(converted):
     for group in range(2):
         pair = torch.stack((worth[:, group], most[0, far, group]))
         assert torch.corrcoef(pair)[0, 1] > 0.1
+
+
+def test_prose_may_be_an_array(tokenizer):
+    told = 900, 100, 1, 1
+    (wanted,) = fact_rows(tokenizer, PROSE, *told)
+    (found,) = fact_rows(tokenizer, np.array(PROSE, dtype=np.uint16), *told)
+    assert torch.equal(found.ids, wanted.ids)

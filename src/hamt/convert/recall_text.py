@@ -55,7 +55,7 @@ def fact_rows(
 
     Args:
         tokenizer: of the model.
-        prose: ids, from which random pieces are taken.
+        prose: ids, also those of an array on disk, from which random pieces are taken.
         length: of the text without questions.
         beyond: tokens that stand between each fact and the questions at least.
         count: how many texts.
@@ -69,7 +69,7 @@ def fact_rows(
     for index in range(count):
         kind = forms[index % len(forms)]
         text = text_with_facts(kind, tokenizer, prose, length, beyond, drawn)
-        ids, places = list(text.ids), list[int]()
+        ids, places = [int(token) for token in text.ids], list[int]()
         for asked in drawn.sample(text.questions, len(text.questions)):
             ids += asked.ids
             places += range(len(ids), len(ids) + len(asked.answer))

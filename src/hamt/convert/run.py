@@ -215,9 +215,8 @@ class _Run:
     def fact_rows(self, split: Any, count: int, forms: Sequence[Kind]) -> list[FactRow]:
         """Texts with facts that have left the windows when they are asked for."""
         beyond = max(sizes.window for sizes in self.model.config.sizes)
-        length, prose = min(self.options.exact_length, len(split)), split.ids[:].tolist()
-        told = length, beyond, count, self.options.seed, forms
-        return list(fact_rows(self.tokenizer, prose, *told))
+        told = min(self.options.exact_length, len(split)), beyond, count, self.options.seed, forms
+        return list(fact_rows(self.tokenizer, split.ids, *told))
 
     @cached_property
     def judged(self) -> list[FactRow]:
