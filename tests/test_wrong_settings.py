@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from command_inputs import read_json
 from model_inputs import tiny_model
 
 from hamt.checkpoint import save_checkpoint
@@ -16,7 +17,7 @@ def checkpoint(tmp_path, tokenizer):
 
 
 def change(file, how):
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     how(content)
     file.write_text(json.dumps(content), encoding="utf-8")
 

@@ -121,8 +121,10 @@ class _Run:
         """All stages that are asked for; those that are done are taken over."""
         self.measured("window and memory, untrained", 0, 0.0)
         for kind in kinds(self.options, self.model):
-            if kind in ("calibrate", "exact"):
-                self.at_once(kind)
+            if kind == "calibrate":
+                self.at_once(kind, calibrate, self.prose())
+            if kind == "exact":
+                self.at_once(kind, learn_salience, self.facts)
             if kind == "whole" and self.options.lora_rank:
                 seed_everything(self.options.seed)
                 add_adapters(self.model, self.options.lora_rank)
@@ -139,7 +141,7 @@ class _Run:
             raise UserError("the text is too short to hold any of it out: give more, or --held_out")
         for kind in kinds(self.options, self.model):
             if kind == "exact":
-                self.facts()
+                _ = self.facts
             if kind == "whole" and self.options.lora_rank:
                 adapters_of_peft()
             for stage in with_gradients(self.options, kind):
@@ -180,11 +182,8 @@ class _Run:
         self.output.write_file(LEARNED.format(name), lambda file: torch.save(state, file))
         self.output.remove(f"stages/{name}.pt")
 
-    def at_once(self, kind: str) -> None:
+    def at_once(self, kind: str, learns: Callable[..., None], rows: list[Tensor]) -> None:
         """A stage without gradients."""
-        learns, rows = (
-            (calibrate, self.prose()) if kind == "calibrate" else (learn_salience, self.facts())
-        )
 
         def learn() -> float:
             begin = time.monotonic()
@@ -198,6 +197,7 @@ class _Run:
         options = self.options
         return self.some(self.corpus.train, options.calibrate_rows, options.calibrate_length)
 
+    @cached_property
     def facts(self) -> list[Tensor]:
         """The rows of ``exact``.
 
