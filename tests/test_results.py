@@ -148,11 +148,11 @@ def megabytes(model):
     return lambda step: step["cache_bytes"][model] / step["batch"] / 1e6
 
 
-CARRIED = "carried while decoding, MB a row: HAMT, the Llama"
+CARRIED = "carried while decoding, MB a sequence: HAMT, the Llama"
 MEASURED = [
     (README, "training: times as fast", 0, times_as_fast, TRAINING),
-    (README, "decoding one row", 0, decoding("static"), ONE_ROW),
-    (README, "decoding 16 rows (4 at 32,768)", 0, decoding("static"), MANY_ROWS),
+    (README, "decoding one sequence", 0, decoding("static"), ONE_ROW),
+    (README, "decoding 16 sequences (4 at 32,768)", 0, decoding("static"), MANY_ROWS),
     (README, "the same, times as fast as llama.cpp", 0, over_llama_cpp, LLAMA_CPP["decode", "F32"]),
     (README, CARRIED, 0, megabytes("hamt"), ONE_ROW),
     (README, CARRIED, 1, megabytes("static"), ONE_ROW),

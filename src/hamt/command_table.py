@@ -23,7 +23,7 @@ COMMANDS = {
     "generate": ("hamt.generation", "continue a prompt, token by token"),
     "read": ("hamt.reading", "read a text of any length once, and keep the state in a file"),
     "chat": ("hamt.chat", "a conversation that is kept, and read once"),
-    "serve": ("hamt.serving.command", "a model behind the interface of OpenAI's servers"),
+    "serve": ("hamt.serving.command", "an OpenAI-compatible server for a model"),
     "finetune": ("hamt.finetune.command", "train a model further, on labels or conversations"),
     "convert": ("hamt.convert.command", "a pretrained transformer gets a window and a memory"),
     "evaluate": ("hamt.measure.evaluate.command", "perplexity, benchmark tasks and samples"),

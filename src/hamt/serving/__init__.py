@@ -1,1 +1,1 @@
-"""``hamt serve``: a model behind the interface of OpenAI's servers."""
+"""``hamt serve``: an OpenAI-compatible server for a model."""

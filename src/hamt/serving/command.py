@@ -1,4 +1,4 @@
-"""``hamt serve``: a model for every program that speaks with OpenAI's servers."""
+"""``hamt serve``: a model for every client of OpenAI's API."""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from hamt.options import option, parse
 
 @dataclass
 class ServeOptions:
-    """Serve a model to programs that speak with OpenAI's: chat, completions, streaming."""
+    """Serve a model as OpenAI's servers do: chat, completions, streaming."""
 
     checkpoint: str | None = option(
         None, "a checkpoint folder, or a .pt file; none is the model in HAMT"
