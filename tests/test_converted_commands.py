@@ -78,7 +78,7 @@ DAMAGES = {
     ),
 }
 CONFIGS = {
-    "layers": (lambda c: c["layers"].pop(), "layers has 2 entries for 3 layers"),
+    "layers": (lambda c: c["layers"].pop(), "layers must be a list of 3, one for each layer"),
     "slots": (lambda c: c["layers"][0].__setitem__(2, 5), "have another shape"),
     "kind": (lambda c: c["transformer"].update(model_type="gpt2"), "only models of llama"),
     "many": (

@@ -45,10 +45,10 @@ def test_the_configuration_survives(kind):
 
 
 @pytest.mark.parametrize(("change", "advice"), [
-    ({"layers": [list(SIZES)] * 2}, "layers has 2 entries for 3 layers"),
+    ({"layers": [list(SIZES)] * 2}, "layers must be a list of 3, one for each layer"),
     ({"layers": [[16, 2, 4]] * 3}, "each of layers must have window, num_sinks, num_slots"),
     ({"layers": [[16, 2, 4, 0, 5]] * 3}, "window must be a multiple of 5"),
-    ({"reach": 0}, "reach must be at least 1; got 0"),
+    ({"reach": 0}, "reach must be a whole number of at least 1; got 0"),
 ], ids=["layers", "sizes", "block", "reach"])  # fmt: skip
 def test_a_configuration_that_does_not_fit_is_refused(change, advice):
     fields = tiny_transformer().config.to_dict()

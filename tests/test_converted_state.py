@@ -42,7 +42,7 @@ def test_a_state_is_kept_with_fewer_bits(precision, off, long_read, tmp_path):
     size = (tmp_path / "state").stat().st_size
     assert least * cache.nbytes < size < most * cache.nbytes + 2500
     for state, found in zip(cache.states, loaded.states, strict=True):
-        for name in ("slot_counts", "exact_places", "exact_salience"):
+        for name in ("slot_counts", "exact_ages", "exact_salience"):
             assert name not in state or torch.equal(found[name], state[name])
     with torch.no_grad():
         expected = model(MORE[:1], past_key_values=cache.fork()).logits

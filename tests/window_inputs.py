@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hamt.batch import Batch, Past
+from hamt.window_and_memory.exact import STEP
 from hamt.window_and_memory.mixer import WindowAndMemory
 from hamt.window_and_memory.sizes import Sizes
 
@@ -116,9 +117,16 @@ class Loop:
         self.held[group] = order[: self.mixer.sizes.num_exact]
         return sorted(order[self.mixer.sizes.num_exact :])
 
+    def aged_slots(self, boundary: int) -> Tensor:
+        """``slots`` with the ages of tokens, at a boundary, in the place of their positions."""
+        slots = self.slots.clone()
+        slots[..., -3] = boundary * slots[..., -4] - slots[..., -3]
+        return slots
+
     def salience(self, group: int, j: int) -> float:
         """How much a token is worth holding, by its key without rotary position."""
-        return float(self.plain[j, group].detach() @ self.mixer.salience.weight[group].detach())
+        worth = float(self.plain[j, group].detach() @ self.mixer.salience.weight[group].detach())
+        return round(worth / STEP) * STEP
 
     def written(self, group: int, tokens: list[int]) -> Tensor:
         """The slots (S, F) after some of the C tokens of a block, which all take their time."""

@@ -16,6 +16,11 @@ _SLIDING = "sliding_attention"  # a kind of layer, as Transformers calls it
 # Fields of Gemma 3's configuration that make more of attention, or of the head.
 _BEYOND = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Of a file or a classifier, and not of the model: how weights were kept, and names of labels.
+_OF_A_FILE = (
+    *("id2label", "label2id", "quantization_config", "architectures", "dtype", "torch_dtype"),
+    "transformers_version",
+)
 # What decides, beside weights, layers and reach, what a model makes of a text.
 _TELLING = (
     *("model_type", "hidden_act", "rms_norm_eps", "num_attention_heads", "rope_parameters"),
@@ -28,7 +33,7 @@ class ConvertedConfig(PreTrainedConfig):
 
     Args:
         transformer: the fields of the transformer's own configuration, with its ``model_type``.
-        layers: W, Z, S, E and C of each layer (``hamt.window_and_memory.mixer.Sizes``).
+        layers: W, Z, S, E and C of each layer (``hamt.window_and_memory.sizes.Sizes``).
         reach: tokens; what is further away is seen as if it were so far away.
     """
 
@@ -43,7 +48,7 @@ class ConvertedConfig(PreTrainedConfig):
         **options: Any,
     ) -> None:
         self.transformer = {} if transformer is None else dict(transformer)
-        for name in ("id2label", "label2id"):  # of a classifier; JSON would change their keys
+        for name in _OF_A_FILE:
             self.transformer.pop(name, None)
         self.reach = reach
         inner = self.transformer_config() if self.transformer else None
@@ -112,18 +117,19 @@ class ConvertedConfig(PreTrainedConfig):
         Raises:
             ValueError: with what would be right.
         """
-        if len(self.layers) != self.num_layers:
-            raise ValueError(f"layers has {len(self.layers)} entries for {self.num_layers} layers")
-        if any(len(layer) != len(Sizes._fields) for layer in self.layers):
-            raise ValueError(f"each of layers must have {', '.join(Sizes._fields)}")
+        if not isinstance(self.layers, list) or len(self.layers) != self.num_layers:
+            raise ValueError(f"layers must be a list of {self.num_layers}, one for each layer")
+        fields = Sizes._fields
+        if any(not isinstance(x, list) or len(x) != len(fields) for x in self.layers):
+            raise ValueError(f"each of layers must have {', '.join(fields)}")
         for layer, (sizes, own) in enumerate(zip(self.sizes, self.own_windows(), strict=True)):
             sizes.check()
-            if own is not None and sizes.window > own:
+            if own is not None and sizes.window > (most := sizes.whole(own)):
                 raise ValueError(
-                    f"window must be at most {own} in layer {layer}, whose attention sees no more"
+                    f"window must be at most {most} in layer {layer}, whose attention sees {own}"
                 )
-        if self.reach < 1:
-            raise ValueError(f"reach must be at least 1; got {self.reach}")
+        if type(self.reach) is not int or self.reach < 1:
+            raise ValueError(f"reach must be a whole number of at least 1; got {self.reach!r}")
 
     def own_windows(self) -> list[int | None]:
         """How many tokens the transformer's attention sees in each layer, itself among them.

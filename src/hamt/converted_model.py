@@ -26,6 +26,7 @@ from hamt.mixers import State, Stateful
 from hamt.model import HAMTBackbone, HAMTForCausalLM
 from hamt.registration import register
 from hamt.window_and_memory.mixer import WindowAndMemory
+from hamt.window_and_memory.runs import sees
 
 ATTENTION = "hamt_window_and_memory"
 
@@ -78,7 +79,7 @@ def full_attention(
     places = torch.arange(queries.shape[1], device=queries.device)[:, None]
     queries, keys = taker.turn(queries, places), taker.turn(keys, places)
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
-    seen = None if taker.own_window is None else taker.sees(places, places[:, 0])
+    seen = None if taker.own_window is None else sees(places - places[:, 0], taker.own_window)
     mixed = F.scaled_dot_product_attention(
         queries, keys, values, seen, is_causal=seen is None, scale=scale, enable_gqa=True
     )

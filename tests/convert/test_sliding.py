@@ -44,16 +44,27 @@ def test_it_can_still_be_the_transformer(kind):
 
 
 @kinds
-def test_a_window_as_long_as_the_own_one_is_exact_and_carries_no_more(kind):
-    """With blocks of one token; the other layers have a window that covers the text."""
+@pytest.mark.parametrize(("block", "window"), [(1, 8), (4, 12), (16, 32)])
+def test_a_window_as_long_as_the_own_one_is_exact(kind, block, window):
+    """It has room for all that is seen at any place in a block; others cover the text here."""
     ids = random_ids(2, 60)
-    model = exchanged(kind, Sizes(64, 1, 4, 0, 1))
-    windows = [8 if own else 64 for own in OWN[kind]]
+    model = exchanged(kind, Sizes(64, 1, 4, 0, block))
+    windows = [window if own else 64 for own in OWN[kind]]
     assert [sizes.window for sizes in model.config.sizes] == windows
     slots = [0 if own else 4 for own in OWN[kind]]
     assert [sizes.num_slots for sizes in model.config.sizes] == slots
+    wanted = expected(kind, ids)
     with torch.no_grad():
-        assert_close(model(ids).logits, expected(kind, ids), 2e-5)
+        assert_close(model(ids).logits, wanted, 2e-5)
+        cache, parts = None, []
+        for part in ids.split([7, 1, 20, 32], dim=1):
+            outputs = model(part, past_key_values=cache, use_cache=True)
+            cache, parts = outputs.past_key_values, [*parts, outputs.logits]
+        assert_close(torch.cat(parts, dim=1), wanted, 2e-5)
+        padded = torch.cat((torch.zeros(2, 5, dtype=torch.long), ids), dim=1)
+        mask = torch.ones_like(padded)
+        mask[:, :5] = 0
+        assert_close(model(padded, attention_mask=mask).logits[:, 5:], wanted, 2e-5)
 
 
 @kinds
@@ -75,7 +86,9 @@ def test_what_slots_learn_from_is_what_attention_saw(kind):
         assert furthest < 8 if own else furthest > 8
 
 
-@pytest.mark.parametrize("sizes", [Sizes(2, 1, 0, 0, 1), Sizes(2, 0, 1, 40, 1)])
+@pytest.mark.parametrize("sizes", [
+    *(Sizes(2, 1, 0, 0, 1), Sizes(2, 0, 1, 40, 1), Sizes(4, 1, 0, 0, 4), Sizes(4, 0, 1, 40, 4)),
+])
 def test_single_tokens_are_seen_as_long_as_attention_saw_them(sizes):
     """What a sink or exact entry adds ends where the own window does (nothing is in the slot)."""
     model = exchanged("mistral", sizes)
@@ -95,7 +108,7 @@ def test_single_tokens_are_seen_as_long_as_attention_saw_them(sizes):
 def test_a_window_beyond_the_own_one_is_refused():
     fields = tiny_transformer("gemma3_text", sliding_window=8).config.to_dict()
     sizes = [list(Sizes(16, 2, 4, 0, 4))] * 3
-    with pytest.raises(ValueError, match="window must be at most 8 in layer 0"):
+    with pytest.raises(ValueError, match="window must be at most 12 in layer 0, whose"):
         ConvertedConfig(fields, sizes)
 
 

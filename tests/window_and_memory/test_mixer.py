@@ -21,7 +21,7 @@ from window_inputs import (
 from hamt.batch import Batch
 from hamt.window_and_memory.mixer import WindowAndMemory
 from hamt.window_and_memory.sizes import Sizes
-from hamt.window_and_memory.slots import PARTS
+from hamt.window_and_memory.slots import PARTS, joined, later
 
 LENGTH = 43
 # Windows of one block, of several, and one that no text here leaves; no sinks, no slots, neither.
@@ -57,7 +57,9 @@ def test_it_is_a_loop_over_tokens(sizes, reach, cuts):
         outputs, state = pieces(mixer, heads, cuts)
         assert_close(outputs, expected, 1e-12)
         if sizes.num_slots:
-            assert_close(slots_of(state), torch.stack([loop.slots for loop in loops]), 1e-12)
+            boundary = LENGTH - LENGTH % sizes.block
+            slots = torch.stack([loop.aged_slots(boundary) for loop in loops])
+            assert_close(slots_of(state), slots, 1e-12)
         same_states(state, mixer(*heads)[1], 1e-12)
 
 
@@ -144,14 +146,15 @@ def test_what_is_beyond_the_reach_is_seen_from_there(reach):
         asked = [x[:, 12:14] for x in heads]
         found = []
         for begin in (40, 4000):
-            later = {**state, "keys": mixer.turn(state["keys"], torch.tensor(begin - 12))}
+            older = later(joined(state), torch.tensor([begin - 12]))
+            moved = {**older, "keys": mixer.turn(state["keys"], torch.tensor(begin - 12))}
             batch = Batch(num_tokens=torch.tensor([begin]))
-            found.append(mixer(*asked, batch, later)[0])
+            found.append(mixer(*asked, batch, moved)[0])
         assert_close(found[0], found[1], 1e-9)
         plain = taker(Sizes(4, 1, 2, 0, 4), 10**9)
         plain.load_state_dict(mixer.state_dict())
         batch = Batch(num_tokens=torch.tensor([4000]))
-        assert (plain(*asked, batch, later)[0] - found[1]).abs().max() > 1e-3
+        assert (plain(*asked, batch, moved)[0] - found[1]).abs().max() > 1e-3
 
 
 @kinds
@@ -214,7 +217,7 @@ def test_sums_are_float32_when_heads_are_bfloat16(num_exact):
         output, state = mixer(*heads)
         expected, after = wide(*(x.double() for x in heads))
     narrow = {name: x.dtype for name, x in state.items()}
-    sums = {*PARTS, "exact_places", "exact_salience"} & narrow.keys()
+    sums = {*PARTS, "exact_ages", "exact_salience"} & narrow.keys()
     assert {narrow.pop(name) for name in sums} == {torch.float32}
     assert {output.dtype, *narrow.values()} == {torch.bfloat16}
     mass, expected_mass = slots_of(state)[..., -2], slots_of(after)[..., -2]

@@ -124,14 +124,15 @@ def layer_uses(model: ConvertedForCausalLM, input_ids: Tensor) -> tuple[list[Lay
         if taker.slots is None:
             found.append(LayerUse(attention, None, None, [], []))
             return mixed
-        slots = joined(state)["slots"]
+        slots, read = joined(state)["slots"], keys.shape[1]
+        at_boundary = read - read % taker.sizes.block
         found.append(
             LayerUse(
                 attention,
                 taker.slots.masses(slots)[0],
                 taker.slots.log_half_life.exp(),
                 recall_by_distance(taker, keys, values, slots, scale),
-                held_exactly(state) if taker.sizes.num_exact else [],
+                held_exactly(state, at_boundary) if taker.sizes.num_exact else [],
             )
         )
         return mixed
@@ -151,9 +152,12 @@ def shares_of_parts(taker: WindowAndMemory, far: Tensor) -> Tensor:
     return shares.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
 
 
-def held_exactly(state: State) -> list[list[int]]:
-    """The positions of the exact entries of one row, by key-value head, worth most first."""
-    entries = held(state)
+def held_exactly(state: State, begun: int) -> list[list[int]]:
+    """The positions of the exact entries of one row, by key-value head, worth most first.
+
+    ``begun`` is how many tokens were read at the last boundary.
+    """
+    entries = held(state, torch.tensor([begun]))
     order = entries.salience[0].argsort(dim=0, descending=True)
     places, real = (x[0].gather(0, order).T.tolist() for x in (entries.places, entries.real))
     return [

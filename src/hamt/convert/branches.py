@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hamt.batch import Batch
 from hamt.window_and_memory.mixer import WindowAndMemory
-from hamt.window_and_memory.runs import runs_of
+from hamt.window_and_memory.runs import runs_of, sees
 
 CHUNK = 128  # queries whose scores with all keys are computed at once
 
@@ -108,7 +108,7 @@ def _weights(
         asked = queries[:, chunk].float().unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
         scores = asked.flatten(2, 3) @ keys[..., : len(before)] * scale
         scores = scores.unflatten(2, asked.shape[2:4])
-        scores = scores.masked_fill(~taker.sees(chunk[:, None], before), -torch.inf)
+        scores = scores.masked_fill(~sees(chunk[:, None] - before, taker.own_window), -torch.inf)
         top = scores.amax(dim=-1, keepdim=True)
         weights = (scores - top).exp_()
         far = weights * ((before >= sizes.num_sinks) & (before < left[chunk, None]))

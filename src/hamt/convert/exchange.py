@@ -25,11 +25,8 @@ def exchange(
     Raises:
         ValueError: if the model is of a kind that cannot be converted, or the sizes do not fit.
     """
-    fields: dict[str, Any] = model.config.to_dict()
-    for name in ("quantization_config", "architectures", "dtype", "transformers_version"):
-        fields.pop(name, None)  # a file of quantised weights was read as numbers
     sizes = [layers] * model.config.num_hidden_layers if isinstance(layers, Sizes) else layers
-    config = _config(fields, sizes, reach)
+    config = fitted_config(model.config.to_dict(), sizes, reach)
     with torch.device("meta"):
         converted = ConvertedForCausalLM(config)
     body: Any = model.base_model
@@ -46,13 +43,19 @@ def resize(model: ConvertedForCausalLM, layers: Sequence[Sizes]) -> None:
     Raises:
         ValueError: if the sizes do not fit.
     """
-    old = model.config
-    config = _config(old.transformer, layers, old.reach)
+    config = fitted_config(model.config.transformer, layers, model.config.reach)
     take_over(model.model.body, config)
     model.config = model.model.config = config
 
 
-def _config(fields: dict[str, Any], layers: Sequence[Sizes], reach: int) -> ConvertedConfig:
+def fitted_config(fields: dict[str, Any], layers: Sequence[Sizes], reach: int) -> ConvertedConfig:
+    """The configuration of a transformer's ``fields``, with sizes that fit each layer's window.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
     own_windows = ConvertedConfig(fields).own_windows()
+    if len(layers) != len(own_windows):
+        raise ValueError(f"there are sizes for {len(layers)} layers, the model has {len(own_windows)}")
     fitted = [list(each.fitted(own)) for each, own in zip(layers, own_windows, strict=True)]
     return ConvertedConfig(fields, fitted, reach)

@@ -17,12 +17,16 @@ from torch import Tensor, nn
 
 from hamt.mixers import State
 
+STEP = 2.0**-12  # of what a token is worth
 
 class Salience(nn.Module):
-    """How much tokens of each of G key-value heads are worth holding.
+    """How much tokens of each of G key-value heads are worth holding, as a share of attention.
 
     Only an order is made of it, which has no gradient: its weight (G, D) is no parameter. Without a
     weight no token is worth more than others, and the first are held.
+
+    It counts in steps of ``STEP``: the same token twice is worth the same, however its key was
+    rounded on the way, and the earlier one is held.
     """
 
     weight: Tensor
@@ -38,7 +42,8 @@ class Salience(nn.Module):
     @torch.no_grad()
     def forward(self, keys: Tensor) -> Tensor:
         """Keys (B, n, G, D) without rotary position -> (B, n, G), in their dtype."""
-        return (keys * self.weight.to(keys.dtype)).sum(dim=-1)
+        worth = (keys * self.weight.to(keys.dtype)).sum(dim=-1)
+        return (worth / STEP).round() * STEP
 
 
 class Candidates(NamedTuple):
@@ -63,25 +68,28 @@ class Candidates(NamedTuple):
         return Candidates(*map(chosen, self))
 
 
-def held(state: State) -> Candidates:
-    """The entries of a state; a place is the position + 1, 0 where there is none."""
-    places = state["exact_places"]
-    kept = state["exact_keys"], state["exact_values"], places - 1, places > 0
+def held(state: State, begun: Tensor) -> Candidates:
+    """The entries of a state after a boundary that came behind ``begun`` (1 or B,) tokens."""
+    ages = state["exact_ages"].long()
+    kept = state["exact_keys"], state["exact_values"], begun[:, None, None] - ages, ages > 0
     return Candidates(*kept, state["exact_salience"])
 
 
-def admit(state: State, leaving: Candidates, here: Tensor) -> tuple[State, Candidates]:
+def admit(
+    state: State, leaving: Candidates, read: Tensor, here: Tensor
+) -> tuple[State, Candidates]:
     """Choose anew which tokens are held.
 
     Args:
         state: before.
         leaving: C tokens.
+        read: (1 or B,) tokens that have been read, up to which the ages of a state are counted.
         here: (B,), the rows that are at a boundary.
 
     Returns:
         The state, and the C tokens that are to be written to the slots, oldest first.
     """
-    before = held(state)
+    before = held(state, read)
     every = Candidates(
         *(torch.cat((a.to(b.dtype), b), dim=1) for a, b in zip(before, leaving, strict=True))
     )
@@ -90,12 +98,13 @@ def admit(state: State, leaving: Candidates, here: Tensor) -> tuple[State, Candi
     count = before.keys.shape[1]
     chosen, order = every.take(order[:, :count]), order[:, count:]
     # Slots are written oldest first; what is no token stands before all.
-    rest = every.take(order.gather(1, every.places.gather(1, order).argsort(dim=1, stable=True)))
+    first = every.places.masked_fill(~every.real, -1)
+    rest = every.take(order.gather(1, first.gather(1, order).argsort(dim=1, stable=True)))
     rest = rest._replace(real=rest.real & here[:, None, None])
     kept = {
         "exact_keys": chosen.keys,
         "exact_values": chosen.values,
-        "exact_places": (chosen.places + 1) * chosen.real,
+        "exact_ages": (read[:, None, None] - chosen.places) * chosen.real,
         "exact_salience": chosen.salience * chosen.real,
     }
     new = {

@@ -19,9 +19,9 @@ from hamt.memory.precision import without_autocast
 from hamt.mixers import State, Stateful
 from hamt.window_and_memory.exact import Candidates, Salience, admit
 from hamt.window_and_memory.rotary import angles, places_of, turned
-from hamt.window_and_memory.runs import RUN, Run, Seen, runs_of
+from hamt.window_and_memory.runs import RUN, Run, Seen, runs_of, sees
 from hamt.window_and_memory.sizes import Sizes
-from hamt.window_and_memory.slots import COUNTS, PARTS, Means, Slots, apart, joined
+from hamt.window_and_memory.slots import COUNTS, PARTS, Means, Slots, apart, joined, later
 
 
 class WindowAndMemory(Stateful):
@@ -65,8 +65,8 @@ class WindowAndMemory(Stateful):
         """The shape for one row of each tensor that is carried.
 
         ``keys`` (rotated) and ``values`` of the last W tokens, of sinks and of exact entries;
-        ``exact_places`` (E, G), the position + 1, 0 where there is none, and ``exact_salience``;
-        keys and values of slots (G, S, D), and their counts (G, 4 S).
+        ``exact_ages`` (E, G), in tokens at the last boundary, 0 where there is none, and
+        ``exact_salience``; keys and values of slots (G, S, D), and their counts (G, 4 S).
         """
         sizes, groups, width = self.sizes, self.num_groups, self.head_dim
         shapes: dict[str, tuple[int, ...]] = {}
@@ -76,7 +76,7 @@ class WindowAndMemory(Stateful):
                 names = f"{prefix}keys", f"{prefix}values"
                 shapes |= dict.fromkeys(names, (count, groups, width))
         if sizes.num_exact:
-            shapes |= dict.fromkeys(("exact_places", "exact_salience"), (sizes.num_exact, groups))
+            shapes |= dict.fromkeys(("exact_ages", "exact_salience"), (sizes.num_exact, groups))
         if self.slots is not None:
             shapes |= dict.fromkeys(PARTS[:2], (groups, sizes.num_slots, width))
             shapes[PARTS[2]] = (groups, COUNTS * sizes.num_slots)
@@ -88,7 +88,7 @@ class WindowAndMemory(Stateful):
         As ``forward`` works with it, with ``slots`` (B, G, S, F).
         """
         wide = torch.promote_types(like.dtype, torch.float32)
-        sums = (*PARTS, "exact_places", "exact_salience")
+        sums = (*PARTS, "exact_ages", "exact_salience")
         state = {
             name: like.new_zeros(len(like), *shape, dtype=wide if name in sums else like.dtype)
             for name, shape in self.state_shapes().items()
@@ -129,8 +129,7 @@ class WindowAndMemory(Stateful):
         for run in runs:
             at, *tokens = (run.segment.take(x) for x in (places, *rotated, values))
             seen, state = self.look(run, at, tokens[1], tokens[2], state)
-            far, near = self.scores(tokens[0], seen, scale)
-            mixed.append(self.mix(far, near, seen))
+            mixed.append(seen.mix(*self.scores(tokens[0], seen, scale)))
             if run.blocks == 1:
                 state = self.leave(run, at, state)
         state = apart(state)
@@ -167,16 +166,15 @@ class WindowAndMemory(Stateful):
         ]
         begun, left = run.once((window, size), lambda: run.counts(places, self.sizes))
         slots = None if self.slots is None else state["slots"][:, None]
+        mask = run.once(
+            ("mask", window, size, self.own_window),
+            lambda: run.visible(places, begun, left, self.sizes, self.own_window),
+        )
         if run.blocks == 1:
             near = [x[:, None].transpose(2, 3) for x in entries]
-            mask = run.once(("mask", window), lambda: run.visible(places, window, left)[:, None])
             state = {**state, "entries_keys": entries[0], "entries_values": entries[1]}
         else:
-            # Block i sees the W entries that end with it.
             near = [x[:, size:].unfold(1, window, size).mT for x in entries]
-            back = torch.arange(size - window, size, device=places.device)
-            within = torch.arange(size, device=places.device)[:, None]
-            mask = ((begun[..., None] + back) >= 0)[..., None, :] & (back <= within)
             state = {
                 **self.kept_first(entries, int(places[0, 0]), state),
                 "keys": entries[0][:, -window:].clone(),
@@ -186,30 +184,35 @@ class WindowAndMemory(Stateful):
                 leaving, held = (x[:, size : size + run.blocks * size] for x in entries)
                 at = (places - window + size)[..., None].expand(*keys.shape[:3])
                 after = self.write(
-                    leaving, held, at, at >= self.sizes.num_sinks, state["slots"], size
+                    leaving, held, at, begun[:, 0], at >= self.sizes.num_sinks, state["slots"], size
                 )
                 slots = torch.cat((slots, after[:, :-1]), dim=1)
-                state["slots"] = after[:, -1].clone()
+                state = later({**state, "slots": after[:, -1]}, places.new_tensor([run.blocks * size]))
         means = None if self.slots is None or slots is None else self.slots.means(slots)
-        far = self.far(run, begun, left, means, state, keys)
-        documents = run.segment.documents
-        sees_far = None if documents is None else documents.eq(0)
-        variance = None if means is None else means.variance
-        return Seen(*far, near[0], near[1], mask, variance, sees_far), state
+        far = self.far(run, places, begun, left, means, state, keys)
+        seen = Seen(*far, near[0], near[1], mask, None if means is None else means.variance)
+        if run.segment.documents is not None:
+            seen = seen._replace(sees_far=run.segment.documents.eq(0))
+        return seen, state
 
     def far(
         self,
         run: Run,
+        places: Tensor,
         begun: Tensor,
         left: Tensor,
         means: Means | None,
         state: State,
         like: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (B, M, G, K, D) of what has left the window, and their bias (B, M, G, K).
+        """Keys and values (B, M, G, K, D) of what has left the window, and their bias.
+
+        The bias is (B, M, G, 1 or L, K): for all queries of a block, unless the attention that is
+        stood in for sees a window.
 
         Args:
             run: which tokens see it.
+            places: (1 or B, M · L) their positions.
             begun: (1 or B, M) tokens before the last boundary.
             left: (1 or B, M) how many of them had left the window.
             means: of slots (B, M, G, S, F) at that boundary, or None.
@@ -223,38 +226,40 @@ class WindowAndMemory(Stateful):
                 continue
             kept = [state[f"{prefix}{name}"].to(like.dtype) for name in ("keys", "values")]
             kept = [x.transpose(1, 2)[:, None].expand(*shape, -1, -1) for x in kept]
-            if prefix == "sink_":
-                place = torch.arange(count, device=like.device)
-                there = self.sees(begun[..., None], place) & left.gt(0)[..., None]
-                there = there[:, :, None].expand(*shape, count)
+            if prefix == "sink_":  # (1 or B, M, 1, Z)
+                age = (begun[..., None] - torch.arange(count, device=like.device))[:, :, None]
+                there = left.gt(0)[..., None, None].expand(age.shape)
             else:
-                place = state["exact_places"].mT[:, None] - 1
-                there = (place.ge(0) & self.sees(begun[..., None, None], place)).expand(*shape, -1)
+                age = state["exact_ages"].mT[:, None]
+                there = age > 0
+            there = there[..., None, :]
+            if self.own_window is not None:
+                since = places.unflatten(1, (run.blocks, -1)) - begun[..., None]
+                away = age[..., None, :] + since[:, :, None, :, None]
+                there = there & sees(away, self.own_window)
+            there = there.expand(*shape, -1, -1)
             bias = torch.zeros(there.shape, device=like.device).masked_fill(~there, -torch.inf)
-            parts.append((self.reached(run, kept[0], begun, place), kept[1], bias))
+            parts.append((self.reached(run, kept[0], begun, age), kept[1], bias))
         if self.slots is not None and means is not None:
+            age = means.ages + (begun - begun[:, :1])[..., None, None]
             kept_keys = means.keys * self.slots.key_gain[:, None]
-            kept_keys = self.reached(run, kept_keys, begun, means.places)
-            parts.append((kept_keys.to(like.dtype), means.values.to(like.dtype), means.log_mass))
+            kept_keys = self.reached(run, kept_keys, begun, age).to(like.dtype)
+            bias = means.log_mass[..., None, :]
+            if parts:
+                bias = bias.expand(-1, -1, -1, parts[0][2].shape[3], -1)
+            parts.append((kept_keys, means.values.to(like.dtype), bias))
         if not parts:
             nothing = like.new_zeros(*shape, 0, self.head_dim)
-            return nothing, nothing, nothing[..., 0]
-        keys, values, bias = (torch.cat(each, dim=3) for each in zip(*parts, strict=True))
-        return keys, values, bias
+            return nothing, nothing, nothing[..., None, :, 0]
+        keys, values, biases = zip(*parts, strict=True)
+        return torch.cat(keys, dim=3), torch.cat(values, dim=3), torch.cat(biases, dim=4)
 
-    def reached(self, run: Run, keys: Tensor, begun: Tensor, place: Tensor) -> Tensor:
-        """Rotated keys (B, M, G, ., D) from their positions to where they are seen from."""
+    def reached(self, run: Run, keys: Tensor, begun: Tensor, age: Tensor) -> Tensor:
+        """Rotated keys (B, M, G, ., D) of so old tokens (1 or B, M, 1 or G, .), to be seen."""
         near = not torch.compiler.is_compiling() and run.once(
             ("near", self.reach), lambda: int(begun.max()) <= self.reach
         )
-        if near:
-            return keys
-        return self.turn(keys, (begun[..., None, None] - place - self.reach).clamp(min=0))
-
-    def sees(self, place: Tensor, other: Tensor) -> Tensor:
-        """Whether the attention that is stood in for sees a position from another (...)."""
-        seen = other <= place
-        return seen if self.own_window is None else seen & (place - other < self.own_window)
+        return keys if near else self.turn(keys, (age - self.reach).clamp(min=0))
 
     def turn(self, heads: Tensor, places: Tensor) -> Tensor:
         """Turn pairs of features of (..., D) by the angles of positions (...)."""
@@ -270,7 +275,7 @@ class WindowAndMemory(Stateful):
             ((asked.flatten(3, 4) @ keys.mT) * scale).to(wide).unflatten(3, (repeats, -1))
             for keys in (seen.far_keys, seen.near_keys)
         )
-        far = far + seen.bias[:, :, :, None, None].to(wide)
+        far = far + seen.bias[:, :, :, None].to(wide)
         if self.slots is not None and seen.variance is not None:
             count = self.sizes.num_slots
             with without_autocast(asked):
@@ -279,14 +284,6 @@ class WindowAndMemory(Stateful):
         if seen.sees_far is not None:
             far = far.masked_fill(~seen.sees_far[:, None, None, None, :, None], -torch.inf)
         return far, near.masked_fill(~seen.mask[:, :, None, None], -torch.inf)
-
-    def mix(self, far: Tensor, near: Tensor, seen: Seen) -> Tensor:
-        """One softmax over ``scores``: (B, M · L, H, D)."""
-        weights = torch.cat((far, near), dim=-1).softmax(dim=-1).to(seen.near_values.dtype)
-        of_far, of_near = weights.split((far.shape[-1], near.shape[-1]), dim=-1)
-        mixed = of_far.flatten(3, 4) @ seen.far_values + of_near.flatten(3, 4) @ seen.near_values
-        mixed = mixed.unflatten(3, far.shape[3:5]).permute(0, 1, 4, 2, 3, 5)
-        return mixed.flatten(3, 4).flatten(1, 2)
 
     # ---------------------------------------------------------------- writing
 
@@ -302,7 +299,7 @@ class WindowAndMemory(Stateful):
         """The state after a run of one block or less: the window moves on, and what leaves it."""
         sizes, rows = self.sizes, len(state["keys"])
         if (fresh := run.begins_anew()) is not None:
-            for name in ("slots", "exact_places", "exact_salience"):
+            for name in ("slots", "exact_ages", "exact_salience"):
                 if name in state:
                     x = state[name]
                     state[name] = x.masked_fill(fresh.view(-1, *[1] * (x.ndim - 1)), 0)
@@ -311,10 +308,9 @@ class WindowAndMemory(Stateful):
             x = state[f"entries_{name}"]
             state[name] = x[:, -sizes.window :].clone() if index is None else take(x, index)
         boundary = run.segment.boundary
-        here = read.ge(sizes.window) & boundary
+        here = (read.ge(sizes.window) & boundary).expand(rows)
         if boundary is False or not (torch.compiler.is_compiling() or here.any()):
             return state
-        here = here.expand(rows)
         keys, values = (state[name][:, : sizes.block] for name in ("keys", "values"))
         if sizes.num_sinks:
             first = (here & read.eq(sizes.window))[:, None, None, None]
@@ -326,19 +322,29 @@ class WindowAndMemory(Stateful):
         oldest = oldest.expand(rows, -1)
         real = (oldest >= sizes.num_sinks) & here[:, None]
         at, real = (x[..., None].expand(-1, -1, self.num_groups) for x in (oldest, real))
-        leaving = keys, values, at, real
+        state = later(state, here * sizes.block)
         if sizes.num_exact and self.salience is not None:
             salience = self.salience(self.turn(keys, -at).to(state["slots"].dtype))
-            state, rest = admit(state, Candidates(*leaving, salience), here)
-            leaving = rest[:4]
-        written = self.write(*leaving, state["slots"], sizes.block)[:, -1]
+            state, rest = admit(state, Candidates(keys, values, at, real, salience), read, here)
+            keys, values, at, real, _ = rest
+        written = self.write(keys, values, at, read, real, state["slots"], sizes.block)[:, -1]
         state["slots"] = written.where(here[:, None, None, None], state["slots"])
         return state
 
     def write(
-        self, keys: Tensor, values: Tensor, places: Tensor, mask: Tensor, slots: Tensor, every: int
+        self,
+        keys: Tensor,
+        values: Tensor,
+        places: Tensor,
+        begun: Tensor,
+        mask: Tensor,
+        slots: Tensor,
+        every: int,
     ) -> Tensor:
-        """Write rotated keys and values (B, n, G, D) of positions (B, n, G) to slots."""
+        """Write rotated keys and values (B, n, G, D) of positions (B, n, G) to slots.
+
+        Their ages are those after ``begun`` (1 or B,) tokens, as are those in the slots.
+        """
         assert self.slots is not None
-        items = self.turn(keys, -places), keys, values, places
+        items = self.turn(keys, -places), keys, values, begun[:, None, None] - places
         return self.slots.write(items, mask, slots, every)

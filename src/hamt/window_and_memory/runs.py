@@ -1,7 +1,8 @@
 """In which pieces a text is read: up to the next boundary, or many whole blocks at once.
 
 Shape legend: B batch, N tokens, L tokens of a run, M blocks of C tokens each, W window, G key-value
-heads, D features of a head, K what has left the window and is seen.
+heads, R query heads for each, H = G R, D features of a head, K what has left the window and is
+seen.
 """
 
 from collections.abc import Callable, Hashable
@@ -15,6 +16,12 @@ from hamt.boundaries import Segment, Segments, cut
 from hamt.window_and_memory.sizes import Sizes
 
 RUN = 64  # blocks that are computed at once: more would take more memory than they save time
+
+
+def sees(distance: Tensor, own_window: int | None) -> Tensor:
+    """Whether attention of ``own_window`` tokens, None is all, sees so far back (...)."""
+    seen = distance >= 0
+    return seen if own_window is None else seen & (distance < own_window)
 
 
 class Run(NamedTuple):
@@ -43,18 +50,30 @@ class Run(NamedTuple):
         first = places.unflatten(1, (self.blocks, -1))[..., 0]
         return first - first % sizes.block, sizes.left(first)
 
-    def visible(self, places: Tensor, window: int, left: Tensor) -> Tensor:
-        """Which tokens each query of one block sees, (1 or B, L, W + L).
+    def visible(
+        self, places: Tensor, begun: Tensor, left: Tensor, sizes: Sizes, own_window: int | None
+    ) -> Tensor:
+        """Which tokens each query sees: those of one block (1 or B, 1, L, W + L).
+
+        Queries of many blocks see the W tokens that end with their block, (1 or B, M, C, W).
 
         Args:
-            places: (1 or B, L) positions of the tokens.
-            window: W, the tokens in front of them.
-            left: (1 or B, 1) how many tokens have left the window.
+            places: (1 or B, M · L) positions of the tokens.
+            begun: (1 or B, M) tokens before the last boundary, and
+            left: (1 or B, M) how many of them had left the window, as ``counts`` tells them.
+            sizes: W and C.
+            own_window: how many tokens the attention sees that is stood in for; None is all.
         """
+        if self.blocks > 1:
+            back = torch.arange(sizes.block - sizes.window, sizes.block, device=places.device)
+            within = torch.arange(sizes.block, device=places.device)[:, None]
+            there = (begun[..., None] + back) >= 0
+            return there[..., None, :] & sees(within - back, own_window)
         length, (_, mask, documents, _) = places.shape[1], self.segment
-        before = places[:, :1] - window + torch.arange(window, device=places.device)
-        there = (before >= left)[:, None, :].expand(-1, length, -1)
-        own = torch.ones(length, length, dtype=torch.bool, device=places.device).tril()[None]
+        before = places[:, :1] - sizes.window + torch.arange(sizes.window, device=places.device)
+        there = (before >= left)[:, None] & sees(places[..., None] - before[:, None], own_window)
+        own = torch.ones(length, length, dtype=torch.bool, device=places.device).tril()
+        own = own & sees(places[..., None] - places[:, None], own_window)
         if documents is not None:
             there = there & documents.eq(0)[..., None]
             own = own & documents[:, :, None].eq(documents[:, None, :])
@@ -63,7 +82,8 @@ class Run(NamedTuple):
             itself = torch.eye(length, dtype=torch.bool, device=places.device)
             own = own & mask[:, None, :] | itself
         rows = max(len(there), len(own))
-        return torch.cat((there.expand(rows, -1, -1), own.expand(rows, -1, -1)), dim=-1)
+        seen = torch.cat((there.expand(rows, -1, -1), own.expand(rows, -1, -1)), dim=-1)
+        return seen[:, None]
 
     def begins_anew(self) -> Tensor | None:
         """(B,) in which rows the last document begins in this run; None: in none."""
@@ -93,10 +113,10 @@ class Run(NamedTuple):
 class Seen(NamedTuple):
     """What the queries of a run see: keys and values (B, M, G, ., D).
 
-    ``bias`` (B, M, G, K) is added to far scores, ``mask`` (1 or B, M, L, .) says which of the near
-    ones each query sees, and ``sees_far`` (B, L) whether it sees what is far, if not all of one
-    block do. Far are sinks, exact entries and slots, in this order; ``variance`` (B, M, G, S, 2) is
-    that of the keys in slots.
+    ``bias`` (B, M, G, 1 or L, K) is added to far scores, ``mask`` (1 or B, M, L, .) says which of
+    the near ones each query sees, and ``sees_far`` (B, L) whether it sees what is far, if not all
+    of one block do. Far are sinks, exact entries and slots, in this order; ``variance`` (B, M, G,
+    S, 2) is that of the keys in slots.
     """
 
     far_keys: Tensor
@@ -107,6 +127,14 @@ class Seen(NamedTuple):
     mask: Tensor
     variance: Tensor | None = None
     sees_far: Tensor | None = None
+
+    def mix(self, far: Tensor, near: Tensor) -> Tensor:
+        """One softmax over far and near scores (B, M, G, R, L, .): -> (B, M · L, H, D)."""
+        weights = torch.cat((far, near), dim=-1).softmax(dim=-1).to(self.near_values.dtype)
+        of_far, of_near = weights.split((far.shape[-1], near.shape[-1]), dim=-1)
+        mixed = of_far.flatten(3, 4) @ self.far_values + of_near.flatten(3, 4) @ self.near_values
+        mixed = mixed.unflatten(3, far.shape[3:5]).permute(0, 1, 4, 2, 3, 5)
+        return mixed.flatten(3, 4).flatten(1, 2)
 
 
 def runs_of(batch: Batch, tokens: Tensor, size: int, most: int = RUN) -> tuple[list[Run], Segments]:

@@ -27,12 +27,16 @@ class Sizes(NamedTuple):
     def fitted(self, own_window: int | None) -> "Sizes":
         """These sizes for attention that sees ``own_window`` tokens; None is all.
 
-        A window that is as long leaves nothing over that a memory could hold.
+        A window that is about as long becomes one that holds all of them: nothing is left over for
+        a memory.
         """
         if own_window is None or self.window < own_window - own_window % self.block:
             return self
-        block = min(self.block, own_window)
-        return Sizes(own_window - own_window % block, 0, 0, 0, block)
+        return Sizes(self.whole(own_window), 0, 0, 0, self.block)
+
+    def whole(self, own_window: int) -> int:
+        """The window that has the last ``own_window`` tokens whenever it is looked at."""
+        return -(-(own_window - 1 + self.block) // self.block) * self.block
 
     def check(self, num_heads: int = 1, num_groups: int = 1, head_dim: int = 4) -> None:
         """Refuse sizes that do not fit together, or not the heads of a model.
@@ -40,6 +44,8 @@ class Sizes(NamedTuple):
         Raises:
             ValueError: with what would be right.
         """
+        if wrong := [size for size in self if type(size) is not int]:
+            raise ValueError(f"sizes must be whole numbers; got {wrong[0]!r}")
         if min(self.window, self.block) < 1 or min(self[1:4]) < 0:
             raise ValueError("window and block must be at least 1, the other sizes at least 0")
         if max(self) > LARGEST or self.num_slots > MOST_SLOTS:

@@ -1,13 +1,14 @@
 """The slots of the memory behind a window: what is written to them, and what a query sees of them.
 
-An item is a token's key with its rotary position, its value, a one, its position, and the squares
-of the key. So the holographic memory (``hamt.memory``) keeps in each slot s sums over the tokens j
-that have left the window, and their count, the slot's mass:
+An item is a token's key with its rotary position, its value, a one, its age, and the squares of the
+key. So the holographic memory (``hamt.memory``) keeps in each slot s sums over the tokens j that
+have left the window, and their count, the slot's mass:
 
-    M[s] = Σ_j 2^(-age_j / h_s) w_j[s] (k_j, v_j, 1, j, |k_j|²)
+    M[s] = Σ_j 2^(-age_j / h_s) w_j[s] (k_j, v_j, 1, age_j, |k_j|²)
     w_j = e^(u · k_j) softmax(W k_j + b)
 
-with keys without rotary position in w_j. A query q sees of a slot the mean key K and
+with keys without rotary position in w_j. Ages, in tokens, are those at the last boundary: unlike
+positions they stay small, so that float32 holds them in a text of any length. A query q sees of a slot the mean key K and
 the mean value, as if they were one token, with the score
 
     q · K / √D + log m + o + ½ c Var(q · k / √D)
@@ -35,12 +36,12 @@ from hamt.mixers import State
 HALF_LIFE = 1024.0  # of a slot at initialisation, tokens
 EMPTY = 1e-6  # a mass that counts for none
 BANDS = 2  # of features, by how fast a position turns them
-COUNTS = 2 + BANDS  # mass, position and squares of a slot
+COUNTS = 2 + BANDS  # mass, age and squares of a slot
 SPREAD = 0.4  # c at initialisation
 
 
 class Means(NamedTuple):
-    """What a query sees of slots: mean keys and values (..., D), positions and log mass (...).
+    """What a query sees of slots: mean keys and values (..., D), ages and log mass (...).
 
     ``variance`` (..., 2) is that of a feature of the keys, by band. The mean of an empty slot is
     zero, its log mass minus infinity.
@@ -48,7 +49,7 @@ class Means(NamedTuple):
 
     keys: Tensor
     values: Tensor
-    places: Tensor
+    ages: Tensor
     log_mass: Tensor
     variance: Tensor
 
@@ -79,6 +80,17 @@ def apart(state: State) -> State:
     width = (slots.shape[-1] - COUNTS) // 2
     keys, values, counts = slots.split((width, width, COUNTS), dim=-1)
     return {**rest, **dict(zip(PARTS, (keys, values, counts.flatten(-2)), strict=True))}
+
+
+def later(state: State, tokens: Tensor) -> State:
+    """What is held is older by so many tokens (1 or B,); ``slots`` are (B, G, S, F)."""
+    aged, slots = dict(state), state["slots"]
+    sums, mass, age, square = slots.split((slots.shape[-1] - COUNTS, 1, 1, BANDS), dim=-1)
+    age = age + tokens[:, None, None, None] * mass
+    aged["slots"] = torch.cat((sums, mass, age, square), dim=-1)
+    if (ages := state.get("exact_ages")) is not None:
+        aged["exact_ages"] = ages + tokens[:, None, None] * (ages > 0)
+    return aged
 
 
 class Slots(nn.Module):
@@ -133,7 +145,7 @@ class Slots(nn.Module):
 
         Args:
             items: keys (B, N, G, D) without and with rotary position, values (B, N, G, D), and
-                positions (B, N, G).
+                ages (B, N, G).
             mask: (B, N, G), false for what is not written.
             slots: before.
             every: N or a divisor of it.
@@ -142,8 +154,8 @@ class Slots(nn.Module):
             (B, N / every, G, S, F).
         """
         with without_autocast(slots):
-            plain, keys, values, places = (x.to(slots.dtype) for x in items)
-            counts = F.pad(places[..., None], (1, 0), value=1.0)
+            plain, keys, values, ages = (x.to(slots.dtype) for x in items)
+            counts = F.pad(ages[..., None], (1, 0), value=1.0)
             whole = torch.cat((keys, values, counts, squares(keys)), dim=-1)
             gates = self.gates(plain)
             gates = gates._replace(write=gates.write * mask[..., None])
@@ -158,12 +170,12 @@ class Slots(nn.Module):
     def means(self, slots: Tensor) -> "Means":
         """What a query sees of slots (..., G, S, F)."""
         sizes = (self.head_dim, self.head_dim, 1, 1, BANDS)
-        keys, values, mass, place, square = slots.split(sizes, dim=-1)
+        keys, values, mass, age, square = slots.split(sizes, dim=-1)
         empty, safe = mass.squeeze(-1) <= EMPTY, mass.clamp(min=EMPTY)
         log_mass = safe.squeeze(-1).log().masked_fill(empty, -torch.inf)
         keys = keys / safe
         variance = (square / safe - squares(keys)).clamp(min=0) * BANDS / self.head_dim
-        return Means(keys, values / safe, (place / safe).squeeze(-1), log_mass, variance)
+        return Means(keys, values / safe, (age / safe).squeeze(-1), log_mass, variance)
 
     def added(self, queries: Tensor, variance: Tensor, scale: float) -> Tensor:
         """What is added to scores of slots beside the mass.

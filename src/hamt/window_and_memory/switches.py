@@ -43,9 +43,8 @@ def without_writes(model: nn.Module) -> Iterator[None]:
     """
 
     def same(taker: WindowAndMemory, write: Callable[..., Any]) -> Callable[..., Any]:
-        def keep(
-            keys: Tensor, values: Tensor, places: Tensor, mask: Tensor, slots: Tensor, every: int
-        ) -> Tensor:
+        def keep(keys: Tensor, *others: Any) -> Tensor:
+            *_, slots, every = others
             return slots[:, None].expand(-1, keys.shape[1] // every, *slots.shape[1:])
 
         return keep
