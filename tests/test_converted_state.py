@@ -32,7 +32,7 @@ def long_read():
         return model, model(random_ids(1, 4000), use_cache=True).past_key_values
 
 
-@pytest.mark.parametrize(("precision", "off"), [("float32", 0), ("bfloat16", 0.02), ("int8", 0.05)])
+@pytest.mark.parametrize(("precision", "off"), [("float32", 0), ("bfloat16", 0.03), ("int8", 0.06)])
 def test_a_state_is_kept_with_fewer_bits(precision, off, long_read, tmp_path):
     """The counts of slots stay what they are."""
     model, cache = long_read
@@ -47,7 +47,7 @@ def test_a_state_is_kept_with_fewer_bits(precision, off, long_read, tmp_path):
     with torch.no_grad():
         expected = model(MORE[:1], past_key_values=cache.fork()).logits
         found = model(MORE[:1], past_key_values=loaded).logits
-    assert (found - expected).abs().max() <= off * 10 * expected.abs().max()
+    assert (found - expected).abs().max() <= off * expected.abs().max()
 
 
 def other_weights(name: str) -> ConvertedForCausalLM:

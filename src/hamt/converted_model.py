@@ -59,8 +59,13 @@ def attention(
     """What Transformers calls for (B, H, N, D) and twice (B, G, N, D): -> (B, N, H, D).
 
     Queries and keys have no rotary position: the model is told that all tokens stand at position 0.
+
+    Raises:
+        ValueError: if the transformer inside a converted model is called by itself.
     """
-    told, index = hamt_pass or Pass(), module.layer_idx
+    if hamt_pass is None:
+        raise ValueError("the layers of a converted model run by it alone: call the model itself")
+    told, index = hamt_pass, module.layer_idx
     queries, keys, values = (x.transpose(1, 2) for x in (query, key, value))
     scale = module.head_dim**-0.5 if scaling is None else scaling
     if told.instead is not None:
@@ -96,9 +101,8 @@ def take_over(body: nn.Module, config: ConvertedConfig) -> None:
     heads, groups, width = inner.num_attention_heads, inner.num_key_value_heads, head_dim_of(inner)
     told = config.sizes, config.frequencies(), config.own_windows()
     for layer, sizes, frequencies, own in zip(body.layers, *told, strict=True):  # type: ignore[arg-type]
-        layer.self_attn.window_and_memory = WindowAndMemory(
-            heads, groups, width, sizes, frequencies, config.reach, own
-        )
+        taker = WindowAndMemory(heads, groups, width, sizes, frequencies, config.reach, own)
+        layer.self_attn.window_and_memory = taker.to(layer.self_attn.o_proj.weight.device)
     inner._attn_implementation = ATTENTION
 
 
@@ -108,6 +112,8 @@ class ConvertedPreTrainedModel(HAMTPreTrainedModel):
     config_class = ConvertedConfig  # type: ignore[assignment]
     config: ConvertedConfig  # type: ignore[assignment]
     _no_split_modules = None  # type: ignore[assignment]
+    # Sums over thousands of tokens, and biases beside which what they tell apart is small.
+    _keep_in_fp32_modules_strict = {"slots", "salience"}  # noqa: RUF012
     _can_record_outputs = {}  # noqa: RUF012
 
     def get_input_embeddings(self):
@@ -119,6 +125,14 @@ class ConvertedPreTrainedModel(HAMTPreTrainedModel):
         """The transformer's."""
         backbone: Any = self.base_model
         backbone.set_input_embeddings(value)
+
+    def set_attn_implementation(self, attn_implementation, *arguments, **options):
+        """Nothing for ``"eager"``: window and memory stay what computes attention.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        self.get_correct_attn_implementation(attn_implementation)
 
     def fuse_projections(self, weights: torch.dtype = torch.float32) -> int:
         """Nothing, as of a second copy of its weights a converted model decodes no faster.

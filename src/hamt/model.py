@@ -43,7 +43,10 @@ class _WithMemories:
 
     @property
     def hcm_state(self) -> Tensor | None:
-        """The slots of all memories after the last token, (layers, B, H, S, F); None without."""
+        """The slots of all memories after the last token, (layers, B, H, S, F).
+
+        None without, and in converted models, whose layers have slots of several sizes.
+        """
         states = self.past_key_values.states if self.past_key_values else []
         slots = [state["slots"] for state in states if state and "slots" in state]
         return torch.stack(slots) if slots else None

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hamt.cli import main
+from hamt.convert import rows, run
 from hamt.converted_model import ConvertedForCausalLM
 from hamt.training.loop import Trainer
 
@@ -194,7 +195,20 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(teacher, data, tmp_path
     assert "carried are" in shown
     assert "whole-96" in shown
     assert "hours on this machine" in shown
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_beside_another_conversion_looks_for_wide_layers_itself(
+    teacher, data, tmp_path, capsys, monkeypatch
+):
+    """Those that were noted there may be of another transformer."""
+    options = {**SIZES, **STAGES, "num_wide": 1, "stages": "calibrate"}
+    del options["wide_layers"]
+    told = words(data=data, output_dir=tmp_path / "out", **options)
+    assert main(["convert", teacher, *told]) == 0
+    monkeypatch.setattr(run, "sensitivities", lambda *_: [0.5, 0.1])
+    assert main(["convert", teacher, *told, "--dry_run"]) == 0
+    assert "0 (0.500)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -209,11 +223,48 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(teacher, data, tmp_path
         ({"whole_lengths": [64, 0]}, "--whole_lengths must be at least 2"),
         ({"layers_windows": 0}, "--layers_windows must be at least 1"),
         ({"whole_lengths": [64, 60000], "dry_run": True}, "too short"),
+        ({"memory": "window", "stages": "exact"}, "--stages exact: with these sizes there is not"),
+        # Sizes of layers that are yet to be chosen.
+        ({"wide_layers": [], "num_wide": 1, "wide_window": 23}, "window must be a multiple of 4"),
+        ({"wide_layers": [], "num_wide": 1, "wide_window": 400, "exact_length": 410}, "no room"),
     ],
 )
 def test_mistakes_end_in_one_line(options, message, teacher, data, tmp_path, capsys):
-    given = words(data=data, output_dir=tmp_path / "out", **{**SIZES, **STAGES, **options})
+    given = {**SIZES, **STAGES, **options}
+    given = words(
+        data=data, output_dir=tmp_path / "out", **{k: v for k, v in given.items() if v != []}
+    )
     assert message in fails(["convert", teacher, *given], capsys, silent=False)
+    assert not list((tmp_path / "out").glob("stages/*"))
+
+
+def test_facts_have_left_the_windows_of_layers_that_are_yet_to_be_chosen(
+    teacher, data, tmp_path, monkeypatch
+):
+    asked, drawn = [], rows.fact_rows
+
+    def noting(tokenizer, prose, length, beyond, *others):
+        asked.append(beyond)
+        return drawn(tokenizer, prose, length, beyond, *others)
+
+    monkeypatch.setattr(rows, "fact_rows", noting)
+    options = {**SIZES, **STAGES, "num_wide": 1, "wide_window": 200, "stages": "exact"}
+    del options["wide_layers"]
+    told = words(data=data, output_dir=tmp_path / "out", **options)
+    assert main(["convert", teacher, *told]) == 0
+    assert set(asked) == {200}
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
+    teacher, data, tokenizer, tmp_path, capsys
+):
+    config = AutoModelForCausalLM.from_pretrained(teacher).config
+    config.vocab_size = 200
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    given = words(data=data, output_dir=tmp_path / "out", **SIZES, **STAGES)
+    told = fails(["convert", str(tmp_path / "small"), *given], capsys, silent=False)
+    assert "tokens, the model is one of 200" in told
 
 
 def test_a_stage_that_diverges_says_what_to_do(teacher, data, tmp_path, capsys):

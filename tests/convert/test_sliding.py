@@ -86,9 +86,12 @@ def test_what_slots_learn_from_is_what_attention_saw(kind):
         assert furthest < 8 if own else furthest > 8
 
 
-@pytest.mark.parametrize("sizes", [
-    *(Sizes(2, 1, 0, 0, 1), Sizes(2, 0, 1, 40, 1), Sizes(4, 1, 0, 0, 4), Sizes(4, 0, 1, 40, 4)),
-])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *(Sizes(2, 1, 0, 0, 1), Sizes(2, 0, 1, 40, 1), Sizes(4, 1, 0, 0, 4), Sizes(4, 0, 1, 40, 4)),
+    ],
+)
 def test_single_tokens_are_seen_as_long_as_attention_saw_them(sizes):
     """What a sink or exact entry adds ends where the own window does (nothing is in the slot)."""
     model = exchanged("mistral", sizes)

@@ -119,5 +119,9 @@ def test_memories_that_do_not_fit_are_refused(ids):
     for other in (read(model, ids)[1], read(tiny_converted(WITH_EXACT), ids[:1])[1]):
         with pytest.raises(ValueError, match="other shapes"):
             with_memory_of(cache, other)
+    another = tiny_converted(WITH_SLOTS, seed=1)  # which has to stay: a state names it
+    _, theirs = read(another, ids[:1])
+    with pytest.raises(ValueError, match="models with other weights"):
+        with_memory_of(cache, theirs)
     with pytest.raises(ValueError, match="is empty"):
         with_memory_of(HAMTCache(2), HAMTCache(2))

@@ -50,6 +50,12 @@ def load_any_model(name: str, trust_remote_code: bool = False) -> Loaded:
     try:
         tokenizer = pretrained_tokenizer(where, **options)
         model = pretrained_model(AutoModelForCausalLM, where, dtype=torch.float32, **options)
+        # Tokens that were added to a tokenizer may be more: few texts have them.
+        weight: Any = model.get_input_embeddings().weight
+        if tokenizer.vocab_size > (count := len(weight)):
+            raise ValueError(
+                f"its tokenizer has {tokenizer.vocab_size} tokens, the model is one of {count}"
+            )
     except Exception as error:  # of many kinds, by format
         raise UserError(
             f"no model {name!r} ({reason(error)}): "

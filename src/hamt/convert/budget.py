@@ -20,6 +20,18 @@ def layer_sizes(options: ConvertOptions, wide_layers: Sequence[int], count: int)
     return [wide if layer in wide_layers else usual for layer in range(count)]
 
 
+def possible_sizes(options: ConvertOptions, own_windows: Sequence[int | None]) -> list[Sizes]:
+    """All that a layer can come to carry, before it is known which are the wide ones.
+
+    Args:
+        options: of the conversion.
+        own_windows: what the transformer's layers see themselves.
+    """
+    usual, wide = layer_sizes(options, [1], 2)
+    kinds = [usual, wide] if options.wide_layers or options.num_wide else [usual]
+    return [sizes.fitted(own) for sizes in kinds for own in dict.fromkeys(own_windows)]
+
+
 def _without_slots(sizes: Sizes, memory: str) -> Sizes:
     """The same for other kinds of ``--memory``: a slot and an entry are about one token each."""
     if memory == "slots":
@@ -35,6 +47,6 @@ def state_floats(model: ConvertedForCausalLM) -> int:
 
 
 def key_value_floats(model: ConvertedForCausalLM) -> int:
-    """Numbers that the transformer keeps of one token."""
+    """Numbers that the transformer keeps of one token in layers that see all of them."""
     takers: list[Any] = model.model.stateful
     return sum(2 * taker.num_groups * taker.head_dim for taker in takers)

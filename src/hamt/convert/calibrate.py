@@ -76,8 +76,10 @@ def _set(taker: WindowAndMemory, keys: Tensor, distance: Tensor) -> None:
     for group in range(taker.num_groups):
         centres, variance = k_means(keys[::step, group], taker.sizes.num_slots)
         sharpness = SHARPNESS / max(variance, 1e-6)
-        slots.address[group] = 2 * sharpness * centres
-        slots.address_bias[group] = -sharpness * centres.square().sum(dim=-1)
+        # What all addresses have in common bears on no softmax, and would cost digits.
+        squares = centres.square().sum(dim=-1)
+        slots.address[group] = 2 * sharpness * (centres - centres.mean(dim=0))
+        slots.address_bias[group] = sharpness * (squares.mean() - squares)
     slots.log_half_life.copy_(
         distance.clamp(min=32.0).log()[:, None].expand_as(slots.log_half_life)
     )

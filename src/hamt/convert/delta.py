@@ -86,7 +86,11 @@ def save_delta(
         "scale": scale,
         "about": dict(about),
     }
-    numbers = {name: x.to(torch.bfloat16).contiguous() for name, x in learned(model).items()}
+    # Biases of addresses are large beside what they tell apart: they need all of their digits.
+    numbers = {
+        name: (x.to(torch.bfloat16) if ADAPTER in name else x).contiguous()
+        for name, x in learned(model).items()
+    }
     numbers[_SAMPLE] = sample(model)
     save_file(numbers, path, metadata={"hamt": json.dumps(told)})
 

@@ -56,6 +56,8 @@ def fitted_config(fields: dict[str, Any], layers: Sequence[Sizes], reach: int) -
     """
     own_windows = ConvertedConfig(fields).own_windows()
     if len(layers) != len(own_windows):
-        raise ValueError(f"there are sizes for {len(layers)} layers, the model has {len(own_windows)}")
+        raise ValueError(
+            f"there are sizes for {len(layers)} layers, the model has {len(own_windows)}"
+        )
     fitted = [list(each.fitted(own)) for each, own in zip(layers, own_windows, strict=True)]
     return ConvertedConfig(fields, fitted, reach)

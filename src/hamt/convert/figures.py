@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.table import Column, Table
 from torch import Tensor
 
 from hamt.convert.objectives import divergence, without_adapters
 from hamt.convert.recall_text import FactRow
 from hamt.converted_model import ConvertedForCausalLM, Pass, full_attention
+from hamt.cross_entropy import next_token_loss
 
 
 @torch.no_grad()
@@ -28,13 +28,12 @@ def figures(
     for row in rows:
         whole, own = _both(model, row)
         for name, hidden in (("of_transformer", whole), ("nats", own)):
-            found[name] += float(F.cross_entropy(hidden[0, :-1] @ head.mT, row[0, 1:])) / len(rows)
+            found[name] += float(next_token_loss(hidden[:, :-1], head, row[:, 1:])) / len(rows)
         found["divergence"] += float(divergence(own, whole, head)) / len(rows)
     for ids, answers in facts:
-        wanted = ids[0, answers]
         whole, own = _both(model, ids)
         for name, hidden in (("facts_of_transformer", whole), ("facts", own)):
-            loss = F.cross_entropy(hidden[0, answers - 1] @ head.mT, wanted)
+            loss = next_token_loss(hidden[:, answers - 1], head, ids[:, answers])
             found[name] = found.get(name, 0.0) + float(loss) / len(facts)
     return found
 

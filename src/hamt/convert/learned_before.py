@@ -16,8 +16,8 @@ from hamt.output import Output
 
 RECORD = "convert_info.json"
 DELTA = "delta.safetensors"
-# Options that say nothing of what is converted to.
-_EITHER_WAY = ("model", "output_dir", "resume", "overwrite", "dry_run", "trust_remote_code")
+# Options that say nothing of what is converted to; who resumes wants what was begun.
+_EITHER_WAY = ("model", "output_dir", "overwrite", "dry_run", "trust_remote_code")
 
 
 def learned_before(options: ConvertOptions) -> Path | None:

@@ -58,7 +58,7 @@ class LayerByLayer(Objective):
     mode, a layer's own is taken, or a quarter of the row if that is less.
     """
 
-    def __init__(self, model: ConvertedForCausalLM, windows: Sequence[int] = (32, 64, 128)) -> None:
+    def __init__(self, model: ConvertedForCausalLM, windows: Sequence[int] = ()) -> None:
         super().__init__(model)
         self.windows = list(windows)
         for name, parameter in model.named_parameters():
@@ -188,14 +188,15 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, got: Tensor, wanted: Tensor, head: Tensor) -> Tensor:
         total = torch.zeros((), device=got.device)
-        gradient = torch.empty_like(got)
+        gradient = torch.empty_like(got) if ctx.needs_input_grad[0] else None
         for begin in range(0, len(got), CHUNK):
             part = slice(begin, begin + CHUNK)
             learned = (got[part] @ head.mT).float().log_softmax(dim=-1)
             target = (wanted[part] @ head.mT).float().log_softmax(dim=-1)
             chance = target.exp()
             total += (chance * target.sub_(learned)).sum()
-            gradient[part] = learned.exp_().sub_(chance).to(got.dtype) @ head
+            if gradient is not None:
+                gradient[part] = learned.exp_().sub_(chance).to(got.dtype) @ head
         ctx.save_for_backward(gradient)
         return total
 

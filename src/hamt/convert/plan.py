@@ -1,6 +1,7 @@
 """What a conversion does by its options, and that one which is resumed still does the same."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -9,10 +10,10 @@ from torch import nn
 
 from hamt.convert.delta import sample
 from hamt.convert.options import STAGES, ConvertOptions
-from hamt.converted_model import ConvertedForCausalLM
 from hamt.errors import UserError
 from hamt.files import json_object
 from hamt.output import ELSEWHERE, Output
+from hamt.window_and_memory.sizes import Sizes
 
 PLAN = "stages/plan.json"
 # Options that do not bear on what is learned; the model and the text are told by what they hold.
@@ -32,22 +33,28 @@ class Stage(NamedTuple):
     learning_rate: float
 
 
-def kinds(options: ConvertOptions, model: ConvertedForCausalLM) -> list[str]:
-    """The stages that are asked for and have something to learn, in their order."""
-    slots = any(sizes.num_slots for sizes in model.config.sizes)
-    exact = any(sizes.num_exact for sizes in model.config.sizes)
+def kinds(options: ConvertOptions, layers: Sequence[Sizes]) -> list[str]:
+    """The stages that are asked for and have something to learn, in their order.
+
+    Raises:
+        UserError: if one is named that has nothing to learn.
+    """
+    slots = any(sizes.num_slots for sizes in layers)
+    exact = any(sizes.num_exact for sizes in layers)
     able = {
         "calibrate": slots,
         "exact": exact,
         "layers": slots,
         "whole": slots or options.lora_rank,
     }
-    asked = options.stages or STAGES
-    return [name for name in STAGES if able[name] and name in asked and options.memory != "none"]
+    able = {name: bool(can) and options.memory != "none" for name, can in able.items()}
+    if idle := [name for name in options.stages if not able[name]]:
+        raise UserError(f"--stages {idle[0]}: with these sizes there is nothing to learn in it")
+    return [name for name in options.stages or STAGES if able[name]]
 
 
 def with_gradients(options: ConvertOptions, kind: str) -> list[Stage]:
-    """The parts of a kind of stage that are trained, in their order; none of the first two."""
+    """The parts of a kind of stage that are trained, in their order; none if it is not."""
     if kind == "layers":
         steps, rate = options.layers_steps, options.layers_learning_rate
         return [Stage(kind, options.layers_length, steps, rate)]

@@ -26,7 +26,7 @@ class Sources(NamedTuple):
     ``weights`` (L, H, N) are those of attention, which sum to 1; ``logit`` (L, N) is what each
     token added to the logit of ``token`` by way of attention in a layer, not by way of layers
     behind it; ``window`` (L,) is where the window began, ``num_sinks`` (L,) how many first tokens
-    are sinks.
+    are sinks. All are on the CPU.
     """
 
     token: int
@@ -95,8 +95,8 @@ def sources(model: ConvertedForCausalLM, input_ids: Tensor, token: int | None = 
     sizes, last_place = model.config.sizes, torch.tensor(input_ids.shape[1] - 1)
     return Sources(
         token,
-        torch.stack(weights),
-        torch.stack(added),
+        torch.stack(weights).cpu(),
+        torch.stack(added).cpu(),
         torch.stack([each.left(last_place) for each in sizes]),
         torch.tensor([each.num_sinks for each in sizes]),
     )

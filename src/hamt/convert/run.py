@@ -1,9 +1,9 @@
 """A conversion from a transformer to a folder, stage by stage."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hamt.baselines.loading import load_any_model
 from hamt.checkpoint import save_checkpoint
-from hamt.convert.budget import key_value_floats, layer_sizes, state_floats
+from hamt.convert.budget import key_value_floats, layer_sizes, possible_sizes, state_floats
 from hamt.convert.calibrate import calibrate
 from hamt.convert.delta import learn_again, learned, save_delta
 from hamt.convert.exchange import exchange, resize
@@ -33,14 +33,12 @@ from hamt.convert.objectives import (
 )
 from hamt.convert.options import SOTU, ConvertOptions
 from hamt.convert.plan import Stage, begin, check_folder, kinds, with_gradients
-from hamt.convert.recall_text import FORMS, JUDGED, FactRow, fact_rows
+from hamt.convert.rows import Rows
 from hamt.convert.salience import learn_salience
 from hamt.convert.select import sensitivities
 from hamt.convert.stage import kept, train_stage
 from hamt.converted_model import ConvertedForCausalLM
 from hamt.data.corpus import load_corpus
-from hamt.data.facts import Kind
-from hamt.data.loader import Batches
 from hamt.data.tokens import TokenisedCorpus, tokenise
 from hamt.environment import environment
 from hamt.errors import UserError, user_errors
@@ -51,7 +49,6 @@ from hamt.training.loop import LoopOptions, seed_everything
 from hamt.training.tracking import HeldOutLines, ProgressBar
 
 LEARNED = "stages/{}-learned.pt"
-JUDGED_ROWS = 2  # texts with facts by which a model is judged after each stage
 
 
 def convert(options: ConvertOptions, console: Console, output: Output) -> None:
@@ -78,7 +75,7 @@ def convert(options: ConvertOptions, console: Console, output: Output) -> None:
     run = _Run(options, console, output, model, tokenizer, _text(options, tokenizer))
     run.check()
     if options.resume or not options.dry_run:
-        begin(options, output, model, run.corpus.fingerprint)
+        begin(options, output, model, run.rows.corpus.fingerprint)
     if options.num_wide and not options.wide_layers:
         with user_errors():
             resize(model, layer_sizes(options, run.select(), count))
@@ -112,19 +109,23 @@ class _Run:
         corpus: TokenisedCorpus,
     ) -> None:
         self.options, self.console, self.output = options, console, output
-        self.model, self.tokenizer, self.corpus = model, tokenizer, corpus
-        self.rows: list[dict[str, Any]] = []  # what each stage brought
+        self.model, self.tokenizer = model, tokenizer
+        self.sizes = possible_sizes(options, model.config.own_windows())
+        self.kinds = kinds(options, self.sizes)
+        beyond = max(sizes.window for sizes in self.sizes)
+        self.rows = Rows(options, tokenizer, corpus, beyond)
+        self.brought: list[dict[str, Any]] = []  # by each stage
 
     # ------------------------------------------------------------------ stages
 
     def all_stages(self) -> None:
         """All stages that are asked for; those that are done are taken over."""
         self.measured("window and memory, untrained", 0, 0.0)
-        for kind in kinds(self.options, self.model):
+        for kind in self.kinds:
             if kind == "calibrate":
-                self.at_once(kind, calibrate, self.prose())
+                self.at_once(kind, calibrate, self.rows.prose())
             if kind == "exact":
-                self.at_once(kind, learn_salience, self.facts)
+                self.at_once(kind, learn_salience, self.rows.facts)
             if kind == "whole" and self.options.lora_rank:
                 seed_everything(self.options.seed)
                 add_adapters(self.model, self.options.lora_rank)
@@ -135,32 +136,37 @@ class _Run:
         """Find out before compute is spent what the stages would trip over.
 
         Raises:
-            UserError: if the text is too short for a stage, or PEFT is needed and not there.
+            UserError: if sizes do not fit, the text is too short for a stage, or PEFT is needed
+                and not there.
         """
-        if len(self.corpus.held_out) < 2:
+        for sizes in self.sizes:
+            with user_errors():
+                sizes.check()
+        if len(self.rows.corpus.held_out) < 2:
             raise UserError("the text is too short to hold any of it out: give more, or --held_out")
-        for kind in kinds(self.options, self.model):
+        for kind in self.kinds:
             if kind == "exact":
-                _ = self.facts
+                _ = self.rows.facts
             if kind == "whole" and self.options.lora_rank:
                 adapters_of_peft()
             for stage in with_gradients(self.options, kind):
-                self.batches(stage)
+                self.rows.batches(stage)
 
     def select(self) -> list[int]:
-        """The layers that lose most, as they are chosen once for a folder."""
+        """The layers that lose most, as they are chosen once for a conversion."""
         options, name = self.options, "stages/select.json"
         path = self.output.folder / name
-        if not path.exists():
-            rows = self.some(self.corpus.train, options.select_rows, options.calibrate_length)
+        if options.resume and path.exists():
+            with kept(path):
+                lost = parse_json(path.read_text(encoding="utf-8"))["divergence"]
+        else:
+            rows = self.rows.train(options.select_rows, options.calibrate_length)
             lost = sensitivities(self.model, rows)
-            if options.dry_run:
-                return sorted(range(len(lost)), key=lost.__getitem__)[-options.num_wide :]
-            self.output.write_json(name, {"divergence": lost})
-        lost = parse_json(path.read_text(encoding="utf-8"))["divergence"]
+            if not options.dry_run:
+                self.output.write_json(name, {"divergence": lost})
         chosen = sorted(sorted(range(len(lost)), key=lost.__getitem__)[-options.num_wide :])
-        told = ", ".join(f"{layer} ({lost[layer]:.3f})" for layer in chosen)
-        self.console.print(f"layers that lose most, divergence in nats: {told}")
+        layers = ", ".join(f"{layer} ({lost[layer]:.3f})" for layer in chosen)
+        self.console.print(f"layers that lose most, divergence in nats: {layers}")
         return chosen
 
     def stage(self, name: str, tokens: int, learn: Callable[[], float]) -> None:
@@ -174,11 +180,11 @@ class _Run:
             with kept(path):
                 state = torch.load(path, weights_only=True)
                 learn_again(self.model, state["learned"])
-                self.rows.append(state["row"])
+                self.brought.append(state["row"])
             self.console.print(f"{name}: done before")
             return
         self.measured(name, tokens, learn())
-        state = {"learned": learned(self.model), "row": self.rows[-1]}
+        state = {"learned": learned(self.model), "row": self.brought[-1]}
         self.output.write_file(LEARNED.format(name), lambda file: torch.save(state, file))
         self.output.remove(f"stages/{name}.pt")
 
@@ -191,47 +197,6 @@ class _Run:
             return time.monotonic() - begin
 
         self.stage(kind, sum(row.numel() for row in rows), learn)
-
-    def prose(self) -> list[Tensor]:
-        """The rows of ``calibrate``."""
-        options = self.options
-        return self.some(self.corpus.train, options.calibrate_rows, options.calibrate_length)
-
-    @cached_property
-    def facts(self) -> list[Tensor]:
-        """The rows of ``exact``.
-
-        Raises:
-            UserError: if there is too little text for them.
-        """
-        try:
-            rows = self.fact_rows(self.corpus.train, self.options.exact_rows, FORMS)
-        except UserError as error:
-            raise UserError(
-                f"exact entries learn from facts in long texts: {error} (--exact_length, --data)"
-            ) from error
-        return [row.ids for row in rows]
-
-    def fact_rows(self, split: Any, count: int, forms: Sequence[Kind]) -> list[FactRow]:
-        """Texts with facts that have left the windows when they are asked for."""
-        beyond = max(sizes.window for sizes in self.model.config.sizes)
-        told = min(self.options.exact_length, len(split)), beyond, count, self.options.seed, forms
-        return list(fact_rows(self.tokenizer, split.ids, *told))
-
-    @cached_property
-    def judged(self) -> list[FactRow]:
-        """Held-out texts with facts; none if there is too little text for them."""
-        try:
-            return self.fact_rows(self.corpus.held_out, JUDGED_ROWS, JUDGED)
-        except UserError:
-            return []
-
-    def batches(self, stage: Stage) -> Batches:
-        """The rows of a stage."""
-        seed = self.options.seed
-        return Batches(
-            self.corpus.train, length=stage.length, batch_size=1, documents_flow=True, seed=seed
-        )
 
     def objective(self, stage: Stage) -> Objective:
         """What a stage learns."""
@@ -257,8 +222,8 @@ class _Run:
             result = train_stage(
                 name,
                 self.objective(stage),
-                self.batches(stage),
-                self.some(self.corpus.held_out, options.eval_rows, stage.length),
+                self.rows.batches(stage),
+                self.rows.held_out(stage.length),
                 loop,
                 mixed_precision=options.mixed_precision,
                 output=self.output,
@@ -275,20 +240,13 @@ class _Run:
             )
         return result.wall_seconds
 
-    def some(self, split: Any, count: int, length: int) -> list[Tensor]:
-        """Rows of ids (1, N) from all parts of a text."""
-        count = max(min(count, len(split) // length), 1)
-        starts = torch.linspace(0, max(len(split) - length, 0), count).long().tolist()
-        return [torch.from_numpy(split.ids[a : a + length].astype("int64"))[None] for a in starts]
-
     # ----------------------------------------------------------------- figures
 
     def measured(self, name: str, tokens: int, seconds: float) -> None:
         """How far the model is from the transformer now, on held-out rows."""
         length = max([*self.options.whole_lengths, self.options.layers_length])
-        rows = self.some(self.corpus.held_out, self.options.eval_rows, length)
-        found = figures(self.model, rows, self.judged)
-        self.rows.append({"stage": name, "tokens": tokens, "seconds": seconds, **found})
+        found = figures(self.model, self.rows.held_out(length), self.rows.judged)
+        self.brought.append({"stage": name, "tokens": tokens, "seconds": seconds, **found})
         self.console.print(f"{name}: {told(found)}")
 
     def estimate(self) -> None:
@@ -300,30 +258,33 @@ class _Run:
         )
 
         def add(name: str, length: int, steps: int, once: Callable[[Tensor], None]) -> float:
-            row = self.some(self.corpus.train, 1, length)[0]
+            row = self.rows.train(1, length)[0]
             start = time.monotonic()
             once(row)
             hours = (time.monotonic() - start) * steps / 3600
             table.add_row(name, f"{steps:,}", f"{steps * length:,}", f"{hours:.2f}")
             return hours
 
-        def learn(row: Tensor) -> None:
+        def learn(objective: Objective, row: Tensor) -> None:
             with half:
                 loss = objective.measure(row)
             loss.backward()
 
-        for kind in kinds(options, self.model):
+        def at_once(learns: Callable[..., None], row: Tensor) -> None:
+            learns(self.model, [row])
+
+        for kind in self.kinds:
             if kind == "calibrate":
-                rows = options.calibrate_rows, lambda row: calibrate(self.model, [row])
-                total += add(kind, options.calibrate_length, *rows)
+                once = partial(at_once, calibrate)
+                total += add(kind, options.calibrate_length, options.calibrate_rows, once)
             if kind == "exact":
-                rows = options.exact_rows, lambda row: learn_salience(self.model, [row])
-                total += add(kind, options.exact_length, *rows)
+                once = partial(at_once, learn_salience)
+                total += add(kind, options.exact_length, options.exact_rows, once)
             if kind == "whole" and options.lora_rank:
                 add_adapters(self.model, options.lora_rank)
             for stage in with_gradients(options, kind):
-                objective = self.objective(stage).train()
-                total += add(stage.name, stage.length, stage.steps, learn)
+                once = partial(learn, self.objective(stage).train())
+                total += add(stage.name, stage.length, stage.steps, once)
         self.console.print(table)
         self.console.print(f"about {total:.1f} hours on this machine, without evaluations")
 
@@ -331,13 +292,13 @@ class _Run:
 
     def finish(self, name: str) -> None:
         """Write the model, the delta, and the record."""
-        about = {"model": name, "options": asdict(self.options), "stages": self.rows}
+        about = {"model": name, "options": asdict(self.options), "stages": self.brought}
         scale = ALPHA / self.options.lora_rank if self.options.lora_rank else 0.0
         self.output.write_file(DELTA, lambda path: save_delta(path, self.model, scale, about))
         merge_adapters(self.model)
         self.output.write(lambda fresh: save_checkpoint(fresh, self.model, self.tokenizer))
         self.output.write_json(RECORD, {"environment": environment(), **about})
-        self.console.print(stage_table(self.rows))
+        self.console.print(stage_table(self.brought))
         size = (self.output.folder / DELTA).stat().st_size
         self.console.print(
             f"what was learned is {size / 1e6:.1f} MB; all is in {self.output.folder}"

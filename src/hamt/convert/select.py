@@ -23,10 +23,17 @@ def sensitivities(model: ConvertedForCausalLM, rows: Iterable[Tensor]) -> list[f
         wanted = body.run_body(embedded, Pass(instead=full_attention))
         for index in range(len(found)):
 
-            def one(module: Any, *tokens: Any, index: int = index) -> Tensor:
+            def one(
+                module: Any,
+                queries: Tensor,
+                keys: Tensor,
+                values: Tensor,
+                scale: float,
+                index: int = index,
+            ) -> Tensor:
                 if module.layer_idx != index:
-                    return full_attention(module, *tokens)
-                return module.window_and_memory(*tokens[:3], scale=tokens[3])[0]
+                    return full_attention(module, queries, keys, values, scale)
+                return module.window_and_memory(queries, keys, values, scale=scale)[0]
 
             got = body.run_body(embedded, Pass(instead=one))
             found[index] += float(divergence(got, wanted, model.lm_head.weight)) / len(rows)

@@ -80,7 +80,8 @@ def train_stage(
     finally:
         for listener in watching:
             listener.close()
-    saver.stepped(trainer, always=result.interrupted)
+    if result.interrupted:
+        saver.write(trainer)
     return result
 
 
@@ -90,10 +91,14 @@ class _Saver(Listener[float]):
     def __init__(self, name: str, output: Output, interval: int) -> None:
         self.file, self.output, self.interval = f"stages/{name}.pt", output, interval
 
-    def stepped(self, trainer: Trainer[float], always: bool = False) -> None:
-        """Write a checkpoint if it is time."""
-        if not always and trainer.result.steps % self.interval:
-            return
+    def stepped(self, trainer: Trainer[float]) -> None:
+        """Write a checkpoint if it is time; after the last step all is written elsewhere."""
+        steps = trainer.result.steps
+        if steps % self.interval == 0 and steps < trainer.options.num_steps:
+            self.write(trainer)
+
+    def write(self, trainer: Trainer[float]) -> None:
+        """Write a checkpoint."""
         state = {
             "learned": learned(trainer.model),
             "optimizers": [each.state_dict() for each in trainer.optimizers],

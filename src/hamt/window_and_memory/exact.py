@@ -19,6 +19,7 @@ from hamt.mixers import State
 
 STEP = 2.0**-12  # of what a token is worth
 
+
 class Salience(nn.Module):
     """How much tokens of each of G key-value heads are worth holding, as a share of attention.
 

@@ -187,7 +187,8 @@ class WindowAndMemory(Stateful):
                     leaving, held, at, begun[:, 0], at >= self.sizes.num_sinks, state["slots"], size
                 )
                 slots = torch.cat((slots, after[:, :-1]), dim=1)
-                state = later({**state, "slots": after[:, -1]}, places.new_tensor([run.blocks * size]))
+                state["slots"] = after[:, -1]
+                state = later(state, places.new_tensor([run.blocks * size]))
         means = None if self.slots is None or slots is None else self.slots.means(slots)
         far = self.far(run, places, begun, left, means, state, keys)
         seen = Seen(*far, near[0], near[1], mask, None if means is None else means.variance)
@@ -307,9 +308,8 @@ class WindowAndMemory(Stateful):
         for name in ("keys", "values"):
             x = state[f"entries_{name}"]
             state[name] = x[:, -sizes.window :].clone() if index is None else take(x, index)
-        boundary = run.segment.boundary
-        here = (read.ge(sizes.window) & boundary).expand(rows)
-        if boundary is False or not (torch.compiler.is_compiling() or here.any()):
+        here = (read.ge(sizes.window) & run.segment.boundary).expand(rows)
+        if run.segment.boundary is False or not (torch.compiler.is_compiling() or here.any()):
             return state
         keys, values = (state[name][:, : sizes.block] for name in ("keys", "values"))
         if sizes.num_sinks:

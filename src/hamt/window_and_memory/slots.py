@@ -8,8 +8,8 @@ have left the window, and their count, the slot's mass:
     w_j = e^(u · k_j) softmax(W k_j + b)
 
 with keys without rotary position in w_j. Ages, in tokens, are those at the last boundary: unlike
-positions they stay small, so that float32 holds them in a text of any length. A query q sees of a slot the mean key K and
-the mean value, as if they were one token, with the score
+positions they stay small, so that float32 holds them in a text of any length. A query q sees of a
+slot the mean key K and the mean value, as if they were one token, with the score
 
     q · K / √D + log m + o + ½ c Var(q · k / √D)
 

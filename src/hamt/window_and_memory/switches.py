@@ -68,11 +68,14 @@ def with_memory_of(cache: HAMTCache, other: HAMTCache) -> HAMTCache:
     """A fork of ``cache`` whose slots and exact entries are those of ``other``.
 
     Raises:
-        ValueError: if the two are of other shapes, or have not read equally many tokens, so that
-            the memory would hold what is still in the window, or what is yet to come.
+        ValueError: if the two are of other shapes or models, or have not read equally many tokens,
+            so that the memory would hold what is still in the window, or what is yet to come.
     """
     if cache.row_shapes != other.row_shapes or cache.batch_size != other.batch_size:
         raise ValueError("these states have other shapes: they must be of one model, as many rows")
+    names = [each.origin and each.origin.known() for each in (cache, other)]
+    if None not in names and names[0] != names[1]:
+        raise ValueError("these states are of models with other weights")
     if cache.past is None or other.past is None:
         raise ValueError("a state is empty: read a text first")
     if not cache.past.num_tokens.equal(other.past.num_tokens):
