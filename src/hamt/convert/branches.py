@@ -67,7 +67,8 @@ def of_attention(
             mixed = mixed.unflatten(2, part.shape[2:4]) / total.clamp(min=torch.finfo().tiny)
             found += [mixed, total.log() + top]
         lag = (chunk[:, None] - before).clamp(min=0).float()
-        found.append((far * lag).sum(dim=-1, keepdim=True) / total.clamp(min=1e-30))
+        of_far = far.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+        found.append((far * lag).sum(dim=-1, keepdim=True) / of_far)
         parts.append([x.flatten(1, 2).transpose(1, 2) for x in found])
     near, near_sum, far, far_sum, distance = (
         torch.cat(each, dim=1) for each in zip(*parts, strict=True)
