@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from convert_checks.costs import measure_decode, measure_lambada
+from convert_checks.finetuning import measure_finetuning
 from convert_checks.loss import measure_loss
 from convert_checks.models import Named, describe, named
 from convert_checks.page import convert_page
@@ -26,7 +27,7 @@ from hamt.data.facts import KINDS
 from hamt.errors import UserError
 from hamt.output import claim
 
-PARTS = ("loss", "recall", "lambada", "decode")
+PARTS = ("loss", "recall", "lambada", "decode", "finetune")
 DATA = "../shared/data"
 TEXTS = (
     f"WikiText-2 (test)={DATA}/wikitext-2/wiki.test.raw",
@@ -72,6 +73,11 @@ def arguments() -> argparse.ArgumentParser:
     decode.add_argument(
         "--max_gigabytes", type=float, default=7, help="of one cache of the teacher"
     )
+    tuning = parser.add_argument_group("finetune")
+    tuning.add_argument("--finetune_text", default=f"{DATA}/wikitext-2/wiki.train.tokens")
+    tuning.add_argument("--finetune_scored", default=f"{DATA}/wikitext-2/wiki.test.raw")
+    tuning.add_argument("--finetune_steps", type=int, default=100, help="of 1,024 tokens")
+    tuning.add_argument("--finetune_learning_rate", type=float, default=2e-5)
     return parser
 
 
@@ -97,6 +103,8 @@ def measure(options: Any) -> None:
             measure_lambada(rows, [teacher, *models], options)
         if "decode" in options.parts:
             measure_decode(rows, teacher, models, options)
+        if "finetune" in options.parts:
+            measure_finetuning(rows, [teacher, *models], options)
 
 
 def main() -> int:

@@ -292,3 +292,15 @@ def test_what_is_wrong_ends_in_one_line(made, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "error: no model can be called teacher: give another NAME=FOLDER\n"
     )
+
+
+def test_models_are_trained_further(made, tmp_path):
+    words = ["--parts", "finetune", "--finetune_text", made / "words.txt", "--finetune_steps", "4"]
+    words += ["--finetune_scored", made / "words.txt", "--finetune_learning_rate", "0.01"]
+    convert.measure(told(made, tmp_path, *map(str, words)))
+    found = {name: row["found"] for name, row in rows(tmp_path, "finetune").items()}
+    assert list(found) == ["teacher", "memory", "window"]
+    assert all(each["after"] < each["before"] for each in found.values())
+    assert all(each["tokens"] == 4 * 1024 for each in found.values())
+    page = (tmp_path / "convert.md").read_text(encoding="utf-8")
+    assert f"| memory | 4,096 | {found['memory']['before']:.4f} |" in page

@@ -43,6 +43,10 @@ class Named:
         model, tokenizer, _ = load_any_model(str(self.path))
         return model.to(self.device), tokenizer  # type: ignore[arg-type]
 
+    def fresh(self) -> Any:
+        """The model loaded once more, to be changed."""
+        return load_any_model(str(self.path)).model.to(self.device)  # type: ignore[arg-type]
+
     @property
     def model(self) -> Any:
         """In evaluation mode."""

@@ -20,6 +20,7 @@ def convert_page(result: Mapping[str, Any]) -> str:
         (recall_tables, parts.get("recall", [])),
         (lambada_table, parts.get("lambada", [])),
         (decode_tables, parts.get("decode", [])),
+        (finetuning_table, parts.get("finetune", [])),
     ]
     return paragraphs(
         "# A transformer and what became of it",
@@ -177,3 +178,22 @@ def decode_tables(rows: Sequence[Row]) -> str:
             markdown(["model", "tokens/s", "spread", "megabytes kept"], lines, text=[0]),
         ]
     return paragraphs(*tables)
+
+
+def finetuning_table(rows: Sequence[Row]) -> str:
+    """Bits per byte before and after."""
+    lines = [
+        [
+            row["place"]["model"],
+            f"{row['found']['tokens']:,}",
+            number(row["found"]["before"], 4),
+            number(row["found"]["after"], 4),
+        ]
+        for row in rows
+    ]
+    return paragraphs(
+        "## Trained further",
+        "All weights, on rows of 1,024 tokens of one text, without the marks that stand for rare "
+        "words there; bits per byte of another, in blocks of as many:",
+        markdown(["model", "tokens trained on", "before", "after"], lines, text=[0]),
+    )
