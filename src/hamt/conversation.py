@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from hamt.cache import HAMTCache
+from hamt.data.tokenizer import opening
 from hamt.errors import UserError, reason
 from hamt.files import parse_json
 from hamt.generation import Sampling, continue_tokens, encode_text
@@ -92,11 +93,12 @@ class Conversation:
         before = self.said
         goes_on = before.state.has_previous_state()
         ids = encode_text(self.tokenizer, self.new_text(text), goes_on)
+        if not goes_on and not self.has_template:  # which writes it itself
+            ids = opening(self.tokenizer) + ids
         state = before.state.fork()
         criteria = list(arguments.pop("stopping_criteria", []))
         if not self.has_template:
             criteria.append(_WritesNextTurn(self.tokenizer, len(ids)))
-        ends = {self.tokenizer.eos_token_id, *_listed(self.model.generation_config.eos_token_id)}
         written = continue_tokens(
             self.model,
             self.tokenizer,
@@ -104,7 +106,6 @@ class Conversation:
             options,
             state,
             stopping_criteria=criteria,
-            eos_token_id=sorted(end for end in ends if end is not None) or None,
             **arguments,
         )
         answer, tail = self._split(written)
@@ -227,10 +228,6 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
-
-
-def _listed(ids: int | list[int] | None) -> list[int]:
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def last_turn(notes: Mapping[str, str]) -> tuple[Messages, str]:

@@ -10,7 +10,8 @@ Shape legend: B rows, d hidden_dim, H heads, K key size, V vocab_size.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from operator import getitem, is_
+from itertools import repeat
+from operator import contains, is_
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from hamt.identity import Origin
 from hamt.layers import HAMTLayer
 from hamt.mixers import State
 from hamt.parts import GatingNetwork, RetrievalHead, RMSNorm, ScaledEmbedding
-from hamt.products import has_extra_behaviour
+from hamt.products import do_something, has_extra_behaviour
 from hamt.rotation import Rotation
 
 try:
@@ -52,23 +53,9 @@ class Decoder:
         self.nbytes = self.native.packed.numel()
         # The compiled code trusts sizes.
         self._shapes = [layer.mixer.state_shapes() for layer in backbone.layers]
-        parts = list(backbone.modules()) + ([] if head is None else [head])
-        # What a user may put in the place of a part or a weight, change, or hang on a part. It is
-        # looked at for every token, so it is laid out for what loops without Python.
-        tables = [table for part in parts for table in (part._modules, part._parameters)]
-        held = [(table, name, value) for table in tables for name, value in table.items()]
-        self._tables, self._names, self._values = zip(*held, strict=True)
-        self._weights = [value for value in self._values if isinstance(value, Tensor)]
-        self._marks = _marks(self._weights)
-        self._hooks = [
-            hooks
-            for part in parts
-            for hooks in (part._forward_hooks, part._forward_pre_hooks)
-            if part is not backbone
-        ]
-        self._head = head
-        self._head_weight = None if head is None else head.weight
-        self._head_marks = [] if head is None else _marks([head.weight])
+        heads = [] if head is None else [head]
+        self._head, self._head_parts = head, _Parts(heads)
+        self._parts = _Parts([*backbone.modules(), *heads], unhooked=backbone)
 
     def __reduce__(self):
         return type(None), ()  # a copied or pickled model has none
@@ -82,7 +69,7 @@ class Decoder:
             and hidden.dtype == torch.float32
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
-            and not any(self._hooks)
+            and not self._parts.have_hooks()
             and not hooks_of_all._has_any_global_hook()
         )
 
@@ -97,10 +84,7 @@ class Decoder:
 
     def _is_copy(self) -> bool:
         """Whether parts and weights are still those that were copied."""
-        return _LOOKED_AT.get() is self or (
-            all(map(is_, map(getitem, self._tables, self._names), self._values))
-            and _marks(self._weights) == self._marks
-        )
+        return _LOOKED_AT.get() is self or self._parts.are_the_same()
 
     def run(
         self, hidden: Tensor, batch: Batch, states: Sequence[State | None]
@@ -156,7 +140,7 @@ class Decoder:
         if found is None:
             return None
         normed, states = found
-        logits = self.native.head(normed[:, 0], self.config.vocab_size)[:, None]
+        logits = self.native.head(normed[:, 0])[:, None]
         cache.advance(states, batch.after(hidden, ids, past), 1)
         if cache.origin is None:
             cache.origin = Origin(backbone)
@@ -177,13 +161,48 @@ class Decoder:
 
         None where the head has to be called: it is another, or as for ``run``.
         """
-        # Of all weights those of the head alone: looking at each takes time.
-        weight = self._head_weight
-        if head is not self._head or weight is None or head.weight is not weight:
+        # Of all parts the head alone: looking at each takes time.
+        if head is not self._head or not self._suits(normed):
             return None
-        if not self._suits(normed) or _marks([weight]) != self._head_marks:
+        if not self._head_parts.are_the_same():
             return None
-        return self.native.head(normed[:, 0].contiguous(), self.config.vocab_size)[:, None]
+        return self.native.head(normed[:, 0].contiguous())[:, None]
+
+
+class _Parts:
+    """Parts of a model as they are now, to see whether something was put in their place.
+
+    They are looked at for every token, so all is laid out for what loops without Python. Hooks of
+    the part ``unhooked`` run whatever is done inside of it.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], unhooked: nn.Module | None = None) -> None:
+        self.parts, self.types = parts, [type(part) for part in parts]
+        self.own = [vars(part) for part in parts]
+        self.tables = [table for part in parts for table in (part._modules, part._parameters)]
+        self.counts = list(map(len, self.tables))
+        held = [(table, name, x) for table in self.tables for name, x in table.items()]
+        self.places, self.names = [each[0] for each in held], [each[1] for each in held]
+        self.values = [each[2] for each in held]
+        self.weights = [x for x in self.values if isinstance(x, Tensor)]
+        self.marks = _marks(self.weights)
+        hooked = [part for part in parts if part is not unhooked]
+        self.hooks = [x for part in hooked for x in (part._forward_hooks, part._forward_pre_hooks)]
+
+    def are_the_same(self) -> bool:
+        """Whether all are of the same kind, with the same parts and weights, none written to."""
+        now: Any = map(dict.get, self.places, self.names)  # type: ignore[arg-type]
+        return (
+            all(map(is_, now, self.values))
+            and _marks(self.weights) == self.marks
+            and all(map(is_, map(type, self.parts), self.types))
+            and list(map(len, self.tables)) == self.counts
+            and not any(map(contains, self.own, repeat("forward")))
+        )
+
+    def have_hooks(self) -> bool:
+        """Whether a hook does something on any of them."""
+        return any(self.hooks) and any(map(do_something, self.hooks))
 
 
 def _marks(weights: Sequence[Tensor]) -> list[int]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 
 from hamt.cache import HAMTCache
 from hamt.checkpoint import PRETRAINED, load_checkpoint
-from hamt.data.tokenizer import lead_in, start_token
+from hamt.data.tokenizer import lead_in, opening, start_token
 from hamt.errors import UserError, printable, reason
 from hamt.model import HAMTForCausalLM, check_cache
 from hamt.options import MAX_SEED, option, parse
@@ -125,12 +125,19 @@ class _Streamer(TextStreamer):
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The tokens of a prompt; of an empty one the token that begins a text.
+    """The tokens of a prompt, as it begins a text; of an empty one the token that does so.
 
     Raises:
         UserError: as ``encode_text``, and if the tokenizer has no token to begin with.
     """
-    return encode_text(tokenizer, prompt) or [start_token(tokenizer)]
+    return opening(tokenizer) + encode_text(tokenizer, prompt) or [start_token(tokenizer)]
+
+
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The tokens that end a text: the tokenizer's, and those of ``generation_config``."""
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    return sorted(end for end in ends if end is not None) or None
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, goes_on: bool = False) -> list[int]:
@@ -170,6 +177,7 @@ def continue_tokens(
         UserError: if there are no ids, and no token to go on from.
     """
     # One text is written, whatever the checkpoint's generation_config.json says.
+    arguments.setdefault("eos_token_id", end_tokens(model, tokenizer))
     one = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
     sampling: dict[str, Any] = {}
     if options.temperature > 0:  # Transformers takes no whole numbers for these two

@@ -24,7 +24,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None, gate: Tensor | None =
     The gate has as many numbers as x, perhaps in another shape, which is then that of the result.
     """
     plain = partial(_rms_norm, eps=eps)
-    if rows is None or eps is None or not rows.suits(x, weight, gate):
+    fits = weight.shape == x.shape[-1:] and (gate is None or gate.numel() == x.numel())
+    if rows is None or eps is None or not fits or not rows.suits(x, weight, gate):
         return plain(x, weight, gate)
     forward = partial(rows.norm_forward, eps=eps)
     backward = partial(rows.norm_backward, eps=eps)
@@ -38,7 +39,7 @@ def _rms_norm(x: Tensor, weight: Tensor, gate: Tensor | None, *, eps: float | No
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) ⊙ up."""
-    if rows is None or not rows.suits(gate, up):
+    if rows is None or gate.shape != up.shape or not rows.suits(gate, up):
         return _swiglu(gate, up)
     return rows.Pass(_swiglu, rows.swiglu_forward, rows.swiglu_backward)(gate, up)
 
@@ -54,7 +55,12 @@ def convolve(x: Tensor, tail: Tensor, weight: Tensor, documents: Tensor | None) 
     for that of the tail, or None for one document.
     """
     inputs = (x, tail, weight, documents)
-    if rows is None or not rows.suits(*inputs):
+    fits = (
+        weight.shape == (len(weight), x.shape[-1])
+        and tail.shape == (len(x), len(weight) - 1, x.shape[-1])
+        and (documents is None or documents.shape == x.shape[:2])
+    )
+    if rows is None or not fits or not rows.suits(x, tail, weight, documents=documents):
         return _convolve(*inputs)
     return rows.Pass(_convolve, rows.convolve_forward, rows.convolve_backward)(*inputs)
 

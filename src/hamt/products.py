@@ -9,7 +9,7 @@ Shape legend: I inputs and O outputs of a map.
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
+from transformers.utils.output_capturing import _active_collector
 
 with suppress(ModuleNotFoundError):  # hamt/gpu was deleted
     import hamt.gpu.kernels  # the memory has its form from here on
@@ -127,11 +128,25 @@ def plain_weights(*maps: nn.Module) -> list[Tensor]:
     return [each.weight for each in maps]  # type: ignore[misc]
 
 
+def do_something(hooks: Mapping[int, Any]) -> bool:
+    """Whether hooks of a module do something now.
+
+    Those that Transformers leaves on a model that was asked once for its hidden states do so only
+    while it is asked.
+    """
+    if not hooks:
+        return False
+    idle = _active_collector.get() is None
+    return not (idle and all(x.__module__ == _active_collector.__module__ for x in hooks.values()))
+
+
 def has_extra_behaviour(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module does more than its kind: an adapter, a hook, a replaced forward."""
     return (
         type(module) is not kind
-        or bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        or do_something(module._forward_hooks)
+        or do_something(module._forward_pre_hooks)
+        or "forward" in vars(module)
         or bool(module._backward_hooks or module._backward_pre_hooks)
         or hooks_of_all._has_any_global_hook()
     )

@@ -17,6 +17,7 @@ from hamt.cache import HAMTCache
 from hamt.checkpoint import PRETRAINED, load_checkpoint
 from hamt.console import PlainConsole
 from hamt.data.documents import text_parts
+from hamt.data.tokenizer import opening
 from hamt.data.tokens import encode_parts
 from hamt.errors import UserError
 from hamt.generation import SEGMENT, load_state
@@ -124,8 +125,11 @@ def read_on(
         UserError: if the text has no token, or only one and nothing was read before.
     """
     tokens, num_bytes, last = 0, 0, state.unread
-    for ids, size in encode_parts(parts, tokenizer, PIECE, state.has_previous_state()):
-        new = torch.from_numpy(ids)[None].to(model.device)
+    goes_on = state.has_previous_state()
+    first = torch.tensor([] if goes_on else opening(tokenizer), dtype=torch.long)
+    for ids, size in encode_parts(parts, tokenizer, PIECE, goes_on):
+        new = torch.cat((first, torch.from_numpy(ids).long()))[None].to(model.device)
+        first = first[:0]
         text = new if last is None else torch.cat((last, new), dim=1)
         before = tokens + new.shape[1] - text.shape[1]
         for begin in range(0, text.shape[1] - 1, SEGMENT):

@@ -22,8 +22,15 @@ static int64_t likeliest(const float *logits, int64_t count) {
   return best;
 }
 
+static int number(const char *word, int64_t *value) {
+  char *end;
+  *value = strtoll(word, &end, 10);
+  return end != word && !*end;
+}
+
 int main(int count, char **words) {
-  if (count < 4) {
+  int64_t left, token = 0;
+  if (count < 4 || !number(words[2], &left)) {
     fprintf(stderr, "usage: %s model.hamt TOKENS_TO_WRITE ID [ID ...]\n", words[0]);
     return 2;
   }
@@ -46,15 +53,13 @@ int main(int count, char **words) {
     layers[l] = (hamt_layer){zeros(sizes.slots), zeros(sizes.position), zeros(sizes.conv)};
   float *logits = zeros(sizes.vocab);
 
-  int64_t token = 0;
   for (int word = 3; word < count; word++) {
-    token = atoll(words[word]);
-    if (hamt_step(model, 1, &token, layers, logits, 1)) {
+    if (!number(words[word], &token) || hamt_step(model, 1, &token, layers, logits, 1)) {
       fprintf(stderr, "%s is no token: they are from 0 to %lld\n", words[word], (long long)sizes.vocab - 1);
       return 1;
     }
   }
-  for (int64_t left = atoll(words[2]); left > 0; left--) {
+  for (; left > 0; left--) {
     token = likeliest(logits, sizes.vocab);
     printf("%lld ", (long long)token);
     fflush(stdout);

@@ -102,6 +102,7 @@ class NativeModel:
         self.handle = library.hamt_open(self.packed.data_ptr(), self.packed.numel())
         if not self.handle:
             raise RuntimeError("these bytes hold no model for the native step of this version")
+        self.vocab_size = int(library.hamt_sizes_of(self.handle).vocab)
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
@@ -112,16 +113,16 @@ class NativeModel:
         """Whether the step is compiled, or can be."""
         return compiled_library("step.cpp") is not None
 
-    def step(self, ids: Tensor, states: Sequence[Mapping[str, Tensor]], vocab: int) -> Tensor:
+    def step(self, ids: Tensor, states: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Tokens (B,) -> logits (B, V); states are written in place.
 
         Raises:
             IndexError: if one is no token.
         """
-        ids, logits = ids.to(torch.int64).contiguous(), torch.empty(len(ids), vocab)
+        ids, logits = ids.to(torch.int64).contiguous(), torch.empty(len(ids), self.vocab_size)
         addresses = (ids.data_ptr(), _layers(states), logits.data_ptr())
         if self.library.hamt_step(self.handle, len(ids), *addresses, torch.get_num_threads()):
-            raise IndexError(f"tokens are from 0 to {vocab - 1}")
+            raise IndexError(f"tokens are from 0 to {self.vocab_size - 1}")
         return logits
 
     def run(self, hidden: Tensor, states: Sequence[Mapping[str, Tensor]]) -> None:
@@ -132,12 +133,18 @@ class NativeModel:
         addresses = (hidden.data_ptr(), _layers(states))
         self.library.hamt_run(self.handle, len(hidden), *addresses, torch.get_num_threads())
 
-    def head(self, normed: Tensor, vocab: int) -> Tensor:
+    def head(self, normed: Tensor) -> Tensor:
         """Logits (B, V) of contiguous float32 hidden states (B, d), normalised."""
-        logits = torch.empty(len(normed), vocab)
+        logits = torch.empty(len(normed), self.vocab_size)
         addresses = (normed.data_ptr(), logits.data_ptr())
         self.library.hamt_head(self.handle, len(normed), *addresses, torch.get_num_threads())
         return logits
+
+
+class _Sizes(ctypes.Structure):
+    """What step.h calls ``hamt_sizes``."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("slots", "position", "conv", "layers", "vocab")]
 
 
 class _Layer(ctypes.Structure):
@@ -163,5 +170,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for name in ("hamt_run", "hamt_head"):
         function = getattr(library, name)
         function.restype, function.argtypes = None, [pointer, size, pointer, pointer, size]
+    library.hamt_sizes_of.restype, library.hamt_sizes_of.argtypes = _Sizes, [pointer]
     library.hamt_step.argtypes = [pointer, size, pointer, pointer, pointer, size]
     return library

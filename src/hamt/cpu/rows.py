@@ -32,8 +32,8 @@ class _Sizes(ctypes.Structure):
     ]
 
 
-def suits(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the library is there for these tensors, and faster.
+def suits(x: Tensor, *others: Tensor | None, documents: Tensor | None = None) -> bool:
+    """Whether the library is there for these tensors, and faster; their shapes have to fit.
 
     A compiler finds such passes by itself, and whatever follows operations wants those of PyTorch.
     """
@@ -41,10 +41,8 @@ def suits(x: Tensor, *others: Tensor | None) -> bool:
         not torch.compiler.is_compiling()
         and x.dtype in _TYPES
         and x.numel() >= MIN_NUMEL
-        and all(
-            each is None or (is_plain(each) and each.dtype in (x.dtype, torch.int64))
-            for each in (x, *others)
-        )
+        and all(each is None or (is_plain(each) and each.dtype == x.dtype) for each in (x, *others))
+        and (documents is None or (is_plain(documents) and documents.dtype == torch.int64))
         and not is_transformed()
         and not torch._C._len_torch_dispatch_stack()
         and not torch.jit.is_tracing()

@@ -156,6 +156,12 @@ def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer puts before a text by itself: the token that begins one, or nothing."""
+    start = tokenizer.bos_token_id
+    return [start] if start is not None and tokenizer("a").input_ids[:1] == [start] else []
+
+
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that stands before a text, from which its first token is predicted.
 

@@ -52,7 +52,7 @@ def write_native(step: Step, folder: Path, weights: str = "float32") -> None:
 def load_native(path: Path, step: Step) -> tuple[Run, dict[str, Any]]:
     """The step in a file of weights, as the source here runs it."""
     packed = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
-    model, vocab = NativeModel(packed), step.model.config.vocab_size
+    model = NativeModel(packed)
 
     def run(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         ids, num_tokens, *state = tensors
@@ -60,6 +60,6 @@ def load_native(path: Path, step: Step) -> tuple[Run, dict[str, Any]]:
         layers: list[State] = [{} for _ in step.model.model.layers]
         for (index, name), x in zip(step.owners, after, strict=True):
             layers[index][name] = x
-        return model.step(ids[:, 0], layers, vocab)[:, None], num_tokens + 1, *after
+        return model.step(ids[:, 0], layers)[:, None], num_tokens + 1, *after
 
     return run, step.describe()

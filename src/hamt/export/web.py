@@ -16,6 +16,7 @@ from hamt.export.onnx_file import write_onnx
 from hamt.export.runtime import FILES
 from hamt.export.traces import TracedStep
 from hamt.files import write_json, write_text
+from hamt.generation import end_tokens
 
 PAGE = (
     *("index.html", "style.css", "notice.js", "app.js", "chart.js"),
@@ -58,10 +59,8 @@ def write_page(
 def page_description(step: TracedStep, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """``step.describe`` with the tokens that begin and end a text."""
     described = step.describe()
-    ends = step.model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
     described["page"]["start_token"] = start_token(tokenizer)
-    described["page"]["end_tokens"] = ends if isinstance(ends, list) else [ends]
+    described["page"]["end_tokens"] = end_tokens(step.model, tokenizer) or []
     return described
 
 

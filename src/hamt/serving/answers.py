@@ -36,9 +36,7 @@ class Answer:
         self.text = Text(ids, config, seed, self._take, self._end)
         self.prompt_tokens, self.tokens, self.finish_reason = len(ids), 0, "length"
         self._tokenizer = tokenizer._tokenizer
-        # What precedes says whether the first token begins with a space.
-        before = [] if bare else ids[-BEFORE:]
-        self._stream = DecodeStream(before, skip_special_tokens=True)
+        self._stream = self._stream_after([] if bare else ids[-BEFORE:])
         self._pending: list[int] = []  # tokens that have not brought their characters yet
         self._ends, self._most = config.eos_token_id or (), config.max_new_tokens
         self._stops = stops
@@ -72,7 +70,12 @@ class Answer:
         self.tokens += 1
         ended = token in self._ends
         self._pending.append(token)
-        if piece := self._stream.step(self._tokenizer, token):
+        try:
+            piece = self._stream.step(self._tokenizer, token)
+        except Exception:  # bytes that are no character: it has lost its place
+            piece = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+            self._stream = self._stream_after([])
+        if piece:
             self._held += piece
             self._pending = []
         places = [place for word in self._stops if (place := self._held.find(word)) >= 0]
@@ -84,6 +87,13 @@ class Answer:
         if ended:
             self.finish_reason = "stop"
         return not ended and self.tokens < self._most
+
+    def _stream_after(self, ids: list[int]) -> DecodeStream:
+        """What decodes the tokens after others, which say whether a space comes first."""
+        # It takes what ends in this character for one that has only begun.
+        while ids and self._tokenizer.decode(ids, skip_special_tokens=True).endswith("\ufffd"):
+            ids = ids[:-1]
+        return DecodeStream(ids, skip_special_tokens=True)
 
     def _end(self, error: Exception | None) -> None:
         if self.finish_reason == "length":  # a character may have begun, as ``decode`` shows it

@@ -19,12 +19,24 @@ from pydantic import (
 
 
 def _characters(text: str) -> str:
-    text.encode()  # half of a surrogate pair is none
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("half of a surrogate pair is no character")
     return text
 
 
 Words = Annotated[str, AfterValidator(_characters)]
 Some = Annotated[Words, StringConstraints(min_length=1)]
+# Longer ones would hold up the thread that writes for everybody.
+Stop = Annotated[Some, StringConstraints(max_length=1000)]
+
+
+def _content(value: Any) -> Any:
+    if value is None or isinstance(value, (str, list)):
+        kinds = [part.get("type") for part in value or () if isinstance(part, dict)]
+        if not (wrong := [kind for kind in kinds if kind != "text"]):
+            return value
+        raise ValueError(f"parts of the type {wrong[0]!r} are not taken: give text")
+    raise ValueError("give text, or a list of parts of the type 'text'")
 
 
 def _text(value: Any) -> Any:
@@ -48,7 +60,7 @@ class Message(BaseModel):
     """One turn; what else a client says of it, such as a name, is not read."""
 
     role: Some
-    content: Words | list[Part] | None = None
+    content: Annotated[Words | list[Part] | None, BeforeValidator(_content)] = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @property
@@ -84,7 +96,7 @@ class Body(BaseModel):
     temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = {}
-    stop: Annotated[list[Some], Field(max_length=16), BeforeValidator(_listed)] = []
+    stop: Annotated[list[Stop], Field(max_length=16), BeforeValidator(_listed)] = []
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     # Not OpenAI's, but that of many servers: what ``generate`` knows by these names.
     top_k: int | None = Field(None, ge=0)

@@ -50,6 +50,11 @@ def main(arguments: Sequence[str]) -> int:
 
     check_address(options.host, options.port)
     model, tokenizer = load_checkpoint(named_or_own(options.checkpoint))
+    if not tokenizer.is_fast:
+        raise UserError(
+            "hamt serve writes answers piece by piece, and the tokenizer of this checkpoint has no "
+            "fast form that could decode them so: give another checkpoint, or use hamt chat"
+        )
     model.fuse_projections()
     path = Path(options.checkpoint or "hamt").resolve()
     name = options.name or (path.name if path.is_dir() else path.stem)

@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from hamt.conversation import NEXT_TURN, TRANSCRIPT, template_of
 from hamt.data.tokenizer import start_token
 from hamt.errors import printable
+from hamt.generation import encode_prompt, encode_text, end_tokens
 from hamt.guard import Guard
 from hamt.serving.answers import Answer
 from hamt.serving.bodies import Body, ChatBody, CompletionBody
@@ -61,12 +62,12 @@ class Service:
 
     async def completion(self, body: CompletionBody) -> Any:
         """Go on with a text."""
-        ids = await self._tokens(body, lambda: self.tokenizer(body.prompt[0]).input_ids)
+        ids = await self._tokens(body, encode_prompt, self.tokenizer, body.prompt[0])
         return await self._answer(body, ids, body.max_tokens, body.stop)
 
     def _conversation(self, body: ChatBody) -> list[int]:
         try:
-            prompt = self.tokenizer.apply_chat_template(
+            prompt: Any = self.tokenizer.apply_chat_template(
                 [{"role": message.role, "content": message.text} for message in body.messages],
                 chat_template=self.template,
                 tokenize=False,
@@ -75,7 +76,9 @@ class Service:
         except (TemplateError, TypeError, ValueError) as error:
             told = f"the chat template takes no such messages: {error}"
             raise HTTPException(400, {"message": told}) from error
-        return self.tokenizer(prompt, add_special_tokens=False).input_ids
+        if self.template is TRANSCRIPT:
+            return encode_prompt(self.tokenizer, prompt)
+        return encode_text(self.tokenizer, prompt)
 
     async def _tokens(self, body: Body, tokens: Callable[..., list[int]], *given: Any) -> list[int]:
         if body.model != self.name:
@@ -151,9 +154,7 @@ class Service:
             most = f"logit_bias: a token is a number below {model.config.vocab_size}"
             raise HTTPException(400, {"message": most})
         config.sequence_bias = {(token,): bias for token, bias in body.logit_bias.items()} or None
-        own = config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-        config.eos_token_id = sorted(end for end in ends if end is not None) or None
+        config.eos_token_id = end_tokens(model, self.tokenizer)
         return config
 
 

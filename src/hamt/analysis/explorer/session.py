@@ -19,7 +19,13 @@ from hamt.analysis.survey import survey_trace
 from hamt.analysis.tokens import token_texts
 from hamt.cache import HAMTCache
 from hamt.errors import UserError
-from hamt.generation import GenerateOptions, continue_tokens, encode_prompt, encode_text
+from hamt.generation import (
+    GenerateOptions,
+    continue_tokens,
+    encode_prompt,
+    encode_text,
+    end_tokens,
+)
 from hamt.model import HAMTForCausalLM
 from hamt.peak_memory import return_freed_memory
 
@@ -142,7 +148,7 @@ class Explorer:
                 ids += continue_tokens(self.model, self.tokenizer, ids, options, **told)
             held = self._held(cache)
             text = str(self.tokenizer.decode(ids[length:], skip_special_tokens=True))
-            ended = ids[-1] == self.tokenizer.eos_token_id
+            ended = ids[-1] in (end_tokens(self.model, self.tokenizer) or ())
             yield Written(text, len(ids) - length, held, ended)
             if ended:
                 break

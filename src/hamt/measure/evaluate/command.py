@@ -137,11 +137,37 @@ def _check(options: EvaluateOptions) -> None:
     texts = (options.test_text, options.prompts)
     if options.data == "none" and texts == (None, None) and not options.tasks:
         raise UserError("there is nothing to do: --data none goes with --tasks or --prompts")
+    _check_effects(options)
     for text in texts:
         try:
             (text or "").encode()
         except UnicodeEncodeError as error:
             raise UserError("--test_text and --prompts must be UTF-8") from error
+
+
+def _check_effects(options: EvaluateOptions) -> None:
+    """Refuse options that nothing would come of.
+
+    Raises:
+        UserError: with what is missing.
+    """
+    given = options.test_text is not None
+    scored = given or (options.prompts is None if options.data is None else options.data != "none")
+    named = not given and options.data not in (None, "none")
+    sampled = given or options.prompts is not None
+    needs = (
+        (scored, "a text to score: --data or --test_text", ("stride", "carry")),
+        (scored or options.tasks, "a text to score, or --tasks", ("context",)),
+        (scored and not given, "documents to score: --data", ("max_documents",)),
+        (named, "--data", ("text_column",)),
+        (options.tasks, "--tasks", ("task_data", "limit")),
+        (sampled, "--prompts or --test_text", ("max_new_tokens", "temperature", "seed")),
+    )
+    usual = EvaluateOptions()
+    for there, what, names in needs:
+        for name in names:
+            if not there and getattr(options, name) != getattr(usual, name):
+                raise UserError(f"--{name} needs {what}; give it, or leave --{name} out")
 
 
 def _load(options: EvaluateOptions) -> Loaded:
