@@ -74,15 +74,15 @@ class _Terminal(io.StringIO):
 def test_generated_text_cannot_command_a_terminal_and_reaches_a_file_as_it_is(
     stream, shown, monkeypatch
 ):
+    from transformers import AutoTokenizer, GenerationConfig
+
     class Model:
         def generate(self, prompt, streamer, **_):
             streamer.put(prompt.cpu())
             streamer.end()
             return prompt
 
-        device = "cpu"
-
-    from transformers import AutoTokenizer
+        device, generation_config = "cpu", GenerationConfig()
 
     from hamt.checkpoint import PRETRAINED
     from hamt.generation import GenerateOptions

@@ -200,3 +200,30 @@ def test_gradients_of_gradients_are_those_of_pytorch(monkeypatch):
     monkeypatch.setattr(passes, "rows", None)
     for mine, right in zip(seen, penalty(), strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: passes.rms_norm(x, torch.ones(64), 1e-6), "normalized_shape"),
+        (lambda x: passes.rms_norm(x, torch.ones(128), 1e-6, x[:150]), "shape"),
+        (lambda x: passes.swiglu(x, torch.ones(3, 128)), "must match"),
+        (
+            lambda x: passes.convolve(x[None], torch.ones(2, 3, 128), torch.ones(4, 128), None),
+            "size",
+        ),
+        (
+            lambda x: passes.convolve(x[None], torch.ones(1, 3, 128), torch.ones(4, 64), None),
+            "match",
+        ),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_by_pytorch(call, message):
+    """Compiled code would read and write beyond their ends."""
+    with pytest.raises(RuntimeError, match=message):
+        call(torch.ones(300, 128))
+
+
+def test_shapes_that_broadcast_are_left_to_pytorch():
+    x, row = torch.randn(300, 128), torch.randn(1, 128)
+    assert torch.equal(passes.swiglu(x, row), F.silu(x) * row)

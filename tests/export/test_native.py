@@ -68,6 +68,9 @@ def test_a_program_in_c_writes_what_generate_writes(folders, tmp_path, capsys):
     assert "holds no model" in program("step.h", 3, 5).stderr
     assert program("none", 3, 5).returncode == 1
     assert "usage" in program("model.hamt").stderr
+    assert "usage" in program("model.hamt", "five", 7).stderr
+    for word in ("abc", "7x", ""):
+        assert "is no token" in program("model.hamt", 5, word).stderr
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])

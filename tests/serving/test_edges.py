@@ -2,14 +2,21 @@
 
 import asyncio
 import copy
+import json
 import threading
 
 import openai
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from server_inputs import MAX_TOKENS, NAME, ask, post, said, wait_until
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from hamt.generation import encode_prompt
 from hamt.serving import engine as engine_module
+from hamt.serving.answers import Answer
 from hamt.serving.bodies import CompletionBody
 from hamt.serving.server import CHAT, COMPLETIONS, Service, build_app
 
@@ -123,3 +130,52 @@ def test_a_model_without_an_end_writes_on(model, engine, monkeypatch):
     body = {"model": NAME, "prompt": "a", "max_tokens": 3}
     answer = TestClient(app).post(COMPLETIONS, json=body)
     assert answer.json()["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("end", ["\ufffd", "🎉"[:1], " a\ufffd\ufffd"])
+def test_what_comes_before_an_answer_is_not_repeated_in_it(end, client, model):
+    """A prompt may end in the sign for what is no character, which a decoder waits behind."""
+    network, tokenizer = model
+    prompt = f"one two three{end}"
+    answer = client.completions.create(model=NAME, prompt=prompt, max_tokens=12, temperature=0)
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)])
+    written = network.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert answer.choices[0].text == tokenizer.decode(written, skip_special_tokens=True)
+
+
+def test_bytes_that_are_no_character_do_not_end_an_answer():
+    """Of a tokenizer that falls back to bytes, as those of Llama do."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, "b": 257}
+    backend = Tokenizer(BPE(vocabulary, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    ids = [*"€".encode(), 0xFF, 256, *"ü".encode(), 257]
+
+    async def written():
+        answer = Answer(tokenizer, [256], GenerationConfig(max_new_tokens=len(ids)))
+        for token in ids:
+            answer._take(token)
+        answer._end(None)
+        return "".join([piece async for piece in answer.pieces()])
+
+    assert asyncio.run(written()) == "€\ufffdaüb"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stop": "a" * 1001}, "at most 1,000 characters"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "'image_url' are not",
+        ),
+        ({"messages": [{"role": "user", "content": 5}]}, "give text"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, "half of a surrogate pair"),
+    ],
+)
+def test_what_is_wrong_is_said_in_words_of_the_request(fields, message, address):
+    body = {"model": NAME, "messages": [said("user", "a")], **fields}
+    answer, told = post(address, CHAT, json.dumps(body))
+    assert answer.status == 400
+    assert message in told["error"]["message"]
+    assert "function" not in told["error"]["message"]

@@ -18,16 +18,25 @@ from pydantic import (
 )
 
 
+LONGEST_STOP = 1000  # characters
+
+
 def _characters(text: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("half of a surrogate pair is no character")
     return text
 
 
+def _short(word: str) -> str:
+    # Longer ones would hold up the thread that writes for everybody.
+    if len(word) > LONGEST_STOP:
+        raise ValueError(f"a word that ends an answer has at most {LONGEST_STOP:,} characters")
+    return word
+
+
 Words = Annotated[str, AfterValidator(_characters)]
 Some = Annotated[Words, StringConstraints(min_length=1)]
-# Longer ones would hold up the thread that writes for everybody.
-Stop = Annotated[Some, StringConstraints(max_length=1000)]
+Stop = Annotated[Some, AfterValidator(_short)]
 
 
 def _content(value: Any) -> Any:

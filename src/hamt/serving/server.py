@@ -201,8 +201,10 @@ def build_app(service: Service, host: str) -> FastAPI:
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         at = () if first["type"] == "json_invalid" else first["loc"][1:]
-        place = printable(".".join(str(part) for part in at))
-        told = f"{place}: {first['msg']}" if place else first["msg"]
+        # Kinds that a field may be of stand in brackets there, and are no part of a request.
+        place = printable(".".join(str(part) for part in at if "[" not in str(part)))
+        message = first["msg"].removeprefix("Value error, ")
+        told = f"{place}: {message}" if place else message
         return JSONResponse(_error(told, 400, param=place or None), 400)
 
     @app.exception_handler(Busy)

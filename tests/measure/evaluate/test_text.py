@@ -90,7 +90,9 @@ def test_the_command_scores_what_is_asked_for(run, tmp_path, monkeypatch, option
     monkeypatch.setattr(f"{command}.score_at_contexts", lambda *_, **__: read.append(1) or [])
     monkeypatch.setattr(f"{command}.figure", lambda *_: None)
     monkeypatch.setattr(f"{command}.picture_memory", lambda *_: None)
-    options = {"checkpoint": run / "run", "max_new_tokens": 1, "output_dir": tmp_path, **options}
+    if options.keys() & {"prompts", "test_text"}:
+        options = {**options, "max_new_tokens": 1}
+    options = {"checkpoint": run / "run", "output_dir": tmp_path, **options}
     assert main(["evaluate", *words(**options)]) == 0
     found = (tmp_path / "evaluation.json").read_text(encoding="utf-8")
     assert bool(read) == (scored is not None)
