@@ -109,6 +109,20 @@ class Output:
             sync(target)
             self._note(known)
 
+    def replace_all(self, write: Callable[[Path], object]) -> None:
+        """As ``write``; what else the command had written to the folder itself is deleted."""
+        before = [name for name in self._files if "/" not in name]
+        fresh: set[str] = set()
+
+        def noting(folder: Path) -> None:
+            write(folder)
+            fresh.update(file.name for file in folder.iterdir())
+
+        self.write(noting)
+        for name in before:
+            if name not in fresh:
+                self.remove(name)
+
     def write_file(self, name: str, write: Callable[[Path], object]) -> Path:
         """Let ``write`` make a file at a temporary path, then rename it to ``name``."""
         path = self.folder / name

@@ -16,6 +16,7 @@ from hamt.finetune.chat import TEMPLATE
 from hamt.finetune.classify import Scores, baselines, classifier, encode, scores
 from hamt.finetune.rows import Labelled
 from hamt.generation import Sampling
+from hamt.output import claim
 
 
 @pytest.fixture
@@ -43,11 +44,12 @@ def test_a_classifier_learns_and_is_loaded_with_the_names_of_its_labels(
 ):
     found = run(rows, tmp_path / "out", "--checkpoint", str(folders / kind), "--epochs", "4")
     shown = capsys.readouterr().out
-    assert "54 rows to train on, 6 held out; 2 labels (cold, warm)" in shown
-    assert found["rows"] == {"train": 54, "held_out": 6}
-    assert np.sum(found["confusion"]) == 6
+    # Each text is there six times, on one side.
+    assert "48 rows to train on, 12 held out; 2 labels (cold, warm)" in shown
+    assert found["rows"] == {"train": 48, "held_out": 12}
+    assert np.sum(found["confusion"]) == 12
     model_scores = found["scores"][kind]
-    assert model_scores["accuracy"] == np.trace(found["confusion"]) / 6
+    assert model_scores["accuracy"] == np.trace(found["confusion"]) / 12
     assert model_scores["accuracy"] == 1
     assert found["scores"]["the most frequent label"]["accuracy"] == 0.5
     assert found["scores"]["TF-IDF, logistic regression"]["accuracy"] == 1
@@ -101,7 +103,8 @@ def talk(tmp_path):
     for i in range(30):
         colour = ("red", "blue")[i % 2]
         messages = [("user", f"say {colour}"), ("assistant", f"{colour} dog")] * (1 + i % 2)
-        told = [{"role": role, "content": content} for role, content in messages]
+        # The name keeps one conversation from being another one's copy.
+        told = [{"role": role, "content": text, "name": f"n{i}"} for role, text in messages]
         lines.append(json.dumps({"messages": told}))
     path = tmp_path / "talk.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -126,7 +129,13 @@ def test_a_model_learns_to_answer_and_its_answers_end(adapters, talk, folders, t
         assert chat.ask("say blue", greedy) == "blue dog"
 
 
-@pytest.mark.parametrize("messages", [[], ["hello"], [{"role": "user"}], None])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        *([], ["hello"], [{"role": "user"}], None, [{"role": "user", "content": None}]),
+        [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+    ],
+)
 def test_rows_that_are_no_conversations_are_refused(messages, folders, tmp_path, capsys):
     pytest.importorskip("trl")
     path = tmp_path / "talk.jsonl"
@@ -135,3 +144,40 @@ def test_rows_that_are_no_conversations_are_refused(messages, folders, tmp_path,
     arguments += ["--output_dir", str(tmp_path / "out")]
     assert "holds no conversation: 'messages' is a list of" in fails(arguments, capsys, False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    ([[("user", "hi"), ("assistant", "ho")]] * 9, "has one conversation alone: give --held_out"),
+    ([[("user", f"hi {i}")] for i in range(9)], "row 1 (train) has no answer of the assistant"),
+])  # fmt: skip
+def test_conversations_that_cannot_be_learnt_are_refused(lines, message, folders, tmp_path, capsys):
+    pytest.importorskip("trl")
+    rows = [[{"role": a, "content": b} for a, b in line] for line in lines]
+    path = tmp_path / "talk.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": row}) for row in rows), encoding="utf-8")
+    given = ["finetune", str(path), "--checkpoint", str(folders / "ours")]
+    told = fails([*given, "--output_dir", str(tmp_path / "out")], capsys, False)
+    assert message in told
+
+
+def test_a_fine_tuning_is_replaced_only_if_asked_for(rows, folders, tmp_path, capsys):
+    """And nothing of the one before stays."""
+    options = ("--checkpoint", str(folders / "ours"), "--epochs", "0.1", "--skip_baselines")
+    run(rows, tmp_path / "out", *options)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    again = ["finetune", rows, "--output_dir", str(tmp_path / "out"), *options]
+    assert "replace it by --overwrite" in fails(again, capsys, False)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    with claim(tmp_path / "out", "finetune", [r"chat_template\.jinja"]) as output:
+        output.write_text("chat_template.jinja", "of a conversation")
+    assert main([*again, "--overwrite", "--learning_rate", "0.1"]) == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+
+
+def test_texts_without_a_word_cost_no_model(folders, tmp_path, capsys):
+    lines = [json.dumps({"text": " " * (i + 1), "label": i % 2}) for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    run(str(tmp_path / "rows.jsonl"), tmp_path / "out", "--checkpoint", str(folders / "ours"))
+    assert "no baselines: " in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -73,6 +73,19 @@ def read_file(file: Path, text_column: str | None = None) -> Documents:
     )
 
 
+def table_rows(file: Path) -> list[Row]:
+    """All rows of a file of one of the kinds ``ROWS``, with all of their columns.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    kind = file.suffix.lower()
+    if kind != ".parquet":
+        return list(_named(file, ROWS[kind](file)))
+    names = [list(row) for row in _named(file, _parquet_rows(file))]
+    return list(_named(file, _parquet_rows(file, columns=names[0])))
+
+
 def plain_text(file: Path) -> str:
     """All of a file as it stands, whatever its kind.
 

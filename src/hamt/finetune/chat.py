@@ -9,6 +9,7 @@ from datasets import DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hamt.errors import UserError
+from hamt.finetune.adapters import lora
 from hamt.finetune.classify import Training
 from hamt.finetune.progress import show_progress
 
@@ -44,13 +45,12 @@ def train_chat(
     held-out loss.
 
     Raises:
-        UserError: if TRL is not installed, or the rows are no conversations.
+        UserError: if TRL or PEFT is needed and not there, or answers are too long to be read.
     """
     try:
         from trl import SFTConfig, SFTTrainer
     except ImportError as error:
         raise UserError("to train on conversations needs TRL: pip install 'trl>=1.16'") from error
-    _check(rows)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = TEMPLATE
     if tokenizer.pad_token is None:
@@ -58,11 +58,7 @@ def train_chat(
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         for config in (model.config, model.generation_config):
             setattr(config, name, getattr(tokenizer, name))
-    adapter = None
-    if lora_rank:
-        from peft import LoraConfig
-
-        adapter = LoraConfig(task_type="CAUSAL_LM", r=lora_rank, lora_alpha=2 * lora_rank)
+    adapter = lora("CAUSAL_LM", lora_rank)
     arguments = SFTConfig(
         output_dir=tempfile.gettempdir(),  # nothing is saved there; it would make a folder here
         num_train_epochs=options.epochs,
@@ -94,6 +90,11 @@ def train_chat(
     losses: list[float] = []
 
     def evaluated(epoch: float, found: dict[str, float]) -> None:
+        if "eval_loss" not in found:
+            raise UserError(
+                f"no conversation that is held out has an answer within --max_length "
+                f"{options.max_length} tokens: give more of them, or shorter conversations"
+            )
         losses.append(found["eval_loss"])
         told(epoch, losses[-1])
 
@@ -106,12 +107,26 @@ def train_chat(
     return trained, ChatLosses(losses[0], losses[-1])
 
 
-def _check(rows: DatasetDict) -> None:
-    for split in rows.values():
-        for number, messages in enumerate(split[MESSAGES], 1):
-            for message in messages or [None]:
-                if not (isinstance(message, dict) and {"role", "content"} <= message.keys()):
-                    raise UserError(
-                        f"row {number} holds no conversation: {MESSAGES!r} is a list of "
-                        '{"role": "user" or "assistant", "content": "..."}'
-                    )
+def check_conversations(rows: DatasetDict) -> None:
+    """Refuse rows that are no conversations.
+
+    Raises:
+        UserError: with the number of the row.
+    """
+    for split, found in rows.items():
+        if MESSAGES not in found.column_names:
+            raise UserError(f"the rows that are held out have no column {MESSAGES!r}")
+        for number, messages in enumerate(found[MESSAGES], 1):
+            listed: list[Any] = messages if isinstance(messages, list) and messages else [None]
+            if not all(map(_is_message, listed)):
+                raise UserError(
+                    f"row {number} ({split}) holds no conversation: {MESSAGES!r} is a list of "
+                    '{"role": "user" or "assistant", "content": "..."}, whose content is text'
+                )
+            if not any(message["role"] == "assistant" for message in listed):
+                raise UserError(f"row {number} ({split}) has no answer of the assistant to learn")
+
+
+def _is_message(message: Any) -> bool:
+    wanted = ("role", "content")
+    return isinstance(message, dict) and all(isinstance(message.get(x), str) for x in wanted)

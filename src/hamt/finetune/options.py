@@ -22,6 +22,7 @@ class FinetuneOptions:
         shown_default="the model in HAMT",
     )
     output_dir: str = option("checkpoints/finetune", "where the trained model goes")
+    overwrite: bool = option(False, "replace the model that was fine-tuned to --output_dir before")
     held_out: str | None = option(None, "rows to measure on; none holds out a tenth of each label")
     text_column: list[str] = option([], "columns of the text, one read after the other")
     label_column: str | None = option(None, "column of the label; none finds one")

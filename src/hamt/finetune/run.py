@@ -1,11 +1,12 @@
 """A fine-tuning from rows to a folder: what is printed, and what is written."""
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from rich.console import Console
 from rich.table import Column, Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -15,11 +16,12 @@ from hamt.baselines.loading import load_any_model
 from hamt.console import PlainConsole
 from hamt.environment import environment
 from hamt.errors import UserError, reason
-from hamt.finetune.chat import MESSAGES, train_chat
+from hamt.finetune.adapters import lora
+from hamt.finetune.chat import MESSAGES, check_conversations, train_chat
 from hamt.finetune.classify import Scores, Training, baselines, classifier, train
 from hamt.finetune.options import FinetuneOptions
-from hamt.finetune.rows import Labelled, labelled, load_rows
-from hamt.output import Output
+from hamt.finetune.rows import Labelled, apart, labelled, load_rows
+from hamt.output import ELSEWHERE, Output
 
 SHOWN = 8  # labels that a line and a table have room for
 
@@ -30,16 +32,33 @@ def finetune(options: FinetuneOptions, source: str, output: Output) -> None:
     Raises:
         UserError: for whatever only the user can mend.
     """
+    if output.holds_something and not options.overwrite:
+        raise UserError(
+            f"{output.folder} holds a model that was fine-tuned: replace it by --overwrite, or "
+            f"{ELSEWHERE}"
+        )
     logging.disable_progress_bar()  # of Transformers, for files of a few MB
     found, console = load_rows(source, options.held_out), PlainConsole()
     if MESSAGES in found["train"].column_names:
+        if options.text_column or options.label_column is not None:
+            raise UserError("conversations have no columns of texts and labels: leave them out")
+        check_conversations(found)
         if "held_out" not in found:
-            parts = found["train"].train_test_split(0.1, seed=options.seed)
-            found = DatasetDict({"train": parts["train"], "held_out": parts["test"]})
+            found = _hold_out(found["train"], source, options.seed)
         _chat(options, found, output, console)
     else:
         columns = (options.text_column, options.label_column)
         _classify(options, labelled(found, source, *columns, options.seed), output, console)
+
+
+def _hold_out(rows: Dataset, source: str, seed: int) -> DatasetDict:
+    found = apart([json.dumps(messages) for messages in rows[MESSAGES]], seed)
+    if found is None:
+        raise UserError(
+            f"{source} has one conversation alone: give --held_out, or more conversations"
+        )
+    parts = zip(("train", "held_out"), found, strict=True)
+    return DatasetDict({name: rows.select(places) for name, places in parts})
 
 
 def _classify(options: FinetuneOptions, found: Labelled, output: Output, console: Console) -> None:
@@ -59,7 +78,13 @@ def _classify(options: FinetuneOptions, found: Labelled, output: Output, console
 
     scores, matrix = train(trained, tokenizer, found, _training(options), tell)
     model = trained.merge_and_unload() if options.lora_rank else trained
-    rows = {} if options.skip_baselines else baselines(found)
+    _write(options, model, tokenizer, output)
+    rows: dict[str, Scores] = {}
+    if not options.skip_baselines:
+        try:
+            rows = baselines(found)
+        except ValueError as error:  # of texts without any word
+            console.print(f"no baselines: {reason(error)}")
     rows[name] = scores
     results = {
         "task": "classification",
@@ -68,7 +93,7 @@ def _classify(options: FinetuneOptions, found: Labelled, output: Output, console
         "scores": {kind: each._asdict() for kind, each in rows.items()},
         "confusion": matrix.tolist(),
     }
-    _write(options, model, tokenizer, results, output)
+    _record(options, results, output)
     console.print(_table(rows))
     if len(found.names) <= SHOWN:
         console.print(_confusion(found.names, matrix))
@@ -94,7 +119,8 @@ def _chat(options: FinetuneOptions, found: DatasetDict, output: Output, console:
         causal, tokenizer, found, _training(options), tell, options.lora_rank
     )
     results = {"task": "chat", "rows": sizes, "losses": losses._asdict()}
-    _write(options, model, tokenizer, results, output)
+    _write(options, model, tokenizer, output)
+    _record(options, results, output)
     console.print(
         f"held-out loss {losses.before:.3f} before, {losses.after:.3f} nats/token after; "
         f"all is in {options.output_dir}"
@@ -109,14 +135,12 @@ def _training(options: FinetuneOptions) -> Training:
 
 def _with_adapters(model: PreTrainedModel, rank: int) -> Any:
     """Adapters of PEFT where a rank asks for them; the head is trained as a whole."""
-    if not rank:
+    if (adapter := lora("SEQ_CLS", rank)) is None:
         return model
+    from peft import get_peft_model
+
     try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError("--lora_rank needs PEFT: pip install 'peft>=0.17'") from error
-    try:
-        return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank))
+        return get_peft_model(model, adapter)
     except ValueError as error:  # PEFT knows no maps of this kind of model
         raise UserError(f"PEFT cannot adapt this model: {reason(error)}") from error
 
@@ -125,14 +149,16 @@ def _write(
     options: FinetuneOptions,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    results: dict[str, Any],
     output: Output,
 ) -> None:
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    output.write(save)
+    output.replace_all(save)
+
+
+def _record(options: FinetuneOptions, results: dict[str, Any], output: Output) -> None:
     told = {"environment": environment(), "options": vars(options), **results}
     output.write_json("finetune_results.json", told)
 

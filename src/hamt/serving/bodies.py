@@ -17,7 +17,6 @@ from pydantic import (
     model_validator,
 )
 
-
 LONGEST_STOP = 1000  # characters
 
 
