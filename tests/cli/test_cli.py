@@ -272,7 +272,8 @@ def test_an_empty_checkpoint_is_not_the_model_in_hamt(command, capsys, tmp_path,
     """As of a shell variable that is not set."""
     monkeypatch.chdir(tmp_path)
     Path("x.txt").write_text("Once upon a time.")
-    Path("x.csv").write_text("text,label\n" + "one,a\ntwo,b\n" * 20)
+    rows = "".join(f"one {i},a\ntwo {i},b\n" for i in range(20))
+    Path("x.csv").write_text("text,label\n" + rows)
     line = fails([*command, "--checkpoint", ""], capsys, silent=False)
     assert "no checkpoint at" in line or "no model ''" in line
 

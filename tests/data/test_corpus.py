@@ -83,7 +83,7 @@ def test_the_identity_is_that_of_the_content(tmp_path):
     assert load_corpus(str(lines)).identity != load_corpus(str(as_text)).identity
 
 
-def test_wikitext_lines_are_joined_tojoin_articles():
+def test_wikitext_lines_are_joined_to_articles():
     text = " \n = One = \n text \n = = Part = = \n more \n = Two = \n end \n"
     articles = list(join_articles(text.splitlines(keepends=True)))
     assert [article.split("\n")[0] for article in articles] == [" ", " = One = ", " = Two = "]
@@ -148,3 +148,30 @@ def test_rows_of_the_hub_are_read_like_those_of_files(monkeypatch, streaming, ca
     corpus = load_corpus("owner/name", streaming=streaming)
     assert sorted([*corpus.train, *corpus.held_out]) == sorted(texts[:30])
     assert 1 <= len(list(corpus.held_out)) <= 5
+
+
+@pytest.mark.parametrize("text", [
+    "> a sequence\n" + "ACGT" * 50_000,
+    "一行\n" * 300 + "一" * 60_000,
+], ids=["letters", "paragraph"])  # fmt: skip
+def test_a_text_without_a_blank_near_its_last_tenth_is_cut_there(text, tmp_path):
+    """The last blank may stand anywhere before."""
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    corpus = load_corpus(str(tmp_path / "text.txt"))
+    (train,), (held_out,) = corpus.train, corpus.held_out
+    assert train + held_out == text
+    assert len(held_out) / len(text) == pytest.approx(0.1, abs=0.02)
+
+
+def test_what_is_held_out_by_name_is_not_trained_on(tmp_path, caplog):
+    """Also where it lies in the folder of the text, or is a copy."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, word in (("a", "one"), ("b", "two"), ("held", "three"), ("copy", "three")):
+        (folder / f"{name}.txt").write_text(f"{word} " * 50, encoding="utf-8")
+    corpus = load_corpus(str(folder), held_out=str(folder / "held.txt"))
+    assert [text.split()[0] for text in corpus.train] == ["one", "two"]
+    assert [text.split()[0] for text in corpus.held_out] == ["three"]
+    assert "2 documents are held out, and not trained on" in caplog.text
+    with pytest.raises(UserError, match="all of it is held out"):
+        load_corpus(str(folder / "a.txt"), held_out=str(folder / "a.txt"))

@@ -213,3 +213,13 @@ def test_a_failure_leaves_no_half_tokenised_text(tokenizer, tmp_path, monkeypatc
     with pytest.raises(UserError, match=r"No space left on device.*--token_cache"):
         tokenise(corpus, tokenizer, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_text_that_was_named_to_be_held_out_is_taken_whole(tokenizer, tmp_path):
+    (tmp_path / "held.txt").write_text("one two three\n" * 400, encoding="utf-8")
+    (tmp_path / "text.txt").write_text("four five six\n" * 4000, encoding="utf-8")
+    corpus = load_corpus(str(tmp_path / "text.txt"), held_out=str(tmp_path / "held.txt"))
+    whole = tokenise(corpus, tokenizer, tmp_path / "cache")
+    found = tokenise(corpus, tokenizer, tmp_path / "cache", max_tokens=2_000)
+    assert len(found.held_out) == len(whole.held_out)
+    assert len(found.train) < len(whole.train) / 4

@@ -214,3 +214,41 @@ def test_a_copy_of_a_checkpoint_is_left_alone(text, tmp_path):
     (folder / f"{TEMPORARY}abc").mkdir()
     assert main([*flags(text, tmp_path, num_steps=3), "--overwrite"]) == 0
     assert {path.name for path in folder.iterdir()} == {"best.pt", "step_3", "step_4_good"}
+
+
+def test_a_run_goes_on_with_another_weight_decay(text, tmp_path, capsys):
+    """It is not what the checkpoint says, but what the run is given."""
+    options = {"schedule": "constant", "num_steps": 6, "save_interval": 6}
+    assert main(flags(text, tmp_path / "a", **options)) == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    longer = {**options, "num_steps": 12}
+    for name, decay in (("a", 0.1), ("b", 10.0)):
+        told = flags(text, tmp_path / name, **{**longer, "weight_decay": decay})
+        assert main([*told, "--resume"]) == 0
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert sum(float(x.abs().sum()) for x in b.values()) < 0.9 * sum(
+        float(x.abs().sum()) for x in a.values()
+    )
+
+
+def test_nothing_of_a_run_stays_that_is_begun_anew(text, tmp_path, monkeypatch, capsys):
+    """Whatever ends the new one before its model is written."""
+    folder = tmp_path / "run"
+    assert main(flags(text, folder, num_steps=4, save_interval=2)) == 0
+    (folder / "notes.txt").write_text("mine")
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_train", killed)
+    assert main([*flags(text, folder, num_steps=4, save_interval=2), "--overwrite"]) == 130
+    names = {path.name for path in folder.iterdir()}
+    assert names & {"model.safetensors", "training_info.json", "README.md"} == set()
+    assert "notes.txt" in names
+    assert not list(folder.glob("checkpoints/step_*"))
+
+
+def test_an_empty_name_of_a_model_to_begin_with_is_refused(text, tmp_path, capsys):
+    """As of a shell variable that is not set."""
+    given = ["train", str(text), "--init_from", "", "--output_dir", str(tmp_path / "run")]
+    assert "no checkpoint" in fails(given, capsys, silent=False)

@@ -2,11 +2,12 @@
 
 import difflib
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ LOCAL = (
     "or of a folder of them"
 )
 MANY, EVERY = 20, 20  # of at least MANY documents about one in EVERY is held out
+NEAR = 10_000  # characters within which the end of a line or of a word is looked for
 # Names the way from rows to documents: a run that went another way cannot be resumed.
 READING = "rows 2"
+logger = logging.getLogger(__name__)
 HEADING = re.compile(r" = [^=].* = \n?")  # the first line of an article of WikiText
 
 
@@ -47,13 +50,14 @@ class Corpus:
     """Documents to train on, and documents held out to measure on; both can be read repeatedly.
 
     ``identity`` is a hash of the text, or of what a dataset's text depends on: another text has
-    another one.
+    another one. ``named`` says whether the text to measure on was named, and is taken whole.
     """
 
     name: str
     train: Iterable[str]
     held_out: Iterable[str]
     identity: str
+    named: bool = False
 
 
 def load_corpus(
@@ -70,9 +74,9 @@ def load_corpus(
             a UTF-8 text file, a JSON lines, CSV or Parquet file, a folder of such files, or a
             dataset of the hub: ``wikitext-2``, ``wikitext-103``, ``owner/name`` or
             ``owner/name:configuration``.
-        held_out: a source of which all is measured on. None takes the dataset's validation split,
-            or about every 20th document, chosen by a hash of its content, or, if there are fewer
-            than 20 different ones, the last tenth of each.
+        held_out: a source of which all is measured on, and none of it trained on. None takes the
+            dataset's validation split, or about every 20th document, chosen by a hash of its
+            content, or, if there are fewer than 20 different ones, the last tenth of each.
         text_column: where rows have several columns, the one with the text; None is ``text``.
         streaming: read a dataset of the hub as it comes, instead of downloading all of it first.
 
@@ -80,9 +84,11 @@ def load_corpus(
         UserError: if there is no such text, or there is nothing in it.
     """
     name, documents, validation, identity = _find(source, text_column, streaming)
+    named = held_out is not None
     if held_out is not None:
         _, validation, _, other = _find(held_out, text_column, streaming)
-        identity += other
+        documents = Documents(source, partial(_all_but, documents, validation, source))
+        identity += f"{other} without it"
     if text_column is not None:
         identity += f" column {text_column}"
     if validation is None:
@@ -90,8 +96,10 @@ def load_corpus(
         identity += how
     for texts, part_of in ((documents, source), (validation, held_out or source)):
         if not any(text.strip() for text in texts):
-            raise UserError(f"{part_of} is empty: {LOCAL} with text in it")
-    return Corpus(name, documents, validation, hashlib.sha256(identity.encode()).hexdigest()[:16])
+            trouble = "is empty, or all of it is held out" if named else "is empty"
+            raise UserError(f"{part_of} {trouble}: {LOCAL} with text in it")
+    identity = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return Corpus(name, documents, validation, identity, named)
 
 
 def load_documents(source: str, text_column: str | None = None) -> tuple[str, Iterable[str]]:
@@ -140,6 +148,24 @@ def join_articles(lines: Iterable[str | None]) -> Iterator[str]:
         yield "".join(article)
 
 
+def _all_but(documents: Iterable[str], others: Iterable[str], source: str) -> Iterator[str]:
+    """Documents that are not among others; how many were is said."""
+    held_out, left_out = {_number(text) for text in others}, 0
+    for text in documents:
+        if _number(text) in held_out:
+            left_out += 1
+        else:
+            yield text
+    if left_out:
+        _say_left_out(source, left_out)
+
+
+@cache
+def _say_left_out(source: str, count: int) -> None:
+    """Once: a text is read several times."""
+    logger.warning("%s: %d documents are held out, and not trained on", source, count)
+
+
 def _hold_out(documents: Iterable[str]) -> tuple[Documents, Documents, str]:
     """Documents to train on, documents to measure on, and what names this way to split.
 
@@ -174,9 +200,10 @@ def _number(text: str) -> int:
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """The first nine tenths of a text, and the rest: cut after a line or after a word."""
+    """The first nine tenths of a text, and the rest: cut after a line or word, if one is near."""
     cut = len(text) * 9 // 10
-    cut = max(text.rfind("\n", 0, cut), text.rfind(" ", 0, cut)) + 1 or cut
+    first = max(cut - NEAR, cut * 9 // 10)
+    cut = max(text.rfind("\n", first, cut), text.rfind(" ", first, cut)) + 1 or cut
     return text[:cut], text[cut:]
 
 

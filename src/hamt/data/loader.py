@@ -3,6 +3,7 @@
 Shape legend: B rows of a batch, N tokens of a row.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -15,6 +16,11 @@ from hamt.data.tokens import Split
 from hamt.errors import UserError
 
 ORDERS = ("shuffled", "contiguous")
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches all processes; the main one ends the others when it has saved its work."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def batch_at(
@@ -96,6 +102,7 @@ class Batches(Sequence[dict[str, Tensor]]):
             batch_size=None,
             sampler=range(first, last),
             num_workers=num_workers,
+            worker_init_fn=_ignore_interrupts,
             # Otherwise it takes a seed from the global generator, which dropout draws from: a run
             # that is resumed, and so builds a second loader, would drop other features.
             generator=torch.Generator(),

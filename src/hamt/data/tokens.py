@@ -75,7 +75,8 @@ def fingerprint_of(
     """The name of a text and a tokenizer together: another text or tokenizer has another one."""
     encoder = tokenizer.backend_tokenizer.to_str()
     described = [LAYOUT, corpus.identity, encoder, str(tokenizer.eos_token_id)]
-    described += [] if max_tokens is None else [str(max_tokens)]
+    if max_tokens is not None:
+        described += [str(max_tokens), *(["all held out"] if corpus.named else [])]
     # Earlier versions kept the space that such a tokenizer puts before each piece of a text.
     described += ["without spaces"] if lead_in(tokenizer, "a")[0] else []
     return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
@@ -93,8 +94,9 @@ def tokenise(
         corpus: the text.
         tokenizer: a fast one; without an end-of-text token documents run into each other.
         cache: see ``cached``.
-        max_tokens: read about so many tokens to train on, and a twentieth of that to hold out: up
-            to the end of a document, or of a line in a long one. None is all.
+        max_tokens: read about so many tokens to train on, and a twentieth of that to hold out,
+            unless that was named: up to the end of a document, or of a line in a long one. None is
+            all.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -102,7 +104,8 @@ def tokenise(
     fingerprint = fingerprint_of(corpus, tokenizer, max_tokens)
 
     def write(target: Path) -> None:
-        fewer = None if max_tokens is None else max(max_tokens // EVERY, 1)
+        all_of_it = max_tokens is None or corpus.named
+        fewer = None if all_of_it else max((max_tokens or 0) // EVERY, 1)
         _write(target / "train", corpus.train, tokenizer, max_tokens)
         _write(target / "held_out", corpus.held_out, tokenizer, fewer)
 

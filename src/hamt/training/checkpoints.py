@@ -59,6 +59,7 @@ def save_state(plan: Plan, trainer: Trainer[Loss], output: Output) -> None:
         "scaler": scaler.state_dict() if scaler else None,
         "result": asdict(result) | {"held_out": held_out},
         "recent": list(trainer.recent),
+        "recent_aux": list(trainer.recent_aux),
         "losses": list(trainer.spikes.losses),
         "processes": processes,
     }
@@ -87,11 +88,12 @@ def find_states(folder: Path) -> list[Path]:
     return [named[step] for step in sorted(steps, key=int)]
 
 
-def remove_checkpoints(output: Output) -> None:
-    """Remove the checkpoints of a run that is begun anew."""
-    for pattern in ("step_*", "best.pt", "epoch_*.pt"):
-        for path in output.folder.glob(f"checkpoints/{pattern}"):
-            output.remove(f"checkpoints/{path.name}")
+def remove_run(output: Output) -> None:
+    """Remove what a run has written that is begun anew: nothing shall tell of another one."""
+    for pattern in ("checkpoints/*", "*"):
+        for path in output.folder.glob(pattern):
+            if path.name != "checkpoints":
+                output.remove(path.relative_to(output.folder).as_posix())
 
 
 def load_state(plan: Plan, trainer: Trainer[Loss]) -> None:
@@ -142,6 +144,7 @@ def _restore(trainer: Trainer[Loss], saved_model: nn.Module, state: dict[str, An
     if not isinstance(trainer.result.steps, int):
         raise TypeError(f"{trainer.result.steps!r} steps")
     trainer.recent = [tuple(pair) for pair in state["recent"]]
+    trainer.recent_aux = list(state.get("recent_aux", ()))
     trainer.spikes.losses.extend(state["losses"])
     _restore_process(trainer, state["processes"][trainer.accelerator.process_index])
 

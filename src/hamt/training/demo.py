@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     with run_folder(training := TrainOptions(**settings), "demo", adopt=known) as output:
         run = train_model(training, console, output)
         if run is None or run.final is None:
-            return 0
+            return 0 if run is None else 130  # interrupted
         unigram, bigram = compare_with_ngrams(run, output)
     scale = run.final.bits_per_byte / run.final.nats_per_token
     table = Table(title="held-out loss")

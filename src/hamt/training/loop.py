@@ -214,16 +214,17 @@ class Trainer(Generic[T]):
         parts, carried_before = split_batch(batch, options.micro_batches, dim=0), list(self.carried)
         num_targets = batch["shift_labels"].ne(IGNORE_INDEX).sum().to(accelerator.device)
         num_targets = accelerator.reduce(num_targets, "sum")
-        loss, aux_loss = torch.zeros((), device=accelerator.device), None
+        loss, aux_losses = torch.zeros((), device=accelerator.device), list[Tensor]()
         for index, part in enumerate(parts):
             # Gradients that are exchanged once for all parts are whole ones in each process: where
             # weights are in pieces, that would take the memory which pieces save.
             now = index == len(parts) - 1 or is_sharded(self.model)
             with contextlib.nullcontext() if now else accelerator.no_sync(self.called_model):
-                part_loss, aux_loss = self._forward(part, index, num_targets)
+                part_loss, of_part = self._forward(part, index, num_targets)
                 # Gradients of all processes are to be added up; DDP and FSDP take their mean.
                 accelerator.backward(part_loss * accelerator.num_processes)
             loss += part_loss.detach()
+            aux_losses += of_part
         loss = accelerator.reduce(loss, "sum").item()
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), options.max_norm))
         # The scaler of float16 tries scales until gradients overflow; then it leaves that step out
@@ -233,6 +234,7 @@ class Trainer(Generic[T]):
         if trouble and not options.skip_trouble:
             raise DivergenceError(trouble, result.steps, dict(batch))
         leave_out = bool(overflow or trouble)
+        aux_loss = torch.stack(aux_losses).mean().item() if aux_losses else None
         scale = learning_rate_scale(
             progress,
             options.schedule,
@@ -247,14 +249,14 @@ class Trainer(Generic[T]):
         else:
             self.recent.append((loss, norm))
             if aux_loss is not None:
-                self.recent_aux.append(aux_loss.item())
+                self.recent_aux.append(aux_loss)
         result.steps += 1
         result.skipped += leave_out
         result.tokens += batch["input_ids"].numel() * accelerator.num_processes
-        result.final_aux_loss = None if aux_loss is None else aux_loss.item()
+        result.final_aux_loss = aux_loss
 
-    def _forward(self, part: Batch, index: int, num_targets: Tensor) -> tuple[Tensor, Any]:
-        """The loss of micro-batch ``index``, and its auxiliary loss, None where there is none.
+    def _forward(self, part: Batch, index: int, num_targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The loss of micro-batch ``index``, and its auxiliary losses, one for each segment.
 
         The loss is a share: over micro-batches and processes they add up to the mean over all
         ``num_targets`` targets of the step.
@@ -271,6 +273,7 @@ class Trainer(Generic[T]):
             # the rest. Other models have no such argument.
             arguments["return_logits"] = False
         loss: Tensor | float = 0.0
+        aux_losses: list[Tensor] = []
         for segment in split_batch(part, options.tbptt_segments, dim=1):
             segment = {name: x.to(self.accelerator.device) for name, x in segment.items()}
             # Models of Transformers compute a loss only if they get ``labels``. Those they would
@@ -279,9 +282,11 @@ class Trainer(Generic[T]):
             with self.accelerator.autocast():
                 outputs = self.called_model(**segment, **arguments, num_items_in_batch=num_targets)
             loss = loss + outputs.loss
+            if (aux_loss := getattr(outputs, "aux_loss", None)) is not None:
+                aux_losses.append(aux_loss.detach())
         if options.carry_state:
             self.carried[index] = cache.detach()
-        return loss, getattr(outputs, "aux_loss", None)  # type: ignore[return-value]
+        return loss, aux_losses  # type: ignore[return-value]
 
     # ------------------------------------------------------------------ records
 

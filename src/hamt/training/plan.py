@@ -96,7 +96,7 @@ def make_plan(options: TrainOptions) -> Plan:
             streaming=options.streaming,
         )
         trained = None
-        if options.init_from:
+        if options.init_from is not None:
             trained = load_checkpoint(options.init_from, "hamt train --init_from")
         tokenizer = trained[1] if trained else _tokenizer(options, text)
         corpus = tokenise(text, tokenizer, options.token_cache, options.max_tokens)
@@ -199,7 +199,7 @@ def check_options(options: TrainOptions) -> None:
     free |= {"contrastive_temperature", "chunk_size"}
     named = {"size": options.size, "tokenizer": options.tokenizer, **asked}
     given = sorted(name for name in named.keys() - free if named[name] is not None)
-    if options.init_from and given:
+    if options.init_from is not None and given:
         raise UserError(f"--init_from brings sizes and tokenizer along: leave --{given[0]} out")
 
 

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         name = f"hamt_quick_{run.result.steps}steps.pt"
         path = output.write_file(name, lambda file: save_pt(file, run.model, run.tokenizer))
         if run.final is None:
-            return 0
+            return 130  # interrupted
         unigram, bigram = compare_with_ngrams(run, output)
     console.print(
         f"final loss {run.result.final_loss:.3f} (training), {run.final} (held out); "

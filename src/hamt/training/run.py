@@ -26,7 +26,7 @@ from hamt.training.checkpoints import (
     check_space,
     find_states,
     load_state,
-    remove_checkpoints,
+    remove_run,
     save_state,
 )
 from hamt.training.divergence import DivergenceError
@@ -47,6 +47,7 @@ WRITTEN = (
     *(r"README\.md", r"training_info\.json", r"log\.jsonl", r"loss_curve\.png"),
     *(r"(generation_)?config\.json", r"model.*\.safetensors(\.index\.json)?"),
     *(r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json", r"merges\.txt"),
+    r"chat_template\.jinja",
     *(r"checkpoints/(best|epoch_\d+)\.pt", r"checkpoints/step_\d+", r"trouble_step_\d+\.pt"),
 )
 
@@ -154,10 +155,10 @@ def _begin(plan: Plan, output: Output, console: Console) -> FinishedRun:
             console.print("nothing is left to do: for more, give more --epochs or --num_steps")
     try:
         if is_main:
+            if not options.resume:
+                remove_run(output)
             for listener in watchers(plan, trainer.result.steps, output, console):
                 trainer.listeners.append(listener)
-            if not options.resume:
-                remove_checkpoints(output)
         trainer.listeners.append(_Saver(plan, trainer.result, output))
         return _train(plan, trainer, output, console)
     except OSError as error:
@@ -316,6 +317,8 @@ def _finish(plan: Plan, trainer: Trainer[Loss], output: Output, console: Console
             if result.out_of_time:
                 limit = f"{plan.options.max_minutes:g} minutes are over (--max_minutes)"
                 console.print(f"{limit}: {result.steps:,} of {plan.loop.num_steps:,} steps")
+            if result.skipped:
+                console.print(f"{result.skipped:,} of {result.steps:,} steps were left out")
             console.print("measuring the loss on all of the held-out text")
         final = _measure(plan, whole=True)
     model = whole_model(plan.model)

@@ -127,7 +127,10 @@ def whole_tensors(content: Any, keep: bool) -> Any:
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimiser's whole state dict; of weights in pieces each process takes its own."""
+    """Load the state of an optimiser; of weights in pieces each process takes its own.
+
+    Its settings stay those that it was made with.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
         parameter: torch.Tensor = parameters[index]
@@ -138,4 +141,7 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
                 value = value.to(parameter.device)
                 mesh, placements = parameter.device_mesh, parameter.placements
                 values[name] = distribute_tensor(value, mesh, placements, src_data_rank=None)
+    settings = [{k: v for k, v in x.items() if k != "params"} for x in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)  # a run may go on with another weight decay
