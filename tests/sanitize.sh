@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 cache=$(mktemp -d)
 trap 'rm -rf "$cache"' EXIT
-[ $# -gt 0 ] || set -- tests/memory tests/cpu/test_fused.py tests/cpu/test_operators.py tests/cpu/test_rows.py tests/cpu/test_step.py tests/test_decoding.py tests/test_decoding_changes.py -k "not 16384"
+[ $# -gt 0 ] || set -- tests/memory tests/cpu/test_fused.py tests/cpu/test_operators.py tests/cpu/test_rows.py tests/cpu/test_step.py tests/test_decoding.py tests/test_decoding_changes.py tests/export/test_native.py -k "not 16384"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 XDG_CACHE_HOME="$cache"
 export CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1

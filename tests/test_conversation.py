@@ -245,7 +245,11 @@ def test_a_conversation_from_a_file_goes_on(speaker, template, precision, tmp_pa
     assert not again.undo(), "only what was said here can be taken back"
     assert again.new_text("two") == talk.new_text("two")
     answers = [each.ask("two", GREEDY) for each in (talk, again)]
-    assert precision == "int8" or answers[0] == answers[1]
+    if precision == "float32":
+        assert answers[0] == answers[1]
+    for state, other in zip(talk.said.state.states, again.said.state.states, strict=True):
+        for name, x in state.items():
+            assert (other[name] - x).norm() <= (0.05 if precision == "int8" else 1e-6) * x.norm()
 
 
 @templates
@@ -256,7 +260,8 @@ def test_a_conversation_begins_after_what_was_read(speaker, template, turns):
     talk.ask("one", GREEDY)
     assert state.get_seq_length() == 3
     assert talk.said.state.get_seq_length() == 3 + sum(map(len, turns[0])) - 1
-    assert tokenizer.decode(turns[0][0]).startswith("\nUser: one" if template is None else "")
+    new = talker(speaker, template).new_text("one")
+    assert tokenizer.decode(turns[0][0]) == (f"\n{new}" if template is None else new)
 
 
 @pytest.mark.parametrize("note", [

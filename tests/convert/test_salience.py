@@ -85,7 +85,7 @@ def test_rows_are_those_of_their_seed(tokenizer):
 def test_it_finds_the_keys_that_are_looked_for(converted):
     """What has once got much attention is worth more than what has not, by the map alone."""
     model, tokenizer = load_checkpoint(converted)
-    rows = [row.ids for row in fact_rows(tokenizer, PROSE, 700, 100, 3, 0)]
+    *rows, other = [row.ids for row in fact_rows(tokenizer, PROSE, 700, 100, 9, 0)]
     (holds,) = (x for x in model.model.stateful if x.salience is not None)
     assert holds.salience.weight.shape == (2, 8)
     assert holds.salience.weight.abs().max() > 0  # of the stage "exact"
@@ -99,13 +99,14 @@ def test_it_finds_the_keys_that_are_looked_for(converted):
         return full_attention(module, queries, keys, values, scale)
 
     with torch.no_grad():
-        model.model.run_body(model.model.embed_tokens(rows[0]), Pass(instead=look))
+        model.model.run_body(model.model.embed_tokens(other), Pass(instead=look))
     ((keys, most),) = seen
     far = slice(2, 600)
     worth = holds.salience(keys)[0, far]
     for group in range(2):
         pair = torch.stack((worth[:, group], most[0, far, group]))
-        assert torch.corrcoef(pair)[0, 1] > 0.1
+        # Of a row that was not fitted; by chance it would be 0 ± 0.04.
+        assert torch.corrcoef(pair)[0, 1] > 0.14
 
 
 def test_prose_may_be_an_array(tokenizer):

@@ -146,7 +146,8 @@ def test_lambada_is_asked_from_a_local_file(folders, tmp_path):
     path.write_text(lines, encoding="utf-8")
     options = {"checkpoint": folders / "ours", "test_text": WORDS, "carry": True}
     found = run(tmp_path, **options, tasks="hamt_lambada", task_data=path)["tasks"]["hamt_lambada"]
-    assert found["perplexity"] > 1
+    assert 10 < found["perplexity"] < 1e6  # of a model that has learned nothing
+    assert found["acc"] == 0
 
 
 WRONG = [
