@@ -175,3 +175,13 @@ def test_what_is_held_out_by_name_is_not_trained_on(tmp_path, caplog):
     assert "2 documents are held out, and not trained on" in caplog.text
     with pytest.raises(UserError, match="all of it is held out"):
         load_corpus(str(folder / "a.txt"), held_out=str(folder / "a.txt"))
+
+
+def test_links_to_folders_are_left_out_which_is_said(tmp_path, caplog):
+    for name in ("data", "real"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.txt").write_text(f"{name} " * 300, encoding="utf-8")
+    (tmp_path / "data" / "books").symlink_to(tmp_path / "real")
+    corpus = load_corpus(str(tmp_path / "data"))
+    assert all("real" not in text for text in corpus.train)
+    assert "left out: 1 links to other folders" in caplog.text

@@ -1,5 +1,8 @@
 """``hamt train --dry_run``."""
 
+import re
+import time
+
 from command_inputs import fails
 from training_inputs import flags
 
@@ -24,3 +27,19 @@ def test_a_model_that_is_too_large_takes_no_memory(text, tmp_path, capsys, monke
     out = capsys.readouterr().out
     assert "GiB for parameters" in out
     assert "none: it has 0.0 GiB free" in out
+
+
+def test_the_time_of_a_step_has_all_of_it(text, tmp_path, capsys, monkeypatch):
+    """Each part of its rows, and the optimiser once."""
+    build = estimate.build_optimizers
+
+    def slow(model, *arguments, **options):
+        found = build(model, *arguments, **options)
+        found[0].register_step_pre_hook(lambda *_: time.sleep(0.5))
+        model.register_forward_hook(lambda *_: time.sleep(0.2))
+        return found
+
+    monkeypatch.setattr(estimate, "build_optimizers", slow)
+    assert main([*flags(text, tmp_path / "run"), "--micro_batches", "2", "--dry_run"]) == 0
+    (seconds,) = re.findall(r"\(([\d.]+) s a step", capsys.readouterr().out)
+    assert 0.9 <= float(seconds) < 3

@@ -22,9 +22,9 @@ from hamt.data.documents import (
     choose_column,
     content_hash,
     read_file,
-    read_folder,
     texts_of,
 )
+from hamt.data.folders import read_folder
 from hamt.data.hub import no_network
 from hamt.errors import UserError, reason
 

@@ -20,7 +20,6 @@ from typing import Any, TextIO
 
 from hamt.errors import UserError, reason
 from hamt.files import parse_json
-from hamt.output import NOTES, written_names
 
 Row = Mapping[str, Any]
 
@@ -119,57 +118,6 @@ def _standard_input() -> Iterator[TextIO]:
         yield text
     finally:
         text.detach()  # otherwise it would be closed with this one
-
-
-def read_folder(folder: Path, text_column: str | None = None) -> tuple[Documents, list[Path]]:
-    """The documents of all files of text in a folder, and these files.
-
-    Raises:
-        UserError: as ``read_file``, and if there are no such files.
-    """
-    files = find_files(folder)
-    parts = [read_file(file, text_column) for file in files]
-    return Documents(str(folder), lambda: chain.from_iterable(part.read() for part in parts)), files
-
-
-def find_files(folder: Path) -> list[Path]:
-    """The files of text in a folder and in those within it.
-
-    Left out, which is said, are names that begin with a dot, as in every listing of files, and what
-    runs of HAMT have written.
-
-    Raises:
-        UserError: if there are none, or a folder cannot be read.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be read ({reason(error)})") from error
-
-    found, hidden = [], 0
-    written: dict[Path, str] = {}  # and the folder whose notes name it
-    runs = set()
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        here = Path(place)
-        written |= {here / name: place for name in written_names(here)}
-        files = [name for name in names if name.lower().endswith(KINDS)]
-        for listed in (folders, files):
-            hidden += sum(name.startswith(".") and name != NOTES for name in listed)
-            listed[:] = [name for name in listed if not name.startswith(".")]
-            runs |= {written[here / name] for name in listed if here / name in written}
-            listed[:] = [name for name in listed if here / name not in written]
-        # A link that leads nowhere is a file that cannot be read; a pipe is none.
-        paths = [here / name for name in files]
-        found += [path for path in paths if path.is_file() or path.is_symlink()]
-    reasons = [f"{hidden} hidden files and folders"] if hidden else []
-    if runs:
-        more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
-        reasons.append(f"what runs have written to {', '.join(sorted(runs)[:3])}{more}")
-    if not found:
-        but = f" (left out: {', '.join(reasons)})" if reasons else ""
-        raise UserError(f"the folder {folder} has no files of the kinds {', '.join(KINDS)}{but}")
-    if reasons:
-        logger.warning("%s: left out: %s", folder, ", ".join(reasons))
-    return sorted(found)
 
 
 def content_hash(file: Path) -> str:

@@ -11,6 +11,7 @@ from hamt.model import HAMTForCausalLM
 from hamt.peak_memory import process_peak_memory
 from hamt.products import linear
 from hamt.training.memory import OPTIMIZER, WEIGHT, free_bytes, training_bytes
+from hamt.training.optim import build_optimizers
 from hamt.training.plan import Plan
 from hamt.utils import model_flops
 
@@ -66,18 +67,26 @@ def step_seconds(plan: Plan, repeats: int = 2) -> float | None:
     model = HAMTForCausalLM(plan.model.config).to(accelerator.device)
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
+    loop = plan.loop
+    settings = {name: getattr(loop, name) for name in ("learning_rate", "weight_decay", "eps")}
+    optimizers = build_optimizers(model, loop.optimizer, **settings)
     shape = (rows, plan.batches.length)
     ids = torch.randint(model.config.vocab_size, shape, device=accelerator.device)
-    times = []
+    passes, updates = [], []
     for _ in range(repeats):
         start = time.perf_counter()
         with accelerator.autocast():
             loss = model(ids, labels=ids, return_logits=False).loss
         loss.backward()
         loss.item()  # waits for a GPU
+        passes.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        for optimizer in optimizers:
+            optimizer.step()
+        next(model.parameters()).sum().item()
+        updates.append(time.perf_counter() - start)
         model.zero_grad(set_to_none=True)
-        times.append(time.perf_counter() - start)
-    return min(times) * options.micro_batches
+    return min(passes) * options.micro_batches + min(updates)
 
 
 def print_estimate(plan: Plan, console: Console) -> None:
