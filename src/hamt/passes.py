@@ -24,9 +24,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None, gate: Tensor | None =
     The gate has as many numbers as x, perhaps in another shape, which is then that of the result.
     """
     plain = partial(_rms_norm, eps=eps)
-    fits = weight.shape == x.shape[-1:] and (gate is None or gate.numel() == x.numel())
-    if rows is None or eps is None or not fits or not rows.suits(x, weight, gate):
+    if rows is None or eps is None or not rows.suits(x, weight, gate):
         return plain(x, weight, gate)
+    if weight.shape != x.shape[-1:] or not (gate is None or gate.numel() == x.numel()):
+        return plain(x, weight, gate)  # which refuses it
     forward = partial(rows.norm_forward, eps=eps)
     backward = partial(rows.norm_backward, eps=eps)
     return rows.Pass(plain, forward, backward)(x, weight, gate)
@@ -39,7 +40,7 @@ def _rms_norm(x: Tensor, weight: Tensor, gate: Tensor | None, *, eps: float | No
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) ⊙ up."""
-    if rows is None or gate.shape != up.shape or not rows.suits(gate, up):
+    if rows is None or not rows.suits(gate, up) or gate.shape != up.shape:
         return _swiglu(gate, up)
     return rows.Pass(_swiglu, rows.swiglu_forward, rows.swiglu_backward)(gate, up)
 
@@ -55,13 +56,12 @@ def convolve(x: Tensor, tail: Tensor, weight: Tensor, documents: Tensor | None) 
     for that of the tail, or None for one document.
     """
     inputs = (x, tail, weight, documents)
-    fits = (
-        weight.shape == (len(weight), x.shape[-1])
-        and tail.shape == (len(x), len(weight) - 1, x.shape[-1])
-        and (documents is None or documents.shape == x.shape[:2])
-    )
-    if rows is None or not fits or not rows.suits(x, tail, weight, documents=documents):
+    if rows is None or not rows.suits(x, tail, weight, documents=documents):
         return _convolve(*inputs)
+    (batch, length, width), taps = x.shape, len(weight)
+    fits = weight.shape == (taps, width) and tail.shape == (batch, taps - 1, width)
+    if not fits or (documents is not None and documents.shape != (batch, length)):
+        return _convolve(*inputs)  # which refuses them, or broadcasts
     return rows.Pass(_convolve, rows.convolve_forward, rows.convolve_backward)(*inputs)
 
 

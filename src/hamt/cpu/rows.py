@@ -33,7 +33,7 @@ class _Sizes(ctypes.Structure):
 
 
 def suits(x: Tensor, *others: Tensor | None, documents: Tensor | None = None) -> bool:
-    """Whether the library is there for these tensors, and faster; their shapes have to fit.
+    """Whether the library is there for these tensors, and faster; their shapes have to fit, too.
 
     A compiler finds such passes by itself, and whatever follows operations wants those of PyTorch.
     """
