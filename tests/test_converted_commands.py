@@ -194,7 +194,8 @@ def finetuned(rows, checkpoint, folder, *more):
 @pytest.mark.parametrize("adapted", [[], ["--lora_rank", "2"]], ids=["all", "adapters"])
 def test_it_learns_to_tell_labels(adapted, checkpoint, tmp_path, capsys):
     words = ("red", "warm"), ("blue", "cold")
-    rows = [dict(zip(("text", "label"), words[i % 2], strict=True)) for i in range(40)]
+    # Numbers keep a text from being another one's copy.
+    rows = [{"text": f"{i} {words[i % 2][0]}", "label": words[i % 2][1]} for i in range(40)]
     rows = saved_rows(tmp_path, *rows)
     found = finetuned(rows, checkpoint, tmp_path / "out", "--epochs", "3", *adapted)
     assert adapted or found["scores"]["made"]["accuracy"] == 1
@@ -208,7 +209,9 @@ def test_it_learns_to_tell_labels(adapted, checkpoint, tmp_path, capsys):
 @deprecated
 def test_it_learns_conversations(checkpoint, tmp_path, monkeypatch, capsys):
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
-    rows = saved_rows(tmp_path, *[{"messages": turns} for _ in range(20)])
+    # Names keep a conversation from being another one's copy.
+    rows = [{"messages": [{**turn, "name": str(i)} for turn in turns]} for i in range(20)]
+    rows = saved_rows(tmp_path, *rows)
     found = finetuned(rows, checkpoint, tmp_path / "out", "--epochs", "2")
     assert found["losses"]["after"] < found["losses"]["before"]
     typed(monkeypatch, "hello\n")

@@ -74,9 +74,10 @@ def load_corpus(
             a UTF-8 text file, a JSON lines, CSV or Parquet file, a folder of such files, or a
             dataset of the hub: ``wikitext-2``, ``wikitext-103``, ``owner/name`` or
             ``owner/name:configuration``.
-        held_out: a source of which all is measured on, and none of it trained on. None takes the
-            dataset's validation split, or about every 20th document, chosen by a hash of its
-            content, or, if there are fewer than 20 different ones, the last tenth of each.
+        held_out: a source of which all is measured on, and none of it trained on, unless there is
+            nothing else. None takes the dataset's validation split, or about every 20th document,
+            chosen by a hash of its content, or, if there are fewer than 20 different ones, the last
+            tenth of each.
         text_column: where rows have several columns, the one with the text; None is ``text``.
         streaming: read a dataset of the hub as it comes, instead of downloading all of it first.
 
@@ -87,7 +88,11 @@ def load_corpus(
     named = held_out is not None
     if held_out is not None:
         _, validation, _, other = _find(held_out, text_column, streaming)
-        documents = Documents(source, partial(_all_but, documents, validation, source))
+        others = Documents(source, partial(_all_but, documents, validation, source))
+        if any(True for _ in others):
+            documents = others
+        else:
+            logger.warning("%s: all of it is held out, too: what is measured is known", source)
         identity += f"{other} without it"
     if text_column is not None:
         identity += f" column {text_column}"
@@ -96,8 +101,7 @@ def load_corpus(
         identity += how
     for texts, part_of in ((documents, source), (validation, held_out or source)):
         if not any(text.strip() for text in texts):
-            trouble = "is empty, or all of it is held out" if named else "is empty"
-            raise UserError(f"{part_of} {trouble}: {LOCAL} with text in it")
+            raise UserError(f"{part_of} is empty: {LOCAL} with text in it")
     identity = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return Corpus(name, documents, validation, identity, named)
 
