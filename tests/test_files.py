@@ -6,6 +6,7 @@ import pytest
 
 from hamt.data.cache import cached
 from hamt.errors import UserError
+from hamt.files import fill as fill_folder
 from hamt.files import write_folder
 from hamt.output import claim
 
@@ -35,3 +36,11 @@ def test_without_a_home_it_is_told_what_has_no_place(monkeypatch):
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(UserError, match="no home to keep tokens in: set XDG_CACHE_HOME"):
         cached(None, "name", lambda folder: None, lambda folder: None)
+
+
+def test_what_has_nothing_to_do_with_the_disk_is_told_as_it_is(tmp_path):
+    def write(folder):
+        raise RuntimeError("some tensors share memory")
+
+    with pytest.raises(RuntimeError, match="share memory"):
+        fill_folder(write, tmp_path)

@@ -101,6 +101,8 @@ def fill(write: Callable[[Path], object], target: Path) -> None:
         write(target)
     except (SafetensorError, RuntimeError) as error:
         full = "No space left" in str(error) or shutil.disk_usage(target).free < 2**20
+        if not full and not isinstance(error, SafetensorError) and "writ" not in str(error):
+            raise  # of something else than the disk
         raise OSError(errno.ENOSPC if full else errno.EIO, reason(error)) from error
 
 
