@@ -310,6 +310,8 @@ def _from_recipe(options: type, path: str, given: Iterable[str], command: str) -
             raise _unknown_option(options, f"--{name}", command, f" (in {path})")
         if known[name].name in replaced:
             continue
+        if known[name].name in values:
+            raise UserError(f"{name} is there twice, by another of its names (in {path})")
         try:
             values[known[name].name] = _convert(known[name], text)
         except UserError as error:

@@ -20,6 +20,7 @@ def test_options_come_from_a_file_and_flags_go_before_them(text, tmp_path, capsy
         ("num_stepss: 3\n", unknown),
         ("a: [1\nb: 2", "line 2"),
         ("- a\n", "must hold lines"),
+        ("epochs: 2\nnum_epochs: 3\n", "num_epochs is there twice, by another of its names"),
     ):
         path.write_text(content)
         assert message in fails(["train", str(path)], capsys)

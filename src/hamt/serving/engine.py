@@ -247,7 +247,10 @@ class Engine:
 
 
 def _chooser(model: Any, text: Text) -> Callable[[torch.Tensor], int]:
-    """How the next token is chosen of logits (1, V), as ``generate`` would."""
+    """How the next token is chosen of logits (1, V): as ``generate`` would by these settings.
+
+    What they leave open is left out, also the ``top_k`` of 50 that ``generate`` has for it.
+    """
     config, device, length = text.config, model.device, len(text.ids)
     model._prepare_special_tokens(config, device=device)
     processors: Any = model._get_logits_processor(

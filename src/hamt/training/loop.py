@@ -66,7 +66,7 @@ class TrainingResult(Generic[T]):
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0  # of the training steps
-    wall_seconds: float = 0.0  # also those of evaluations and checkpoints
+    wall_seconds: float = 0.0  # up to the end of the last step: evaluations, too, but for the last
     skipped: int = 0  # steps without an update
     final_loss: float | None = None
     final_aux_loss: float | None = None

@@ -208,7 +208,9 @@ def _loop(options: TrainOptions, batches: Batches) -> LoopOptions:
     same = LoopOptions.__dataclass_fields__.keys() & TrainOptions.__dataclass_fields__.keys()
     values = {name: getattr(options, name) for name in same}
     values["num_steps"] = options.num_steps or max(
-        math.ceil(options.num_epochs * batches.steps_per_epoch), 1
+        # A share such as 0.07 is not exact: without rounding it would cost one step more.
+        math.ceil(round(options.num_epochs * batches.steps_per_epoch, 6)),
+        1,
     )
     values["carry_state"] = options.order == "contiguous"
     values["max_seconds"] = 60 * options.max_minutes if options.max_minutes else math.inf
