@@ -27,7 +27,7 @@ from hamt.identity import Origin
 from hamt.layers import HAMTLayer
 from hamt.mixers import State
 from hamt.parts import GatingNetwork, RetrievalHead, RMSNorm, ScaledEmbedding
-from hamt.products import do_something, has_extra_behaviour
+from hamt.products import are_active, has_extra_behaviour
 from hamt.rotation import Rotation
 
 try:
@@ -202,7 +202,7 @@ class _Parts:
 
     def have_hooks(self) -> bool:
         """Whether a hook does something on any of them."""
-        return any(self.hooks) and any(map(do_something, self.hooks))
+        return any(self.hooks) and any(map(are_active, self.hooks))
 
 
 def _marks(weights: Sequence[Tensor]) -> list[int]:

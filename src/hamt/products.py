@@ -128,7 +128,7 @@ def plain_weights(*maps: nn.Module) -> list[Tensor]:
     return [each.weight for each in maps]  # type: ignore[misc]
 
 
-def do_something(hooks: Mapping[int, Any]) -> bool:
+def are_active(hooks: Mapping[int, Any]) -> bool:
     """Whether hooks of a module do something now.
 
     Those that Transformers leaves on a model that was asked once for its hidden states do so only
@@ -144,8 +144,8 @@ def has_extra_behaviour(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module does more than its kind: an adapter, a hook, a replaced forward."""
     return (
         type(module) is not kind
-        or do_something(module._forward_hooks)
-        or do_something(module._forward_pre_hooks)
+        or are_active(module._forward_hooks)
+        or are_active(module._forward_pre_hooks)
         or "forward" in vars(module)
         or bool(module._backward_hooks or module._backward_pre_hooks)
         or hooks_of_all._has_any_global_hook()

@@ -26,7 +26,7 @@ def exchange(
         ValueError: if the model is of a kind that cannot be converted, or the sizes do not fit.
     """
     sizes = [layers] * model.config.num_hidden_layers if isinstance(layers, Sizes) else layers
-    config = fitted_config(model.config.to_dict(), sizes, reach)
+    config = _fitted_config(model.config.to_dict(), sizes, reach)
     with torch.device("meta"):
         converted = ConvertedForCausalLM(config)
     body: Any = model.base_model
@@ -43,12 +43,12 @@ def resize(model: ConvertedForCausalLM, layers: Sequence[Sizes]) -> None:
     Raises:
         ValueError: if the sizes do not fit.
     """
-    config = fitted_config(model.config.transformer, layers, model.config.reach)
+    config = _fitted_config(model.config.transformer, layers, model.config.reach)
     take_over(model.model.body, config)
     model.config = model.model.config = config
 
 
-def fitted_config(fields: dict[str, Any], layers: Sequence[Sizes], reach: int) -> ConvertedConfig:
+def _fitted_config(fields: dict[str, Any], layers: Sequence[Sizes], reach: int) -> ConvertedConfig:
     """The configuration of a transformer's ``fields``, with sizes that fit each layer's window.
 
     Raises:

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -88,7 +88,8 @@ def load_corpus(
     named = held_out is not None
     if held_out is not None:
         _, validation, _, other = _find(held_out, text_column, streaming)
-        others = Documents(source, partial(_all_but, documents, validation, source))
+        known = set(map(_number, validation))
+        others = Documents(source, partial(_all_but, documents, known, source))
         if any(True for _ in others):
             documents = others
         else:
@@ -152,9 +153,9 @@ def join_articles(lines: Iterable[str | None]) -> Iterator[str]:
         yield "".join(article)
 
 
-def _all_but(documents: Iterable[str], others: Iterable[str], source: str) -> Iterator[str]:
-    """Documents that are not among others; how many were is said."""
-    held_out, left_out = {_number(text) for text in others}, 0
+def _all_but(documents: Iterable[str], held_out: Set[int], source: str) -> Iterator[str]:
+    """Documents whose numbers are not among those held out; how many were is said."""
+    left_out = 0
     for text in documents:
         if _number(text) in held_out:
             left_out += 1

@@ -140,6 +140,7 @@ class Explorer:
         """
         ids = encode_prompt(self.tokenizer, prompt[-MAX_CHARACTERS:])
         length, cache = len(ids), HAMTCache(len(self.model.model.layers))
+        ends = end_tokens(self.model, self.tokenizer) or []
         # One token at a time, to look at the cache, and so that others can ask in between.
         options = GenerateOptions(max_new_tokens=1, temperature=temperature, top_p=top_p)
         told: dict[str, Any] = {"past_key_values": cache, "prefill_chunk_size": SEGMENT}
@@ -148,7 +149,7 @@ class Explorer:
                 ids += continue_tokens(self.model, self.tokenizer, ids, options, **told)
             held = self._held(cache)
             text = str(self.tokenizer.decode(ids[length:], skip_special_tokens=True))
-            ended = ids[-1] in (end_tokens(self.model, self.tokenizer) or ())
+            ended = ids[-1] in ends
             yield Written(text, len(ids) - length, held, ended)
             if ended:
                 break
