@@ -1,11 +1,15 @@
 """Files that are written whole or not at all: under a temporary name, which is then changed."""
 
 import errno
+import glob
 import json
+import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from safetensors import SafetensorError
 
 from hamt.errors import UserError, reason
 
+ABANDONED = 24 * 3600.0  # seconds without a change after which no process writes there any more
 WRITING = ".writing-"  # begins the name of a folder that is being written
 
 
@@ -61,6 +66,9 @@ def new_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]) 
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}-*"):  # by a process that died
+        if _last_written(left) < time.time() - ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         fresh = Path(temporary) / "new"
         fresh.mkdir()
@@ -73,6 +81,13 @@ def new_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]) 
             if not folder.is_dir():
                 raise
         sync(folder.parent)
+
+
+def _last_written(folder: Path) -> float:
+    """When anything in it was last changed, in seconds of the clock."""
+    with suppress(OSError):  # another process removes it
+        return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    return math.inf
 
 
 def make_lasting(paths: Iterable[Path], folder: Path) -> None:

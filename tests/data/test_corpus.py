@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from text_inputs import TEXT, files, rows
 
-from hamt.data.corpus import join_articles, load_corpus
+from hamt.data.corpus import join_articles, load_corpus, load_documents
 from hamt.errors import UserError
 
 
@@ -31,7 +31,10 @@ def test_a_file_is_split_without_losing_a_character(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no text "), (b"", "is empty"), (b" \n\t", "is empty"), (b"\xff\xfe\x00", "not UTF-8")],
+    [
+        *((None, "no text "), (b"", "is empty"), (b" \n\t", "is empty")),
+        *((b"a", "too short to hold any of it out"), (b"\xff\xfe\x00", "not UTF-8")),
+    ],
 )
 def test_unusable_files_are_refused_in_one_line(tmp_path, content, message):
     path = tmp_path / "text.txt"
@@ -40,6 +43,23 @@ def test_unusable_files_are_refused_in_one_line(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as error:
         load_corpus(str(path))
     assert "\n" not in str(error.value)
+
+
+def test_a_column_of_plain_text_is_refused_but_of_a_table_beside_it_is_not(tmp_path):
+    files(tmp_path, a_txt=TEXT * 30, b_csv="body,x\nto measure on,1\n")
+    plain, table = str(tmp_path / "a.txt"), str(tmp_path / "b.csv")
+    for read in (load_corpus, load_documents):
+        for source in (plain, "sotu"):
+            with pytest.raises(UserError, match="is plain text: leave it out"):
+                read(source, text_column="body")
+    corpus = load_corpus(plain, held_out=table, text_column="body")
+    assert list(corpus.held_out) == ["to measure on"]
+
+
+def test_a_pipe_is_refused_since_it_can_be_read_only_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="write it to a file first"):
+        load_corpus(str(tmp_path / "pipe"))
 
 
 def test_rows_of_a_file_are_documents(tmp_path):

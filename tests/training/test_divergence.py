@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from command_inputs import words
 from training_inputs import flags, repeated_batches, train
 
 from hamt.cli import main
@@ -76,4 +77,16 @@ def test_trouble_ends_the_run_with_its_batch_saved(text, tmp_path, capsys, monke
     error = capsys.readouterr().err.splitlines()[-1]
     batch = torch.load(re.search(r"its batch is in (\S+\.pt)", error).group(1), weights_only=True)
     assert batch["input_ids"].shape == (4, 32)
-    assert "--skip_trouble" in error
+    assert "Lower --learning_rate, or leave such steps out with --skip_trouble" in error
+
+
+def test_a_command_without_options_against_trouble_names_one_that_has_them(
+    text, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(LossSpikes, "trouble", lambda *_: "the loss is nan")
+    small = {"hidden_dim": 16, "num_layers": 1, "vocab_size": 300, "max_length": 32}
+    options = words(data=text, output_dir=tmp_path / "run", **small)
+    assert main(["quick-train", *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "hamt train has options for that" in error
+    assert "--resume" not in error

@@ -49,7 +49,8 @@ def cached(
         new_folder(folder, lambda target: _write(target, write))
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written ({reason(error)}): name another folder with --token_cache"
+            f"{folder} cannot be written ({reason(error)}): free space there, or name another "
+            "folder (hamt train --token_cache, or XDG_CACHE_HOME)"
         ) from error
     return read(folder)
 

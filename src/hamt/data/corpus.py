@@ -84,7 +84,10 @@ def load_corpus(
     Raises:
         UserError: if there is no such text, or there is nothing in it.
     """
+    _check_column(text_column, source, held_out)
     name, documents, validation, identity = _find(source, text_column, streaming)
+    if not any(documents):
+        raise UserError(f"{source} is empty: {LOCAL} with text in it")
     named = held_out is not None
     if held_out is not None:
         _, validation, _, other = _find(held_out, text_column, streaming)
@@ -100,9 +103,10 @@ def load_corpus(
     if validation is None:
         documents, validation, how = _hold_out(documents)
         identity += how
-    for texts, part_of in ((documents, source), (validation, held_out or source)):
-        if not any(text.strip() for text in texts):
-            raise UserError(f"{part_of} is empty: {LOCAL} with text in it")
+    if held_out is not None and not any(validation):
+        raise UserError(f"{held_out} is empty: {LOCAL} with text in it")
+    if not (any(documents) and any(validation)):
+        raise UserError(f"{source} is too short to hold any of it out: give more text")
     identity = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return Corpus(name, documents, validation, identity, named)
 
@@ -115,6 +119,7 @@ def load_documents(source: str, text_column: str | None = None) -> tuple[str, It
     Raises:
         UserError: if there is no such text.
     """
+    _check_column(text_column, source)
     name, documents, validation, _ = _find(source, text_column, streaming=False)
     return (name, documents) if validation is None else (f"{name}, held out", validation)
 
@@ -212,6 +217,19 @@ def _cut(text: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
+def _check_column(text_column: str | None, *sources: str | None) -> None:
+    """Refuse to name a column of texts none of which has any."""
+
+    def is_plain(source: str) -> bool:
+        return source == "sotu" or (
+            os.path.isfile(source) and Path(source).suffix.lower() not in ROWS
+        )
+
+    named = [source for source in sources if source is not None]
+    if text_column is not None and all(map(is_plain, named)):
+        raise UserError(f"--text_column is of tables, and {named[0]} is plain text: leave it out")
+
+
 def _find(
     source: str, text_column: str | None, streaming: bool
 ) -> tuple[str, Iterable[str], Iterable[str] | None, str]:
@@ -230,6 +248,8 @@ def _find(
         return name, read_file(path, text_column), None, identity
     if _names_dataset(source):
         return source, *_hub(source, text_column, streaming)
+    if os.path.exists(source):
+        raise UserError(f"{source} is no file that can be read again: write it to a file first")
     raise UserError(f"no text {source}: {no_text(source)}, or a dataset of the hub: wikitext-2")
 
 

@@ -73,9 +73,10 @@ def save_state(plan: Plan, trainer: Trainer[Loss], output: Output) -> None:
         output.new_folder(f"checkpoints/{target.name}", write)
         logger.debug("wrote %s", target)
     except OSError as error:
+        further = ", then --resume goes on from the one before" if output.command == "train" else ""
         raise UserError(
             f"no checkpoint could be written at step {result.steps} ({reason(error)}): "
-            f"free space in {folder}, then --resume goes on from the one before"
+            f"free space in {folder}{further}"
         ) from error
     for stale in find_states(folder)[: -plan.options.keep_checkpoints]:
         output.remove(f"checkpoints/{stale.name}")

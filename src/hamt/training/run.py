@@ -162,9 +162,9 @@ def _begin(plan: Plan, output: Output, console: Console) -> FinishedRun:
         trainer.listeners.append(_Saver(plan, trainer.result, output))
         return _train(plan, trainer, output, console)
     except OSError as error:
+        further = ", then --resume goes on from the last checkpoint" if _resumable(output) else ""
         raise UserError(
-            f"{options.output_dir} cannot be written ({reason(error)}): free space, then --resume "
-            "goes on from the last checkpoint"
+            f"{options.output_dir} cannot be written ({reason(error)}): free space{further}"
         ) from error
     finally:
         for listener in trainer.listeners:
@@ -297,12 +297,17 @@ def _keep_batch(trouble: DivergenceError, plan: Plan, output: Output) -> str:
     else:
         path = output.folder / f"{name}_process_{accelerator.process_index}.pt"
         write_file(path, write)
+    told = f"{trouble}; its batch is in {path}"
+    if not _resumable(output):
+        return f"{told}. hamt train has options for that: --learning_rate, --skip_trouble"
     states = find_states(plan.checkpoints)
     further = f"; --resume goes on from {states[-1].name}" if states else ""
-    return (
-        f"{trouble}; its batch is in {path}. Lower --learning_rate, or leave such steps out with "
-        f"--skip_trouble{further}"
-    )
+    return f"{told}. Lower --learning_rate, or leave such steps out with --skip_trouble{further}"
+
+
+def _resumable(output: Output) -> bool:
+    """Whether the command that writes there has ``--resume``."""
+    return output.command == "train"
 
 
 def _finish(plan: Plan, trainer: Trainer[Loss], output: Output, console: Console) -> FinishedRun:
@@ -332,7 +337,7 @@ def _finish(plan: Plan, trainer: Trainer[Loss], output: Output, console: Console
         curves = training_curves(result.train_losses, held_out)
         output.write_file("loss_curve.png", lambda file: save_figure(file, curves))
     if final is None:
-        further = "the same command with --resume goes on; " if output.command == "train" else ""
+        further = "the same command with --resume goes on; " if _resumable(output) else ""
         console.print(
             f"stopped after {result.steps:,} steps; {further}all is in {plan.options.output_dir}"
         )
