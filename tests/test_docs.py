@@ -133,6 +133,12 @@ def test_pictures_are_drawn(script):
     assert names["TARGET"] in shown
 
 
+def test_examples_stand_under_the_word_that_the_reference_knows():
+    """Under ``Example`` their lines would run into each other there."""
+    sources = (ROOT / "src").rglob("*.py")
+    assert not [path for path in sources if re.search(r"^ *Example:$", path.read_text(), re.M)]
+
+
 def test_the_reference_has_what_import_hamt_gives():
     hook = (ROOT / "docs" / "site_pages.py").read_text(encoding="utf-8")
     assert [name for name in hamt.__all__ if f'"hamt.{name}"' not in hook] == []

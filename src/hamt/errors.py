@@ -44,7 +44,7 @@ def reason(error: BaseException) -> str:
 def printable(text: str) -> str:
     """The text with escapes such as ``\\x1b`` for what a terminal would not show.
 
-    Example:
+    Examples:
         >>> printable("a [b]\\x1b[31m\\udce9")
         'a [b]\\\\x1b[31m\\\\udce9'
     """

@@ -136,7 +136,7 @@ class HierarchicalMemory(nn.Module):
     Raises:
         ValueError: if the sizes do not fit together, or a share does not lie in [0, 1).
 
-    Example:
+    Examples:
         >>> memory = HierarchicalMemory(hcm_dim=1024, boundary_every=2)
         >>> state, keys = memory.initial_state(), memory.algebra.random_keys(2, 1, 1, 512)
         >>> for key in keys:

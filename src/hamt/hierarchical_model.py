@@ -17,7 +17,7 @@ class HierarchicalHAMTModel(HAMTForCausalLM):
         ValueError: if ``mixers`` name none; ``from_pretrained`` takes any checkpoint.
         TypeError: if it is subclassed.
 
-    Example:
+    Examples:
         >>> config = HAMTConfig(hidden_dim=64, num_layers=2, vocab_size=100)
         >>> HierarchicalHAMTModel(config).config.mixers
         'hierarchical_memory'

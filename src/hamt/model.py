@@ -174,7 +174,7 @@ class HAMTBackbone(HAMTPreTrainedModel):
 class HAMTForCausalLM(HAMTPreTrainedModel, HAMTGenerationMixin):
     """The language model: backbone and (tied) head.
 
-    Example:
+    Examples:
         >>> config = HAMTConfig(hidden_dim=64, num_layers=2, vocab_size=100)
         >>> ids = torch.randint(100, (1, 8))
         >>> HAMTForCausalLM(config)(ids, labels=ids)["logits"].shape

@@ -46,7 +46,7 @@ def compute_flops_per_token(config: HAMTConfig, seq_len: int = 1024) -> dict[str
     Raises:
         ValueError: if ``seq_len`` is not positive.
 
-    Example:
+    Examples:
         >>> flops = compute_flops_per_token(HAMTConfig(hidden_dim=512, num_layers=8), seq_len=1024)
         >>> sorted(flops)
         ['hamt_gflops', 'hamt_parts', 'reduction_ratio', 'standard_gflops', 'standard_parts']

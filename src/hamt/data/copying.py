@@ -29,7 +29,7 @@ class SelectiveCopying(Task):
         num_tokens: P.
         noise_vocab_size: how many different tokens the noise is drawn from; 1 is a blank.
 
-    Example:
+    Examples:
         >>> task = SelectiveCopying(length=16, vocab_size=8, num_tokens=4)
         >>> inputs, targets = task.sample(1, torch.Generator().manual_seed(1))
         >>> print(task.show(inputs[0], targets[0]))
@@ -88,7 +88,7 @@ class NoisyCopying(SelectiveCopying):
 
     Recall with such noise is a task of MAD (Poli et al. 2024, arXiv 2403.17844).
 
-    Example:
+    Examples:
         >>> task = NoisyCopying(length=14, vocab_size=12, num_tokens=3, noise_vocab_size=6)
         >>> inputs, targets = task.sample(1, torch.Generator().manual_seed(2))
         >>> print(task.show(inputs[0], targets[0]))
@@ -114,7 +114,7 @@ class Passkey(Task):
         num_digits: digits of the passkey.
         num_words: words of the sentence.
 
-    Example:
+    Examples:
         >>> task = Passkey(length=16, num_digits=3, num_words=4)
         >>> inputs, targets = task.sample(1, torch.Generator().manual_seed(2))
         >>> print(task.show(inputs[0], targets[0]))

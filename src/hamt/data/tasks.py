@@ -121,7 +121,7 @@ class MQAR(Task):
         random_non_queries: fill all other positions with random tokens, which may be keys and
             values, too; otherwise with 0.
 
-    Example:
+    Examples:
         >>> task = MQAR(length=14, vocab_size=12, num_kv_pairs=2, random_non_queries=False)
         >>> inputs, targets = task.sample(1, torch.Generator().manual_seed(4))
         >>> print(task.show(inputs[0], targets[0]))
@@ -188,7 +188,7 @@ class Induction(Task):
         length: N, at least 3.
         vocab_size: V, the special token included, at least 3.
 
-    Example:
+    Examples:
         >>> task = Induction(length=12, vocab_size=10)
         >>> inputs, targets = task.sample(1, torch.Generator().manual_seed(0))
         >>> print(task.show(inputs[0], targets[0]))
@@ -242,7 +242,7 @@ class ModularCounting(Task):
         modulus: at least 2.
         length: N, at least 1.
 
-    Example:
+    Examples:
         >>> task = ModularCounting(3, length=12)
         >>> inputs, targets = task.sample(1, torch.Generator().manual_seed(2))
         >>> print(task.show(inputs[0], targets[0]))
@@ -280,7 +280,7 @@ class ModularCounting(Task):
 class Parity(ModularCounting):
     """Whether the number of ones so far is odd: counting modulo 2.
 
-    Example:
+    Examples:
         >>> task = Parity(length=12)
         >>> inputs, targets = task.sample(1, torch.Generator().manual_seed(2))
         >>> print(task.show(inputs[0], targets[0]))

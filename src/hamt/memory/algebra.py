@@ -38,7 +38,7 @@ def circular_convolve_fft(a: Tensor, b: Tensor) -> Tensor:
     With any vector ``b`` this is how HRR binds; ``CircularConv`` is the same for vectors whose
     Fourier coefficients have modulus 1, which can be undone exactly.
 
-    Example:
+    Examples:
         >>> circular_convolve_fft(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 1.0, 0.0]))
         tensor([3., 1., 2.])
     """

@@ -58,7 +58,7 @@ class HolographicMemory:
     Raises:
         ValueError: if the sizes do not fit together or an option has no such value.
 
-    Example:
+    Examples:
         >>> memory = HolographicMemory(hcm_dim=1024, num_slots=1)
         >>> item, key = torch.randn(1024), memory.algebra.random_keys(512)
         >>> torch.allclose(memory.unbind(memory.bind(item, key), key), item, atol=1e-5)

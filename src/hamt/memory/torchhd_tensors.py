@@ -30,7 +30,7 @@ _OFF = 1e-4  # how far from 1 a modulus may be
 def item_to_torchhd(algebra: Algebra, item: Tensor) -> Any:
     """Items (..., F) as torchhd has them: (..., F), or (..., F/2) complex numbers for ``phasor``.
 
-    Example:
+    Examples:
         >>> from hamt import get_algebra
         >>> item_to_torchhd(get_algebra("circular_conv"), torch.randn(4, 64)).shape
         torch.Size([4, 64])
