@@ -12,6 +12,7 @@ from evaluation_inputs import SMALL
 from hamt.baselines.training import rivals_folder
 from hamt.checkpoint import PRETRAINED
 from hamt.cli import main
+from hamt.config import HAMTConfig
 from hamt.training.loop import Trainer
 
 
@@ -69,8 +70,48 @@ def test_the_transformer_of_hamts_parts_is_a_rival_and_carries_no_state(trained)
     assert abs(rival["parameters"] / ours["parameters"] - 1) < 0.02
     assert "carried" in ours["perplexity"]
     assert "carried" not in rival["perplexity"]
-    told = "transformer: RoPE transformer of HAMT's parts, without HAMT's short convolution."
+    told = "transformer: RoPE transformer of HAMT's parts, with HAMT's short convolution."
     assert told in note_of(folder)
+
+
+def test_rivals_of_hamts_parts_are_configured_as_the_checkpoint_is(tmp_path, monkeypatch):
+    folder, text = tmp_path / "run", tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    sizes = words(hidden_dim=32, num_layers=2, vocab_size=300, max_length=16, num_steps=2)
+    own = {"write_rule": "delta", "num_heads": 1, "dropout": 0.1, "embedding_multiplier": 4}
+    options = [*sizes, *words(data=text, output_dir=folder, **own)]
+    assert main(["quick-train", *options]) == 0
+    content = with_rivals(folder, text, "--rivals", "hybrid", "transformer", "llama")[1]
+    config = HAMTConfig.from_pretrained(folder / "rivals" / "hybrid")
+    assert {name: getattr(config, name) for name in own} == own
+    config = HAMTConfig.from_pretrained(folder / "rivals" / "transformer")
+    assert (config.dropout, config.embedding_multiplier, config.conv_kernel_size) == (0.1, 4, 4)
+    lacks = {kind: tried[0]["lacks"] for kind, tried in content["rivals"].items()}
+    assert lacks == {
+        "hybrid": [],
+        "transformer": [],
+        "llama": ["dropout 0.1", "embedding_multiplier 4"],
+    }
+    assert "without the checkpoint's dropout 0.1, embedding_multiplier 4." in note_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"finished": False}, "was stopped"),
+        ({"options": {"init_from": "x"}}, "begun from another model"),
+    ],
+    ids=["stopped", "begun"],
+)
+def test_a_checkpoint_of_half_a_training_has_no_rivals(trained, capsys, changes, told):
+    folder, text = trained
+    record = folder / "training_info.json"
+    info = read_json(record)
+    changes = {k: info[k] | v if isinstance(v, dict) else v for k, v in changes.items()}
+    record.write_text(json.dumps(info | changes), encoding="utf-8")
+    capsys.readouterr()
+    assert with_rivals(folder, text)[0] == 2
+    assert told in capsys.readouterr().err
 
 
 class DivergesAtTen(Trainer):

@@ -15,8 +15,9 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from hamt.baselines.catalogue import RIVALS, with_parameters
+from hamt.baselines.catalogue import ARCHITECTURES, RIVALS, with_parameters
 from hamt.checkpoint import PRETRAINED
+from hamt.config import HAMTConfig
 from hamt.data.loader import Batches
 from hamt.environment import environment
 from hamt.errors import UserError, user_errors
@@ -33,6 +34,9 @@ from hamt.training.run import WRITTEN
 from hamt.training.tracking import HeldOutLines, ProgressBar
 
 INFO = "rival.json"
+OF_HAMTS_PARTS = [
+    kind for kind in RIVALS if ARCHITECTURES[kind].model_type == HAMTConfig.model_type
+]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class TrainedRival:
     own_rate: bool  # whether the checkpoint was trained at this learning rate
     held_out_loss: float | None  # on all of the held-out text, in nats per token
     trouble: str | None
+    choices: dict[str, Any]  # how it is built, beside its sizes
+    lacks: list[str]  # what the checkpoint was trained with and it was not
 
 
 def read_run(checkpoint: Path) -> Record:
@@ -97,18 +103,30 @@ def train_rival(
 
     Raises:
         UserError: if there is no such rival, if it cannot have the width of the model, if there is
-            no record of the run, if its text is not there any more, or if the folder cannot be
-            written.
+            no record of the run, if it was begun from another model or stopped before its end, if
+            its text is not there any more, or if the folder cannot be written.
     """
     if kind not in RIVALS:
         raise UserError(f"no rival {kind}; there are {', '.join(RIVALS)}")
     run = read_run(checkpoint)
+    if run.options.init_from is not None:
+        raise UserError(
+            f"{checkpoint} was begun from another model (--init_from), of which there is no rival: "
+            "give a checkpoint that was trained from nothing"
+        )
+    if not run.finished:
+        raise UserError(
+            f"the training of {checkpoint} was stopped, and that of a rival would come to its end: "
+            "train it to its end first"
+        )
     folder = rivals_folder(checkpoint) / kind
     if learning_rate != run.options.learning_rate:
         folder = folder.parent / f"learning_rate_{learning_rate:g}" / kind
     options = replace(run.options, learning_rate=learning_rate)
     described = {"kind": kind, "steps": run.steps, "fingerprint": run.fingerprint}
     described["options"] = asdict(options)
+    if kind in OF_HAMTS_PARTS:
+        described["choices"] = _choices(kind, _config_of(checkpoint))
     info = _read_info(folder, described)
     if info is None:
         mend = "set XDG_CACHE_HOME to another"
@@ -122,9 +140,31 @@ def train_rival(
             info = _train(plan, output, described, console)
     own_rate, trouble = learning_rate == run.options.learning_rate, info["trouble"]
     loss = None if trouble else info["held_out_loss"]["nats_per_token"]
+    built = info.get("choices", {}), info.get("lacks", [])
     return TrainedRival(
-        kind, folder, learning_rate, run.steps, info["tokens"], own_rate, loss, trouble
+        kind, folder, learning_rate, run.steps, info["tokens"], own_rate, loss, trouble, *built
     )
+
+
+def _config_of(checkpoint: Path) -> HAMTConfig:
+    config, _ = HAMTConfig.get_config_dict(str(checkpoint))
+    return HAMTConfig(**{k: v for k, v in config.items() if k in HAMTConfig.__annotations__})
+
+
+def _choices(kind: str, config: HAMTConfig) -> dict[str, Any]:
+    """What a rival of HAMT's parts takes over from the checkpoint: all that is not its size."""
+    own = {"hidden_dim", "num_layers", "vocab_size", "intermediate_dim", "mixers"}
+    own |= {"max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
+    usual = HAMTConfig()
+    names = HAMTConfig.__annotations__.keys() - own
+    choices = {
+        name: value
+        for name in sorted(names)
+        if (value := getattr(config, name)) != getattr(usual, name)
+    }
+    if kind == "transformer":
+        choices["short_convolution"] = config.conv_kernel_size > 1
+    return choices
 
 
 def _plan(run: Record, options: TrainOptions, checkpoint: Path, console: Console) -> Plan:
@@ -156,7 +196,7 @@ def _train(
 ) -> dict[str, Any]:
     """Train a rival, write its folder, and return what its ``rival.json`` says."""
     held_out, length, steps = plan.corpus.held_out, plan.options.max_length, described["steps"]
-    model = _build(described["kind"], plan)
+    model = _build(described["kind"], plan, described.get("choices", {}))
     check_space(output.folder, 4 * model.num_parameters(), mend="free space first")
     every = every_for(held_out, length)
     carries_none: dict[str, Any] = {"carry_state": False, "tbptt_segments": 1}
@@ -185,6 +225,7 @@ def _train(
         "seconds": result.seconds,
         "tokens": result.tokens,
         "trouble": trouble,
+        "lacks": _lacks(described["kind"], plan.model.config),
         "held_out_loss": None if trouble else held_out_loss(model, held_out, length)._asdict(),
         "environment": environment(),
     }
@@ -199,13 +240,22 @@ def _train(
     return info
 
 
-def _build(kind: str, plan: Plan) -> PreTrainedModel:
+def _lacks(kind: str, config: HAMTConfig) -> list[str]:
+    """What the classes of Transformers are built without."""
+    values = {"dropout": 0.0, "embedding_multiplier": 1.0}
+    found = {name: getattr(config, name) for name in values}
+    if kind in OF_HAMTS_PARTS:
+        return []
+    return [f"{name} {found[name]:g}" for name, usual in values.items() if found[name] != usual]
+
+
+def _build(kind: str, plan: Plan, choices: dict[str, Any]) -> PreTrainedModel:
     seed_everything(plan.options.seed)
     names = ("hidden_dim", "num_layers", "vocab_size")
     sizes = {name: getattr(plan.model.config, name) for name in names}
     with user_errors():
         parameters, context = plan.model.num_parameters(), plan.options.max_length
-        return with_parameters(kind, parameters, **sizes, context=context)
+        return with_parameters(kind, parameters, **sizes, **choices, context=context)
 
 
 def _read_info(folder: Path, described: dict[str, Any]) -> dict[str, Any] | None:

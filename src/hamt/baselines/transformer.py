@@ -21,8 +21,7 @@ def transformer(
     """The RoPE transformer of HAMT's parts: the same model with ``full_attention`` as every mixer.
 
     Args:
-        config: of HAMT. What it says of the memory has no effect; there is no dropout and no
-            auxiliary loss.
+        config: of HAMT. What it says of the memory has no effect; there is no auxiliary loss.
         short_convolution: put HAMT's short convolution in front of the projections, too.
         core: ``sdpa`` is PyTorch's fused attention; ``eager`` computes scores, mask and softmax one
             after the other; ``none`` passes the values on unmixed, projections and rotations kept:
@@ -39,7 +38,6 @@ def transformer(
     changes = {
         "mixers": "full_attention",
         "conv_kernel_size": config.conv_kernel_size if short_convolution else 0,
-        "dropout": 0.0,
         "use_auxiliary_loss": False,
     }
     model = HAMTForCausalLM(config.changed(**changes))

@@ -36,6 +36,7 @@ class Record:
     fingerprint: str
     tokens: tuple[int, int]  # to train on, and held out
     paths: dict[str, str] | None
+    finished: bool = True  # not stopped by the user
 
     def texts(self) -> dict[str, Any]:
         """The options that say which text was read, with the paths that files had then."""
@@ -65,7 +66,9 @@ def read_record(path: Path) -> Record:
         options = TrainOptions(**{k: v for k, v in info["options"].items() if k in names})
         check(options)
         tokens = (_count(info, "train_tokens"), _count(info, "held_out_tokens"))
-        return Record(options, _count(info, "steps"), _fingerprint(info), tokens, _paths(info))
+        finished = info.get("finished", True) is not False
+        named = _fingerprint(info), tokens, _paths(info), finished
+        return Record(options, _count(info, "steps"), *named)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else reason(error)
         raise UserError(

@@ -59,7 +59,11 @@ def _notes(result: dict[str, Any]) -> list[str]:
         "compare bits/byte. Speed: medians of interleaved rounds, in brackets the slowest and the "
         "fastest (from 7 rounds on quartiles). Peak: beyond the weights."
     ]
-    known = [f"{kind}: {full_name(kind)}" for kind in result["rivals"] if kind in ARCHITECTURES]
+    known = [
+        f"{kind}: {full_name(kind, tried[0].get('choices'))}"
+        for kind, tried in result["rivals"].items()
+        if kind in ARCHITECTURES
+    ]
     notes += [f"{'; '.join(known)}."] if known else []
     notes += [_training(kind, tried) for kind, tried in result["rivals"].items()]
     if any(row["reference_code"] for row in result["models"].values()):
@@ -101,10 +105,11 @@ def _training(kind: str, tried: list[dict[str, Any]]) -> str:
     )
     best = tried[0]
     taken = "none" if best["trouble"] else f"{best['learning_rate']:g}"
+    lacks = f"; without the checkpoint's {', '.join(best['lacks'])}" if best.get("lacks") else ""
     return (
         f"Rival {kind}: {best['steps']:,} steps, {best['tokens']:,} tokens; learning rates tried, "
         "with the loss on the training's held-out text in nats/token: "
-        f"{losses}; taken: {taken}."
+        f"{losses}; taken: {taken}{lacks}."
     )
 
 
