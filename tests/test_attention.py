@@ -185,6 +185,15 @@ def test_names_and_numbers_of_mixers_are_checked():
 
 
 @kinds
+def test_a_state_goes_on_in_a_model_of_another_dtype(kind):
+    model, ids = attention_model(**kind), random_ids(2, 9)
+    expected, cache = model(ids).logits, model(ids[:, :5], use_cache=True).past_key_values
+    logits = model.bfloat16()(ids[:, 5:], past_key_values=cache).logits
+    assert logits.dtype == torch.bfloat16
+    assert_close(logits.float(), expected[:, 5:], 0.05)
+
+
+@kinds
 def test_the_state_of_another_mixer_is_refused(kind):
     ids = random_ids(1, 4)
     other = attention_model(mixers="memory")(ids, use_cache=True).past_key_values

@@ -51,6 +51,21 @@ def test_a_state_knows_what_it_has_seen():
     assert cache.past.num_tokens.tolist() == [17, 17]
 
 
+def test_rows_are_counted_as_in_a_list():
+    cache = read(tiny_model())
+    assert_equal(cache.row(-1), cache.row(1))
+    with pytest.raises(IndexError):
+        cache.row(2)
+
+
+def test_states_that_do_not_fit_together_are_not_joined():
+    model = tiny_model()
+    named = read(model, seq_idx=torch.zeros_like(IDS))
+    for caches in ([named, read(model)], [read(model), named]):
+        with pytest.raises(ValueError, match="some have named documents"):
+            HAMTCache.concatenate(caches)
+
+
 @variants
 def test_a_state_is_as_large_after_many_tokens_as_after_16(options):
     model, many = tiny_model(**options), 256 if "boundary_every" in options else 4096

@@ -82,6 +82,27 @@ CHANGES = [
 ]
 
 
+def test_dropout_that_is_switched_on_by_hand_is_not_left_out(steps):
+    """As in Monte Carlo dropout."""
+    model, ids = model_of(dropout=0.5), random_ids(2, 13)
+    model.fuse_projections()
+    decode(model, ids)
+    assert True in steps
+    for layer in model.model.layers:
+        layer.train()
+    steps.clear()
+    decode(model, ids)
+    assert True not in steps
+
+
+def test_weights_made_in_inference_mode_can_be_fused(steps):
+    with torch.inference_mode():
+        model = model_of()
+    model.fuse_projections()
+    decode(model, random_ids(2, 13))
+    assert True in steps
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by PEFT
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_what_is_changed_is_left_to_pytorch(change, steps):

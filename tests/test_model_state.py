@@ -22,6 +22,7 @@ from transformers import DataCollatorWithFlattening, DynamicCache
 from hamt import HAMTCache, HAMTModel
 from hamt.cpu.fused import fused_available
 from hamt.memory import FORMS
+from hamt.mixers import MIXERS
 
 CUTS = [(10,), (1, 2, 5, 6), (4, 8, 12, 16), (20,)]
 
@@ -86,6 +87,36 @@ def test_checkpointing_changes_no_gradient(options, use_reentrant):
     for name, expected in found[0].items():
         assert_close(found[1][name], expected, 1e-9)
     assert model.model.layers[0].gradient_checkpointing
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_padding_before_a_first_name_leaves_a_row_in_its_document(mixer):
+    """The state of a text without a name, then a row of padding, then a name."""
+    options = {"mixers": mixer, "sliding_window": 4, "boundary_every": 3, "num_slots": 4}
+    model, ids, more = tiny_model(**options), random_ids(2, 7), random_ids(2, 4, seed=1)
+    plain = model(ids).past_key_values
+    padded = plain.fork()
+    mask = torch.cat((torch.ones(2, 7), torch.tensor([[0.0, 0, 0], [1, 1, 1]])), dim=1)
+    names = torch.zeros(2, 3, dtype=torch.long)
+    model(random_ids(2, 3), attention_mask=mask, seq_idx=names, past_key_values=padded)
+    told = {"seq_idx": torch.full((2, 4), 3)}
+    expected = model(more, past_key_values=plain, **told).logits[0]
+    assert_close(model(more, past_key_values=padded, **told).logits[0], expected)
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_no_tokens_and_no_rows_change_nothing(mixer, monkeypatch):
+    model, ids = tiny_model(mixers=mixer, sliding_window=4, num_slots=4), random_ids(2, 7)
+    names = torch.tensor([[0, 0, 1, 1, 1, 2, 2]] * 2)
+    assert model(ids[:0]).logits.shape == (0, 7, VOCAB)
+    without_fused(monkeypatch)
+    assert model(ids[:0]).logits.shape == (0, 7, VOCAB)
+    for told in ({"seq_idx": names}, {"attention_mask": names.ne(0).long()}):
+        cache = model(ids, use_cache=True, **told).past_key_values
+        expected = model(ids, past_key_values=cache.fork()).logits
+        nothing = {name: x[:, :0] for name, x in told.items() if name == "seq_idx"}
+        assert model(ids[:, :0], past_key_values=cache, **nothing).logits.shape == (2, 0, VOCAB)
+        assert_close(model(ids, past_key_values=cache).logits, expected)
 
 
 def test_checkpointing_computes_each_block_again():

@@ -133,8 +133,8 @@ class FullAttention(Attention):
         cos, sin = (x.to(queries.dtype) for x in self._tables(batch, hidden_states))
         queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
         if "keys" in before:
-            keys = torch.cat((before["keys"], keys), dim=1)
-            values = torch.cat((before["values"], values), dim=1)
+            keys = torch.cat((before["keys"].to(keys.dtype), keys), dim=1)
+            values = torch.cat((before["values"].to(values.dtype), values), dim=1)
         new_state |= {"keys": keys, "values": values}
         past = keys.shape[1] - hidden_states.shape[1]
         mask = self._mask(batch, before.get("visible"), hidden_states, past, new_state)
@@ -174,7 +174,7 @@ class FullAttention(Attention):
         if documents is None:
             documents = torch.zeros_like(real, dtype=torch.long)
         numbers, there = torch.cat((numbers, documents), dim=1), torch.cat((visible, real), dim=1)
-        new_state["visible"] = there & numbers.eq(documents[:, -1:])
+        new_state["visible"] = there & numbers.eq(numbers[:, -1:])
         same = numbers[:, None, :] == documents[:, :, None]
         # Padding sees itself: a softmax over nothing would be NaN.
         itself = index == index[past:, None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hamt.fingerprint import OPENING, fingerprint
-from hamt.memory import number_documents
+from hamt.memory import UNNAMED, number_documents
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Batch:
     Args:
         mask: (B, N), true for real tokens, false for padding; None if all are real.
         documents: (B, N) numbers of documents packed in a row, 0 for the one that the state belongs
-            to; None if each row is one document.
+            to, none of which comes again (``number_documents``); None if each row is one document.
         num_tokens: (B,) real tokens of the state's document before these; None is 0.
         last_name: (B,) name of the last token's document, None if documents have no names.
         shared: what a mixer works out once for all layers of its kind.
@@ -44,6 +44,8 @@ class Batch:
         num_tokens = None if past is None else past.num_tokens
         if seq_idx is None:
             return cls(mask, num_tokens=num_tokens)
+        if not seq_idx.shape[1]:
+            return cls(mask, None, num_tokens, None if past is None else past.seq_idx)
         if mask is not None:
             seq_idx = _fill_padding(seq_idx, mask, past)
         documents = number_documents(seq_idx, None if past is None else past.seq_idx)
@@ -215,18 +217,22 @@ def names_of_documents(
     if past is None:
         return documents, None
     before = torch.zeros_like(past.num_tokens) if before is None else before
+    before = before.masked_fill(before.eq(UNNAMED), 0)
     return documents + before[:, None], Past(past.num_tokens, before)
 
 
 def _fill_padding(seq_idx: Tensor, real: Tensor, past: Past | None) -> Tensor:
     """Let padding join the document of the last real token before it, or of the first one.
 
-    A row without any real token stays in the document that it has read.
+    A row without any real token stays in the document that it has read, also if that has no name.
     """
     index = torch.arange(real.shape[1], device=real.device)
     before = index.where(real, -1).cummax(dim=1).values
     first = real.byte().argmax(dim=1, keepdim=True)
     filled = seq_idx.gather(1, before.where(before >= 0, first))
-    if past is None or past.seq_idx is None:
+    if past is None:
         return filled
-    return filled.where(real.any(dim=1, keepdim=True), past.seq_idx[:, None])
+    unread = ~real.any(dim=1, keepdim=True)
+    if past.seq_idx is None:
+        return filled.long().masked_fill(unread, UNNAMED)
+    return past.seq_idx[:, None].where(unread, filled)

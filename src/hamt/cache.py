@@ -121,7 +121,15 @@ class HAMTCache(Cache):
 
     @classmethod
     def concatenate(cls, caches: Sequence["HAMTCache"]) -> "HAMTCache":
-        """The rows of several states of one model, which must have the same ``row_shapes``."""
+        """The rows of several states of one model.
+
+        Raises:
+            ValueError: if they do not have the same ``row_shapes``.
+        """
+        if len({cache.row_shapes for cache in caches}) != 1:
+            raise ValueError(
+                "these states are of several models, or only some have named documents"
+            )
         parts = [cache._tensors() for cache in caches]
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         seen = max(cache.seen_tokens for cache in caches)
@@ -132,7 +140,12 @@ class HAMTCache(Cache):
         return whole
 
     def row(self, index: int) -> "HAMTCache":
-        """An independent continuation of one row."""
+        """An independent continuation of one row; negative numbers count from the last.
+
+        Raises:
+            IndexError: if there is no such row.
+        """
+        index = range(self.batch_size)[index]
         row = self.fork()
         row.map(lambda x: x[index : index + 1].clone())
         if row.past is not None:

@@ -56,6 +56,7 @@ class Decoder:
         heads = [] if head is None else [head]
         self._head, self._head_parts = head, _Parts(heads)
         self._parts = _Parts([*backbone.modules(), *heads], unhooked=backbone)
+        self._dropouts = [x for x in backbone.modules() if isinstance(x, nn.Dropout)]
 
     def __reduce__(self):
         return type(None), ()  # a copied or pickled model has none
@@ -70,6 +71,7 @@ class Decoder:
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
             and not self._parts.have_hooks()
+            and not any(each.training and each.p for each in self._dropouts)
             and not hooks_of_all._has_any_global_hook()
         )
 
@@ -207,7 +209,9 @@ class _Parts:
 
 def _marks(weights: Sequence[Tensor]) -> list[int]:
     """What changes when a weight is written to, or gets other memory."""
-    return [weight._version for weight in weights] + [weight.data_ptr() for weight in weights]
+    # Those made in inference mode count no writes.
+    counts = [-1 if weight.is_inference() else weight._version for weight in weights]
+    return counts + [weight.data_ptr() for weight in weights]
 
 
 def make_decoder(

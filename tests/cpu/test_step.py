@@ -9,10 +9,11 @@ from memory_inputs import needs_fused
 from model_inputs import tiny_model
 
 from hamt.cpu.library import compiled_library
-from hamt.cpu.native import NativeModel
+from hamt.cpu.native import _COUNTS, _SCALES, NativeModel, Packed
 from hamt.decoding import pack
 
 pytestmark = needs_fused
+WRAPPED = 107_654_080 - 192  # bytes of tensors, by sizes of which a product is too large
 # Beside what this processor has: what one without products of bytes has.
 COMPILERS = {"as it is": "", "without VNNI": "-mno-avx512vnni -mno-avxvnni"}
 
@@ -82,3 +83,14 @@ def test_a_model_asks_for_large_pages():
     found = [words for (begin, end), words in flags.items() if begin <= place < end]
     assert len(found) == 1
     assert "hg" in found[0]
+
+
+def test_sizes_whose_product_is_no_number_are_refused():
+    """With 64 bits the end of the last tensor would be that of the bytes, most lie far beyond."""
+    counts = dict.fromkeys(_COUNTS, 0) | {"heads": 2**20, "features": 2_796_202, "slots": 1}
+    counts |= {"width": 2**20, "vocab": 16, "layers": 1, "taps": 2**20 + 2, "tied": 1}
+    counts |= {"keys": 1_398_101, "gates": 2**21, "binding": 1}
+    packed = Packed(torch.float32)
+    packed.parts, packed.size = [torch.zeros(WRAPPED, dtype=torch.uint8)], WRAPPED
+    with pytest.raises(RuntimeError, match="hold no model"):
+        NativeModel(packed.finish(counts, dict.fromkeys(_SCALES, 1.0)))

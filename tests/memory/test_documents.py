@@ -66,6 +66,24 @@ def test_packed_documents_start_empty_without_an_initial_state(case, form):
 
 
 @every_form
+@pytest.mark.parametrize("numbers", [[0, 1, 0], [1, 2, 1], [1, 0, 2], [2, 2, 0]], ids=str)
+@full_cases
+def test_a_number_that_comes_again_is_another_document(case, numbers, form):
+    """Within tiles, at their ends, and across groups of them."""
+    documents = torch.tensor(numbers).repeat_interleave(torch.tensor([20, 3, 47])).expand(2, -1)
+    inputs = random_inputs(case, 70)
+
+    def run(form):
+        def memory_of(leaves):
+            told = {"initial_state": initial_state(leaves), "documents": documents, "form": form}
+            return case.memory(4)(**tokens_of(leaves), **told)
+
+        return memory_of
+
+    assert_same(record(run(form), inputs), record(run("recurrent"), inputs), EXACT)
+
+
+@every_form
 @state_documents
 @full_cases
 def test_a_packed_row_cut_into_segments_equals_separate_runs(case, state_seq_idx, form):

@@ -26,6 +26,7 @@ from memory_inputs import (
     random_inputs,
     record,
     segmented,
+    sequences_of,
     stepwise,
     tokens_of,
     whole,
@@ -46,6 +47,22 @@ def test_every_form_and_step_equal_the_loop_in_outputs_state_and_gradients(case,
     expected = record(whole(memory, "recurrent"), inputs)
     for run in (*(whole(memory, form) for form in PARALLEL_FORMS), stepwise(memory)):
         assert_same(record(run, inputs), expected, EXACT)
+
+
+@every_form
+@pytest.mark.parametrize("length", [5, 40])
+@full_cases
+def test_what_is_the_same_for_all_tokens_can_be_given_once(case, length, form):
+    inputs, run = random_inputs(case, length), whole(case.memory(), form)
+    for name in sequences_of(inputs).keys() - {"items"}:
+        once = inputs[name][:, :1]
+        output, state = run(inputs | {name: once})
+        expected, last = run(inputs | {name: once.expand_as(inputs[name])})
+        seen = {"output": output, "memory": state.slots}
+        assert_same(seen, {"output": expected, "memory": last.slots}, EXACT)
+    for name in ("keys", "unbinding_keys", "read", "write"):
+        with pytest.raises(ValueError, match=f"{name} must have the shape"):
+            run(inputs | {name: inputs[name][:, :3]})
 
 
 @all_cases

@@ -14,6 +14,7 @@ from memory_inputs import (
     needs_fused,
     random_inputs,
     record,
+    sequences_of,
     tokens_of,
     whole,
 )
@@ -146,7 +147,7 @@ def test_padding_may_be_no_number(case, form):
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[0, :5] = mask[1, 9:11] = 0
     spoiled = {name: x if name.startswith("initial") else x.clone() for name, x in inputs.items()}
-    for name in ("items", "keys", *({"log_forget", "beta", "write", "rotation"} & set(inputs))):
+    for name in sequences_of(inputs):
         spoiled[name][~mask.bool()] = torch.nan
     expected = record(whole(case.memory(8), form, mask=mask), inputs)
     seen = record(whole(case.memory(8), form, mask=mask), spoiled)

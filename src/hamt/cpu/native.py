@@ -121,8 +121,10 @@ class NativeModel:
         """
         ids, logits = ids.to(torch.int64).contiguous(), torch.empty(len(ids), self.vocab_size)
         addresses = (ids.data_ptr(), _layers(states), logits.data_ptr())
-        if self.library.hamt_step(self.handle, len(ids), *addresses, torch.get_num_threads()):
+        trouble = self.library.hamt_step(self.handle, len(ids), *addresses, torch.get_num_threads())
+        if trouble == 1:
             raise IndexError(f"tokens are from 0 to {self.vocab_size - 1}")
+        _check(trouble)
         return logits
 
     def run(self, hidden: Tensor, states: Sequence[Mapping[str, Tensor]]) -> None:
@@ -131,14 +133,21 @@ class NativeModel:
         All are contiguous float32.
         """
         addresses = (hidden.data_ptr(), _layers(states))
-        self.library.hamt_run(self.handle, len(hidden), *addresses, torch.get_num_threads())
+        _check(self.library.hamt_run(self.handle, len(hidden), *addresses, torch.get_num_threads()))
 
     def head(self, normed: Tensor) -> Tensor:
         """Logits (B, V) of contiguous float32 hidden states (B, d), normalised."""
         logits = torch.empty(len(normed), self.vocab_size)
         addresses = (normed.data_ptr(), logits.data_ptr())
-        self.library.hamt_head(self.handle, len(normed), *addresses, torch.get_num_threads())
+        _check(
+            self.library.hamt_head(self.handle, len(normed), *addresses, torch.get_num_threads())
+        )
         return logits
+
+
+def _check(trouble: int) -> None:
+    if trouble:
+        raise MemoryError("there is no memory for a step of so many rows")
 
 
 class _Sizes(ctypes.Structure):
@@ -169,7 +178,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.hamt_close.restype, library.hamt_close.argtypes = None, [pointer]
     for name in ("hamt_run", "hamt_head"):
         function = getattr(library, name)
-        function.restype, function.argtypes = None, [pointer, size, pointer, pointer, size]
+        function.argtypes = [pointer, size, pointer, pointer, size]
     library.hamt_sizes_of.restype, library.hamt_sizes_of.argtypes = _Sizes, [pointer]
     library.hamt_step.argtypes = [pointer, size, pointer, pointer, pointer, size]
     return library

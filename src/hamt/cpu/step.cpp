@@ -11,6 +11,7 @@
 #include <iterator>
 #include <limits>
 #include <memory>
+#include <stdexcept>
 
 #include "recurrence.h"
 #ifdef _OPENMP
@@ -485,16 +486,21 @@ struct Reader {
   const char* bytes;
   int64_t count, at;
 
+  // Nothing is taken beyond the end: then ``at`` is no longer within the bytes.
   const char* take(int64_t size) {
     const char* here = bytes + at;
-    at += (size + 63) / 64 * 64;
-    return here;
+    if (at > count || size < 0 || size > count - at) at = count + 1;
+    else at += (size + 63) / 64 * 64;
+    return at > count ? bytes : here;
   }
   const float* floats(int64_t size) { return reinterpret_cast<const float*>(take(4 * size)); }
   Matrix matrix(int64_t rows, int64_t columns, int64_t kind) {
     Matrix m;
     m.rows = rows, m.columns = (columns + 3) / 4 * 4, m.kind = kind;
-    m.weights = take(padded(rows) * m.columns * size_of(kind));
+    int64_t size;  // sizes may be anything: their product may be no number of 64 bits
+    if (__builtin_mul_overflow(padded(rows), m.columns, &size) || __builtin_mul_overflow(size, size_of(kind), &size))
+      size = -1;
+    m.weights = take(size);
     if (kind == INT8) m.scales = floats(padded(rows));
     return m;
   }
@@ -578,27 +584,34 @@ hamt_sizes hamt_sizes_of(const hamt_model* m) {
           std::max<int64_t>(m->taps - 1, 0) * m->width, m->layers, m->vocab};
 }
 
-void hamt_run(const hamt_model* m, int64_t rows, float* hidden, const hamt_layer* layers, int64_t threads) {
+int hamt_run(const hamt_model* m, int64_t rows, float* hidden, const hamt_layer* layers, int64_t threads) try {
   Space space(*m, rows);
   copy_rows(rows, m->width, hidden, m->width, space.x, space.d);
   together(threads, [&](Team team) { run(*m, team, rows, layers, space); });
   for (int64_t b = 0; b < rows; b++) rms_norm(space.x + b * space.d, m->norm, m->width, m->eps, hidden + b * m->width);
+  return 0;
+} catch (const std::exception&) {  // there is no memory: no program in C could catch it
+  return 2;
 }
 
-void hamt_head(const hamt_model* m, int64_t rows, const float* normed, float* logits, int64_t threads) {
+int hamt_head(const hamt_model* m, int64_t rows, const float* normed, float* logits, int64_t threads) try {
   const int64_t stride = padded(m->width);
   std::vector<float> inputs(rows * stride);
   copy_rows(rows, m->width, normed, m->width, inputs.data(), stride);
   together(threads, [&](Team team) { team.multiply(m->head, rows, inputs.data(), stride, logits, m->vocab); });
+  return 0;
+} catch (const std::exception&) {
+  return 2;
 }
 
 int hamt_step(const hamt_model* m, int64_t rows, const int64_t* tokens, const hamt_layer* layers, float* logits,
-              int64_t threads) {
+              int64_t threads) try {
   for (int64_t b = 0; b < rows; b++)
     if (tokens[b] < 0 || tokens[b] >= m->vocab) return 1;
   std::vector<float> hidden(rows * m->width);
   for (int64_t b = 0; b < rows; b++) m->token(tokens[b], hidden.data() + b * m->width);
-  hamt_run(m, rows, hidden.data(), layers, threads);
-  hamt_head(m, rows, hidden.data(), logits, threads);
-  return 0;
+  if (hamt_run(m, rows, hidden.data(), layers, threads)) return 2;
+  return hamt_head(m, rows, hidden.data(), logits, threads);
+} catch (const std::exception&) {
+  return 2;
 }

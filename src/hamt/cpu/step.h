@@ -32,14 +32,15 @@ void hamt_close(hamt_model *model);
 hamt_sizes hamt_sizes_of(const hamt_model *model);
 
 /* The parts of a step: all layers and the last norm on hidden states (rows, width), which are
- * replaced; and logits of what has come out. */
-void hamt_run(const hamt_model *model, int64_t rows, float *hidden, const hamt_layer *layers,
+ * replaced; and logits of what has come out. They return 0, or 2 if there is no memory for it. */
+int hamt_run(const hamt_model *model, int64_t rows, float *hidden, const hamt_layer *layers,
+             int64_t threads);
+int hamt_head(const hamt_model *model, int64_t rows, const float *normed, float *logits,
               int64_t threads);
-void hamt_head(const hamt_model *model, int64_t rows, const float *normed, float *logits,
-               int64_t threads);
 
 /* Read one token in each row: states go on, logits (rows, vocab) are of the next tokens.
- * Returns 0, or 1 if a token is none of the vocabulary, and then nothing has changed. */
+ * Returns 0, 1 if a token is none of the vocabulary, and then nothing has changed, or 2 if there is
+ * no memory for it. */
 int hamt_step(const hamt_model *model, int64_t rows, const int64_t *tokens, const hamt_layer *layers,
               float *logits, int64_t threads);
 

@@ -10,12 +10,13 @@ from hamt.memory.algebra import (
 )
 from hamt.memory.forms import FORMS, MemoryState, Tokens
 from hamt.memory.holographic import HolographicMemory
-from hamt.memory.positions import number_documents
+from hamt.memory.positions import UNNAMED, number_documents
 from hamt.memory.write_rules import WRITE_RULES, Gates, WriteRule
 
 __all__ = [
     "ALGEBRAS",
     "FORMS",
+    "UNNAMED",
     "WRITE_RULES",
     "Algebra",
     "Gates",

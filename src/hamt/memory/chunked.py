@@ -39,7 +39,8 @@ def chunked_scan(
     ends = None
     if documents is not None:
         # The padded tail belongs to the last document.
-        documents = repeat_last(documents, -length % size).view(batch, 1, -1, size)
+        documents = repeat_last(documents, -length % size)
+        documents = documents.view(batch, 1, documents.shape[1] // size, size)
         ends = torch.cat((documents.new_zeros(batch, 1, 1), documents[..., -1]), dim=-1)
     tiled = gates.map(lambda gate: _tile(gate.to(wide), size))
     output, slots = rule.tiles(
@@ -70,4 +71,4 @@ def _tile(x: Tensor, size: int) -> Tensor:
         x = x[..., None]
     batch, length, heads, width = x.shape
     x = F.pad(x, (0, 0, 0, 0, 0, -length % size))
-    return x.view(batch, -1, size, heads, width).permute(0, 3, 1, 2, 4).contiguous()
+    return x.view(batch, x.shape[1] // size, size, heads, width).permute(0, 3, 1, 2, 4).contiguous()

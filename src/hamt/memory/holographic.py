@@ -31,7 +31,9 @@ from hamt.memory.forms import (
     reading_first,
     without_own,
 )
+from hamt.memory.positions import numbered_once
 from hamt.memory.precision import without_autocast
+from hamt.memory.shapes import fit, fit_gates
 from hamt.memory.write_rules import WRITE_RULES, Gates
 
 logger = logging.getLogger(__name__)
@@ -177,7 +179,8 @@ class HolographicMemory:
         Args:
             items: v, (B, N, H, F).
             keys: k, (B, N, H, K), members of the algebra (``algebra.key``).
-            unbinding_keys: u, (B, N, H, K), members of the algebra, too.
+            unbinding_keys: u, (B, N, H, K), members of the algebra, too. Of keys, gates and read
+                weights, any size but the last may be 1.
             gates: those of the write rule (``Gates``): w (B, N, H, S), under the delta rule unit
                 vectors over the slots; log α ≤ 0 (B, N, H, S), floored at -20 (float64: -40), None
                 under the convex rule; β (B, N, H) under the delta rule, else None.
@@ -196,27 +199,33 @@ class HolographicMemory:
             y (B, N, H, F) in the dtype of ``items``, and the state after the last token.
 
         What is no number (infinite or NaN) stays in its document, and reaches no token before its
-        own; padding may hold it. So do gradients, where outputs or the state tell of it. Not so in
-        the form ``fla``, nor in the chunked form on a GPU, compiled or under ``torch.func``, nor,
-        in that form and for a data-dependent ``rotation``, where only the gradient that comes in is
-        no number.
+        own; padding may hold it. Gradients, where outputs or the state tell of it, stay in its
+        document. Not so in the form ``fla``, nor in the chunked form on a GPU, compiled or under
+        ``torch.func``, nor, in that form and for a data-dependent ``rotation``, where only the
+        gradient that comes in is no number.
 
         Raises:
             ValueError: if there is no such form here, a gate is missing or not the write rule's, or
-                ``documents``, ``mask`` or ``rotation`` does not fit the items.
+                anything does not fit the items.
         """
-        shape = items.shape[:2]
-        documents, mask = _fit("documents", documents, shape), _fit("mask", mask, shape)
-        _fit("rotation", rotation, (*items.shape[:3], self.key_size))
+        shape, heads = items.shape[:2], items.shape[:3]
+        documents, mask = fit("documents", documents, shape), fit("mask", mask, shape)
+        documents = documents if documents is None else numbered_once(documents)
+        fit("rotation", rotation, (*heads, self.key_size))
+        keys = fit("keys", keys, (*heads, self.key_size))
+        unbinding_keys = fit("unbinding_keys", unbinding_keys, (*heads, self.key_size))
+        read = fit("read", read, (*heads, self.num_slots))
         wide = torch.promote_types(items.dtype, torch.float32)
         state = initial_state or self.initial_state(items.shape[0], wide, items.device)
         # State and decay arithmetic stay in float32 under autocast; only tile products are narrow.
         with without_autocast(items):
             gates = self.rule.complete(gates, state.slots.dtype)
+            gates = fit_gates(gates, heads, self.num_slots)
             if mask is not None:
                 # Also what is no number: a gate of zero would not keep it out.
-                real = mask.bool()[..., None, None]
-                items, keys = items.where(real, 0), keys.where(real, self.algebra.identity)
+                real, identity = mask.bool()[..., None, None], self.algebra.identity
+                items, read = items.where(real, 0), read.where(real, 0)
+                keys, unbinding_keys = (x.where(real, identity) for x in (keys, unbinding_keys))
                 gates = gates.masked(mask)
             tokens = Tokens(
                 self.algebra.lift(items),
@@ -301,6 +310,7 @@ class HolographicMemory:
         wide = state.slots.dtype
         mixture = torch.einsum("bnhs,bhsf->bnhf", read.to(wide), state.slots)
         if documents is not None:
+            documents = numbered_once(documents)
             mixture = mixture.where(documents.eq(0)[..., None, None], 0)
         if rotation is None or not read.shape[1]:
             return mixture, None
@@ -337,14 +347,3 @@ class HolographicMemory:
 def _note(form: str, memory: str, device: str) -> None:
     """Log a form when it is first used; it runs once a token and layer."""
     logger.debug("%s runs in the form %s on %s", memory, form, device)
-
-
-def _fit(name: str, x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    """``x`` expanded to ``shape``; a ValueError if it does not fit."""
-    if x is None:
-        return None
-    if x.ndim != len(shape) or any(a not in (1, b) for a, b in zip(x.shape, shape, strict=True)):
-        raise ValueError(
-            f"{name} must have the shape {tuple(shape)}, or 1 in its places; got {tuple(x.shape)}"
-        )
-    return x.expand(shape)

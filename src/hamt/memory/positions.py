@@ -12,15 +12,30 @@ from torch import Tensor
 
 from hamt.memory.algebra import Algebra, wrap_phase
 
+UNNAMED = -(2**31)  # the name of a document that has none yet
+
 
 def number_documents(seq_idx: Tensor, document: Tensor | None) -> Tensor:
     """Number the documents of each row, 0 for the one the state belongs to: (B, N), (B,) -> (B, N).
 
-    Names may come again: a document is one run of equal names.
+    Names may come again: a document is one run of equal names. A state whose document is
+    ``UNNAMED`` belongs to the first one.
     """
     first = seq_idx[:, :1]
     runs = seq_idx.diff(dim=1, prepend=first).ne(0).cumsum(dim=1)
-    return runs if document is None else runs + document[:, None].ne(first)
+    if document is None:
+        return runs
+    return runs + (document.ne(first[:, 0]) & document.ne(UNNAMED))[:, None]
+
+
+def numbered_once(documents: Tensor) -> Tensor:
+    """The same documents (B, N), 0 for the one of the state, of which no number comes again.
+
+    What computes in parallel compares numbers, not tokens one after the other.
+    """
+    if not documents.shape[1]:
+        return documents
+    return number_documents(documents, documents.new_zeros(documents.shape[0]))
 
 
 def accumulate_positions(

@@ -72,15 +72,16 @@ def scan(
     batch, heads, tiles, slots, width = delta.shape
     size = min(_GROUP, tiles)
     padding = -tiles % size
+    groups = (tiles + padding) // size
     log_decay = F.pad(log_decay.clamp(min=_LOG_ZERO), (0, 0, 0, padding)).view(
-        batch, heads, -1, size, slots
+        batch, heads, groups, size, slots
     )
-    delta = F.pad(delta, (0, 0, 0, 0, 0, padding)).view(batch, heads, -1, size, slots, width)
+    delta = F.pad(delta, (0, 0, 0, 0, 0, padding)).view(batch, heads, groups, size, slots, width)
     total = log_decay.cumsum(dim=-2)
     carried, inner = total.exp(), None
     if ends is not None:
         ends = repeat_last(ends, padding)
-        inner = ends[..., 1:].view(batch, 1, -1, size)
+        inner = ends[..., 1:].view(batch, 1, groups, size)
         ends = torch.cat((ends[..., :1], inner[..., -1]), dim=-1)  # of groups
         carried = carried * (inner == ends[..., :-1, None])[..., None]
     after = torch.einsum(

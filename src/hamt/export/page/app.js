@@ -15,7 +15,7 @@ const chart = new Chart(find("chart")), text = find("text"), status = find("stat
 const older = document.createElement("span");
 older.className = "older";
 
-let model, decoder, logits = null, running = false, chosen = null;
+let model, decoder, logits = null, running = false, busy = false, chosen = null;
 let tokens = [];  // that can be chosen: {index, piece, element}
 let unread = [];  // tokens that were given, and not read when the user paused
 let loadedBytes = 0, told = 0;
@@ -276,13 +276,14 @@ function select(index) {
 find("form").addEventListener("submit", (event) => {
   event.preventDefault();
   if (running) running = false;
-  else {
+  else if (!busy) {  // it may still be on its way to the end
+    busy = true;
     write().catch((error) => {
       running = false;
       showButtons();
       tell(`The model cannot go on: ${error.message}`);
       throw error;
-    });
+    }).finally(() => { busy = false; });
   }
 });
 find("anew").addEventListener("click", () => {

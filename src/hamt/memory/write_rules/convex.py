@@ -1,5 +1,7 @@
 """The convex rule: M ← (1 - g)(1 - λ) M + g ⊗ x, one gate to forget and to write."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,5 +42,4 @@ class Convex(Gated):
         if gates.beta is not None:
             raise ValueError(NO_BETA)
         kept = (1 - gates.write.to(dtype)).clamp(min=torch.finfo(dtype).tiny)
-        decay = torch.log1p(torch.tensor(-self.decay_rate, dtype=dtype))
-        return gates._replace(log_forget=floored(kept.log() + decay, dtype))
+        return gates._replace(log_forget=floored(kept.log() + math.log1p(-self.decay_rate), dtype))
