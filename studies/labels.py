@@ -8,12 +8,14 @@ OMP_NUM_THREADS=1 venv/bin/python studies/labels.py --llama ~/.cache/hamt/rivals
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from hamt.checkpoint import PRETRAINED
 from hamt.cli import main as hamt
+from hamt.data.documents import content_hash
 from hamt.environment import describe_environment, environment
 from hamt.measure.report import write_report
 from hamt.measure.tables import markdown, number, paragraphs
@@ -25,11 +27,14 @@ NAMES = {PRETRAINED.name: "HAMT", "llama": "Llama"}
 
 def tuned(task: str, model: str, options: argparse.Namespace) -> dict[str, Any]:
     """What ``hamt finetune`` writes of a model; a run that is there is not run again."""
-    folder = options.tables / f"{task}-{Path(model).name}"
+    tables = [options.tables / f"{task}_{part}.csv" for part in ("train", "held_out")]
+    files = [*sorted(Path(model).glob("*.safetensors")), *tables]
+    known = "".join([*map(content_hash, files), f"{options.epochs:g}"])
+    run = hashlib.sha256(known.encode()).hexdigest()[:8]
+    folder = options.tables / f"{task}-{Path(model).name}-{run}"
     told = folder / "finetune_results.json"
     if not told.exists():
-        words = ["finetune", str(options.tables / f"{task}_train.csv"), "--checkpoint", model]
-        words += ["--held_out", str(options.tables / f"{task}_held_out.csv")]
+        words = ["finetune", str(tables[0]), "--checkpoint", model, "--held_out", str(tables[1])]
         if hamt([*words, "--epochs", str(options.epochs), "--output_dir", str(folder)]):
             raise SystemExit(f"hamt {' '.join(words)} has failed")
     return dict(json.loads(told.read_text(encoding="utf-8")))

@@ -30,7 +30,8 @@ EXAMPLES = 64
 
 def trained(options: argparse.Namespace) -> HAMTForCausalLM:
     """A model of docs/results/recall, from the folder it was saved in, or trained."""
-    folder = options.output_dir / "model"
+    sizes = f"{options.state}-{options.learning_rate:g}-{options.num_steps}-{options.seed}"
+    folder = options.output_dir / f"model-{sizes}"
     if (folder / "config.json").exists():
         return HAMTForCausalLM.from_pretrained(folder).eval()
     model_name = "hamt:hcm_dim=64,num_heads=1,rotation=none"

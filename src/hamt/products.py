@@ -49,11 +49,14 @@ class FusedLinear:
     """The matrices (O, I) of several maps with the same input, packed as one.
 
     It is made of the weights as they are, and does not notice when they are changed in place.
+    ``outputs`` is O of one that is stored transposed.
     """
 
-    def __init__(self, packed: Tensor, weights: Sequence[Tensor]) -> None:
+    def __init__(
+        self, packed: Tensor, weights: Sequence[Tensor], outputs: int | None = None
+    ) -> None:
         self.packed, self.sizes = packed, [len(weight) for weight in weights]
-        self.outputs = sum(self.sizes)
+        self.outputs = sum(self.sizes) if outputs is None else outputs
         self.weights = [weakref.ref(weight) for weight in weights]
 
     def __call__(self, inputs: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...] | None:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from convert_checks.models import Named
 from convert_checks.rows import Rows
 from hamt.baselines.products import OneDNNLinear, use_onednn_linear
 from hamt.cache import HAMTCache
+from hamt.data.documents import content_hash
 from hamt.measure.bench.cases import measure
 from hamt.measure.bench.decode import decode, some_state, transformer_caches, transformer_cases
 from hamt.measure.evaluate.harness import check_tasks, run_tasks
@@ -26,7 +28,8 @@ def measure_lambada(rows: Rows, models: Sequence[Named], options: Any) -> None:
     manager = None
     for model in models:
         place = {"part": "lambada", "model": model.name}
-        settings = {"limit": options.limit, "weights": model.weights}
+        settings = {"limit": options.limit, "weights": model.weights, "device": options.device}
+        settings["text"] = content_hash(Path(options.lambada)) if options.lambada else None
         if rows.done(place, settings) is None:
             manager = manager or check_tasks([TASK], options.lambada)
             begun, limit = time.perf_counter(), options.limit or None
@@ -50,6 +53,7 @@ def measure_decode(rows: Rows, teacher: Named, models: Sequence[Named], options:
     place = {"part": "decode", "length": length, "batch": batch}
     settings: dict[str, Any] = {each.name: each.weights for each in (teacher, *converted)}
     settings |= {"rounds": options.rounds, "steps": options.steps}
+    settings["max_gigabytes"] = options.max_gigabytes
     if rows.done(place, settings) is not None:
         return
     begun, packed = time.perf_counter(), dict[str, int]()

@@ -29,7 +29,7 @@ def measure_finetuning(rows: Rows, models: Sequence[Named], options: Any) -> Non
         place = {"part": "finetune", "model": each.name}
         settings = {"steps": options.finetune_steps, "rate": options.finetune_learning_rate}
         settings |= {"text": fingerprint(learned), "scored": fingerprint(scored)}
-        settings |= {"seed": options.seed, "weights": each.weights}
+        settings |= {"seed": options.seed, "weights": each.weights, "device": options.device}
         if rows.done(place, settings) is None:
             begun, model = time.perf_counter(), each.fresh()
             found = {"before": bits_per_byte(model, tokenizer, scored)}

@@ -27,14 +27,14 @@ def measure_loss(
         for model in models:
             place = {"part": "loss", "text": name, "context": context, "model": model.name}
             of = {"tokens": options.tokens, "weights": model.weights, "teacher": teacher.weights}
-            of["text"] = fingerprint(documents)
+            of |= {"text": fingerprint(documents), "device": options.device}
             if rows.done(place, of) is None:
                 pending[model.name], settings[model.name] = model, (place, of)
         if not pending:
             continue
         begun = time.perf_counter()
         starts = [start for start in STARTS if start < context]
-        key = {"text": name, "context": context, "of": [of for _, of in settings.values()]}
+        key = {"text": name, "context": context, "of": {k: of for k, (_, of) in settings.items()}}
         sums = rows.partial(key)
         told = teacher.tokenizer, documents, context, starts
         loaded = {name: model.model for name, model in pending.items()}

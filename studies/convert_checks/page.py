@@ -56,50 +56,59 @@ def loss_tables(rows: Sequence[Row]) -> str:
     for name, group in grouped(rows, of("text")).items():
         starts = sorted({each["start"] for row in group for each in row["found"]["from"]})
         losses, likeness = [], []
-        for context, models in grouped(group, of("context")).items():
+        for models in grouped(group, _beside_one_teacher).values():
             first = models[0]["found"]
             whole = first["from"][0]
+            sizes = [f"{models[0]['place']['context']:,}", f"{whole['tokens']:,}"]
             bits = whole["teacher"] * whole["tokens"] / first["bytes"] / math.log(2)
             teacher = [f"{each['teacher']:.4f}" for each in first["from"]]
             blank = [""] * (len(starts) - len(teacher))
-            losses.append(
-                [f"{context:,}", "teacher, nats/token", number(bits, 4), *teacher, *blank]
-            )
+            losses.append([*sizes, "teacher, nats/token", number(bits, 4), *teacher, *blank])
             for row in models:
-                if row["settings"]["teacher"] != models[0]["settings"]["teacher"]:
-                    continue  # of a study of another teacher
                 found, label = row["found"]["from"], row["place"]["model"]
                 excess = [f"{shown(each['excess'], 100, 2, '+')} %" for each in found]
                 bits_of = bits * (1 + found[0]["excess"][0])
-                losses.append([f"{context:,}", label, number(bits_of, 4), *excess, *blank])
+                losses.append([*sizes, label, number(bits_of, 4), *excess, *blank])
                 alike = [
                     f"{shown(each['divergence'], 1, 4)} / {100 * each['agreement'][0]:.1f} %"
                     for each in found
                 ]
-                likeness.append([f"{context:,}", label, *alike, *blank])
+                likeness.append([*sizes, label, *alike, *blank])
         columns = [f"position {start:,} on" for start in starts]
-        tokens = sorted({row["found"]["from"][0]["tokens"] for row in group})
         tables += [
             f"## {name}",
-            f"{', '.join(f'{count:,}' for count in tokens)} tokens, in windows of so many as the "
-            "first column says. How much more bits per byte a model needs than the teacher, with "
-            "the standard error over windows; of the teacher itself the loss.",
-            markdown(["tokens", "model", "bits/byte", *columns], losses, text=[1]),
+            "How much more bits per byte a model needs than the teacher, with the standard error "
+            "over windows; of the teacher itself the loss. `context` is the size of a window, "
+            "`tokens` how many were scored.",
+            markdown(["context", "tokens", "model", "bits/byte", *columns], losses, text=[2]),
             "KL divergence to the teacher in nats per token, and how often both find the same "
             "token the most likely:",
-            markdown(["tokens", "model", *columns], likeness, text=[1]),
+            markdown(["context", "tokens", "model", *columns], likeness, text=[2]),
         ]
     return paragraphs(*tables)
+
+
+def _beside_one_teacher(row: Row) -> tuple[Any, ...]:
+    """What rows have in common that one line of the teacher stands above."""
+    settings = row["settings"]
+    return row["place"]["context"], settings["tokens"], settings["text"], settings["teacher"]
+
+
+def _same_questions(row: Row) -> tuple[Any, ...]:
+    """What rows have in common that were asked the same."""
+    settings = row["settings"]
+    names = ("beyond", "pairs", "samples", "seed", "prose")
+    return (row["place"]["kind"], *(settings[name] for name in names))
 
 
 def recall_tables(rows: Sequence[Row]) -> str:
     """Facts recalled, a table for each kind; and bytes that were kept."""
     tables = ["## Recall"]
-    kinds = grouped(rows, lambda row: (row["place"]["kind"], row["settings"]["beyond"]))
-    for (kind, beyond), group in kinds.items():
+    for (kind, beyond, *_), group in grouped(rows, _same_questions).items():
         lengths = sorted({row["place"]["length"] for row in group})
         found = {(row["place"]["model"], row["place"]["length"]): row["found"] for row in group}
-        sizes = group[0]["found"]
+        count = group[0]["found"]["questions"]
+        facts = "one fact" if count == 1 else f"{count} facts"
         lines = []
         for model in dict.fromkeys(row["place"]["model"] for row in group):
             for way in WAYS:
@@ -112,7 +121,7 @@ def recall_tables(rows: Sequence[Row]) -> str:
                     lines.append([label, *told])
         tables += [
             f"Share of the answers that a model would write as a whole ({kind}: "
-            f"{sizes['questions']} facts in a text, asked for one by one), with the standard error "
+            f"{facts} in a text, asked for one by one), with the standard error "
             f"over {few(group)} texts. Between a fact and the question stand more than {beyond:,} "
             "tokens. Where the teacher fails it is asked of fewer texts, and nobody else is asked.",
             markdown(["model", *(f"{length:,} tokens" for length in lengths)], lines, text=[0]),

@@ -141,9 +141,14 @@ def measure_recall(
             place = {"part": "recall", "kind": kind, "length": length, "model": model.name}
             settings = {"samples": options.samples, "seed": options.seed, "beyond": beyond}
             settings |= {"pairs": options.pairs, "weights": model.weights}
-            settings["prose"] = fingerprint(documents)
+            settings |= {"prose": fingerprint(documents), "device": options.device}
+            settings["teacher"] = teacher.weights
             least = options.least if model is teacher else 0.0
-            if (found := rows.done(place, settings)) is None:
+            found = rows.done(place, settings)
+            if found and found["texts"] < options.samples:  # a teacher that was given up
+                given_up = found["ways"][WHOLE]["accuracy"][0] < least
+                found = found if given_up else None
+            if found is None:
                 begun, drawn = time.perf_counter(), drawn or draw(*told)
                 asked = ask(rows, {**place, **settings}, model, drawn, least)
                 distances = [q.distance for text in drawn[1:] for q in text.questions]

@@ -111,15 +111,24 @@ def test_cache_bytes_are_keys_values_and_states():
 def test_energy_is_read_where_there_is_a_counter(tmp_path):
     for nothing in (tmp_path / "none", tmp_path):
         assert joules(pytest.fail, nothing) is None  # it would not be worth running
-    zones = {"intel-rapl:0": 10_000_000, "intel-rapl:1": 990_000_000}
-    for name, start in zones.items():
+    zones = {
+        "intel-rapl:0": ("package-0", 10_000_000),
+        "intel-rapl:1": ("package-1", 990_000_000),
+        # These are not counted again: a part of a package, a package by another way, the whole.
+        "intel-rapl:0:0": ("core", 0),
+        "intel-rapl-mmio:0": ("package-0", 10_000_000),
+        "intel-rapl:2": ("psys", 0),
+    }
+    for name, (kind, start) in zones.items():
         (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(f"{kind}\n", encoding="ascii")
         (tmp_path / name / "energy_uj").write_text(str(start), encoding="ascii")
         (tmp_path / name / "max_energy_range_uj").write_text("1000000000", encoding="ascii")
-    (tmp_path / "intel-rapl:0:0").mkdir()  # part of a package: not counted again
+    (tmp_path / "intel-rapl").mkdir()
 
     def run():
-        (tmp_path / "intel-rapl:0" / "energy_uj").write_text("13000000", encoding="ascii")
+        for name in ("intel-rapl:0", "intel-rapl-mmio:0", "intel-rapl:2"):
+            (tmp_path / name / "energy_uj").write_text("13000000", encoding="ascii")
         (tmp_path / "intel-rapl:1" / "energy_uj").write_text(
             "2000000", encoding="ascii"
         )  # began anew

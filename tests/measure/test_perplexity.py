@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from hamt import HAMTConfig, HAMTModel
+from hamt.baselines.catalogue import with_parameters
 from hamt.errors import UserError
 from hamt.measure.perplexity import score_documents
 
@@ -95,3 +96,28 @@ def test_blocks_are_the_rolling_windows_of_lm_evaluation_harness(model, tokenize
     results = process_results({"page": TEXTS[0]}, [likelihood])
     assert score.words == results["word_perplexity"][1]
     assert score.num_bytes == results["bits_per_byte"][1]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_logits_of_a_long_window_are_made_a_part_at_a_time(tokenizer, monkeypatch, scaled):
+    """Unless a model does more to them than its head does."""
+    sizes = {"hidden_dim": 32, "num_layers": 1, "vocab_size": 300, "context": 64}
+    torch.manual_seed(0)
+    model = with_parameters("llama", 30_000, **sizes)
+    if scaled:
+        forward = model.forward
+
+        def scaling(*arguments, **options):
+            outputs = forward(*arguments, **options)
+            outputs.logits = 3 * outputs.logits
+            return outputs
+
+        model.forward = scaling
+    options = {"context": 64, "stride": None, "batch_size": 2}
+    expected = score_documents(model, tokenizer, TEXTS, **options)
+    made = []
+    model.lm_head.register_forward_hook(lambda _, inputs, logits: made.append(logits.numel()))
+    monkeypatch.setattr("hamt.measure.perplexity.MAX_LOGITS", 300 * 10)
+    found = score_documents(model, tokenizer, TEXTS, **options)
+    assert found.nats == pytest.approx(expected.nats, rel=1e-5)
+    assert (max(made) <= 300 * 10) is not scaled

@@ -1,11 +1,13 @@
 """The library that computes matrix products, made the same for all models that are compared."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hamt.base_model import HAMTPreTrainedModel
-from hamt.products import fuse, linear, multiply, unfuse
+from hamt.products import FusedLinear, fuse, linear, multiply, pack, unfuse
 
 
 class OneDNNLinear(nn.Linear):
@@ -19,7 +21,12 @@ class OneDNNLinear(nn.Linear):
 class _Conv1D(Conv1D):
     """GPT-2's linear map, whose matrix is stored transposed."""
 
+    fused: Any
+
     def forward(self, x: Tensor) -> Tensor:
+        fused = self.__dict__.get("fused")
+        if fused is not None and (products := fused(x, [self.weight])) is not None:
+            return products[0] + self.bias
         return linear(x, self.weight.T, self.bias)
 
 
@@ -44,7 +51,12 @@ def pack_weights(model: PreTrainedModel) -> int:
     """
     if isinstance(model, HAMTPreTrainedModel):
         return model.fuse_projections()
-    return fuse(model, (OneDNNLinear,))
+    taken = fuse(model, (OneDNNLinear,))
+    for module in model.modules():
+        if type(module) is _Conv1D and (packed := pack([module.weight.T.contiguous()])) is not None:
+            module.fused = FusedLinear(packed, [module.weight], outputs=module.nf)
+            taken += module.weight.nbytes
+    return taken
 
 
 def unpack_weights(model: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -223,6 +223,31 @@ def _losses(model: PreTrainedModel, ids: Tensor) -> np.ndarray:
 @torch.no_grad()
 def _forward(model: PreTrainedModel, ids: Tensor, **options) -> np.ndarray:
     ids = ids.to(next(model.parameters()).device)
-    logits = model(ids[:, :-1], **options).logits.float()
-    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    at_a_time = max(MAX_LOGITS // model.config.get_text_config().vocab_size, 1)
+    if inputs.numel() <= at_a_time or not _head_is_all(model, inputs):
+        losses = _cross_entropy(model(inputs, **options).logits, targets)
+    else:
+        hidden, head = _hidden(model, inputs), model.get_output_embeddings()
+        parts = zip(*(x.flatten(0, 1).split(at_a_time) for x in (hidden, targets)), strict=True)
+        losses = torch.cat([_cross_entropy(head(part), wanted) for part, wanted in parts])
     return losses.view(len(ids), -1).double().cpu().numpy()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
+
+
+def _hidden(model: Any, ids: Tensor) -> Tensor:
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def _head_is_all(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether logits are what the head makes of the last hidden states, and nothing else."""
+    few, head = ids[:1, :8], model.get_output_embeddings()
+    try:
+        return head is not None and torch.allclose(
+            head(_hidden(model, few)), model(few).logits, rtol=1e-3, atol=1e-3
+        )
+    except (TypeError, AttributeError):  # it is called otherwise
+        return False

@@ -8,7 +8,9 @@ import torch
 from command_inputs import fails, read_json, words
 from evaluation_inputs import SMALL, WORDS
 
+from hamt.baselines.catalogue import with_parameters
 from hamt.baselines.loading import load_any_model, longest_context
+from hamt.baselines.products import pack_weights, unpack_weights
 from hamt.checkpoint import PRETRAINED, load_checkpoint, save_pt
 from hamt.cli import main
 from hamt.measure.compare import command as compare
@@ -223,6 +225,28 @@ def test_how_much_of_the_text_was_scored_is_told(folders, tmp_path):
 def test_the_first_model_is_a_hamt_model(folders, tmp_path, capsys):
     told = "a 'llama' model, not a HAMT model: give a HAMT checkpoint, and others with --baselines"
     assert told in fails(compare_of(folders, tmp_path, checkpoint="llama"), capsys)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_models_are_timed_with_all_of_their_matrices_packed(kind):
+    torch.manual_seed(0)
+    sizes = {"hidden_dim": 768, "num_layers": 1, "vocab_size": 300, "context": 16}
+    model, ids = with_parameters(kind, 8_000_000, **sizes).eval(), torch.arange(8)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        packed = pack_weights(model)
+        assert packed > 0.6 * sum(x.nbytes for x in model.parameters() if x.ndim == 2)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        unpack_weights(model)
+        torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_a_model_that_was_saved_without_a_cache_decodes_with_one():
+    """As after fine-tuning with gradient checkpointing."""
+    sizes = {"hidden_dim": 32, "num_layers": 1, "vocab_size": 300, "context": 16}
+    model = with_parameters("llama", 30_000, **sizes).eval()
+    model.config.use_cache = False
+    assert read(model, torch.arange(8)[None]).get_seq_length() == 8
 
 
 RIVALS = "hybrid, gpt2, llama, mamba2, gated-deltanet, transformer"

@@ -10,6 +10,7 @@ from evaluation_inputs import WORDS
 
 from hamt.checkpoint import load_checkpoint
 from hamt.cli import main
+from hamt.measure.evaluate.harness import metric_name
 from hamt.measure.perplexity import score_documents
 from hamt.output import claim
 
@@ -188,6 +189,16 @@ def test_tasks_that_cannot_run_are_refused(tasks, message, tmp_path, capsys):
     pytest.importorskip("lm_eval")
     options = words(test_text="a b", context=8, tasks=tasks, output_dir=tmp_path)
     assert message in fails(["evaluate", *options], capsys)
+
+
+def test_metrics_of_the_harness_keep_their_errors_whatever_filter_they_have():
+    keys = {
+        "acc,none": "acc",
+        "acc_stderr,none": "acc_stderr",
+        "exact_match,strict-match": "exact_match,strict-match",
+        "exact_match_stderr,strict-match": "exact_match,strict-match_stderr",
+    }
+    assert {key: metric_name(key) for key in keys} == keys
 
 
 def test_without_the_harness_the_command_says_what_to_install(tmp_path, monkeypatch, capsys):

@@ -51,6 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     recipe = load_recipe(path)
     _check(options, recipe)
     console = PlainConsole()
+    plan(replace(options, variants=[]), recipe)  # of which the table has what is there: now, too
     sweep = Sweep(plan(options, recipe), folder)
     table = Path(options.table or folder / f"{path.stem}.md")
     names = [re.escape(table.stem) + r"\.(md|png)"]
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     with claim(table.parent, "ablate", names, mend=mend) as output:
         if options.table is None:
             _check_texts(sweep.missing, recipe)
+            _check_same_texts(sweep.results, folder)
             _perform(sweep, options.workers, output, console)
         _report(options, recipe, output, table.stem, console)
     return 0
@@ -116,6 +118,18 @@ def _check(options: AblateOptions, recipe: dict[str, Any]) -> None:
             raise UserError(f"no {what} {', '.join(unknown)}; there are {', '.join(recipe[what])}")
     if options.table is not None and Path(options.table).suffix != ".md":
         raise UserError(f"--table must be the path of a .md file; got {options.table}")
+
+
+def _check_same_texts(results: Sequence[tuple[AblationRun, dict[str, Any]]], folder: Path) -> None:
+    """Refuse to take over the figure of a text that has another content now."""
+    for run, content in results:
+        known = content.get("texts") or {}  # runs of earlier versions do not say
+        for file, found in run.texts().items():
+            if file in known and known[file] != found:
+                raise UserError(
+                    f"{folder / run.name}.json is of another {file} than there is now: move it "
+                    "away, or choose another --output_dir"
+                )
 
 
 def _check_texts(missing: Sequence[AblationRun], recipe: dict[str, Any]) -> None:

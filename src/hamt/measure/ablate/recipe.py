@@ -25,6 +25,7 @@ a task's name, for that one. It may also say
 * ``tasks: [NAME]``: for these tasks alone.
 """
 
+import inspect
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,10 @@ _NO_CHOICE = {"vocab_size", "chunk_size", "max_position_embeddings", "use_cache"
 CHOICES = [
     name for name in HAMTConfig.__annotations__ if name not in _NO_CHOICE and "token_id" not in name
 ]
-_TRAINING = {field.name for field in fields(LoopOptions)}
-_TRAINING |= {"length", "batch_size", "epochs", "every", "mixed_precision", "lengths"}
-_TRAINING |= {"num_held_out", "target_accuracy"}
+_OF_TEXTS = {field.name for field in fields(LoopOptions)} | {"batch_size"}
+_OF_TASKS = _OF_TEXTS | {"lengths", "num_held_out", "target_accuracy"}
+_OF_TEXTS |= {"length", "epochs", "every", "mixed_precision"}
+_TRAINING = _OF_TEXTS | _OF_TASKS
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -144,7 +146,8 @@ def resolve(recipe: dict[str, Any], task: str, variant: str) -> dict[str, Any]:
         training[option] = changes.pop(option)
     config = {**base["config"], **changes}
     kind, said = base["kind"], base.get("task") or {}
-    unknown = {*config} - {*HAMTConfig.__annotations__} | {*training} - _TRAINING
+    trains = _OF_TEXTS if kind in ("characters", "text") else _OF_TASKS
+    unknown = {*config} - {*HAMTConfig.__annotations__} | {*training} - trains
     if unknown := unknown | {*said} - _TASK[kind]:
         raise UserError(f"{variant} of {task}: there is no option {', '.join(sorted(unknown))}")
     missing = [name for name in _NEEDED[kind] if name not in training]
@@ -179,5 +182,9 @@ def _check_rival(variant: str, rival: dict[str, Any] | None, parameters: int | N
     if kind not in ARCHITECTURES:
         there = ", ".join(ARCHITECTURES)
         raise UserError(f"variant {variant}: no architecture {kind}; there are {there}")
+    taken = inspect.signature(ARCHITECTURES[kind].build).parameters
+    known = {*taken} | ({*HAMTConfig.__annotations__} if "fields" in taken else set())
+    if unknown := {*(rival or {})} - known - {"kind"}:
+        raise UserError(f"variant {variant}: a {kind} has no {', '.join(sorted(unknown))}")
     if kind != "transformer" and parameters is None:
         raise UserError(f"variant {variant}: a {kind} needs `parameters`, a number to come near to")

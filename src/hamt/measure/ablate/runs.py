@@ -1,5 +1,6 @@
 """The runs of ``hamt ablate``: the model of a specification, what it is trained on, its figure."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ from hamt.baselines import catalogue
 from hamt.checkpoint import PRETRAINED
 from hamt.config import HAMTConfig
 from hamt.data.corpus import load_corpus
-from hamt.data.documents import plain_text
+from hamt.data.documents import content_hash, plain_text
 from hamt.data.loader import Batches
 from hamt.data.tasks import MQAR, ModularCounting, Task
 from hamt.data.tokenizer import load_tokenizer, vocabulary_size
 from hamt.data.tokens import Split, tokenise
 from hamt.environment import environment, is_environment
-from hamt.measure.ablate.recipe import EMBEDDED, SHAKESPEARE, all_choices
+from hamt.measure.ablate.recipe import EMBEDDED, SHAKESPEARE, all_choices, needed_files
 from hamt.measure.sweep import is_number
 from hamt.measure.task_training import HELD_OUT, accuracy, train_on_task
 from hamt.measure.workers import Stopper, whole
@@ -66,6 +67,12 @@ class AblationRun:
             described["spec"] = {**spec, "config": all_choices(spec["config"])}
         return described
 
+    def texts(self) -> dict[str, str]:
+        """A hash of each text, and of each folder of a tokenizer, that is there."""
+        needed = needed_files({"kind": self.kind, "task": self.spec["task"]})
+        paths = {file: _path(self.data, file) for file in needed}
+        return {file: _content(path) for file, path in paths.items() if path.exists()}
+
     def is_result(self, content: dict[str, Any]) -> bool:
         """Whether ``hamt.measure.ablate.report`` can make a cell of this."""
         counts = ("num_parameters", "non_embedding_parameters", "tokens", "steps_to_99", "seed")
@@ -90,9 +97,10 @@ class AblationRun:
             KeyboardInterrupt: if the user stopped it: half a run must not look like a whole one.
         """
         header, start, diverged = environment(), time.time(), None
-        material = LOADERS[self.kind](self.spec, self.data)
+        texts, material = self.texts(), LOADERS[self.kind](self.spec, self.data)
         seed_everything(self.seed)
-        model = make_model(self.spec, material.vocab_size)
+        length = material.length if isinstance(material, Task) else None
+        model = make_model(self.spec, material.vocab_size, length)
         try:
             if isinstance(material, Text):
                 measured = train_on_text(model, material, self.spec, self.seed)
@@ -111,6 +119,7 @@ class AblationRun:
             "state_floats": catalogue.state_floats(model),
             "intermediate_dim": getattr(model.config, "intermediate_dim", None),
             "spec": self.spec,
+            "texts": texts,
             "wall_seconds": time.time() - start,
             "environment": header,
         }
@@ -121,8 +130,13 @@ def architecture(spec: Spec) -> str:
     return "hamt" if spec["rival"] is None else spec["rival"].get("kind", "transformer")
 
 
-def make_model(spec: Spec, vocab_size: int) -> PreTrainedModel:
-    """The model of a specification.
+def _content(path: Path) -> str:
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256("\n".join(map(content_hash, files)).encode()).hexdigest()[:16]
+
+
+def make_model(spec: Spec, vocab_size: int, length: int | None = None) -> PreTrainedModel:
+    """The model of a specification, trained on rows of ``length`` tokens, if it does not say so.
 
     Where it names ``parameters``, the model has the number that comes nearest. A transformer gets
     as many as HAMT would have.
@@ -131,7 +145,8 @@ def make_model(spec: Spec, vocab_size: int) -> PreTrainedModel:
     choices = {name: value for name, value in (spec["rival"] or {}).items() if name != "kind"}
     if catalogue.ARCHITECTURES[kind].model_type != HAMTConfig.model_type:
         sizes = {name: spec["config"][name] for name in ("hidden_dim", "num_layers")}
-        sizes |= {"vocab_size": vocab_size, "context": spec["training"]["length"]}
+        context = spec["training"].get("length", length or 0)
+        sizes |= {"vocab_size": vocab_size, "context": context}
         return catalogue.with_parameters(kind, parameters, **sizes, **choices)
     fields = {**spec["config"], "vocab_size": vocab_size}
     if kind == "transformer":

@@ -106,11 +106,17 @@ def read(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> Any:
     name = "cache_params" if "cache_params" in parameters else "past_key_values"
     if cache is None and isinstance(model, HAMTForCausalLM):
         cache = HAMTCache(model.config.num_layers)
-    if getattr(model.config, "use_cache", True) is False and cache is None:
+    if cache is None and _has_no_cache(model.config):
         model(ids, logits_to_keep=1)
         return None
     given = {} if cache is None else {name: cache}
     return getattr(model(ids, use_cache=True, logits_to_keep=1, **given), name, None)
+
+
+def _has_no_cache(config: Any) -> bool:
+    """Whether Transformers' cache does not work: for Gated DeltaNet without any attention."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    return config.model_type == "qwen3_next" and "full_attention" not in kinds
 
 
 def _decode(model: PreTrainedModel, batch: int, cache: Any, steps: int) -> None:

@@ -78,8 +78,17 @@ def run_tasks(
     assert results is not None  # only processes of a group beside the first get none
     found = {}
     for task, values in results["results"].items():
-        # Names and counts stand among the metrics, and ``acc,none`` for ``acc``.
-        metrics = {k.removesuffix(",none"): v for k, v in values.items() if isinstance(v, float)}
+        # Names and counts stand among the metrics.
+        metrics = {metric_name(k): v for k, v in values.items() if isinstance(v, float)}
         documents = results["n-samples"].get(task, {}).get("effective")
         found[task] = {**metrics, "documents": documents, "shots": results["n-shot"].get(task)}
     return found
+
+
+def metric_name(key: str) -> str:
+    """``acc`` of ``acc,none``, ``acc,x_stderr`` of ``acc_stderr,x``: the error ends in its name."""
+    name, _, chosen = key.partition(",")
+    of = "" if chosen in ("", "none") else f",{chosen}"
+    if name.endswith("_stderr"):
+        return f"{name.removesuffix('_stderr')}{of}_stderr"
+    return name + of

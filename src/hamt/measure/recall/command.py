@@ -45,7 +45,9 @@ class RecallOptions:
     # Above are the seeds of the tests.
     seeds: list[int] = option([0], "one run for each", at_least=0, at_most=HELD_OUT - 1)
     num_steps: int = option(2000, "training steps of a run", at_least=1)
-    batch_size: int = option(64, "examples of a step", at_least=1)
+    batch_size: int | None = option(
+        None, "examples of a step; none is 64, for parity and counting 256", at_least=1
+    )
     hidden_dim: int = option(64, "width of the models", at_least=1)
     num_layers: int = option(2, "layers of the models", at_least=1)
     num_examples: int = option(256, "examples of a test", at_least=1)
@@ -120,7 +122,11 @@ def plan(options: RecallOptions) -> list[RecallRun]:
     sizes = {name: getattr(options, name) for name in ("hidden_dim", "num_layers", "num_examples")}
     rates, states = options.learning_rates, options.state_sizes
     runs = [
-        RecallRun(task, model, state, rate, seed, options.num_steps, options.batch_size, **sizes)
+        RecallRun(
+            *(task, model, state, rate, seed, options.num_steps),
+            options.batch_size or SETTINGS[task].training.get("batch_size", 64),
+            **sizes,
+        )
         for seed, task, rate, state, model in product(
             options.seeds, tasks, rates, states, options.models
         )

@@ -140,7 +140,7 @@ def train(model: PreTrainedModel, run: RecallRun) -> TaskResult:
         "final_learning_rate": 0.1,
         "eval_interval": max(run.num_steps // 8, 1),
         "seed": run.seed,
-        **setting.training,
+        **{k: v for k, v in setting.training.items() if k != "batch_size"},
         "num_held_out": run.num_examples,
     }
     return whole(train_on_task(model, setting.train, listeners=[Stopper()], **options))
