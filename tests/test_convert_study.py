@@ -17,6 +17,7 @@ from convert_checks import loss, recall
 from convert_checks import rows as rows_kept
 from convert_checks.costs import state_after
 from convert_checks.models import Named, named, texts
+from convert_checks.page import loss_tables
 
 from hamt.data.facts import PAIRS, text_with_facts
 from hamt.errors import UserError
@@ -76,13 +77,37 @@ def test_loss_is_that_beside_the_teacher(made, tmp_path, tokenizer):
     nats = wanted["memory"][0]
     shown = f"{nats.nats * nats.tokens / len(text) / 0.6931472:.4f}"
     (line,) = (
-        line for line in page.splitlines() if line.startswith("| 40 | memory |") and "/" not in line
+        line
+        for line in page.splitlines()
+        if line.startswith(f"| 40 | {nats.tokens} | memory |") and "/" not in line
     )
     assert shown in line
     assert f"{100 * nats.excess.value:+.2f}" in line
     assert 299 <= nats.tokens <= 300
     (line,) = (line for line in page.splitlines() if line.startswith("| memory |"))
     assert "2 × window of 8, 2 sinks, 5 exact entries and 3 slots" in line
+
+
+def test_rows_of_other_settings_stand_beside_their_own_teacher():
+    """Each has the bits of the text that it was measured on."""
+
+    def row(model, tokens, nats):
+        figures = {"start": 0, "tokens": tokens, "teacher": nats, "nats": nats}
+        ratios = dict.fromkeys(("excess", "divergence", "agreement"), [0.0, 0.0])
+        settings = {"tokens": tokens, "weights": model, "teacher": f"of {model}", "text": model}
+        return {
+            "place": {"part": "loss", "text": "words", "context": 40, "model": model},
+            "settings": settings,
+            "found": {"bytes": tokens, "from": [figures | ratios]},
+        }
+
+    page = loss_tables([row("a", 100, 3.0), row("b", 1000, 2.0)])
+    for told in (
+        "| 40 | 100 | a | 4.3281 | +0.00 ± 0.00 % |",
+        "| 40 | 1,000 | b | 2.8854 | +0.00 ± 0.00 % |",
+        "| 40 | 1,000 | teacher, nats/token | 2.8854 | 2.0000 |",
+    ):
+        assert told in page
 
 
 def test_a_loss_that_was_stopped_goes_on(made, tmp_path, monkeypatch):
