@@ -93,7 +93,7 @@ def test_rows_of_other_settings_stand_beside_their_own_teacher():
 
     def row(model, tokens, nats):
         figures = {"start": 0, "tokens": tokens, "teacher": nats, "nats": nats}
-        ratios = dict.fromkeys(("excess", "divergence", "agreement"), [0.0, 0.0])
+        ratios = {name: [0.0, 0.0] for name in ("excess", "divergence", "agreement")}
         settings = {"tokens": tokens, "weights": model, "teacher": f"of {model}", "text": model}
         return {
             "place": {"part": "loss", "text": "words", "context": 40, "model": model},
