@@ -3,6 +3,8 @@
 Shape legend: B batch, N tokens, H query heads, G key-value heads, D features of a head.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,8 @@ def taker(
         with torch.no_grad():
             for weight in (*mixer.parameters(), *mixer.buffers()):
                 weight.add_(0.3 * torch.randn_like(weight))
+            if mixer.salience is not None:
+                mixer.salience.horizon = 25
             if mixer.slots is not None:
                 mixer.slots.log_half_life.copy_(3.0 + torch.rand(GROUPS, sizes.num_slots))
     return mixer.to(dtype)
@@ -111,9 +115,18 @@ class Loop:
         self.slots = torch.stack(slots) if sizes.num_slots else self.slots
 
     def choose(self, group: int, leaving: list[int]) -> list[int]:
-        """Hold the E tokens of the largest salience; the rest is to be written."""
+        """Hold the E tokens of the largest salience; the rest is to be written.
+
+        Before the salience counts whether a token is within the horizon.
+        """
         candidates = [*self.held[group], *leaving]
-        order = sorted(candidates, key=lambda j: self.salience(group, j), reverse=True)
+        read = self.left + self.mixer.sizes.window - self.mixer.sizes.block
+        horizon = self.mixer.salience.horizon or math.inf
+
+        def worth(j: int) -> tuple[bool, float]:
+            return read - j <= horizon, self.salience(group, j)
+
+        order = sorted(candidates, key=worth, reverse=True)
         self.held[group] = order[: self.mixer.sizes.num_exact]
         return sorted(order[self.mixer.sizes.num_exact :])
 

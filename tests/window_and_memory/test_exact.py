@@ -1,16 +1,18 @@
 """Which tokens are held as exact entries, and that the others are written to the slots."""
 
+import pytest
 import torch
 from model_inputs import assert_close
 from torch import Tensor
 from window_inputs import GROUPS, Loop, random_heads, slots_of, taker
 
 from hamt.batch import Batch
-from hamt.window_and_memory.exact import Candidates, admit, held
+from hamt.window_and_memory.exact import Candidates, Salience, held
 from hamt.window_and_memory.sizes import Sizes
 
 HERE, READ = torch.tensor([True]), torch.tensor([40])
 SIZES = Sizes(8, 2, 3, 5, 4)
+admit = Salience(1, 4).admit
 
 
 def tokens(places: list[int], values: Tensor, salience: list[float]) -> Candidates:
@@ -54,6 +56,19 @@ def test_what_is_worth_least_is_replaced_and_written_oldest_first():
     assert rest.real.all()
 
 
+def test_what_is_beyond_the_horizon_yields_to_whatever_is_within():
+    values = torch.eye(6)
+    state = state_of([3, 11], [9.0, 0.5], values[:2])
+    leaving = tokens([12, 13, 14, 15], values[2:], [0.1, 0.4, 0.2, 0.3])
+    for horizon, kept in ((29, [11, 13]), (37, [3, 11]), (None, [3, 11])):
+        after, rest = Salience(1, 4, horizon).admit(state, leaving, READ, HERE)
+        assert places_of(after) == kept
+        assert rest.real.all()
+    # Where nothing within it is left, the best beyond it stay.
+    after, _ = Salience(1, 4, 20).admit(state, leaving, READ, HERE)
+    assert places_of(after) == [3, 11]
+
+
 def test_rows_that_are_at_no_boundary_stay_as_they_are():
     values = torch.eye(6)
     state = state_of([3, 1], [1.0, 2.0], values[:2])
@@ -63,8 +78,10 @@ def test_rows_that_are_at_no_boundary_stay_as_they_are():
     assert not rest.real.any()
 
 
-def test_the_entries_are_those_of_the_loop():
+@pytest.mark.parametrize("horizon", [None, 25, 40])
+def test_the_entries_are_those_of_the_loop(horizon):
     mixer, heads = taker(SIZES), random_heads(2, 61)
+    mixer.salience.horizon = horizon
     _, state = mixer(*heads)
     entries = held(state, torch.tensor([60]))
     for b in range(2):

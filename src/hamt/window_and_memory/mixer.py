@@ -17,7 +17,7 @@ from torch import Tensor
 from hamt.batch import Batch, take
 from hamt.memory.precision import without_autocast
 from hamt.mixers import State, Stateful
-from hamt.window_and_memory.exact import Candidates, Salience, admit
+from hamt.window_and_memory.exact import Candidates, Salience
 from hamt.window_and_memory.rotary import angles, places_of, turned
 from hamt.window_and_memory.runs import RUN, Run, Seen, runs_of, sees
 from hamt.window_and_memory.sizes import Sizes
@@ -325,8 +325,8 @@ class WindowAndMemory(Stateful):
         state = later(state, here * sizes.block)
         if sizes.num_exact and self.salience is not None:
             salience = self.salience(self.turn(keys, -at).to(state["slots"].dtype))
-            state, rest = admit(state, Candidates(keys, values, at, real, salience), read, here)
-            keys, values, at, real, _ = rest
+            leaving = Candidates(keys, values, at, real, salience)
+            state, (keys, values, at, real, _) = self.salience.admit(state, leaving, read, here)
         written = self.write(keys, values, at, read, real, state["slots"], sizes.block)[:, -1]
         state["slots"] = written.where(here[:, None, None, None], state["slots"])
         return state
