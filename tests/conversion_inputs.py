@@ -10,7 +10,7 @@ STAGES = {"calibrate_rows": 2, "calibrate_length": 64, "layers_steps": 6, "layer
 STAGES |= {"exact_rows": 2, "exact_length": 640}
 STAGES |= {"layers_windows": 8, "whole_lengths": [64, 96], "whole_steps": [6, 3], "lora_rank": 2}
 STAGES |= {"eval_interval": 3, "save_interval": 2, "eval_rows": 1}
-NAMES = ["window and memory, untrained", "calibrate", "exact", "layers", "whole-64", "whole-96"]
+NAMES = ["untrained", "calibrate", "exact", "layers", "whole-64", "whole-96"]
 
 
 def convert(teacher, data, folder, **options):

@@ -59,11 +59,15 @@ def told(found: dict[str, float]) -> str:
 
 
 def stage_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """What each stage brought."""
-    columns = ["tokens", "minutes", "nats/token", "over the transformer", "divergence, nats"]
+    """What each stage brought, in 80 columns."""
+    columns = ["tokens", "minutes", "loss", "excess", "divergence"]
+    caption = "loss, divergence"
     if has_facts := all("facts" in row for row in rows):
-        columns += ["facts, nats/token", "the transformer's"]
-    table = Table("after", *(Column(name, justify="right") for name in columns))
+        columns += ["facts"]
+        caption += ", and loss on facts (the transformer's)"
+    caption += ": nats a token, held out; excess: of the loss over the transformer's"
+    shown = (Column(name, justify="right", no_wrap=True) for name in columns)
+    table = Table(Column("after", no_wrap=True), *shown, caption=caption, caption_justify="left")
     for row in rows:
         cells = [
             f"{row['tokens']:,}",
@@ -73,6 +77,6 @@ def stage_table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['divergence']:.3f}",
         ]
         if has_facts:
-            cells += [f"{row['facts']:.2f}", f"{row['facts_of_transformer']:.2f}"]
+            cells += [f"{row['facts']:.2f} ({row['facts_of_transformer']:.2f})"]
         table.add_row(row["stage"], *cells)
     return table

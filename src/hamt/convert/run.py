@@ -120,7 +120,7 @@ class _Run:
 
     def all_stages(self) -> None:
         """All stages that are asked for; those that are done are taken over."""
-        self.measured("window and memory, untrained", 0, 0.0)
+        self.measured("untrained", 0, 0.0)
         for kind in self.kinds:
             if kind == "calibrate":
                 self.at_once(kind, calibrate, self.rows.prose())
