@@ -61,7 +61,7 @@ def test_two_processes_reach_the_losses_of_one(options, tolerance, text, tmp_pat
 def test_the_clock_of_the_main_process_sets_the_learning_rate_of_all(text, tmp_path):
     """Else weights of two processes drift apart under a time limit."""
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
-    options = {"num_steps": 3000, "max_minutes": 0.05, "save_interval": 5}
+    options = {"num_steps": 3000, "max_minutes": 0.1, "save_interval": 5, "log_interval": 1}
     finish(start(flags(text, tmp_path, **options), *launcher))
     assert info_of(tmp_path)["out_of_time"]
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
