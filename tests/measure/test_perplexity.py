@@ -121,3 +121,12 @@ def test_logits_of_a_long_window_are_made_a_part_at_a_time(tokenizer, monkeypatc
     found = score_documents(model, tokenizer, TEXTS, **options)
     assert found.nats == pytest.approx(expected.nats, rel=1e-5)
     assert (max(made) <= 300 * 10) is not scaled
+
+
+def test_a_state_is_carried_whatever_the_vocabulary_is(model, tokenizer, monkeypatch):
+    """Where logits of a segment would be too many for one part."""
+    monkeypatch.setattr("hamt.measure.perplexity.SEGMENT", 16)
+    expected = score_documents(model, tokenizer, TEXTS, context=None, stride=None, batch_size=1)
+    monkeypatch.setattr("hamt.measure.perplexity.MAX_LOGITS", 300)
+    found = score_documents(model, tokenizer, TEXTS, context=None, stride=None, batch_size=1)
+    assert found.nats == pytest.approx(expected.nats, rel=1e-6)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hamt.data.tokenizer import start_token
 from hamt.errors import UserError
-from hamt.measure.perplexity import windows
+from hamt.measure.perplexity import last_hidden, windows
 
 CHUNK = 256  # tokens whose logits are in memory at once
 
@@ -148,8 +148,7 @@ def figures(sums: Tensor, starts: Sequence[int]) -> list[Beside]:
 
 def _hidden(model: Any, ids: Tensor) -> Tensor:
     """What the head of a model is given, (N, d), of ids (N,)."""
-    ids = ids[None].to(model.device)
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    return last_hidden(model, ids[None].to(model.device))[0]
 
 
 def _compared(

@@ -225,10 +225,11 @@ def _forward(model: PreTrainedModel, ids: Tensor, **options) -> np.ndarray:
     ids = ids.to(next(model.parameters()).device)
     inputs, targets = ids[:, :-1], ids[:, 1:]
     at_a_time = max(MAX_LOGITS // model.config.get_text_config().vocab_size, 1)
-    if inputs.numel() <= at_a_time or not _head_is_all(model, inputs):
+    # A state that is carried along is known to the whole model alone.
+    if options or inputs.numel() <= at_a_time or not _head_is_all(model, inputs):
         losses = _cross_entropy(model(inputs, **options).logits, targets)
     else:
-        hidden, head = _hidden(model, inputs), model.get_output_embeddings()
+        hidden, head = last_hidden(model, inputs), model.get_output_embeddings()
         parts = zip(*(x.flatten(0, 1).split(at_a_time) for x in (hidden, targets)), strict=True)
         losses = torch.cat([_cross_entropy(head(part), wanted) for part, wanted in parts])
     return losses.view(len(ids), -1).double().cpu().numpy()
@@ -238,7 +239,8 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
 
 
-def _hidden(model: Any, ids: Tensor) -> Tensor:
+def last_hidden(model: Any, ids: Tensor) -> Tensor:
+    """What the head of a model is given, (B, N, d), of ids (B, N) on its device."""
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
@@ -247,7 +249,7 @@ def _head_is_all(model: PreTrainedModel, ids: Tensor) -> bool:
     few, head = ids[:1, :8], model.get_output_embeddings()
     try:
         return head is not None and torch.allclose(
-            head(_hidden(model, few)), model(few).logits, rtol=1e-3, atol=1e-3
+            head(last_hidden(model, few)), model(few).logits, rtol=1e-3, atol=1e-3
         )
     except (TypeError, AttributeError):  # it is called otherwise
         return False
