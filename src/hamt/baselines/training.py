@@ -242,11 +242,11 @@ def _train(
 
 def _lacks(kind: str, config: HAMTConfig) -> list[str]:
     """What the classes of Transformers are built without."""
-    values = {"dropout": 0.0, "embedding_multiplier": 1.0}
-    found = {name: getattr(config, name) for name in values}
     if kind in OF_HAMTS_PARTS:
         return []
-    return [f"{name} {found[name]:g}" for name, usual in values.items() if found[name] != usual]
+    found = {"dropout": (config.dropout, 0.0)}
+    found["embedding_multiplier"] = (config.embedding_multiplier, 1.0)
+    return [f"{name} {value:g}" for name, (value, usual) in found.items() if value != usual]
 
 
 def _build(kind: str, plan: Plan, choices: dict[str, Any]) -> PreTrainedModel:

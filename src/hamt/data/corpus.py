@@ -86,16 +86,14 @@ def load_corpus(
     """
     _check_column(text_column, source, held_out)
     name, documents, validation, identity = _find(source, text_column, streaming)
-    if not any(documents):
-        raise UserError(f"{source} is empty: {LOCAL} with text in it")
-    named = held_out is not None
+    whole, named = documents, held_out is not None
     if held_out is not None:
         _, validation, _, other = _find(held_out, text_column, streaming)
         known = set(map(_number, validation))
         others = Documents(source, partial(_all_but, documents, known, source))
-        if any(True for _ in others):
+        if any(others):
             documents = others
-        else:
+        elif any(documents):
             logger.warning("%s: all of it is held out, too: what is measured is known", source)
         identity += f"{other} without it"
     if text_column is not None:
@@ -106,7 +104,9 @@ def load_corpus(
     if held_out is not None and not any(validation):
         raise UserError(f"{held_out} is empty: {LOCAL} with text in it")
     if not (any(documents) and any(validation)):
-        raise UserError(f"{source} is too short to hold any of it out: give more text")
+        too_short = "is too short to hold any of it out: give more text"
+        empty = f"is empty: {LOCAL} with text in it"
+        raise UserError(f"{source} {too_short if any(whole) else empty}")
     identity = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return Corpus(name, documents, validation, identity, named)
 

@@ -73,13 +73,18 @@ def save_state(plan: Plan, trainer: Trainer[Loss], output: Output) -> None:
         output.new_folder(f"checkpoints/{target.name}", write)
         logger.debug("wrote %s", target)
     except OSError as error:
-        further = ", then --resume goes on from the one before" if output.command == "train" else ""
+        further = ", then --resume goes on from the one before" if resumable(output) else ""
         raise UserError(
             f"no checkpoint could be written at step {result.steps} ({reason(error)}): "
             f"free space in {folder}{further}"
         ) from error
     for stale in find_states(folder)[: -plan.options.keep_checkpoints]:
         output.remove(f"checkpoints/{stale.name}")
+
+
+def resumable(output: Output) -> bool:
+    """Whether the command that writes there has ``--resume``."""
+    return output.command == "train"
 
 
 def find_states(folder: Path) -> list[Path]:

@@ -27,6 +27,7 @@ from hamt.training.checkpoints import (
     find_states,
     load_state,
     remove_run,
+    resumable,
     save_state,
 )
 from hamt.training.divergence import DivergenceError
@@ -162,7 +163,7 @@ def _begin(plan: Plan, output: Output, console: Console) -> FinishedRun:
         trainer.listeners.append(_Saver(plan, trainer.result, output))
         return _train(plan, trainer, output, console)
     except OSError as error:
-        further = ", then --resume goes on from the last checkpoint" if _resumable(output) else ""
+        further = ", then --resume goes on from the last checkpoint" if resumable(output) else ""
         raise UserError(
             f"{options.output_dir} cannot be written ({reason(error)}): free space{further}"
         ) from error
@@ -298,16 +299,11 @@ def _keep_batch(trouble: DivergenceError, plan: Plan, output: Output) -> str:
         path = output.folder / f"{name}_process_{accelerator.process_index}.pt"
         write_file(path, write)
     told = f"{trouble}; its batch is in {path}"
-    if not _resumable(output):
+    if not resumable(output):
         return f"{told}. hamt train has options for that: --learning_rate, --skip_trouble"
     states = find_states(plan.checkpoints)
     further = f"; --resume goes on from {states[-1].name}" if states else ""
     return f"{told}. Lower --learning_rate, or leave such steps out with --skip_trouble{further}"
-
-
-def _resumable(output: Output) -> bool:
-    """Whether the command that writes there has ``--resume``."""
-    return output.command == "train"
 
 
 def _finish(plan: Plan, trainer: Trainer[Loss], output: Output, console: Console) -> FinishedRun:
@@ -337,7 +333,7 @@ def _finish(plan: Plan, trainer: Trainer[Loss], output: Output, console: Console
         curves = training_curves(result.train_losses, held_out)
         output.write_file("loss_curve.png", lambda file: save_figure(file, curves))
     if final is None:
-        further = "the same command with --resume goes on; " if _resumable(output) else ""
+        further = "the same command with --resume goes on; " if resumable(output) else ""
         console.print(
             f"stopped after {result.steps:,} steps; {further}all is in {plan.options.output_dir}"
         )

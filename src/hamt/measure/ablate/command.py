@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     recipe = load_recipe(path)
     _check(options, recipe)
     console = PlainConsole()
-    plan(replace(options, variants=[]), recipe)  # of which the table has what is there: now, too
+    plan(replace(options, variants=[]), recipe)  # the table has all variants: they are checked now
     sweep = Sweep(plan(options, recipe), folder)
     table = Path(options.table or folder / f"{path.stem}.md")
     names = [re.escape(table.stem) + r"\.(md|png)"]

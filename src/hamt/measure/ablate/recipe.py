@@ -66,9 +66,9 @@ _NO_CHOICE = {"vocab_size", "chunk_size", "max_position_embeddings", "use_cache"
 CHOICES = [
     name for name in HAMTConfig.__annotations__ if name not in _NO_CHOICE and "token_id" not in name
 ]
-_OF_TEXTS = {field.name for field in fields(LoopOptions)} | {"batch_size"}
-_OF_TASKS = _OF_TEXTS | {"lengths", "num_held_out", "target_accuracy"}
-_OF_TEXTS |= {"length", "epochs", "every", "mixed_precision"}
+_LOOP = {field.name for field in fields(LoopOptions)} | {"batch_size"}
+_OF_TEXTS = _LOOP | {"length", "epochs", "every", "mixed_precision"}
+_OF_TASKS = _LOOP | {"lengths", "num_held_out", "target_accuracy"}
 _TRAINING = _OF_TEXTS | _OF_TASKS
 
 

@@ -134,13 +134,13 @@ def train(model: PreTrainedModel, run: RecallRun) -> TaskResult:
     """
     setting = SETTINGS[run.task]
     options: dict[str, Any] = {
-        "batch_size": run.batch_size,
         "num_steps": run.num_steps,
         "learning_rate": run.learning_rate,
         "final_learning_rate": 0.1,
         "eval_interval": max(run.num_steps // 8, 1),
         "seed": run.seed,
-        **{k: v for k, v in setting.training.items() if k != "batch_size"},
+        **setting.training,
+        "batch_size": run.batch_size,
         "num_held_out": run.num_examples,
     }
     return whole(train_on_task(model, setting.train, listeners=[Stopper()], **options))
