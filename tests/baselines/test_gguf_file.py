@@ -1,12 +1,20 @@
 """A Llama in a GGUF file: read back by Transformers, and by llama.cpp where that is installed."""
 
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 gguf = pytest.importorskip("gguf")
+from hamt.baselines import loading  # noqa: E402
 from hamt.baselines.gguf_file import write_gguf  # noqa: E402
 from hamt.baselines.rivals import llama  # noqa: E402
 
@@ -51,6 +59,22 @@ def test_transformers_reads_the_same_model(tmp_path):
         read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
         ids = tokens(2, 40)
         assert torch.allclose(read(ids).logits, model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["F32", "Q8_0"])
+def test_what_was_read_can_be_trained_and_saved(tmp_path, monkeypatch, weights):
+    model, path = random_llama(), tmp_path / "model.gguf"
+    write_gguf(model, path, weights)
+    tokenizer = SimpleNamespace(vocab_size=96)  # the file has none
+    monkeypatch.setattr(loading, "pretrained_tokenizer", lambda *_, **__: tokenizer)
+    read = loading.load_any_model(str(path)).model
+    read.save_pretrained(tmp_path / "saved")
+    ids = tokens(2, 40)
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(again(ids).logits, read(ids).logits)
+    options = TrainingArguments(tmp_path / "trained", max_steps=1, use_cpu=True, report_to="none")
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    Trainer(read, options, train_dataset=rows).train()
 
 
 @torch.no_grad()

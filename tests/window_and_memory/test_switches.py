@@ -6,7 +6,7 @@ from exchange_inputs import VOCAB, WINDOW_ALONE, WITH_EXACT, WITH_SLOTS, tiny_co
 from model_inputs import assert_close
 
 from hamt import HAMTCache
-from hamt.window_and_memory.slots import apart, joined, later
+from hamt.window_and_memory.slots import later
 from hamt.window_and_memory.switches import with_memory_of, without_memory, without_writes
 
 MEMORY = ("slot_keys", "slot_values", "slot_counts", "exact_keys", "exact_values", "exact_ages")
@@ -71,7 +71,7 @@ def test_without_writes_a_memory_stays_as_it_was(ids, sizes):
     written, after = read(model, rest, before.fork())
     with without_writes(model):
         kept, same = read(model, rest, before.fork())
-    older = [apart(later(joined(state), torch.tensor([32]))) for state in memory(before)]
+    older = [later(state, torch.tensor([32])) for state in memory(before)]
     for found, wanted in zip(memory(same), older, strict=True):
         for name, x in wanted.items():
             assert_close(found[name], x, 1e-5)

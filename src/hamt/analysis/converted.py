@@ -124,7 +124,7 @@ def layer_uses(model: ConvertedForCausalLM, input_ids: Tensor) -> tuple[list[Lay
         if taker.slots is None:
             found.append(LayerUse(attention, None, None, [], []))
             return mixed
-        slots, read = joined(state)["slots"], keys.shape[1]
+        slots, read = joined(state), keys.shape[1]
         at_boundary = read - read % taker.sizes.block
         found.append(
             LayerUse(

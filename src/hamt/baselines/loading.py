@@ -50,6 +50,10 @@ def load_any_model(name: str, trust_remote_code: bool = False) -> Loaded:
     try:
         tokenizer = pretrained_tokenizer(where, **options)
         model = pretrained_model(AutoModelForCausalLM, where, dtype=torch.float32, **options)
+        if path.suffix == ".gguf":
+            # Its weights have been widened; marked as quantised they could not be trained or saved.
+            quantizer: Any = model.hf_quantizer
+            quantizer.remove_quantization_config(model)
         # Tokens that were added to a tokenizer may be more: few texts have them.
         weight: Any = model.get_input_embeddings().weight
         if tokenizer.vocab_size > (count := len(weight)):

@@ -16,15 +16,16 @@ from torch import Tensor
 
 from hamt.batch import Batch, take
 from hamt.memory.precision import without_autocast
-from hamt.mixers import State, Stateful
+from hamt.mixers import State
 from hamt.window_and_memory.exact import Candidates, Salience
-from hamt.window_and_memory.rotary import angles, places_of, turned
-from hamt.window_and_memory.runs import RUN, Run, Seen, runs_of, sees
+from hamt.window_and_memory.far import SeesFar
+from hamt.window_and_memory.rotary import places_of, turned
+from hamt.window_and_memory.runs import RUN, Run, Seen, runs_of
 from hamt.window_and_memory.sizes import Sizes
-from hamt.window_and_memory.slots import COUNTS, PARTS, Means, Slots, apart, joined, later
+from hamt.window_and_memory.slots import COUNTS, PARTS, Slots, apart, joined, later
 
 
-class WindowAndMemory(Stateful):
+class WindowAndMemory(SeesFar):
     """Attention of one layer; queries, keys and values come from projections of somebody else.
 
     Args:
@@ -83,17 +84,13 @@ class WindowAndMemory(Stateful):
         return shapes
 
     def empty_state(self, like: Tensor) -> State:
-        """A state of zeros for the rows of (B, ...), in its dtype, sums in float32 at least.
-
-        As ``forward`` works with it, with ``slots`` (B, G, S, F).
-        """
+        """A state of zeros for the rows of (B, ...), in its dtype, sums in float32 at least."""
         wide = torch.promote_types(like.dtype, torch.float32)
         sums = (*PARTS, "exact_ages", "exact_salience")
-        state = {
+        return {
             name: like.new_zeros(len(like), *shape, dtype=wide if name in sums else like.dtype)
             for name, shape in self.state_shapes().items()
         }
-        return joined(state)
 
     def forward(
         self,
@@ -119,9 +116,9 @@ class WindowAndMemory(Stateful):
         """
         batch = batch or Batch()
         scale = self.head_dim**-0.5 if scale is None else scale
-        state = self.empty_state(keys) if state is None else joined(state)
+        state = self.empty_state(keys) if state is None else dict(state)
         if not queries.shape[1]:
-            return queries, apart(state)
+            return queries, state
         places, angle = places_of(batch, queries, self.frequencies)
         rotated = turned(queries, *angle), turned(keys, *angle)
         runs, segments = runs_of(batch, queries, self.sizes.block, self.most)
@@ -132,7 +129,6 @@ class WindowAndMemory(Stateful):
             mixed.append(seen.mix(*self.scores(tokens[0], seen, scale)))
             if run.blocks == 1:
                 state = self.leave(run, at, state)
-        state = apart(state)
         return segments.join(mixed), {name: state[name] for name in self.state_shapes()}
 
     @property
@@ -165,11 +161,11 @@ class WindowAndMemory(Stateful):
             for name, x in (("keys", keys), ("values", values))
         ]
         begun, left = run.once((window, size), lambda: run.counts(places, self.sizes))
-        slots = None if self.slots is None else state["slots"][:, None]
         mask = run.once(
             ("mask", window, size, self.own_window),
             lambda: run.visible(places, begun, left, self.sizes, self.own_window),
         )
+        slots = None
         if run.blocks == 1:
             near = [x[:, None].transpose(2, 3) for x in entries]
             state = {**state, "entries_keys": entries[0], "entries_values": entries[1]}
@@ -180,91 +176,21 @@ class WindowAndMemory(Stateful):
                 "keys": entries[0][:, -window:].clone(),
                 "values": entries[1][:, -window:].clone(),
             }
-            if self.slots is not None and slots is not None:
+            if self.slots is not None:
                 leaving, held = (x[:, size : size + run.blocks * size] for x in entries)
                 at = (places - window + size)[..., None].expand(*keys.shape[:3])
+                before = joined(state)
                 after = self.write(
-                    leaving, held, at, begun[:, 0], at >= self.sizes.num_sinks, state["slots"], size
+                    leaving, held, at, begun[:, 0], at >= self.sizes.num_sinks, before, size
                 )
-                slots = torch.cat((slots, after[:, :-1]), dim=1)
-                state["slots"] = after[:, -1]
+                slots = torch.cat((before[:, None], after[:, :-1]), dim=1)
+                state = {**state, **apart(after[:, -1].clone())}
                 state = later(state, places.new_tensor([run.blocks * size]))
-        means = None if self.slots is None or slots is None else self.slots.means(slots)
-        far = self.far(run, places, begun, left, means, state, keys)
-        seen = Seen(*far, near[0], near[1], mask, None if means is None else means.variance)
+        far = self.far(run, places, begun, left, slots, state, keys)
+        seen = Seen(*far[:3], near[0], near[1], mask, far.variance)
         if run.segment.documents is not None:
             seen = seen._replace(sees_far=run.segment.documents.eq(0))
         return seen, state
-
-    def far(
-        self,
-        run: Run,
-        places: Tensor,
-        begun: Tensor,
-        left: Tensor,
-        means: Means | None,
-        state: State,
-        like: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (B, M, G, K, D) of what has left the window, and their bias.
-
-        The bias is (B, M, G, 1 or L, K): for all queries of a block, unless the attention that is
-        stood in for sees a window.
-
-        Args:
-            run: which tokens see it.
-            places: (1 or B, M · L) their positions.
-            begun: (1 or B, M) tokens before the last boundary.
-            left: (1 or B, M) how many of them had left the window.
-            means: of slots (B, M, G, S, F) at that boundary, or None.
-            state: for sinks and exact entries.
-            like: of B rows, in the dtype that is wanted.
-        """
-        shape = len(like), begun.shape[1], self.num_groups
-        parts = []
-        for prefix, count in (("sink_", self.sizes.num_sinks), ("exact_", self.sizes.num_exact)):
-            if not count:
-                continue
-            kept = [state[f"{prefix}{name}"].to(like.dtype) for name in ("keys", "values")]
-            kept = [x.transpose(1, 2)[:, None].expand(*shape, -1, -1) for x in kept]
-            if prefix == "sink_":  # (1 or B, M, 1, Z)
-                age = (begun[..., None] - torch.arange(count, device=like.device))[:, :, None]
-                there = left.gt(0)[..., None, None].expand(age.shape)
-            else:
-                age = state["exact_ages"].mT[:, None]
-                there = age > 0
-            there = there[..., None, :]
-            if self.own_window is not None:
-                since = places.unflatten(1, (run.blocks, -1)) - begun[..., None]
-                away = age[..., None, :] + since[:, :, None, :, None]
-                there = there & sees(away, self.own_window)
-            there = there.expand(*shape, -1, -1)
-            bias = torch.zeros(there.shape, device=like.device).masked_fill(~there, -torch.inf)
-            parts.append((self.reached(run, kept[0], begun, age), kept[1], bias))
-        if self.slots is not None and means is not None:
-            age = means.ages + (begun - begun[:, :1])[..., None, None]
-            kept_keys = means.keys * self.slots.key_gain[:, None]
-            kept_keys = self.reached(run, kept_keys, begun, age).to(like.dtype)
-            bias = means.log_mass[..., None, :]
-            if parts:
-                bias = bias.expand(-1, -1, -1, parts[0][2].shape[3], -1)
-            parts.append((kept_keys, means.values.to(like.dtype), bias))
-        if not parts:
-            nothing = like.new_zeros(*shape, 0, self.head_dim)
-            return nothing, nothing, nothing[..., None, :, 0]
-        keys, values, biases = zip(*parts, strict=True)
-        return torch.cat(keys, dim=3), torch.cat(values, dim=3), torch.cat(biases, dim=4)
-
-    def reached(self, run: Run, keys: Tensor, begun: Tensor, age: Tensor) -> Tensor:
-        """Rotated keys (B, M, G, ., D) of so old tokens (1 or B, M, 1 or G, .), to be seen."""
-        near = not torch.compiler.is_compiling() and run.once(
-            ("near", self.reach), lambda: int(begun.max()) <= self.reach
-        )
-        return keys if near else self.turn(keys, (age - self.reach).clamp(min=0))
-
-    def turn(self, heads: Tensor, places: Tensor) -> Tensor:
-        """Turn pairs of features of (..., D) by the angles of positions (...)."""
-        return turned(heads, *angles(places, self.frequencies, heads.dtype))
 
     def scores(self, queries: Tensor, seen: Seen, scale: float) -> tuple[Tensor, Tensor]:
         """Of queries (B, M · L, H, D), far (B, M, G, R, L, K) and near, float32 at least."""
@@ -300,14 +226,14 @@ class WindowAndMemory(Stateful):
         """The state after a run of one block or less: the window moves on, and what leaves it."""
         sizes, rows = self.sizes, len(state["keys"])
         if (fresh := run.begins_anew()) is not None:
-            for name in ("slots", "exact_ages", "exact_salience"):
+            for name in (*PARTS, "exact_ages", "exact_salience"):
                 if name in state:
                     x = state[name]
                     state[name] = x.masked_fill(fresh.view(-1, *[1] * (x.ndim - 1)), 0)
         read, index = run.last(places, rows, sizes.window)
         for name in ("keys", "values"):
             x = state[f"entries_{name}"]
-            state[name] = x[:, -sizes.window :].clone() if index is None else take(x, index)
+            state[name] = x[:, -sizes.window :] if index is None else take(x, index)
         here = (read.ge(sizes.window) & run.segment.boundary).expand(rows)
         if run.segment.boundary is False or not (torch.compiler.is_compiling() or here.any()):
             return state
@@ -324,12 +250,12 @@ class WindowAndMemory(Stateful):
         at, real = (x[..., None].expand(-1, -1, self.num_groups) for x in (oldest, real))
         state = later(state, here * sizes.block)
         if sizes.num_exact and self.salience is not None:
-            salience = self.salience(self.turn(keys, -at).to(state["slots"].dtype))
+            salience = self.salience(self.turn(keys, -at).to(state[PARTS[0]].dtype))
             leaving = Candidates(keys, values, at, real, salience)
             state, (keys, values, at, real, _) = self.salience.admit(state, leaving, read, here)
-        written = self.write(keys, values, at, read, real, state["slots"], sizes.block)[:, -1]
-        state["slots"] = written.where(here[:, None, None, None], state["slots"])
-        return state
+        slots = joined(state)
+        written = self.write(keys, values, at, read, real, slots, sizes.block)[:, -1]
+        return {**state, **apart(written.where(here[:, None, None, None], slots))}
 
     def write(
         self,

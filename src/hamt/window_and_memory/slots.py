@@ -57,37 +57,28 @@ class Means(NamedTuple):
 PARTS = "slot_keys", "slot_values", "slot_counts"  # how slots are carried
 
 
-def joined(state: State) -> State:
-    """A state that was carried, with its ``slots`` (B, G, S, F) in one tensor."""
-    if PARTS[0] not in state:
-        return dict(state)
-    rest = {name: x for name, x in state.items() if name not in PARTS}
+def joined(state: State) -> Tensor:
+    """Slots (B, G, S, F) of a state."""
     keys, values, counts = (state[name] for name in PARTS)
-    slots = torch.cat((keys, values, counts.unflatten(-1, (-1, COUNTS))), dim=-1)
-    return {**rest, "slots": slots}
+    return torch.cat((keys, values, counts.unflatten(-1, (-1, COUNTS))), dim=-1)
 
 
-def apart(state: State) -> State:
-    """What ``joined`` was given: keys and values (B, G, S, D), counts (B, G, 4 S).
+def apart(slots: Tensor) -> State:
+    """Slots (B, G, S, F) as a state has them: keys and values (B, G, S, D), counts (B, G, 4 S).
 
     Where a state is kept with fewer bits, one scale is for one vector of keys, or of values; counts
     stay as they are.
     """
-    if "slots" not in state:
-        return state
-    rest = dict(state)
-    slots = rest.pop("slots")
     width = (slots.shape[-1] - COUNTS) // 2
     keys, values, counts = slots.split((width, width, COUNTS), dim=-1)
-    return {**rest, **dict(zip(PARTS, (keys, values, counts.flatten(-2)), strict=True))}
+    return dict(zip(PARTS, (keys, values, counts.flatten(-2)), strict=True))
 
 
 def later(state: State, tokens: Tensor) -> State:
-    """What is held is older by so many tokens (1 or B,); ``slots`` are (B, G, S, F)."""
-    aged, slots = dict(state), state["slots"]
-    sums, mass, age, square = slots.split((slots.shape[-1] - COUNTS, 1, 1, BANDS), dim=-1)
+    """What is held is older by so many tokens (1 or B,)."""
+    mass, age, square = state[PARTS[2]].unflatten(-1, (-1, COUNTS)).split((1, 1, BANDS), dim=-1)
     age = age + tokens[:, None, None, None] * mass
-    aged["slots"] = torch.cat((sums, mass, age, square), dim=-1)
+    aged = {**state, PARTS[2]: torch.cat((mass, age, square), dim=-1).flatten(-2)}
     if (ages := state.get("exact_ages")) is not None:
         aged["exact_ages"] = ages + tokens[:, None, None] * (ages > 0)
     return aged

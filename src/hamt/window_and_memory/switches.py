@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hamt.cache import HAMTCache
 from hamt.mixers import State
+from hamt.window_and_memory.far import Far
 from hamt.window_and_memory.mixer import WindowAndMemory
 
 MEMORY = ("slot_", "exact_")  # with what the names of its tensors in a state begin
@@ -24,10 +25,11 @@ def without_memory(model: nn.Module) -> Iterator[None]:
     """Within this context queries see no slots and no exact entries; they are written as before."""
 
     def unseen(taker: WindowAndMemory, far: Callable[..., Any]) -> Callable[..., Any]:
-        def look(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-            keys, values, bias = far(*arguments)
-            index = torch.arange(bias.shape[-1], device=bias.device)
-            return keys, values, bias.masked_fill(index >= taker.sizes.num_sinks, -torch.inf)
+        def look(*arguments: Any) -> Far:
+            found: Far = far(*arguments)
+            index = torch.arange(found.bias.shape[-1], device=found.bias.device)
+            hidden = index >= taker.sizes.num_sinks
+            return found._replace(bias=found.bias.masked_fill(hidden, -torch.inf))
 
         return look
 

@@ -71,7 +71,7 @@ class ConvertedExplorer(Explorer):
         return [
             np.zeros((taker.num_groups, 0))
             if taker.slots is None or not state
-            else taker.slots.masses(joined(state)["slots"])[0].float().numpy()
+            else taker.slots.masses(joined(state))[0].float().numpy()
             for taker, state in zip(takers, cache.states, strict=True)
         ]
 
