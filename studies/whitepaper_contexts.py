@@ -50,6 +50,15 @@ def conversion() -> dict[str, list[dict[str, Any]]]:
     return parts
 
 
+def side_by_side(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Places of rows but for their model, and what was found there by the name of the model."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        place = tuple((key, value) for key, value in row["place"].items() if key != "model")
+        found.setdefault(place, {})[row["place"]["model"]] = row["found"]
+    return [(dict(place), models) for place, models in found.items()]
+
+
 def excess(text: str, context: int, model: str) -> str:
     """How much more bits per byte a converted model needs on a text than before, as percent."""
     wanted = {"part": "loss", "text": text, "context": context, "model": model}
@@ -75,6 +84,6 @@ CONTEXT_VALUES = {
     value.__name__: value
     for value in (
         *(far_beyond, far_beyond_seeds, filler, fidelity, conversion, percent, excess),
-        parameters_of_conversion,
+        *(parameters_of_conversion, side_by_side),
     )
 }

@@ -53,7 +53,7 @@ def _figure(match: re.Match[str]) -> str:
     """A picture with its words as the caption, in the language of Typst."""
     caption, path = match.groups()
     width = PICTURES[Path(path).name]
-    picture = f'#figure(image("{path}", width: {width}%), caption: [{caption}])'
+    picture = f'#figure(image("{path}", width: {width}%), caption: [{caption}], placement: auto)'
     return f"```{{=typst}}\n{picture}\n```"
 
 
