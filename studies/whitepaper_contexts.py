@@ -60,7 +60,7 @@ def side_by_side(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], d
 
 
 def excess(text: str, context: int, model: str) -> str:
-    """How much more bits per byte a converted model needs on a text than before, as percent."""
+    """How many more bits per byte a converted model needs on a text than before, as percent."""
     wanted = {"part": "loss", "text": text, "context": context, "model": model}
     (row,) = (row for row in conversion()["loss"] if row["place"] == wanted)
     return percent(row["found"]["from"][0]["excess"], 2)

@@ -26,12 +26,10 @@ def taker(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         frequencies = 100.0 ** -(torch.arange(WIDTH // 2) / (WIDTH // 2))
-        mixer = WindowAndMemory(HEADS, GROUPS, WIDTH, sizes, frequencies, reach)
+        mixer = WindowAndMemory(HEADS, GROUPS, WIDTH, sizes, frequencies, reach, horizon=25)
         with torch.no_grad():
             for weight in (*mixer.parameters(), *mixer.buffers()):
                 weight.add_(0.3 * torch.randn_like(weight))
-            if mixer.salience is not None:
-                mixer.salience.horizon = 25
             if mixer.slots is not None:
                 mixer.slots.log_half_life.copy_(3.0 + torch.rand(GROUPS, sizes.num_slots))
     return mixer.to(dtype)

@@ -100,10 +100,11 @@ def take_over(body: nn.Module, config: ConvertedConfig) -> None:
     inner: Any = body.config
     heads, groups, width = inner.num_attention_heads, inner.num_key_value_heads, head_dim_of(inner)
     told = config.sizes, config.frequencies(), config.own_windows()
+    horizon = inner.max_position_embeddings  # further away the transformer itself has never looked
     for layer, sizes, frequencies, own in zip(body.layers, *told, strict=True):  # type: ignore[arg-type]
-        taker = WindowAndMemory(heads, groups, width, sizes, frequencies, config.reach, own)
-        if taker.salience is not None:  # further away the transformer itself has never looked
-            taker.salience.horizon = inner.max_position_embeddings
+        taker = WindowAndMemory(
+            heads, groups, width, sizes, frequencies, config.reach, own, horizon
+        )
         layer.self_attn.window_and_memory = taker.to(layer.self_attn.o_proj.weight.device)
     inner._attn_implementation = ATTENTION
 

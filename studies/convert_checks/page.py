@@ -77,7 +77,7 @@ def loss_tables(rows: Sequence[Row]) -> str:
         columns = [f"position {start:,} on" for start in starts]
         tables += [
             f"## {name}",
-            "How much more bits per byte a model needs than the teacher, with the standard error "
+            "How many more bits per byte a model needs than the teacher, with the standard error "
             "over windows; of the teacher itself the loss. `context` is the size of a window, "
             "`tokens` how many were scored.",
             markdown(["context", "tokens", "model", "bits/byte", *columns], losses, text=[2]),

@@ -36,6 +36,7 @@ class WindowAndMemory(SeesFar):
         frequencies: (D / 2,) angles by which one position turns the pairs (f, f + D/2) of features.
         reach: tokens; what is further away is seen from there.
         own_window: tokens that the attention sees which is stood in for; None is all.
+        horizon: tokens; an exact entry that is older yields to any that is not; None is no end.
 
     Raises:
         ValueError: if the sizes do not fit together.
@@ -50,6 +51,7 @@ class WindowAndMemory(SeesFar):
         frequencies: Tensor,
         reach: int = 2048,
         own_window: int | None = None,
+        horizon: int | None = None,
     ) -> None:
         super().__init__()
         sizes.check(num_heads, num_groups, head_dim)
@@ -60,7 +62,7 @@ class WindowAndMemory(SeesFar):
         self.slots = None
         if sizes.num_slots:
             self.slots = Slots(num_heads, num_groups, head_dim, sizes.num_slots)
-        self.salience = Salience(num_groups, head_dim) if sizes.num_exact else None
+        self.salience = Salience(num_groups, head_dim, horizon) if sizes.num_exact else None
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape for one row of each tensor that is carried.
