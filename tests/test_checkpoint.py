@@ -7,6 +7,7 @@ import pytest
 import torch
 from model_inputs import tiny_config, tiny_model
 
+from hamt import HAMTForSequenceClassification
 from hamt.checkpoint import load_checkpoint, save_checkpoint, save_pt
 from hamt.errors import UserError
 
@@ -63,3 +64,17 @@ def test_a_path_without_a_checkpoint_is_the_users_mistake(tmp_path, tokenizer):
         with pytest.raises(UserError, match=advice) as raised:
             load_checkpoint(tmp_path / name)
         assert "\n" not in str(raised.value)
+
+
+def test_what_is_no_language_model_is_called_by_its_name(tmp_path, tokenizer):
+    config = tiny_config(vocab_size=len(tokenizer))
+    HAMTForSequenceClassification(config).save_pretrained(tmp_path / "labels")
+    tokenizer.save_pretrained(tmp_path / "labels")
+    with pytest.raises(UserError, match="labels holds a HAMTForSequenceClassification, which"):
+        load_checkpoint(tmp_path / "labels")
+    save_checkpoint(tmp_path / "whole", tiny_model(vocab_size=len(tokenizer)), tokenizer)
+    with pytest.raises(UserError, match="give the folder that it is in"):
+        load_checkpoint(tmp_path / "whole" / "model.safetensors")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="hamt convert makes one of it"):
+        load_checkpoint(tmp_path / "model.gguf")

@@ -21,7 +21,7 @@ from hamt.errors import UserError, printable, reason
 from hamt.generation import Sampling, load_state
 from hamt.memory.precision import PRECISIONS
 from hamt.options import option, parse
-from hamt.reading import warn_if_growing
+from hamt.reading import tokens_read, warn_if_growing
 from hamt.state_file import check_target
 
 HELP = """\
@@ -81,7 +81,7 @@ class Chat:
     def run(self) -> None:
         """Answer each line until the input ends, or a line ends it."""
         said = self.conversation.said
-        if tokens := said.state.get_seq_length():
+        if tokens := tokens_read(said.state):
             self.notes.print(f"{self.options.state}: {tokens:,} tokens have been read")
         for message in said.messages:
             self.notes.print(f"{message['role']}: {message['content']}")
@@ -138,6 +138,8 @@ class Chat:
                 raise UserError("there is no turn that can be taken back")
             self.notes.print("the last turn is taken back")
             self._keep()
+        elif name == "/save":
+            raise UserError("/save needs the name of a file: /save FILE")
         elif name == "/help":
             self.notes.print(HELP)
         elif name == "/quit":

@@ -43,6 +43,12 @@ KINDS: dict[str | None, type[HAMTForCausalLM]] = {
     ConvertedConfig.model_type: ConvertedForCausalLM,
 }
 
+# What to do with files of models that are no checkpoints of HAMT, by their ends.
+_FILES = {
+    ".gguf": "hamt convert makes one of it",
+    ".safetensors": "give the folder that it is in",
+}
+
 # A small model that comes with the package: trained by ``configs/sotu.yaml``.
 PRETRAINED = Path(__file__).parent / "pretrained" / "sotu"
 
@@ -113,10 +119,17 @@ def load_checkpoint(
     logger.debug("loading %s", path)
     verify(path)
     if path.is_file():
+        if (way := _FILES.get(path.suffix)) is not None:
+            raise UserError(f"{path} is no checkpoint of HAMT: {way}")
         return _load_pt(path)
     if not (path / "config.json").is_file():
         raise UserError(f"no checkpoint at {path}: give a folder with a config.json, or a .pt file")
     found = model_type(path)
+    if found in KINDS and (heads := _other_heads(path)):
+        raise UserError(
+            f"{path} holds a {heads}, which writes no text: give a language model, or use it by "
+            "Transformers"
+        )
     if found not in KINDS:
         raise UserError(f"{path} holds a {found!r} model, not a HAMT model; give a HAMT checkpoint")
     if needs_layers and found != HAMTConfig.model_type:
@@ -143,9 +156,19 @@ def model_type(folder: Path) -> str | None:
     Raises:
         UserError: if the file is no configuration.
     """
+    return _of_config(folder, "model_type")
+
+
+def _other_heads(folder: Path) -> str | None:
+    """The class of a model that tells labels instead of tokens, as hamt finetune writes one."""
+    names = _of_config(folder, "architectures")
+    return next((name for name in names or [] if str(name).endswith("Classification")), None)
+
+
+def _of_config(folder: Path, name: str) -> Any:
     config = folder / "config.json"
     try:
-        return parse_json(config.read_text(encoding="utf-8")).get("model_type")
+        return parse_json(config.read_text(encoding="utf-8")).get(name)
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"{config} is not a model configuration ({reason(error)}); give another checkpoint"

@@ -32,7 +32,10 @@ COMMANDS = {
     "recall": ("hamt.measure.recall.command", "what a memory remembers, beside its rivals"),
     "ablate": ("hamt.measure.ablate.command", "what each choice of the architecture is worth"),
     "analyze": ("hamt.analysis.command", "pictures of what a model's memories hold of a text"),
-    "export": ("hamt.export.command", "an ONNX file, an AOTInductor package, or a web page"),
+    "export": (
+        "hamt.export.command",
+        "an ONNX file, a package for C++, a file for C, or a web page",
+    ),
     "explore": ("hamt.analysis.explorer.command", "look into a model's memories in the browser"),
     "completion": ("hamt.completion", "a script that completes commands and options in a shell"),
 }

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     size = os.path.getsize(options.save)
     console.print(
-        f"wrote {options.save}: the state after {_tokens(state):,} tokens, {size:,} bytes"
+        f"wrote {options.save}: the state after {tokens_read(state):,} tokens, {size:,} bytes"
     )
     return 0
 
@@ -159,9 +159,11 @@ def warn_if_growing(model: HAMTForCausalLM) -> None:
         logger.warning("this model has attention over the whole text: its state grows with it")
 
 
-def _tokens(state: HAMTCache) -> int:
-    """Of the document that the state has read, with the last one."""
-    return 0 if state.past is None else int(state.past.num_tokens[0]) + 1
+def tokens_read(state: HAMTCache) -> int:
+    """Of the document of a state of one row, with a last one that waits to be read."""
+    if state.past is None:
+        return 0
+    return int(state.past.num_tokens[0]) + (state.unread is not None)
 
 
 def _bar(source: str | None) -> tqdm:

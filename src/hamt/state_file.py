@@ -18,6 +18,7 @@ from hamt.files import existing, write_file
 from hamt.memory.precision import PRECISIONS, quantise
 
 FORMAT, ROUNDED = "hamt-state-4", "hamt-state-5"  # the latter with fewer bits
+WRITERS = "hamt read, hamt chat and HAMTCache.save write one"
 _WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -97,14 +98,14 @@ def read_state(
             words = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a safetensors file ({error}): {WRITERS}") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({reason(error)})") from error
     form = words.get("format", "")
     if form.startswith("hamt-state-") and form not in (FORMAT, ROUNDED):
         raise ValueError(f"{path} is a state of an earlier version of HAMT: read the prompt again")
     if form not in (FORMAT, ROUNDED):
-        raise ValueError(f"{path} is not a HAMT state; HAMTCache.save writes one")
+        raise ValueError(f"{path} is not a HAMT state: {WRITERS}")
     if "checksum" in words and words["checksum"] != _checksum(tensors):
         raise ValueError(f"{path} is damaged (its checksum is wrong): read the text again")
     return tensors, words

@@ -32,10 +32,11 @@ def test_a_chat_answers_each_line_and_goes_on_from_a_file(place, capsys, monkeyp
     typed(monkeypatch, "one two\nthree\n")
     _, first, notes = chat(capsys, save="talk.state")
     assert notes == ""
+    count = HAMTCache.load("talk.state").get_seq_length() + 1  # with the last of the answer
     typed(monkeypatch, "four\n/quit\nfive\n")
     _, second, notes = chat(capsys, state="talk.state", save="talk.state")
     assert first + second == whole
-    assert "tokens have been read\nuser: three\nassistant: " in notes
+    assert f"talk.state: {count} tokens have been read\nuser: three\nassistant: " in notes
     assert HAMTCache.load("talk.state").get_seq_length() > 20
 
 
@@ -89,7 +90,7 @@ def _answers(out, count):
 
 @pytest.mark.parametrize(("line", "message"), [
     ("/undo", "hamt: there is no turn that can be taken back"),
-    ("/save", "hamt: no command /save; /help lists them"),
+    ("/save", "hamt: /save needs the name of a file: /save FILE"),
     ("/save book.txt", "hamt: book.txt is no HAMT state"),
     ("/save .", "hamt: /save takes the name of a file; '.' is none"),
     ("/save x.state", "hamt: x.state is not written: this state is empty"),

@@ -214,7 +214,7 @@ def test_a_dry_run_beside_another_conversion_looks_for_wide_layers_itself(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 18}, "window must be a multiple of 4"),
+        ({"window": 18}, "window must be a multiple of 4, the tokens of a block; got 18"),
         ({"num_sinks": 5}, "num_sinks must be at most 4"),
         ({"wide_layers": [0, 7]}, "there is no layer 7, they are 0 to 1"),
         ({"whole_steps": 3}, "--whole_lengths and --whole_steps go together"),

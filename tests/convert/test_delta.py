@@ -104,11 +104,10 @@ def test_the_command_adds_a_delta_without_training(converted, teacher, tmp_path,
     assert "no file nowhere" in fails(
         ["convert", teacher, *words(delta="nowhere", output_dir=tmp_path / "b")], capsys
     )
-    told = fails(
-        ["convert", teacher, *words(delta=teacher + "/config.json", output_dir=tmp_path / "b")],
-        capsys,
-    )
-    assert "cannot be added" in told
+    other = words(delta=teacher + "/config.json", output_dir=tmp_path / "b")
+    assert "cannot be added to nowhere" in fails(["convert", "nowhere", *other], capsys)
+    again = ["convert", teacher, *words(output_dir=tmp_path / "out", resume=True)]
+    assert "is finished: there is nothing to resume" in fails(again, capsys)
 
 
 def test_what_was_learned_of_a_known_transformer_comes_with_the_package(

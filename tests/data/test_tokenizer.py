@@ -77,6 +77,12 @@ def test_a_folder_of_a_model_without_a_tokenizer_is_told(tmp_path, capsys):
     assert "no file of a tokenizer" in fails(["evaluate", "--checkpoint", str(tmp_path)], capsys)
 
 
+def test_a_file_is_no_folder_of_a_tokenizer(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="is a file: give a folder with a tokenizer"):
+        load_tokenizer(str(tmp_path / "model.gguf"))
+
+
 def test_an_unreachable_tokenizer_names_the_local_alternatives(monkeypatch):
     monkeypatch.setattr("hamt.data.hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="give a folder with a tokenizer"):

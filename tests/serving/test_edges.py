@@ -170,6 +170,7 @@ def test_bytes_that_are_no_character_do_not_end_an_answer():
             "'image_url' are not",
         ),
         ({"messages": [{"role": "user", "content": 5}]}, "give text"),
+        ({"messages": [{"role": "usr", "content": "a"}]}, "'user' or 'assistant'"),
         ({"messages": [{"role": "user", "content": "\ud83d"}]}, "half of a surrogate pair"),
     ],
 )

@@ -42,8 +42,8 @@ def test_each_run_of_a_loop_keeps_its_result_and_its_loss_is_printed(
 ):
     monkeypatch.chdir(tmp_path)
     for slots in (2, 4):
-        options = words(**TINY, data=text, num_steps=1, num_slots=slots)
-        assert main(["quick-train", *options]) == 0
+        options = words(**TINY, num_steps=1, num_slots=slots)
+        assert main(["quick-train", str(text), *options]) == 0
         shown = capsys.readouterr().out
         loss, cosine = re.search(
             r"reconstruction loss (\S+) \(held out\): cosine (\S+) of stored", shown

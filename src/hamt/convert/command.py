@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from hamt.console import PlainConsole
 from hamt.convert.options import ConvertOptions
-from hamt.errors import UserError
+from hamt.errors import UserError, user_errors
 from hamt.options import parse
 from hamt.output import claim
 
@@ -20,15 +20,22 @@ def main(arguments: Sequence[str]) -> int:
     """Convert; write a folder that every command reads."""
     options = parse(ConvertOptions, arguments, "convert", positional=transformer)
     if options.model is None:
-        raise UserError("give a model to convert: a folder, a .gguf file, or a name on the hub")
+        raise UserError(
+            "give a model to convert: a folder, a .gguf file, a name on the hub, or smollm2"
+        )
     if len(options.whole_lengths) != len(options.whole_steps):
         raise UserError("--whole_lengths and --whole_steps go together: give as many of each")
     if len(set(options.whole_lengths)) < len(options.whole_lengths):
         raise UserError("--whole_lengths has a length twice: add its --whole_steps up")
     if options.resume and options.overwrite:
         raise UserError("--resume goes on with a run, --overwrite begins anew: leave one out")
+    # Before a model is read, which takes a minute.
+    from hamt.convert.budget import possible_sizes
     from hamt.convert.run import convert
 
+    for sizes in possible_sizes(options, [None]):
+        with user_errors():
+            sizes.check()
     console = PlainConsole()
     with claim(options.output_dir, "convert", WRITTEN) as output:
         convert(options, console, output)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -95,16 +95,30 @@ def save_delta(
     save_file(numbers, path, metadata={"hamt": json.dumps(told)})
 
 
+def told_by(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file of ``save_delta`` says beside its numbers.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        with safe_open(Path(path), "pt") as file:
+            told = json.loads((file.metadata() or {}).get("hamt", "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"it is no safetensors file: {error}") from error
+    if told.get("format") != FORMAT:
+        raise ValueError("it is not what hamt convert has learned")
+    return told
+
+
 def with_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> ConvertedForCausalLM:
     """A converted model of a transformer, which cannot be used any more, and a delta.
 
     Raises:
         ValueError: if the file is no delta, is not whole, or is of another transformer.
     """
+    told = told_by(path)
     with safe_open(Path(path), "pt") as file:
-        told = json.loads((file.metadata() or {}).get("hamt", "{}"))
-        if told.get("format") != FORMAT:
-            raise ValueError(f"{path} is not what hamt convert has learned")
         kept = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     found, wanted = sample(model), kept.pop(_SAMPLE)
     if found.shape != wanted.shape or torch.cosine_similarity(found, wanted, dim=0) < ALIKE:

@@ -1,5 +1,6 @@
 """Conversions that need no training: what was learned before is added to a transformer."""
 
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hamt.checkpoint import save_checkpoint
-from hamt.convert.delta import with_delta
+from hamt.convert.delta import told_by, with_delta
 from hamt.convert.known import shipped_delta
 from hamt.convert.options import ConvertOptions
 from hamt.environment import environment
@@ -39,6 +40,10 @@ def learned_before(options: ConvertOptions) -> Path | None:
             )
         if not Path(options.delta).is_file():
             raise UserError(f"no file {options.delta}: give the delta.safetensors of a conversion")
+        try:
+            told_by(options.delta)
+        except ValueError as error:
+            raise _cannot_be_added(options.delta, options, error) from error
         return Path(options.delta)
     return shipped_delta(options.model) if options.model and options == plain else None
 
@@ -59,10 +64,7 @@ def add_delta(
     try:
         model = with_delta(original, delta)
     except Exception as error:  # whatever the file holds
-        raise UserError(
-            f"{delta} cannot be added to {options.model} ({reason(error)}): give the "
-            "delta.safetensors of a conversion of this model"
-        ) from error
+        raise _cannot_be_added(delta, options, error) from error
     if options.dry_run:
         console.print(f"{model.model.mixer_summary()}; nothing will be trained")
         return
@@ -74,5 +76,17 @@ def add_delta(
     )
     console.print(
         f"{model.model.mixer_summary()}; what was learned is from {delta.name}, all is in "
-        f"{output.folder}"
+        f"{output.folder}; {next_step(options)}"
+    )
+
+
+def next_step(options: ConvertOptions) -> str:
+    """What the user may want to try with the converted model."""
+    return f"try: hamt chat --checkpoint {shlex.quote(options.output_dir)}"
+
+
+def _cannot_be_added(delta: str | Path, options: ConvertOptions, error: Exception) -> UserError:
+    return UserError(
+        f"{delta} cannot be added to {options.model} ({reason(error)}): give the "
+        "delta.safetensors of a conversion of this model"
     )

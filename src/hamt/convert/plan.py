@@ -72,7 +72,9 @@ def check_folder(options: ConvertOptions, output: Output, console: Console) -> N
         UserError: unless it is a dry run, which says so.
     """
     begun, trouble = any(output.folder.glob("stages/*")), None
-    if options.resume and not begun:
+    if options.resume and not begun and output.holds_something:
+        trouble = f"the conversion in {output.folder} is finished: there is nothing to resume"
+    elif options.resume and not begun:
         trouble = (
             f"nothing to resume in {output.folder}: leave --resume out, or give the conversion's "
             "--output_dir"

@@ -21,7 +21,7 @@ from hamt.convert.delta import learn_again, learned, save_delta
 from hamt.convert.exchange import exchange, resize
 from hamt.convert.figures import figures, stage_table, told
 from hamt.convert.known import find_transformer
-from hamt.convert.learned_before import DELTA, RECORD, add_delta, learned_before
+from hamt.convert.learned_before import DELTA, RECORD, add_delta, learned_before, next_step
 from hamt.convert.objectives import (
     ALPHA,
     Distillation,
@@ -301,5 +301,6 @@ class _Run:
         self.console.print(stage_table(self.brought))
         size = (self.output.folder / DELTA).stat().st_size
         self.console.print(
-            f"what was learned is {size / 1e6:.1f} MB; all is in {self.output.folder}"
+            f"what was learned is {size / 1e6:.1f} MB; all is in {self.output.folder}; "
+            f"{next_step(self.options)}"
         )

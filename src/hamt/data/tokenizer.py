@@ -108,6 +108,11 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
             raise UserError(
                 f"{folder} holds no tokenizer that can be loaded ({reason(error)}): give another"
             ) from error
+        if folder.is_file():
+            raise UserError(
+                f"{name_or_path} is a file: give a folder with a tokenizer, or leave the option "
+                "out to train one on your text"
+            ) from error
         raise UserError(
             f"no tokenizer {name_or_path!r} in a local folder, and none could be downloaded: "
             "give a folder with a tokenizer, or leave the option out to train one on your text"

@@ -76,7 +76,7 @@ def train_chat(
         seed=options.seed,
         disable_tqdm=True,
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         use_cpu=not torch.cuda.is_available(),
     )
     trainer = SFTTrainer(

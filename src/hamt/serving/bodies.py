@@ -67,7 +67,7 @@ class Part(BaseModel):
 class Message(BaseModel):
     """One turn; what else a client says of it, such as a name, is not read."""
 
-    role: Some
+    role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Words | list[Part] | None, BeforeValidator(_content)] = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 

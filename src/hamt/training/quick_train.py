@@ -53,9 +53,14 @@ class QuickTrainOptions:
     seed: int = option(0, "seed of weights and data order", at_least=0, at_most=MAX_SEED)
 
 
+def text(source: str) -> tuple[str, str]:
+    """The text, as --data."""
+    return "data", source
+
+
 def main(arguments: Sequence[str]) -> int:
     """Train, and write the checkpoint as a folder and as ``hamt_quick_<n>steps.pt``."""
-    options = parse(QuickTrainOptions, arguments, "quick-train")
+    options = parse(QuickTrainOptions, arguments, "quick-train", positional=text)
     console = PlainConsole()
     folder = folder_of(options)
     training = TrainOptions(**{**vars(options), "output_dir": folder, "overwrite": True})

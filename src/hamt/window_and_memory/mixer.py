@@ -158,10 +158,7 @@ class WindowAndMemory(SeesFar):
             G, D), behind the window.
         """
         window, size = self.sizes.window, self.sizes.block
-        entries = [
-            torch.cat((state[name].to(x.dtype), x), dim=1)
-            for name, x in (("keys", keys), ("values", values))
-        ]
+        entries = [_behind(state["keys"], keys), _behind(state["values"], values)]
         begun, left = run.once((window, size), lambda: run.counts(places, self.sizes))
         mask = run.once(
             ("mask", window, size, self.own_window),
@@ -276,3 +273,12 @@ class WindowAndMemory(SeesFar):
         assert self.slots is not None
         items = self.turn(keys, -places), keys, values, begun[:, None, None] - places
         return self.slots.write(items, mask, slots, every)
+
+
+def _behind(window: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens (B, L, G, D) behind those of a window (B, W, G, D): (B, W + L, G, D).
+
+    In memory those of a head are side by side, as products with all of them want it.
+    """
+    parts = [x.transpose(1, 2) for x in (window.to(tokens.dtype), tokens)]
+    return torch.cat(parts, dim=2).transpose(1, 2)

@@ -53,7 +53,10 @@ class Sizes(NamedTuple):
                 f"sizes must be at most {LARGEST:,}, num_slots at most {MOST_SLOTS:,}; got {self}"
             )
         if self.window % self.block:
-            raise ValueError(f"window must be a multiple of {self.block}, the tokens of a block")
+            raise ValueError(
+                f"window must be a multiple of {self.block}, the tokens of a block; got "
+                f"{self.window}"
+            )
         if self.num_sinks > self.block:
             raise ValueError(f"num_sinks must be at most {self.block}, the tokens of a block")
         if self.num_exact and not self.num_slots:
