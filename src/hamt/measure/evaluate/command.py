@@ -103,7 +103,7 @@ def _evaluate(options: EvaluateOptions, output: Output, console: PlainConsole) -
     figures: dict[str, Figure | None] = {"loss_by_position": None, "memory_analysis": None}
     if documents is not None:
         chosen = ("context", "stride", "carry", "batch_size")
-        scores = score_at_contexts(loaded, documents, **_of(options, *chosen))
+        scores = score_at_contexts(loaded, documents, console.print, **_of(options, *chosen))
         figures["loss_by_position"] = figure(scores, trained_context(loaded.model))
         figures["memory_analysis"] = picture_memory(loaded, documents)
     content: dict[str, Any] = {
@@ -118,6 +118,7 @@ def _evaluate(options: EvaluateOptions, output: Output, console: PlainConsole) -
     }
     paths = write_report(output, "evaluation", content, page(content, scores), figures)
     if options.tasks:  # takes longest: what is there is written before
+        console.print(f"tasks: {', '.join(options.tasks)}")
         content |= _tasks(loaded, options, manager)
         paths = write_report(output, "evaluation", content, page(content, scores), figures)
     console.print(page(content, scores))

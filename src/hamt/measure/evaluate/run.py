@@ -1,8 +1,7 @@
 """What ``hamt evaluate`` measures: perplexities at several contexts, the memory, and samples."""
 
 import time
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +42,7 @@ def trained_context(model: PreTrainedModel) -> int:
 def score_at_contexts(
     loaded: Loaded,
     documents: Iterable[str],
+    tell: Callable[[str], object],
     *,
     context: int | None,
     stride: int | None,
@@ -53,7 +53,7 @@ def score_at_contexts(
 
     If neither is given, they are scored at the context of the training and, where the model has a
     state of fixed size, at multiples of it and with the state carried. Without a ``stride`` the
-    context slides by its own length.
+    context slides by its own length. ``tell`` is called with what is done next, for it takes long.
 
     Raises:
         UserError: see ``score_documents``.
@@ -67,8 +67,12 @@ def score_at_contexts(
     elif carries_state(loaded.model):
         contexts = [*(multiple * trained for multiple in MULTIPLES), None]
     options: dict[str, Any] = {"stride": stride, "batch_size": batch_size}
-    score = partial(score_documents, loaded.model, loaded.tokenizer, documents, **options)
-    return [ContextScore(size, stride or size, score(context=size)) for size in contexts]
+    scores = []
+    for size in contexts:
+        tell("scoring: " + (f"context of {size:,} tokens" if size else "state carried"))
+        score = score_documents(loaded.model, loaded.tokenizer, documents, context=size, **options)
+        scores.append(ContextScore(size, stride or size, score))
+    return scores
 
 
 def picture_memory(loaded: Loaded, documents: Iterable[str]) -> Figure | None:
