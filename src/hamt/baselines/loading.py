@@ -41,7 +41,8 @@ def load_any_model(name: str, trust_remote_code: bool = False) -> Loaded:
     if path.suffix == ".pt" or _is_hamt(path):
         return Loaded(*load_checkpoint(path), label)
     # The local cache answers at once; only then is the network worth a wait.
-    where, options = name, dict[str, Any](local_files_only=path.exists() or no_network())
+    offline = not path.exists() and no_network()
+    where, options = name, dict[str, Any](local_files_only=path.exists() or offline)
     options["trust_remote_code"] = trust_remote_code
     if path.suffix == ".gguf":
         where, options["gguf_file"] = str(path.parent), path.name
@@ -61,9 +62,9 @@ def load_any_model(name: str, trust_remote_code: bool = False) -> Loaded:
                 f"its tokenizer has {tokenizer.vocab_size} tokens, the model is one of {count}"
             )
     except Exception as error:  # of many kinds, by format
+        why = "it is not on this disk, and there is no network" if offline else reason(error)
         raise UserError(
-            f"no model {name!r} ({reason(error)}): "
-            "give a folder, a .pt or .gguf file, or a name on the hub"
+            f"no model {name!r} ({why}): give a folder, a .pt or .gguf file, or a name on the hub"
         ) from error
     use_onednn_linear(model)
     return Loaded(model.eval(), tokenizer, label)

@@ -152,7 +152,7 @@ def test_lambada_is_asked_from_a_local_file(folders, tmp_path):
 
 
 WRONG = [
-    (["--checkpoint", "nowhere"], "no model 'nowhere'"),
+    (["--checkpoint", "nowhere"], "no model 'nowhere' (it is not on this disk, and"),
     (["--checkpoint", "nowhere.gguf"], "give the path of a .gguf file"),
     (["--data", "nowhere.txt"], "no text nowhere.txt"),
     (["--carry", "--context", "8"], "leave --context out"),
