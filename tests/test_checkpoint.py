@@ -75,6 +75,11 @@ def test_what_is_no_language_model_is_called_by_its_name(tmp_path, tokenizer):
     save_checkpoint(tmp_path / "whole", tiny_model(vocab_size=len(tokenizer)), tokenizer)
     with pytest.raises(UserError, match="give the folder that it is in"):
         load_checkpoint(tmp_path / "whole" / "model.safetensors")
+    config = tmp_path / "whole" / "config.json"
+    told = json.loads(config.read_text(encoding="utf-8"))
+    for names in (5, None, "HAMTForCausalLM", [7]):  # as damage leaves them
+        config.write_text(json.dumps({**told, "architectures": names}), encoding="utf-8")
+        load_checkpoint(tmp_path / "whole")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match="hamt convert makes one of it"):
         load_checkpoint(tmp_path / "model.gguf")

@@ -162,7 +162,8 @@ def model_type(folder: Path) -> str | None:
 def _other_heads(folder: Path) -> str | None:
     """The class of a model that tells labels instead of tokens, as hamt finetune writes one."""
     names = _of_config(folder, "architectures")
-    return next((name for name in names or [] if str(name).endswith("Classification")), None)
+    names = names if isinstance(names, list) else [names]
+    return next((str(name) for name in names if str(name).endswith("Classification")), None)
 
 
 def _of_config(folder: Path, name: str) -> Any:

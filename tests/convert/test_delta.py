@@ -106,6 +106,9 @@ def test_the_command_adds_a_delta_without_training(converted, teacher, tmp_path,
     )
     other = words(delta=teacher + "/config.json", output_dir=tmp_path / "b")
     assert "cannot be added to nowhere" in fails(["convert", "nowhere", *other], capsys)
+    save_file({"x": torch.zeros(1)}, tmp_path / "list", {"hamt": "[1]"})
+    other = words(delta=tmp_path / "list", output_dir=tmp_path / "b")
+    assert "cannot be added to nowhere" in fails(["convert", "nowhere", *other], capsys)
     again = ["convert", teacher, *words(output_dir=tmp_path / "out", resume=True)]
     assert "is finished: there is nothing to resume" in fails(again, capsys)
 

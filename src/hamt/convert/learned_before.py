@@ -42,7 +42,7 @@ def learned_before(options: ConvertOptions) -> Path | None:
             raise UserError(f"no file {options.delta}: give the delta.safetensors of a conversion")
         try:
             told_by(options.delta)
-        except ValueError as error:
+        except Exception as error:  # whatever the file holds
             raise _cannot_be_added(options.delta, options, error) from error
         return Path(options.delta)
     return shipped_delta(options.model) if options.model and options == plain else None
