@@ -184,7 +184,8 @@ def study(name: str) -> list[str]:
     return [sys.executable, f"studies/{name}.py"]
 
 
-COUNTING = ["--recipe", "studies/state_tracking.yaml", "--tasks", "parity", "--seeds", "0"]
+# Seed 0 learns it on some processors only (docs/LOG.md, state tracking).
+COUNTING = ["--recipe", "studies/state_tracking.yaml", "--tasks", "parity", "--seeds", "1"]
 COUNTING += ["--variants", "data-dependent-phases"]
 MEMORY = ["--parts", "memory", "--train_lengths", "128", "--memory_lengths", "1024", "4096"]
 RECALL = ["--models", ONE_HEAD, "--state_sizes", "768", "--learning_rates", "0.01"]
