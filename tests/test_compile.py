@@ -31,6 +31,7 @@ def assert_compiled_equals_eager(backend: str, options: dict, **arguments) -> No
     assert_same_gradients(model, expected, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 # Inductor itself uses TorchScript.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -62,6 +63,7 @@ def test_a_model_compiles_to_one_graph(options, arguments, fused, monkeypatch):
     assert_compiled_equals_eager("aot_eager", options, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, WINDOW], ids=["memory", "window"])
 def test_a_compiled_model_continues_a_state(options):
     torch._dynamo.reset()

@@ -321,6 +321,7 @@ def test_half_precision_is_about_the_same():
     assert mixed.past_key_values.states[0]["slot_keys"].dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_same():
     """In several graphs: what is read in a piece decides which blocks there are."""
     model, ids = tiny_converted(sizes=SEVERAL), random_ids(2, 42)

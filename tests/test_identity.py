@@ -248,6 +248,7 @@ def test_a_file_does_not_name_weights_that_have_not_made_the_state(tmp_path, cap
         copy.deepcopy(model)(MORE, past_key_values=state)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_reads_on_from_a_file_and_refuses_the_state_of_another(tmp_path):
     model = tiny_model()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -33,6 +33,7 @@ def faults(mode: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_a_block_that_was_freed_comes_back_without_page_faults():
     assert faults("keep") < 16
@@ -57,6 +58,7 @@ print(kept - resident())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_freed_memory_can_be_given_back():
     assert number(RESIDENT) > 50

@@ -100,6 +100,7 @@ def test_rivals_of_all_kinds_learn_a_task(kind, tmp_path):
     assert main(["ablate", *options]) == 0
 
 
+@pytest.mark.slow
 def test_a_figure_of_another_text_is_not_taken_over(tmp_path, capsys):
     sizes = "length: 8, batch_size: 2, every: 1, num_steps: 1, learning_rate: 0.01"
     task = f"kind: text, training: {{{sizes}}}, task: {{text: a.txt}}"
