@@ -33,7 +33,6 @@ def faults(mode: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_a_block_that_was_freed_comes_back_without_page_faults():
     assert faults("keep") < 16
