@@ -33,6 +33,28 @@ class Far(NamedTuple):
     variance: Tensor | None = None
 
 
+class View(NamedTuple):
+    """From where what has left the window is seen.
+
+    Args:
+        run: which tokens see it.
+        places: (1 or B, M · L) their positions.
+        begun: (1 or B, M) tokens before the last boundary.
+        left: (1 or B, M) how many of them had left the window.
+        slots: (B, M, G, S, F) at that boundary; None are those of the state.
+        state: for sinks and exact entries.
+        like: of B rows, in the dtype that is wanted.
+    """
+
+    run: Run
+    places: Tensor
+    begun: Tensor
+    left: Tensor
+    slots: Tensor | None
+    state: State
+    like: Tensor
+
+
 class Remembered:
     """The last thing that was made of some tensors, as long as they live and are not changed.
 
@@ -80,50 +102,22 @@ class SeesFar(Stateful):
         super().__init__()
         self.remembered = Remembered()
 
-    def far(
-        self,
-        run: Run,
-        places: Tensor,
-        begun: Tensor,
-        left: Tensor,
-        slots: Tensor | None,
-        state: State,
-        like: Tensor,
-    ) -> Far:
+    def far(self, view: View) -> Far:
         """What a run sees beyond the window.
 
         Between two boundaries, where tokens are decoded one by one, it is made once.
-
-        Args:
-            run: which tokens see it.
-            places: (1 or B, M · L) their positions.
-            begun: (1 or B, M) tokens before the last boundary.
-            left: (1 or B, M) how many of them had left the window.
-            slots: (B, M, G, S, F) at that boundary; None are those of the state.
-            state: for sinks and exact entries.
-            like: of B rows, in the dtype that is wanted.
         """
-        make = partial(self._make_far, run, places, begun, left, slots, state, like)
-        lasts = self.slots is not None and slots is None and self.own_window is None
+        lasts = self.slots is not None and view.slots is None and self.own_window is None
         if not lasts or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return make()
+            return self._make_far(view)
         assert self.slots is not None
-        made_of = [state[name] for name in self.state_shapes() if name not in ("keys", "values")]
-        size = self.sizes.block
-        begins = run.once(("begins", size), lambda: begun.tolist())
-        told = begins, self.sizes, self.reach, like.dtype
-        return self.remembered((*made_of, self.slots.key_gain), told, make)
+        made_of = [view.state[x] for x in self.state_shapes() if x not in ("keys", "values")]
+        begins = view.run.once(("begins", self.sizes.block), view.begun.tolist)
+        told = begins, self.sizes, self.reach, view.like.dtype
+        return self.remembered((*made_of, self.slots.key_gain), told, partial(self._make_far, view))
 
-    def _make_far(
-        self,
-        run: Run,
-        places: Tensor,
-        begun: Tensor,
-        left: Tensor,
-        slots: Tensor | None,
-        state: State,
-        like: Tensor,
-    ) -> Far:
+    def _make_far(self, view: View) -> Far:
+        run, places, begun, left, slots, state, like = view
         shape = len(like), begun.shape[1], self.num_groups
         parts, variance = [], None
         for prefix, count in (("sink_", self.sizes.num_sinks), ("exact_", self.sizes.num_exact)):

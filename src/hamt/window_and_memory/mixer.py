@@ -18,7 +18,7 @@ from hamt.batch import Batch, take
 from hamt.memory.precision import without_autocast
 from hamt.mixers import State
 from hamt.window_and_memory.exact import Candidates, Salience
-from hamt.window_and_memory.far import SeesFar
+from hamt.window_and_memory.far import SeesFar, View
 from hamt.window_and_memory.rotary import places_of, turned
 from hamt.window_and_memory.runs import RUN, Run, Seen, runs_of
 from hamt.window_and_memory.sizes import Sizes
@@ -185,7 +185,7 @@ class WindowAndMemory(SeesFar):
                 slots = torch.cat((before[:, None], after[:, :-1]), dim=1)
                 state = {**state, **apart(after[:, -1].clone())}
                 state = later(state, places.new_tensor([run.blocks * size]))
-        far = self.far(run, places, begun, left, slots, state, keys)
+        far = self.far(View(run, places, begun, left, slots, state, keys))
         seen = Seen(*far[:3], near[0], near[1], mask, far.variance)
         if run.segment.documents is not None:
             seen = seen._replace(sees_far=run.segment.documents.eq(0))

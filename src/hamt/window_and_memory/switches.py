@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hamt.cache import HAMTCache
 from hamt.mixers import State
-from hamt.window_and_memory.far import Far
+from hamt.window_and_memory.far import Far, View
 from hamt.window_and_memory.mixer import WindowAndMemory
 
 MEMORY = ("slot_", "exact_")  # with what the names of its tensors in a state begin
@@ -25,8 +25,8 @@ def without_memory(model: nn.Module) -> Iterator[None]:
     """Within this context queries see no slots and no exact entries; they are written as before."""
 
     def unseen(taker: WindowAndMemory, far: Callable[..., Any]) -> Callable[..., Any]:
-        def look(*arguments: Any) -> Far:
-            found: Far = far(*arguments)
+        def look(view: View) -> Far:
+            found: Far = far(view)
             index = torch.arange(found.bias.shape[-1], device=found.bias.device)
             hidden = index >= taker.sizes.num_sinks
             return found._replace(bias=found.bias.masked_fill(hidden, -torch.inf))
