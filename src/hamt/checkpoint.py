@@ -124,8 +124,9 @@ def load_checkpoint(
         return _load_pt(path)
     if not (path / "config.json").is_file():
         raise UserError(f"no checkpoint at {path}: give a folder with a config.json, or a .pt file")
-    found = model_type(path)
-    if found in KINDS and (heads := _other_heads(path)):
+    told = _told_by_config(path)
+    found = told.get("model_type")
+    if found in KINDS and (heads := _other_heads(told)):
         raise UserError(
             f"{path} holds a {heads}, which writes no text: give a language model, or use it by "
             "Transformers"
@@ -156,21 +157,24 @@ def model_type(folder: Path) -> str | None:
     Raises:
         UserError: if the file is no configuration.
     """
-    return _of_config(folder, "model_type")
+    return _told_by_config(folder).get("model_type")
 
 
-def _other_heads(folder: Path) -> str | None:
+def _other_heads(told: dict[str, Any]) -> str | None:
     """The class of a model that tells labels instead of tokens, as hamt finetune writes one."""
-    names = _of_config(folder, "architectures")
+    names = told.get("architectures")
     names = names if isinstance(names, list) else [names]
     return next((str(name) for name in names if str(name).endswith("Classification")), None)
 
 
-def _of_config(folder: Path, name: str) -> Any:
+def _told_by_config(folder: Path) -> dict[str, Any]:
     config = folder / "config.json"
     try:
-        return parse_json(config.read_text(encoding="utf-8")).get(name)
-    except (ValueError, AttributeError) as error:
+        told = parse_json(config.read_text(encoding="utf-8"))
+        if not isinstance(told, dict):
+            raise ValueError("it is no object of JSON")
+        return told
+    except ValueError as error:
         raise UserError(
             f"{config} is not a model configuration ({reason(error)}); give another checkpoint"
         ) from error

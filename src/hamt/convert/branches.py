@@ -133,7 +133,7 @@ def of_slots(
         written = scores.isfinite().any(dim=-1)
         scores = scores.masked_fill(~written[..., None], 0.0)
         # (B, M, G, R, L, ·) -> (B, M · L, H, ·)
-        value = seen.far_values[..., -taker.sizes.num_slots :, :].float()[:, :, :, None]
+        value = seen.far.values[..., -taker.sizes.num_slots :, :].float()[:, :, :, None]
         mixed = scores.softmax(dim=-1) @ value * written[..., None]
         total = scores.logsumexp(dim=-1).masked_fill(~written, -torch.inf)[..., None]
         for name, x in zip(found, (mixed, total), strict=True):

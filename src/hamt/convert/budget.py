@@ -1,10 +1,11 @@
 """How much each layer carries, by the options, and what that comes to."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hamt.convert.options import ConvertOptions
 from hamt.converted_model import ConvertedForCausalLM
+from hamt.errors import user_errors
 from hamt.window_and_memory.sizes import Sizes
 
 
@@ -30,6 +31,17 @@ def possible_sizes(options: ConvertOptions, own_windows: Sequence[int | None]) -
     usual, wide = layer_sizes(options, [1], 2)
     kinds = [usual, wide] if options.wide_layers or options.num_wide else [usual]
     return [sizes.fitted(own) for sizes in kinds for own in dict.fromkeys(own_windows)]
+
+
+def check_sizes(sizes: Iterable[Sizes]) -> None:
+    """Refuse sizes of layers that do not fit together.
+
+    Raises:
+        UserError: with what would be right.
+    """
+    for each in sizes:
+        with user_errors():
+            each.check()
 
 
 def _without_slots(sizes: Sizes, memory: str) -> Sizes:

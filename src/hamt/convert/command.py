@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from hamt.console import PlainConsole
 from hamt.convert.options import ConvertOptions
-from hamt.errors import UserError, user_errors
+from hamt.errors import UserError
 from hamt.options import parse
 from hamt.output import claim
 
@@ -29,13 +29,8 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("--whole_lengths has a length twice: add its --whole_steps up")
     if options.resume and options.overwrite:
         raise UserError("--resume goes on with a run, --overwrite begins anew: leave one out")
-    # Before a model is read, which takes a minute.
-    from hamt.convert.budget import possible_sizes
     from hamt.convert.run import convert
 
-    for sizes in possible_sizes(options, [None]):
-        with user_errors():
-            sizes.check()
     console = PlainConsole()
     with claim(options.output_dir, "convert", WRITTEN) as output:
         convert(options, console, output)

@@ -15,7 +15,13 @@ from transformers.utils import logging
 
 from hamt.baselines.loading import load_any_model
 from hamt.checkpoint import save_checkpoint
-from hamt.convert.budget import key_value_floats, layer_sizes, possible_sizes, state_floats
+from hamt.convert.budget import (
+    check_sizes,
+    key_value_floats,
+    layer_sizes,
+    possible_sizes,
+    state_floats,
+)
 from hamt.convert.calibrate import calibrate
 from hamt.convert.delta import learn_again, learned, save_delta
 from hamt.convert.exchange import exchange, resize
@@ -59,6 +65,7 @@ def convert(options: ConvertOptions, console: Console, output: Output) -> None:
     """
     logging.disable_progress_bar()  # of Transformers, for files of a few MB
     assert options.model is not None
+    check_sizes(possible_sizes(options, [None]))  # reading a model takes a minute
     path, delta = find_transformer(options.model), learned_before(options)
     check_folder(options, output, console)
     original, tokenizer, name = load_any_model(path, options.trust_remote_code)
@@ -139,9 +146,7 @@ class _Run:
             UserError: if sizes do not fit, the text is too short for a stage, or PEFT is needed
                 and not there.
         """
-        for sizes in self.sizes:
-            with user_errors():
-                sizes.check()
+        check_sizes(self.sizes)
         if len(self.rows.corpus.held_out) < 2:
             raise UserError("the text is too short to hold any of it out: give more, or --held_out")
         for kind in self.kinds:

@@ -14,23 +14,9 @@ from torch import Tensor
 
 from hamt.mixers import State, Stateful
 from hamt.window_and_memory.rotary import angles, turned
-from hamt.window_and_memory.runs import Run, sees
+from hamt.window_and_memory.runs import Far, Run, sees
 from hamt.window_and_memory.sizes import Sizes
 from hamt.window_and_memory.slots import Slots, joined
-
-
-class Far(NamedTuple):
-    """Keys and values (B, M, G, K, D) of sinks, exact entries and slots, in this order.
-
-    ``bias`` (B, M, G, 1 or L, K) is added to their scores: for all queries of a block, unless the
-    attention that is stood in for sees a window. ``variance`` (B, M, G, S, 2) is that of the keys
-    in slots; None without slots.
-    """
-
-    keys: Tensor
-    values: Tensor
-    bias: Tensor
-    variance: Tensor | None = None
 
 
 class View(NamedTuple):

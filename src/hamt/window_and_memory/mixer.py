@@ -186,7 +186,7 @@ class WindowAndMemory(SeesFar):
                 state = {**state, **apart(after[:, -1].clone())}
                 state = later(state, places.new_tensor([run.blocks * size]))
         far = self.far(View(run, places, begun, left, slots, state, keys))
-        seen = Seen(*far[:3], near[0], near[1], mask, far.variance)
+        seen = Seen(far, near[0], near[1], mask)
         if run.segment.documents is not None:
             seen = seen._replace(sees_far=run.segment.documents.eq(0))
         return seen, state
@@ -195,17 +195,17 @@ class WindowAndMemory(SeesFar):
         """Of queries (B, M · L, H, D), far (B, M, G, R, L, K) and near, float32 at least."""
         wide = torch.promote_types(queries.dtype, torch.float32)
         repeats = self.num_heads // self.num_groups
-        asked = queries.unflatten(2, (-1, repeats)).unflatten(1, (seen.far_keys.shape[1], -1))
+        asked = queries.unflatten(2, (-1, repeats)).unflatten(1, (seen.far.keys.shape[1], -1))
         asked = asked.permute(0, 1, 3, 4, 2, 5)  # (B, M, G, R, L, D)
         far, near = (
             ((asked.flatten(3, 4) @ keys.mT) * scale).to(wide).unflatten(3, (repeats, -1))
-            for keys in (seen.far_keys, seen.near_keys)
+            for keys in (seen.far.keys, seen.near_keys)
         )
-        far = far + seen.bias[:, :, :, None].to(wide)
-        if self.slots is not None and seen.variance is not None:
+        far = far + seen.far.bias[:, :, :, None].to(wide)
+        if self.slots is not None and seen.far.variance is not None:
             count = self.sizes.num_slots
             with without_autocast(asked):
-                of_slots = far[..., -count:] + self.slots.added(asked, seen.variance, scale)
+                of_slots = far[..., -count:] + self.slots.added(asked, seen.far.variance, scale)
             far = torch.cat((far[..., :-count], of_slots.to(wide)), dim=-1)
         if seen.sees_far is not None:
             far = far.masked_fill(~seen.sees_far[:, None, None, None, :, None], -torch.inf)

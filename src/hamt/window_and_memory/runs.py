@@ -110,29 +110,38 @@ class Run(NamedTuple):
         return begun + counted.sum(dim=1), order.gather(1, real.sum(dim=1, keepdim=True) + front)
 
 
-class Seen(NamedTuple):
-    """What the queries of a run see: keys and values (B, M, G, ., D).
+class Far(NamedTuple):
+    """Keys and values (B, M, G, K, D) of sinks, exact entries and slots, in this order.
 
-    ``bias`` (B, M, G, 1 or L, K) is added to far scores, ``mask`` (1 or B, M, L, .) says which of
-    the near ones each query sees, and ``sees_far`` (B, L) whether it sees what is far, if not all
-    of one block do. Far are sinks, exact entries and slots, in this order; ``variance`` (B, M, G,
-    S, 2) is that of the keys in slots.
+    ``bias`` (B, M, G, 1 or L, K) is added to their scores: for all queries of a block, unless the
+    attention that is stood in for sees a window. ``variance`` (B, M, G, S, 2) is that of the keys
+    in slots; None without slots.
     """
 
-    far_keys: Tensor
-    far_values: Tensor
+    keys: Tensor
+    values: Tensor
     bias: Tensor
+    variance: Tensor | None = None
+
+
+class Seen(NamedTuple):
+    """What the queries of a run see: what is far, and keys and values (B, M, G, ., D) near by.
+
+    ``mask`` (1 or B, M, L, .) says which of the near ones each query sees, and ``sees_far`` (B, L)
+    whether it sees what is far, if not all of one block do.
+    """
+
+    far: Far
     near_keys: Tensor
     near_values: Tensor
     mask: Tensor
-    variance: Tensor | None = None
     sees_far: Tensor | None = None
 
     def mix(self, far: Tensor, near: Tensor) -> Tensor:
         """One softmax over far and near scores (B, M, G, R, L, .): -> (B, M · L, H, D)."""
         weights = torch.cat((far, near), dim=-1).softmax(dim=-1).to(self.near_values.dtype)
         of_far, of_near = weights.split((far.shape[-1], near.shape[-1]), dim=-1)
-        mixed = of_far.flatten(3, 4) @ self.far_values + of_near.flatten(3, 4) @ self.near_values
+        mixed = of_far.flatten(3, 4) @ self.far.values + of_near.flatten(3, 4) @ self.near_values
         mixed = mixed.unflatten(3, far.shape[3:5]).permute(0, 1, 4, 2, 3, 5)
         return mixed.flatten(3, 4).flatten(1, 2)
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from hamt.cache import HAMTCache
 from hamt.mixers import State
-from hamt.window_and_memory.far import Far, View
+from hamt.window_and_memory.far import View
 from hamt.window_and_memory.mixer import WindowAndMemory
+from hamt.window_and_memory.runs import Far
 
 MEMORY = ("slot_", "exact_")  # with what the names of its tensors in a state begin
 
